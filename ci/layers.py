@@ -1,0 +1,102 @@
+"""Checks that the imports inside the package run one way: from a floor to the floors below it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+# Every module of the package and its floor; subpackages as `folder`, their modules as `folder.module`.
+FLOORS = {
+    # 6: the front door
+    "__init__": 6,
+    # 5: the Zarr store that users hold
+    "store": 5,
+    # 4: the directory as a Zarr store by itself
+    "_local": 4,
+    # 3: the caches: they order the steps of look up, lock, publish and evict
+    "_anystore": 3,
+    "_directory": 3,
+    # 2: the shared books
+    "_books": 2,
+    # 1: parts that do not know each other
+    "_documents": 1,
+    "_eviction": 1,
+    "_files": 1,
+    "_index": 1,
+    "_keys": 1,
+    "_locks": 1,
+    "_sources": 1,
+    # 0: values and exceptions
+    "_config": 0,
+    "_errors": 0,
+}
+MAX_LINES = 300
+ATTICS = {"common", "utils"}
+
+
+def offences(package: Path, floors: Mapping[str, int]) -> Iterator[str]:
+    """Yield one line for each way in which the modules under `package` break the rules."""
+    modules = {_name(path, package): path for path in sorted(package.rglob("*.py"))}
+    for name in sorted(floors.keys() - modules.keys()):
+        yield f"{package.name}: the table has a floor for {name}, which is no module"
+    for name, path in modules.items():
+        where = f"{package.name}/{path.relative_to(package).as_posix()}"
+        source = path.read_text(encoding="utf-8")
+        if ATTICS & {part.strip("_") for part in name.split(".")}:
+            yield f"{where}: a module named utils or common has no subject; name it for its one idea"
+        if (lines := len(source.splitlines())) > MAX_LINES:
+            yield f"{where}: {lines} lines, {MAX_LINES} at most; split it"
+        if name not in floors:
+            yield f"{where}: {name} has no floor in the table"
+            continue
+        imports = _imports(ast.parse(source, where), path, package)
+        for line, target in sorted({(line, _module(imported, modules)) for line, imported in imports}):
+            # A target without a floor is reported by itself.
+            if floors.get(target, -1) >= floors[name]:
+                yield f"{where}:{line}: floor {floors[name]} imports {target} of floor {floors[target]}"
+
+
+def _name(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
+
+
+def _imports(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the dotted name of each import from the package, also inside functions."""
+    folder = (package.name, *path.relative_to(package).parent.parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(folder[: len(folder) + 1 - node.level]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == package.name:
+                yield node.lineno, name
+
+
+def _module(imported: str, modules: Collection[str]) -> str:
+    """Return the module that holds the imported name: itself, or the nearest package above it."""
+    parts = imported.split(".")[1:]
+    while parts and ".".join(parts) not in modules:
+        parts.pop()
+    return ".".join(parts) or "__init__"
+
+
+def main() -> int:
+    """Check this checkout's package against the table."""
+    found = list(offences(Path(__file__).resolve().parents[1] / "xzcache", FLOORS))
+    for line in found:
+        print(line, file=sys.stderr)
+    if not found:
+        print(f"layers: {len(FLOORS)} modules, imports run one way")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""The shared books of a cache directory, as one process holds them: locks, index, and its own lease of the bound.
+
+`Books.section` is the only way to the index. It holds the guard, opens the index that is current, and notices when the
+directory was removed or the index rebuilt meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import uuid
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+from xzcache import _files as files
+from xzcache._errors import Busy, CacheFault, Damaged, Unusable
+from xzcache._index import Index, translated
+from xzcache._keys import META
+from xzcache._locks import ByteLocks, Guard, StoringLock, WriteCounters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMAT: Final = 1
+_KEY_LOCK_FILES: Final = 16
+_inherited: Final[list[object]] = []
+"""What a forked child must neither use nor let go of: SQLite forbids both for its parent's connections."""
+
+
+class Membership:
+    """This process's part in a directory: open locks, an owner number, and the bytes it may still write.
+
+    Attributes
+    ----------
+    owner : int
+        The number under which the index knows this process; its byte of the owners' file is locked for life.
+    free : int
+        Bytes that are leased and not yet spent; guarded by `lease_lock`.
+    """
+
+    def __init__(self, meta: str, timeout: float) -> None:
+        self.meta = meta
+        self.guard = Guard(f"{meta}/guard.lock", timeout)
+        self.storing = StoringLock(f"{meta}/storing.lock")
+        self.owners = ByteLocks([f"{meta}/owners.lock"])
+        self.keys = ByteLocks([f"{meta}/keys-{i}.lock" for i in range(_KEY_LOCK_FILES)])
+        self.writes = WriteCounters(f"{meta}/writes")
+        self.lease_lock = threading.Lock()
+        self.index: Index | None = None
+        self.generation = 0
+        self.owner = 0
+        self.free = 0
+        self.next_recovery = 0.0
+        self._sequence = 0
+        self._closed = False
+
+    def index_path(self, generation: int) -> str:
+        return f"{self.meta}/index-{generation}.db"
+
+    def read_generation(self) -> int:
+        """The number of the current index; 0 where there is none yet."""
+        return int.from_bytes(os.pread(self.guard.fd, 8, 0), "little")
+
+    def write_generation(self, generation: int) -> None:
+        os.pwrite(self.guard.fd, generation.to_bytes(8, "little"), 0)
+
+    def next_temporary(self) -> tuple[int, str]:
+        """A number that this owner has not used yet, and the path of the file in flight that goes with it."""
+        with self.lease_lock:
+            self._sequence += 1
+            return self._sequence, f"{self.meta}/tmp/{self.owner}/{self._sequence}"
+
+    def give_back(self, size: int) -> None:
+        """Return bytes that were taken from the lease and not written."""
+        with self.lease_lock:
+            self.free += size
+
+    def open_index(self) -> Index:
+        """The current index, with this process registered in it; under the guard only."""
+        generation = self.read_generation()
+        if self.index is not None and generation == self.generation:
+            return self.index
+        self.leave_index()
+        self.generation = generation
+        if generation == 0:
+            raise Damaged("there is no index yet")
+        index = Index(self.index_path(generation))
+        try:
+            index.begin()
+            # a number may still be locked by a process that does not know of the new index yet
+            while not self.owners.try_lock(owner := index.add_owner(os.getpid())):
+                index.drop_owner(owner)
+            os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700, exist_ok=True)
+            index.commit()
+        except BaseException:
+            index.close()
+            raise
+        self.index, self.owner = index, owner
+        return index
+
+    def leave_index(self) -> None:
+        """Close the index of an older generation; under the guard only."""
+        if self.index is not None:
+            with suppress(sqlite3.Error):
+                self.index.close()
+            self.index = None
+            self.owners.unlock(self.owner)
+        with self.lease_lock:
+            self.owner = self.free = 0
+
+    def close_descriptors(self) -> None:
+        if not self._closed:
+            self._closed = True
+            for lock in (self.guard, self.storing, self.owners, self.keys, self.writes):
+                lock.close()
+
+    def __del__(self) -> None:
+        # other threads may still be using the locks of a directory that was left: they go with the last of them
+        if hasattr(self, "writes"):
+            self.close_descriptors()
+
+
+class Books:
+    """The index of one cache directory and the locks around it.
+
+    Parameters
+    ----------
+    root : str
+        The cache directory.
+    timeout : float
+        Seconds to wait for the guard.
+
+    Notes
+    -----
+    Safe for threads and processes. Opens nothing before it is needed; a directory that was removed is made again at the
+    next section, and a forked child starts anew.
+    """
+
+    def __init__(self, root: str, timeout: float) -> None:
+        self.root = root
+        self.meta = f"{root}/{META}"
+        self.timeout = timeout
+        self._opening = threading.Lock()
+        self._member: Membership | None = None
+        self._forking: Membership | None = None
+        self._inside = threading.local()
+
+    @property
+    def current(self) -> Membership | None:
+        """This process's membership, if it has joined already; never waits."""
+        return self._member
+
+    def member(self) -> Membership:
+        """This process's membership, joining where it has none.
+
+        Raises
+        ------
+        Unusable
+            The directory cannot be made or written, or is of a newer format.
+        """
+        member = self._member
+        if member is not None:
+            return member
+        with self._opening:
+            if self._member is None:
+                try:
+                    self._member = self._join()
+                except OSError as error:
+                    raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
+            return self._member
+
+    def _join(self) -> Membership:
+        files.make_private(self.root)
+        for name in ("", "tmp", "trash"):
+            os.makedirs(f"{self.meta}/{name}", mode=0o700, exist_ok=True)
+        member = Membership(self.meta, self.timeout)
+        with member.guard:
+            found = self._settle("format", str(FORMAT))
+            if found != str(FORMAT):
+                raise Unusable(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
+        return member
+
+    def node_id(self) -> str:
+        """A uuid that is the same for all processes that share this directory, and for no others."""
+        with self.guarded():
+            return self._settle("node", str(uuid.uuid4()))
+
+    def _settle(self, name: str, text: str) -> str:
+        """The contents of a small file, which is made with `text` where it is not there; under the guard only."""
+        path = f"{self.meta}/{name}"
+        with suppress(FileNotFoundError), open(path, errors="replace") as file:
+            if content := file.read().strip():
+                return content
+        self.write_note(name, text)
+        return text
+
+    def write_note(self, name: str, text: str) -> None:
+        """Replace a small file; under the guard only."""
+        path = f"{self.meta}/{name}"
+        with open(path + ".new", "w", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
+            file.write(text)
+        os.replace(path + ".new", path)
+
+    def read_note(self, name: str) -> str | None:
+        """The contents of a small file, None where it is missing."""
+        with suppress(OSError), open(f"{self.meta}/{name}", errors="replace") as file:
+            return file.read().strip()
+        return None
+
+    @contextmanager
+    def guarded(self) -> Iterator[Membership]:
+        """Hold the guard of the directory as it is now, without touching the index."""
+        for _ in range(3):
+            member = self.member()
+            with member.guard:
+                if member.guard.is_current():
+                    yield member
+                    return
+                # somebody removed the directory: start over in a new one
+                self.abandon(member)
+        raise Unusable(f"the cache directory {self.root} is removed again and again")
+
+    @contextmanager
+    def section(self) -> Iterator[tuple[Membership, Index]]:
+        """One transaction on the index, under the guard.
+
+        Commits at the end; a caller that has to act between commit and the release of the guard commits by itself.
+
+        Raises
+        ------
+        Busy, Damaged, NoRoom, Unusable
+            The transaction did not happen.
+        """
+        if getattr(self._inside, "yes", False):
+            raise CacheFault("a section within a section")
+        with self.guarded() as member:
+            self._inside.yes = True
+            index = None
+            try:
+                index = member.open_index()
+                index.begin()
+                yield member, index
+                index.commit()
+                index.checkpoint()
+            except BaseException as error:
+                if index is not None:
+                    with suppress(sqlite3.Error):
+                        index.rollback()
+                    index.forget_uncommitted()
+                if isinstance(error, sqlite3.Error):
+                    raise translated(error) from error
+                raise
+            finally:
+                self._inside.yes = False
+
+    @contextmanager
+    def storing(self) -> Iterator[Membership]:
+        """Keep a rebuild away while space is taken from the lease, written to and accounted for.
+
+        Raises
+        ------
+        Busy
+            A rebuild goes on.
+        """
+        member = self.member()
+        if not member.storing.try_share():
+            raise Busy("the index is being rebuilt")
+        try:
+            if member.index is None or member.read_generation() != member.generation:
+                with self.section() as (current, _):
+                    if current is not member:
+                        raise Busy("the directory was removed meanwhile")
+            yield member
+        finally:
+            member.storing.leave()
+
+    def abandon(self, member: Membership) -> None:
+        """Let go of a directory that is no longer there."""
+        with self._opening:
+            if self._member is member:
+                self._member = None
+        member.leave_index()
+
+    def close(self) -> None:
+        """Give the lease back and sign off. The next use joins again."""
+        member = self._member
+        if member is None:
+            return
+        with suppress(CacheFault, OSError):
+            if member.index is not None:
+                with self.section() as (current, index):
+                    if current is member:
+                        index.drop_owner(member.owner)
+                        index.commit()
+                        with suppress(OSError):
+                            os.rmdir(f"{self.meta}/tmp/{member.owner}")
+                        member.leave_index()
+        with self._opening:
+            if self._member is member:
+                self._member = None
+
+    # -- fork
+
+    def before_fork(self) -> None:
+        """Wait until no thread is in a section, and keep it so: the child must not inherit half a transaction."""
+        self._forking = self._member
+        if self._forking is not None:
+            self._forking.guard.before_fork()
+        self._opening.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self._opening.release()
+        if self._forking is not None:
+            self._forking.guard.after_fork_in_parent()
+        self._forking = None
+
+    def after_fork_in_child(self) -> None:
+        """Start anew: no lock of the parent's is released, and its connection is neither used nor closed."""
+        for member in {self._member, self._forking} - {None}:
+            assert member is not None
+            _inherited.append(member)
+            member.close_descriptors()
+        self._member = self._forking = None
+        self._opening = threading.Lock()
+        self._inside = threading.local()

@@ -1,0 +1,206 @@
+"""Every setting, its default, and how it is read: the one place for all of them.
+
+`config` is a `donfig.Config <https://donfig.readthedocs.io>`_: settings come from the defaults below, then YAML files
+(``~/.config/xzcache/*.yaml``, ``/etc/xzcache``), then the environment (``XZCACHE_MAX_SIZE=50GB``), then
+``xzcache.config.set(max_size="50 GB")``.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
+
+from dask.utils import parse_bytes
+from donfig import Config
+from platformdirs import user_cache_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    # where the default cache of this node is; None: the platform's user cache directory
+    "directory": None,
+    # the most that a cache directory holds, in bytes or as "10 GiB"; None: no bound but min_free
+    "max_size": "10 GiB",
+    # what is left free of the file system: "5%", a fraction below 1, or a size
+    "min_free": "5%",
+    # how long an entry is served, in seconds, or "infinity"
+    "max_age_seconds": "infinity",
+    # when metadata documents are asked for again: "open", True, False, or a number of seconds
+    "revalidate": "open",
+    # whether what is written through the cache is cached
+    "cache_set_data": True,
+    # which entries leave first
+    "policy": "lru",
+    # seconds to wait for another process's fetch of the same object before fetching it ourselves
+    "fetch_timeout": 30.0,
+    # seconds to wait for the lock on the index before doing without the cache
+    "lock_timeout": 5.0,
+    # threads that read large entries and write new ones
+    "threads": 4,
+}
+
+config: Final[Config] = Config("xzcache", defaults=[dict(DEFAULTS)])
+
+
+class Unset(Enum):
+    """The type of `UNSET`, an argument that was not given: the configuration decides."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+
+Infinity = Literal["infinity"]
+Age = float | Infinity
+Revalidate = bool | float | Literal["open"]
+
+
+def _refuse(name: str, value: object, accepted: str, error: type[Exception] = ValueError) -> Exception:
+    return error(f"{name}={value!r} is not accepted: give {accepted}")
+
+
+def parse_size(name: str, value: Any) -> int | None:
+    """Bytes from an int, a string such as ``"20 GB"``, or None for no bound.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the parameter, the value and what is accepted.
+    """
+    accepted = 'a number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            size = parse_bytes(value)
+        except (ValueError, KeyError, OverflowError):
+            raise _refuse(name, value, accepted) from None
+    elif isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise _refuse(name, value, accepted, TypeError)
+    else:
+        size = operator.index(value)
+    if size < 0:
+        raise _refuse(name, value, accepted)
+    return size
+
+
+def _number(value: Any) -> float | None:
+    """A finite or infinite float from anything numeric that is not a bool; None if it is no number."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def parse_age(name: str, value: Any) -> Age:
+    """Seconds as a number, 0 or more, or ``"infinity"``."""
+    accepted = 'a number of seconds, 0 or more, or "infinity"'
+    if isinstance(value, str):
+        if value == "infinity":
+            return "infinity"
+        raise _refuse(name, value, accepted)
+    number = _number(value)
+    if number is None:
+        raise _refuse(name, value, accepted, ValueError if isinstance(value, float) else TypeError)
+    if number < 0:
+        raise _refuse(name, value, accepted)
+    if math.isinf(number):
+        return "infinity"
+    # the caller's own number comes back, as Zarr's cache_info() shows it
+    return value if isinstance(value, int) else number
+
+
+def parse_revalidate(name: str, value: Any) -> Revalidate:
+    """``"open"``, True, False, or a number of seconds."""
+    accepted = '"open", True, False, or a number of seconds, 0 or more'
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if value == "open":
+            return "open"
+        raise _refuse(name, value, accepted)
+    number = _number(value)
+    if number is None:
+        raise _refuse(name, value, accepted, ValueError if isinstance(value, float) else TypeError)
+    if number < 0 or math.isinf(number):
+        raise _refuse(name, value, accepted)
+    return number
+
+
+def parse_flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely looks like it."""
+    if not isinstance(value, bool):
+        raise _refuse(name, value, "True or False", TypeError)
+    return value
+
+
+def parse_policy(name: str, value: Any) -> str:
+    """The name of an eviction policy."""
+    if value != "lru":
+        error = ValueError if isinstance(value, str) else TypeError
+        raise _refuse(name, value, '"lru" (least recently used)', error)
+    return "lru"
+
+
+def parse_min_free(name: str, value: Any) -> float | int:
+    """The reserve of free disk: a float below 1 is a fraction of the file system, an int is bytes."""
+    accepted = 'a share such as "5%", a fraction below 1, or a size such as "20 GB"'
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            value = float(value.strip()[:-1]) / 100
+        except ValueError:
+            raise _refuse(name, value, accepted) from None
+    if isinstance(value, float):
+        if not 0 <= value < 1:
+            raise _refuse(name, value, accepted)
+        return value
+    if value is None:
+        raise _refuse(name, value, accepted, TypeError)
+    try:
+        size = parse_size(name, value)
+    except (TypeError, ValueError) as error:
+        raise _refuse(name, value, accepted, type(error)) from None
+    assert size is not None
+    return size
+
+
+def parse_seconds(name: str, value: Any) -> float:
+    """A positive, finite number of seconds."""
+    number = _number(value)
+    if number is None or not 0 < number < math.inf:
+        raise _refuse(name, value, "a number of seconds above 0", ValueError if number is not None else TypeError)
+    return number
+
+
+def parse_threads(name: str, value: Any) -> int:
+    """A positive number of threads."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _refuse(name, value, "a whole number of threads, 1 or more", TypeError)
+    if value < 1:
+        raise _refuse(name, value, "a whole number of threads, 1 or more")
+    return value
+
+
+def default_directory() -> Path:
+    """Where this node's default cache is."""
+    configured = config.get("directory")
+    return Path(configured).expanduser() if configured else user_cache_path("xzcache", appauthor=False)
+
+
+def chosen_max_size() -> int | Unset | None:
+    """The bound that somebody configured, or `UNSET` where the configuration still says the default.
+
+    A directory remembers its bound; the mere default must not shrink one that was given more.
+    """
+    value = config.get("max_size")
+    return UNSET if value == DEFAULTS["max_size"] else parse_size("max_size", value)

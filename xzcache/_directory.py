@@ -1,0 +1,140 @@
+"""A cache directory, as every process on the machine shares it: the blocking whole, made of its parts.
+
+Nothing here raises for the cache's own sake: trouble is counted, logged once, and answered with "not here" or "not
+stored".
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from xzcache import _files as files
+from xzcache import _recovery as recovery
+from xzcache._books import Books
+from xzcache._index import Totals
+from xzcache._keeper import Keeper
+from xzcache._publisher import Publisher
+from xzcache._reader import Reader
+from xzcache._space import Recency, Space
+from xzcache._writes import Writes
+
+if TYPE_CHECKING:
+    from xzcache._books import Membership
+    from xzcache._config import Unset
+
+
+class CacheDirectory:
+    """One cache directory; each process has one object of it.
+
+    Parameters
+    ----------
+    root : str
+        The real path of the directory. Nothing is made before it is needed.
+    max_size : int, None or UNSET
+        The bound in bytes, None for none; UNSET keeps the one that the directory has.
+    default_max_size : int or None
+        The bound of a directory that is new.
+    min_free : float or int
+        What to leave free of the file system: a fraction or bytes.
+    lock_timeout : float
+        Seconds to wait for the lock of the index.
+
+    Attributes
+    ----------
+    reader, publisher, writes, space
+        The parts: what they do with the directory they do for all processes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        max_size: int | Unset | None,
+        default_max_size: int | None,
+        min_free: float | int,
+        lock_timeout: float,
+    ) -> None:
+        self.root = root
+        self.books = Books(root, lock_timeout)
+        self._min_free = min_free
+        self._start(max_size, default_max_size)
+
+    def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
+        self.recency = Recency()
+        self.keeper = Keeper(self.books, max_size, default_max_size)
+        self.space = Space(self.books, self.recency, self._min_free)
+        folds = files.folds_case(self.books.meta)
+        self.reader = Reader(self.keeper, folds=folds)
+        self.publisher = Publisher(self.keeper, self.space, folds=folds)
+        self.writes = Writes(self.keeper, self.space, self.publisher, self.reader)
+        self._prepared: Membership | None = None
+        self._preparing = threading.Lock()
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` has nothing to do; never waits."""
+        return self._prepared is not None and self._prepared is self.books.current
+
+    def prepare(self) -> bool:
+        """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
+        with self._preparing:
+            return self.is_prepared or self.keeper.attempt(self._prepare, False)
+
+    def _prepare(self) -> bool:
+        recovery.recover(self.books)
+        self.keeper.apply_bound()
+        self.space.fit()
+        self._prepared = self.books.current
+        return True
+
+    def set_bound(self, max_size: int | None) -> None:
+        """Ask for another bound, for all processes; a smaller one evicts at the next use."""
+        if self.keeper.bound != max_size:
+            self.keeper.bound = max_size
+            self._prepared = None
+
+    def flush(self) -> None:
+        """Tell the index of the latest uses."""
+        if self.recency:
+            self.keeper.attempt(self._flush, None)
+
+    def _flush(self) -> None:
+        with self.books.section() as (_, index):
+            self.recency.tell(index)
+
+    def totals(self) -> Totals:
+        """What the directory holds; zeros where it cannot be asked."""
+        return self.keeper.attempt(self._totals, Totals(0, 0, 0, 0, None))
+
+    def _totals(self) -> Totals:
+        with self.books.section() as (_, index):
+            return index.totals()
+
+    def share(self, namespace: str) -> tuple[int, int]:
+        """Number and bytes of the entries of one source."""
+        return self.keeper.attempt(lambda: self._share(namespace), (0, 0))
+
+    def _share(self, namespace: str) -> tuple[int, int]:
+        with self.books.section() as (_, index):
+            return index.share(namespace)
+
+    def odd_keys(self, prefix: str) -> list[str]:
+        """Keys beneath a prefix whose files do not lie at the key."""
+        return self.keeper.attempt(lambda: self._odd_keys(prefix), [])
+
+    def _odd_keys(self, prefix: str) -> list[str]:
+        with self.books.section() as (_, index):
+            return index.odd_keys(prefix)
+
+    def close(self) -> None:
+        """Tell the index of the latest uses and give the lease back. The next use joins again."""
+        if self.books.current is not None:
+            self.flush()
+            self.books.close()
+        self._prepared = None
+
+    def after_fork_in_child(self) -> None:
+        """Start anew, with the settings of the parent and nothing else of it."""
+        self.books.after_fork_in_child()
+        self._start(self.keeper.bound, self.keeper.default_bound)

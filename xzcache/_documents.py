@@ -1,0 +1,89 @@
+"""Zarr's metadata documents: which keys they are, which arrays they describe, and whether those changed."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple
+
+DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
+
+FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
+"""The Zarr format whose arrays are described by a document of this name."""
+
+
+def is_document(key: str) -> bool:
+    """Whether a key is a metadata document, of Zarr format 2 or 3."""
+    return key.rpartition("/")[2] in DOCUMENTS
+
+
+class Description(NamedTuple):
+    """What a document says of the arrays of its hierarchy."""
+
+    arrays: dict[str, bytes]
+    """For each array, by its path, the Zarr format and a digest of its description."""
+    complete_beneath: str | None
+    """The path beneath which there are no other arrays (the document is consolidated); None where it does not say."""
+
+
+def describe(key: str, document: bytes | None) -> Description:
+    """The arrays that a document describes.
+
+    Parameters
+    ----------
+    key : str
+        The key of the document.
+    document : bytes or None
+        Its contents; None where the source has none.
+
+    Notes
+    -----
+    The attributes of a Zarr format 3 array are part of its document: changing them counts as a change of the array,
+    because a writer that appends commonly does both. Consolidated and single documents of an array give one digest, so
+    that opening a dataset either way does not look like a change.
+    """
+    path, _, name = key.rpartition("/")
+    content = _parse(document)
+    if name == "zarr.json":
+        if content.get("node_type") == "array":
+            return Description({path: FORMAT_OF[name] + _digest(content)}, None)
+        consolidated = _mapping(content.get("consolidated_metadata")).get("metadata")
+        if isinstance(consolidated, dict):
+            nodes = {_join(path, child): doc for child, doc in consolidated.items() if isinstance(doc, dict)}
+            arrays = {node: b"3" + _digest(doc) for node, doc in nodes.items() if doc.get("node_type") == "array"}
+            return Description(arrays, path)
+    elif name == ".zarray" and content:
+        return Description({path: FORMAT_OF[name] + _digest(content)}, None)
+    elif name == ".zmetadata" and content:
+        nodes = _mapping(content.get("metadata"))
+        arrays = {
+            _join(path, child.removesuffix(".zarray").rstrip("/")): b"2" + _digest(doc)
+            for child, doc in nodes.items()
+            if child.rpartition("/")[2] == ".zarray"
+        }
+        return Description(arrays, path)
+    return Description({}, None)
+
+
+def says_absent(key: str, known: bytes) -> bool:
+    """Whether the absence of a document means that an array is gone, given what is known of that array."""
+    return known.startswith(FORMAT_OF.get(key.rpartition("/")[2], b"none"))
+
+
+def _parse(document: bytes | None) -> dict[str, Any]:
+    try:
+        return _mapping(json.loads(document)) if document is not None else {}
+    except ValueError:
+        return {}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _join(path: str, child: str) -> str:
+    return f"{path}/{child}".strip("/")
+
+
+def _digest(content: object) -> bytes:
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()

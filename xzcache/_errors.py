@@ -1,0 +1,32 @@
+"""What can go wrong inside the cache itself.
+
+None of these reaches somebody who reads data: a read that meets one is served from the source.
+
+    CacheFault
+    ├── Busy       another process held the guard, or rebuilds, for longer than we wait
+    ├── Damaged    the index is not ours, not whole, or gone
+    ├── NoRoom     the bound, the free-disk reserve or the disk itself leaves no space
+    └── Unusable   the directory cannot be opened for writing
+"""
+
+from __future__ import annotations
+
+
+class CacheFault(Exception):
+    """Base of all trouble with the cache itself."""
+
+
+class Busy(CacheFault):
+    """Somebody else held a lock for longer than this process was willing to wait."""
+
+
+class Damaged(CacheFault):
+    """The index cannot be trusted; it has to be rebuilt."""
+
+
+class NoRoom(CacheFault):
+    """There is no space that this entry may take."""
+
+
+class Unusable(CacheFault):
+    """The cache directory cannot be opened for writing."""

@@ -1,0 +1,98 @@
+"""One fetch at a time for each thing that is fetched, within a process.
+
+State: a table of what is in flight, protected by a lock that is held for a dictionary operation at a time. Futures of
+threads, not of tasks, so that several event loops can wait for the same fetch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+T = TypeVar("T")
+
+
+class HandedOver(Exception):
+    """Whoever fetched was cancelled: one of those who waited has to go on."""
+
+
+class Flight(Generic[T]):
+    """One fetch that is under way."""
+
+    def __init__(self) -> None:
+        self._future: Future[T] = Future()
+        self.waiters = 0
+
+    async def outcome(self) -> T:
+        """Wait for what the leader gets.
+
+        Raises
+        ------
+        HandedOver
+            The leader was cancelled.
+        Exception
+            What the source raised for the leader.
+        """
+        return await asyncio.shield(asyncio.wrap_future(self._future))
+
+    def land(self, result: T) -> None:
+        if not self._future.done():
+            self._future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if not self._future.done():
+            # a cancellation, a keyboard interrupt: none of the waiters' business
+            self._future.set_exception(error if isinstance(error, Exception) else HandedOver())
+            # an exception that nobody waits for is not worth a warning
+            self._future.exception()
+
+
+class Flights(Generic[T]):
+    """The fetches that are under way in this process. Safe for threads and event loops; empty after a fork."""
+
+    def __init__(self) -> None:
+        self._start()
+        _all.add(self)
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._flights: dict[Hashable, Flight[T]] = {}
+
+    def join(self, what: Hashable) -> tuple[Flight[T], bool]:
+        """The fetch of something, and whether the caller is the one who has to do it."""
+        with self._lock:
+            flight = self._flights.get(what)
+            if flight is not None:
+                flight.waiters += 1
+                return flight, False
+            flight = self._flights[what] = Flight()
+            return flight, True
+
+    def leave(self, what: Hashable, flight: Flight[T]) -> None:
+        """The leader is done, one way or the other."""
+        with self._lock:
+            if self._flights.get(what) is flight:
+                del self._flights[what]
+        flight.fail(HandedOver())
+
+    def after_fork_in_child(self) -> None:
+        self._start()
+
+
+_all: Final[weakref.WeakSet[Flights[Any]]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for flights in list(_all):
+        flights.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

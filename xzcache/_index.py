@@ -1,0 +1,321 @@
+"""The tables of the shared books, and every SQL statement on them.
+
+An `Index` is one connection to one SQLite file. It knows no lock and no file but its own: whoever calls it holds the
+guard. The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache._errors import CacheFault, Damaged, NoRoom
+from xzcache._keys import Entry, namespace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE ns(
+  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, n INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE entry(
+  id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+  odd INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, used INTEGER NOT NULL, rank INTEGER NOT NULL,
+  owner INTEGER NOT NULL, seq INTEGER NOT NULL, UNIQUE(key, start, stop));
+CREATE INDEX entry_rank ON entry(rank);
+CREATE INDEX entry_odd ON entry(key) WHERE odd = 1;
+CREATE TABLE dying(
+  id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+  odd INTEGER NOT NULL, size INTEGER NOT NULL, owner INTEGER NOT NULL);
+CREATE TABLE owner(id INTEGER PRIMARY KEY AUTOINCREMENT, lease INTEGER NOT NULL DEFAULT 0, pid INTEGER NOT NULL);
+CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE total(
+  one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
+  dying INTEGER NOT NULL, max_size INTEGER);
+INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL);
+CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
+  UPDATE total SET n = n + 1, bytes = bytes + NEW.size;
+  UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
+CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
+  UPDATE total SET n = n - 1, bytes = bytes - OLD.size;
+  UPDATE ns SET n = n - 1, bytes = bytes - OLD.size WHERE id = OLD.ns; END;
+CREATE TRIGGER dying_comes AFTER INSERT ON dying BEGIN UPDATE total SET dying = dying + NEW.size; END;
+CREATE TRIGGER dying_goes AFTER DELETE ON dying BEGIN UPDATE total SET dying = dying - OLD.size; END;
+CREATE TRIGGER lease_changes AFTER UPDATE OF lease ON owner BEGIN
+  UPDATE total SET lease = lease + NEW.lease - OLD.lease; END;
+CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = lease - OLD.lease; END;
+"""
+
+_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_SCHEMA"}
+
+
+class Totals(NamedTuple):
+    """What the directory holds and has promised; sizes in bytes."""
+
+    entries: int
+    size: int
+    lease: int
+    dying: int
+    max_size: int | None
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that may still be promised (negative after the bound was lowered); None where there is no bound."""
+        return None if self.max_size is None else self.max_size - self.size - self.lease - self.dying
+
+
+class Row(NamedTuple):
+    """One entry as the index knows it."""
+
+    id: int
+    entry: Entry
+    odd: bool
+    size: int
+    crc: int
+    used: int
+    rank: int
+    owner: int
+    seq: int
+
+
+class Dying(NamedTuple):
+    """A file that has left the index and still takes space."""
+
+    id: int
+    entry: Entry
+    odd: bool
+    size: int
+
+
+_COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq"
+
+
+def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int]) -> Row:
+    id_, key, start, stop, odd, *rest = values
+    return Row(id_, Entry(key, start, stop), bool(odd), *rest)
+
+
+def translated(error: sqlite3.Error) -> CacheFault:
+    """The cache's own word for what SQLite says."""
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name == "SQLITE_FULL":
+        return NoRoom(f"no room for the index: {error}")
+    damaged = any(name.startswith(code) for code in _DAMAGE) or "no such " in str(error)
+    if damaged or (isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)):
+        return Damaged(f"the index is damaged: {error}")
+    return CacheFault(f"the index cannot be used: {error}")
+
+
+class Index:
+    """One open index file.
+
+    Parameters
+    ----------
+    path : str
+        The SQLite file.
+    create : bool
+        Whether to make it. An index that should be there and is not is damage, never a fresh start.
+
+    Notes
+    -----
+    Not safe for threads, and no method may be called without the guard: not even reads, whose open transactions would
+    keep SQLite from truncating its log.
+    """
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        self._wal = path + "-wal"
+        self._namespaces: dict[str, int] = {}
+        mode = "rwc" if create else "rw"
+        uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
+        self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-8000"):
+                self.connection.execute(f"PRAGMA {pragma}")
+            if create:
+                self.connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+            if self.connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                raise Damaged(f"the index is not of version {VERSION}")
+        except BaseException:
+            self.connection.close()
+            raise
+        self._do = self.connection.execute
+
+    # -- transactions
+
+    def begin(self) -> None:
+        self._do("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        if self.connection.in_transaction:
+            self._do("COMMIT")
+
+    def rollback(self) -> None:
+        if self.connection.in_transaction:
+            self._do("ROLLBACK")
+
+    def checkpoint(self, wal_limit: int = 1 << 20) -> None:
+        """Fold the write-ahead log into the file once it is larger than `wal_limit` bytes."""
+        try:
+            if os.stat(self._wal).st_size > wal_limit:
+                self._do("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except FileNotFoundError:
+            pass
+
+    def close(self) -> None:
+        self.connection.close()
+
+    # -- totals
+
+    def totals(self) -> Totals:
+        return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
+
+    def set_max_size(self, max_size: int | None) -> None:
+        self._do("UPDATE total SET max_size = ?", (max_size,))
+
+    def share(self, namespace: str) -> tuple[int, int]:
+        """Number and bytes of the entries of one source."""
+        row = self._do("SELECT n, bytes FROM ns WHERE name = ?", (namespace,)).fetchone()
+        return row if row is not None else (0, 0)
+
+    # -- owners and their leases
+
+    def add_owner(self, pid: int) -> int:
+        cursor = self._do("INSERT INTO owner(pid) VALUES(?)", (pid,))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def owners(self) -> list[int]:
+        return [id_ for (id_,) in self._do("SELECT id FROM owner")]
+
+    def lease_of(self, owner: int) -> int | None:
+        row = self._do("SELECT lease FROM owner WHERE id = ?", (owner,)).fetchone()
+        return None if row is None else row[0]
+
+    def change_lease(self, owner: int, by: int) -> None:
+        self._do("UPDATE owner SET lease = lease + ? WHERE id = ?", (by, owner))
+
+    def drop_owner(self, owner: int) -> None:
+        self._do("DELETE FROM owner WHERE id = ?", (owner,))
+
+    def number_owners_from(self, last: int) -> None:
+        """Give the next owner a number above `last`."""
+        self._do("DELETE FROM sqlite_sequence WHERE name = 'owner'")
+        self._do("INSERT INTO sqlite_sequence(name, seq) VALUES('owner', ?)", (last,))
+
+    # -- entries
+
+    def find(self, entry: Entry) -> Row | None:
+        row = self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ? AND start = ? AND stop = ?", entry).fetchone()
+        return None if row is None else _row(row)
+
+    def add(self, entry: Entry, *, odd: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
+        self._do(
+            "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq) "
+            "VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._namespace(entry.key), *entry, odd, size, crc, used, used, owner, seq),
+        )
+
+    def _namespace(self, key: str) -> int:
+        name = namespace_of(key)
+        id_ = self._namespaces.get(name)
+        if id_ is None:
+            self._do("INSERT OR IGNORE INTO ns(name) VALUES(?)", (name,))
+            id_ = int(self._do("SELECT id FROM ns WHERE name = ?", (name,)).fetchone()[0])
+            self._namespaces[name] = id_
+        return id_
+
+    def forget_uncommitted(self) -> None:
+        """After a rollback, what was remembered of the transaction is not true."""
+        self._namespaces.clear()
+
+    def remove(self, id_: int) -> None:
+        self._do("DELETE FROM entry WHERE id = ?", (id_,))
+
+    def touch(self, uses: Mapping[Entry, int]) -> None:
+        """Record the last use of entries, in ns since the epoch; those that are gone are passed over."""
+        self.connection.executemany(
+            "UPDATE entry SET used = max(used, ?) WHERE key = ? AND start = ? AND stop = ?",
+            [(used, *entry) for entry, used in uses.items()],
+        )
+
+    def by_rank(self, limit: int) -> list[Row]:
+        """The entries of lowest rank, lowest first."""
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry ORDER BY rank LIMIT ?", (limit,))]
+
+    def set_rank(self, ranks: Iterable[tuple[int, int]]) -> None:
+        """Set `(rank, id)` pairs."""
+        self.connection.executemany("UPDATE entry SET rank = ? WHERE id = ?", ranks)
+
+    def of_key(self, key: str) -> list[Row]:
+        """The whole object and all byte ranges of one key."""
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ?", (key,))]
+
+    def beneath(self, prefix: str, limit: int) -> list[Row]:
+        """Entries whose key begins with ``prefix + "/"``; every entry for an empty prefix."""
+        where, bounds = _range_of(prefix)
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry{where} LIMIT ?", (*bounds, limit))]
+
+    def in_flight(self, owner: int, numbers: Iterable[int]) -> list[Row]:
+        """Entries whose file may still lie among the owner's files in flight, under one of these numbers."""
+        wanted = set(numbers)
+        if not wanted:
+            return []
+        # a scan, but only for a process that died between two steps of a publication
+        rows = (_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE owner = ?", (owner,)))
+        return [row for row in rows if row.seq in wanted]
+
+    def odd_keys(self, prefix: str) -> list[str]:
+        """Whole objects beneath a prefix that do not lie at their own key."""
+        where, bounds = _range_of(prefix)
+        where = f"{where} AND" if where else " WHERE"
+        query = f"SELECT key FROM entry{where} odd = 1 AND start = 0 AND stop = -1"
+        return [key for (key,) in self._do(query, bounds)]
+
+    def rows(self) -> Iterator[Row]:
+        for row in self._do(f"SELECT {_COLUMNS} FROM entry"):
+            yield _row(row)
+
+    # -- files that are on their way out
+
+    def add_dying(self, row: Row, owner: int) -> Dying:
+        cursor = self._do(
+            "INSERT INTO dying(key, start, stop, odd, size, owner) VALUES(?, ?, ?, ?, ?, ?)",
+            (*row.entry, row.odd, row.size, owner),
+        )
+        assert cursor.lastrowid is not None
+        return Dying(cursor.lastrowid, row.entry, row.odd, row.size)
+
+    def dying_of(self, owner: int) -> list[Dying]:
+        rows = self._do("SELECT id, key, start, stop, odd, size FROM dying WHERE owner = ?", (owner,))
+        return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+
+    def drop_dying(self, ids: Iterable[int]) -> None:
+        self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
+
+    # -- the documents under which the entries of an array were filled
+
+    def node(self, path: str) -> bytes | None:
+        row = self._do("SELECT digest FROM node WHERE path = ?", (path,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def set_node(self, path: str, digest: bytes) -> None:
+        self._do("INSERT OR REPLACE INTO node(path, digest) VALUES(?, ?)", (path, digest))
+
+    def nodes_beneath(self, prefix: str) -> list[str]:
+        """Paths of the nodes beneath a path."""
+        where, bounds = _range_of(prefix, column="path")
+        return [path for (path,) in self._do(f"SELECT path FROM node{where}", bounds)]
+
+    def drop_nodes(self, prefix: str) -> None:
+        """Forget the node at a path and all nodes beneath it."""
+        where, bounds = _range_of(prefix, column="path")
+        self._do(f"DELETE FROM node{where}", bounds)
+        self._do("DELETE FROM node WHERE path = ?", (prefix,))
+
+
+def _range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
+    # "0" is the character after "/": together they enclose whatever begins with the prefix and a slash
+    return (f" WHERE {column} >= ? AND {column} < ?", (prefix + "/", prefix + "0")) if prefix else ("", ())

@@ -1,0 +1,84 @@
+"""Keeps the books usable: repairs a damaged index, counts what goes wrong, says it once, and never raises it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+from xzcache import _recovery as recovery
+from xzcache._config import Unset
+from xzcache._errors import CacheFault, Damaged, NoRoom
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xzcache._books import Books
+
+logger = logging.getLogger("xzcache")
+
+T = TypeVar("T")
+
+
+class Keeper:
+    """Does things with the shared books on behalf of reads that must not fail.
+
+    Parameters
+    ----------
+    books : Books
+    bound : int, None or UNSET
+        The bound in bytes that was asked for, None for none.
+    default_bound : int or None
+        The bound of a directory that does not know one yet.
+
+    Attributes
+    ----------
+    troubles : int
+        How often the cache itself failed, in this process.
+    """
+
+    def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None) -> None:
+        self.books = books
+        self.bound = bound
+        self.default_bound = default_bound
+        self.troubles = 0
+        self._told: set[tuple[type[BaseException], int | None]] = set()
+
+    def attempt(self, action: Callable[[], T], otherwise: T) -> T:
+        """Do something with the books, rebuilding a damaged index; `otherwise` where it cannot be done."""
+        try:
+            try:
+                return action()
+            except Damaged as damage:
+                self._rebuild(damage)
+                return action()
+        except (CacheFault, OSError) as error:
+            self.trouble(error)
+            return otherwise
+
+    def _rebuild(self, damage: Damaged) -> None:
+        generation = self.books.member().generation
+        if generation:
+            logger.warning("%s; making a new index of %s", damage, self.books.root)
+        bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
+        recovery.rebuild(self.books, generation, bound)
+
+    def apply_bound(self) -> None:
+        """Make the bound that was asked for the bound of the directory."""
+        if isinstance(self.bound, Unset):
+            return
+        with self.books.section() as (_, index):
+            if index.totals().max_size == self.bound:
+                return
+            index.set_max_size(self.bound)
+            index.commit()
+            self.books.write_note("max_size", recovery.UNBOUNDED if self.bound is None else str(self.bound))
+
+    def trouble(self, error: BaseException) -> None:
+        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong."""
+        if isinstance(error, NoRoom):
+            return
+        self.troubles += 1
+        kind = (type(error), getattr(error, "errno", None))
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)

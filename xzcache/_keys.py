@@ -1,0 +1,128 @@
+"""Which bytes an entry holds, and where in the cache directory it lies.
+
+An entry is `(key, start, stop)`. Its key is the namespace of the source and the Zarr key, joined by a slash.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+
+META: Final = ".xzcache"
+"""The one name in a cache directory that is ours alone."""
+
+END: Final = -1
+"""A `stop` of END reads to the end of the object; a negative `start` counts back from there."""
+
+_LONGEST_COMPONENT: Final = 255
+_LONGEST_PATH: Final = 3000
+_RESERVED: Final = re.compile(r'[<>:"\\|?*\x00-\x1f]|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)|[. ](/|$)', re.I)
+_SLOTS: Final = 62
+
+
+class Entry(NamedTuple):
+    """One immutable cached value: the whole of an object, or one byte range of it."""
+
+    key: str
+    start: int = 0
+    stop: int = END
+
+    @property
+    def is_whole(self) -> bool:
+        return self.start == 0 and self.stop == END
+
+    @property
+    def whole(self) -> Entry:
+        return self if self.is_whole else Entry(self.key)
+
+    def digest(self) -> bytes:
+        """16 bytes that stand for this entry wherever its name would be too long."""
+        return blake2b(f"{self.key}\0{self.start}\0{self.stop}".encode(), digest_size=16).digest()
+
+    def lock_offset(self) -> int:
+        """The byte of the lock files that stands for this entry."""
+        return int.from_bytes(self.digest()[:8], "little") & ((1 << _SLOTS) - 1)
+
+
+def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:
+    """`(start, stop)` of a Zarr byte request; None for one that makes no sense, which is the source's to answer."""
+    if byte_range is None:
+        return 0, END
+    if isinstance(byte_range, RangeByteRequest):
+        start, stop = byte_range.start, byte_range.end
+        return (start, stop) if 0 <= start <= stop else None
+    if isinstance(byte_range, OffsetByteRequest):
+        return (byte_range.offset, END) if byte_range.offset >= 0 else None
+    if isinstance(byte_range, SuffixByteRequest):
+        return (-byte_range.suffix, END) if byte_range.suffix > 0 else None
+    raise TypeError(f"Unexpected byte_range, got {byte_range!r}.")
+
+
+def clip(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The absolute `(first, last + 1)` of a span within an object of `size` bytes."""
+    if start < 0:
+        start = max(0, size + start)
+    stop = size if stop == END else min(stop, size)
+    return min(start, size), max(stop, min(start, size))
+
+
+def is_cacheable(key: str) -> bool:
+    """Whether a key can be written down at all: as UTF-8, in the stamp of a file."""
+    try:
+        return len(key.encode()) <= _LONGEST_PATH
+    except UnicodeEncodeError:
+        return False
+
+
+def is_plain(key: str, *, folds: bool = False) -> bool:
+    """Whether a key may be used as a path below the cache directory, as it is.
+
+    Parameters
+    ----------
+    key : str
+    folds : bool
+        Whether the file system takes names that differ in case or Unicode form for the same.
+    """
+    # nearly every key of a Zarr array leaves here
+    if not folds and len(key) < _LONGEST_COMPONENT and key.isascii() and key.isprintable():
+        if "//" not in key and "/." not in key and key and key[0] not in "/." and key[-1] != "/" and os.name != "nt":
+            return True
+    components = key.split("/")
+    return not (
+        any(c in ("", ".", "..") or len(os.fsencode(c)) > _LONGEST_COMPONENT for c in components)
+        or "\0" in key
+        or components[0] == META
+        or (folds and (not key.isascii() or key != key.lower()))
+        or (sys.platform == "win32" and _RESERVED.search(key) is not None)
+    )
+
+
+def relative_path(entry: Entry, *, odd: bool) -> str:
+    """Where the file of an entry lies below the cache directory.
+
+    A whole object lies at its own key, so that a namespace opens as an ordinary Zarr `LocalStore`. Byte ranges of one
+    object share a directory, so that they are found without the index; `odd` keys, which cannot be paths, lie under
+    their digest.
+    """
+    if not entry.is_whole:
+        name = Entry(entry.key).digest().hex()
+        return f"{META}/ranges/{name[:2]}/{name}/{entry.start}_{entry.stop}"
+    if odd:
+        name = entry.digest().hex()
+        return f"{META}/odd/{name[:2]}/{name}"
+    return entry.key
+
+
+def range_directory(key: str) -> str:
+    """The directory of all byte ranges of one object."""
+    return os.path.dirname(relative_path(Entry(key, 0, 0), odd=False))
+
+
+def namespace_of(key: str) -> str:
+    """The part of an entry's key that names its source; "" for a key at the top."""
+    return key.partition("/")[0] if "/" in key else ""

@@ -1,0 +1,226 @@
+"""The locks, each with the state that it protects. Nothing in here knows what a cache is.
+
+All of them are released by the kernel when their process dies. None is ever waited for without a deadline, and no lock
+file is ever unlinked. After a fork the child closes its copies of the descriptors and never unlocks them: an unlock in
+the child would release the parent's lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from xzcache._errors import Busy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+_FIRST_PAUSE: Final = 0.0001
+_LONGEST_PAUSE: Final = 0.002
+
+
+def open_lock_file(path: str) -> int:
+    """A descriptor of a lock file, which is made where it is not there yet."""
+    return os.open(path, _FLAGS, 0o600)
+
+
+def _flock(fd: int, operation: int) -> bool:
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Guard:
+    """Mutual exclusion of all threads of all processes; protects the index, and the names of entry files.
+
+    Parameters
+    ----------
+    path : str
+        The lock file.
+    timeout : float
+        Seconds to wait before `Busy` is raised. After one such failure the guard is not waited for at all for as long
+        again, so that a stopped holder does not slow every read down.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self.fd = open_lock_file(path)
+        self._path = path
+        self._timeout = timeout
+        self._mutex = threading.Lock()
+        self._impatient_until = 0.0
+
+    def __enter__(self) -> None:
+        now = time.monotonic()
+        deadline = now if now < self._impatient_until else now + self._timeout
+        if not self._mutex.acquire(timeout=max(0.0, deadline - now)):
+            self._give_up()
+        pause = _FIRST_PAUSE
+        try:
+            while not _flock(self.fd, fcntl.LOCK_EX):
+                if time.monotonic() >= deadline:
+                    self._give_up()
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST_PAUSE)
+        except BaseException:
+            self._mutex.release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        finally:
+            self._mutex.release()
+
+    def _give_up(self) -> None:
+        self._impatient_until = time.monotonic() + self._timeout
+        raise Busy(f"{self._path} was held by somebody else for {self._timeout} s")
+
+    def is_current(self) -> bool:
+        """Whether the lock file is still the one at its path: the directory may have been removed."""
+        try:
+            there = os.stat(self._path)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(self.fd))
+
+    def before_fork(self) -> None:
+        """Keep every thread out, so that the child does not inherit a guard that is held."""
+        self._mutex.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self._mutex.release()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class StoringLock:
+    """Shared while a process writes an entry out of its lease, exclusive while the index is rebuilt.
+
+    Protects the promise that a lease is spent only under the index that granted it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = open_lock_file(path)
+        self._mutex = threading.Lock()
+        self._sharers = 0
+        self._closing = False
+
+    def try_share(self) -> bool:
+        """Join; False while a rebuild goes on."""
+        with self._mutex:
+            if self._closing or (self._sharers == 0 and not _flock(self._fd, fcntl.LOCK_SH)):
+                return False
+            self._sharers += 1
+            return True
+
+    def leave(self) -> None:
+        with self._mutex:
+            self._sharers -= 1
+            if self._sharers == 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def exclude(self, timeout: float) -> bool:
+        """Keep all sharers out; False if they did not leave in time."""
+        deadline = time.monotonic() + timeout
+        with self._mutex:
+            if self._closing:
+                return False
+            self._closing = True
+        while True:
+            with self._mutex:
+                if self._sharers == 0 and _flock(self._fd, fcntl.LOCK_EX):
+                    return True
+            if time.monotonic() >= deadline:
+                with self._mutex:
+                    self._closing = False
+                return False
+            time.sleep(_LONGEST_PAUSE)
+
+    def readmit(self) -> None:
+        with self._mutex:
+            self._closing = False
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class ByteLocks:
+    """One exclusive lock a byte, spread over a few files; each protects whatever its number stands for.
+
+    Open-file-description locks where the platform has them (Linux), else POSIX locks, which serve as well because each
+    file is opened once a process. Threads of a process do not exclude each other here.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        The lock files. The kernel searches a list per file, so thousands of locks want several.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._fds = [open_lock_file(path) for path in paths]
+
+    def try_lock(self, offset: int) -> bool:
+        try:
+            self._control(offset, fcntl.F_WRLCK)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def unlock(self, offset: int) -> None:
+        self._control(offset, fcntl.F_UNLCK)
+
+    def _control(self, offset: int, kind: int) -> None:
+        fd = self._fds[offset % len(self._fds)]
+        if hasattr(fcntl, "F_OFD_SETLK"):
+            # struct flock: type, whence, start, length, pid; native alignment, padded to a multiple of 8
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, offset, 1, 0))
+        else:
+            operation = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
+            fcntl.lockf(fd, operation, 1, offset, os.SEEK_SET)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+
+class WriteCounters:
+    """Counters in a file that tell whether a key was written since; protects the cache from fills that began before.
+
+    A slot is shared by the keys that hash to it: a false alarm costs one entry that is not cached. Bumps happen under
+    the guard; reads need no lock.
+
+    Parameters
+    ----------
+    path : str
+        The file of counters.
+    """
+
+    SLOTS: Final = 16384
+
+    def __init__(self, path: str) -> None:
+        self._fd = open_lock_file(path)
+
+    def read(self, slot: int) -> int:
+        raw = os.pread(self._fd, 8, (slot % self.SLOTS) * 8)
+        return int.from_bytes(raw, "little") if len(raw) == 8 else 0
+
+    def bump(self, slot: int) -> int:
+        """Count one write; returns the new count."""
+        count = (self.read(slot) + 1) & 0xFFFF_FFFF_FFFF_FFFF
+        os.pwrite(self._fd, count.to_bytes(8, "little"), (slot % self.SLOTS) * 8)
+        return count
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,208 @@
+"""Publishing entries: who fetches one, when it may be stored, and the order of the steps that survives a crash."""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from xzcache import _files as files
+from xzcache import _recovery as recovery
+from xzcache._errors import NoRoom
+from xzcache._keys import Entry, is_plain, namespace_of, relative_path
+from xzcache._space import recovery_due
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xzcache._books import Membership
+    from xzcache._index import Dying, Index
+    from xzcache._keeper import Keeper
+    from xzcache._space import Space
+
+
+class Ticket(NamedTuple):
+    """What the write counters said when a fill began: it may publish only while they still say so."""
+
+    member: int
+    generation: int
+    key: int
+    namespace: int
+
+
+def slot(key: str) -> int:
+    """The write counter of a key."""
+    return Entry(key).lock_offset()
+
+
+def namespace_slot(key: str) -> int:
+    """The write counter of all keys of a source."""
+    return Entry("\0" + namespace_of(key)).lock_offset()
+
+
+class Publisher:
+    """Stores entries of one cache directory.
+
+    Parameters
+    ----------
+    keeper : Keeper
+    space : Space
+    folds : bool
+        Whether the file system takes names that differ in case for the same.
+    """
+
+    def __init__(self, keeper: Keeper, space: Space, *, folds: bool) -> None:
+        self._keeper = keeper
+        self._books = keeper.books
+        self._root = keeper.books.root
+        self._space = space
+        self._folds = folds
+
+    def lead(self, entry: Entry) -> Callable[[], None] | None:
+        """Try to become the one process that fetches an entry.
+
+        Returns
+        -------
+        callable or None
+            What gives the lead up again; None while another process has it. Never waits.
+        """
+        member = self._books.current
+        if member is None:
+            return lambda: None
+        offset = entry.lock_offset()
+        try:
+            if not member.keys.try_lock(offset):
+                return None
+        except OSError as error:
+            # a lock is only there to save a fetch
+            self._keeper.trouble(error)
+            return lambda: None
+        return lambda: member.keys.unlock(offset)
+
+    def ticket(self, entry: Entry) -> Ticket | None:
+        """Take note of the writes so far, before a fetch begins. Never waits."""
+        member = self._books.current
+        if member is None:
+            return None
+        try:
+            key = member.writes.read(slot(entry.key))
+            namespace = member.writes.read(namespace_slot(entry.key))
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
+        return Ticket(id(member), member.generation, key, namespace)
+
+    # -- publishing
+
+    def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False) -> bool:
+        """Store an entry for every process, unless it was written since the ticket was taken.
+
+        Parameters
+        ----------
+        entry : Entry
+        data : bytes-like
+        ticket : Ticket or None
+            From before the bytes were fetched; None stores nothing.
+        exclusive : bool
+            Store nothing where the entry is there already.
+
+        Returns
+        -------
+        bool
+            Whether it was stored.
+        """
+        if ticket is None:
+            return False
+        return self._keeper.attempt(lambda: self._publish(entry, data, ticket, exclusive), False)
+
+    def _publish(self, entry: Entry, data: files.Data, ticket: Ticket, exclusive: bool) -> bool:
+        size = len(data)
+        with self._books.storing() as member:
+            self._space.take(member, size)
+            sequence, temporary = member.next_temporary()
+            spent = False
+            try:
+                stamp = self._write(temporary, entry, data)
+                with self._books.section() as (current, index):
+                    if current is not member or not self._is_valid(ticket, member, entry):
+                        return False
+                    if exclusive and index.find(entry) is not None:
+                        return False
+                    replaced = self._enter(member, index, entry, stamp, sequence, temporary)
+                    spent = True
+                    index.drop_dying(item.id for item in replaced)
+            finally:
+                if not spent:
+                    files.discard(temporary)
+                    member.give_back(size)
+        if recovery_due(member):
+            recovery.recover(self._books)
+        return True
+
+    def _write(self, temporary: str, entry: Entry, data: files.Data) -> files.Stamp:
+        stamp = files.stamp_of(entry, data)
+        try:
+            files.write(temporary, data, self._for_place(stamp, entry, odd=self._is_odd(entry)))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoRoom(f"the disk of {self._root} is full") from error
+            raise
+        return stamp
+
+    def _is_odd(self, entry: Entry) -> bool:
+        return entry.is_whole and not is_plain(entry.key, folds=self._folds)
+
+    @staticmethod
+    def _for_place(stamp: files.Stamp, entry: Entry, *, odd: bool) -> files.Stamp:
+        """Only a file that does not lie at its own key has to carry it."""
+        return stamp._replace(key=entry.key) if odd or not entry.is_whole else stamp
+
+    def _is_valid(self, ticket: Ticket, member: Membership, entry: Entry) -> bool:
+        key = member.writes.read(slot(entry.key))
+        namespace = member.writes.read(namespace_slot(entry.key))
+        return ticket == Ticket(id(member), member.generation, key, namespace)
+
+    def _enter(
+        self, member: Membership, index: Index, entry: Entry, stamp: files.Stamp, sequence: int, temporary: str
+    ) -> list[Dying]:
+        """Give an entry its row, then its file its name; returns what it replaced, which is unlinked by then."""
+        odd = self._is_odd(entry)
+        if entry.is_whole and not odd and files.blocked(self._path(entry, odd=False)):
+            odd = True
+            files.restamp(temporary, self._for_place(stamp, entry, odd=True))
+        old = index.find(entry)
+        replaced = []
+        if old is not None:
+            index.remove(old.id)
+            replaced.append(index.add_dying(old, member.owner))
+        used = time.time_ns()
+        index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=sequence)
+        index.change_lease(member.owner, -stamp.size)
+        self._space.trim_lease(member, index)
+        self._space.recency.tell(index)
+        try:
+            self._commit_and_reveal(index, temporary, self._path(entry, odd=odd))
+        except OSError:
+            self._undo(member, index, entry, stamp.size)
+            raise
+        if old is not None and old.odd != odd:
+            files.discard(self._path(entry, odd=old.odd))
+        return replaced
+
+    @staticmethod
+    def _commit_and_reveal(index: Index, temporary: str, path: str) -> None:
+        """In this order: a row whose file has no name yet is finished by the next process, a file without a row is lost."""
+        index.commit()
+        files.move(temporary, path)
+
+    @staticmethod
+    def _undo(member: Membership, index: Index, entry: Entry, size: int) -> None:
+        """Take a row back whose file could not be given its name."""
+        index.begin()
+        if (row := index.find(entry)) is not None:
+            index.remove(row.id)
+        index.change_lease(member.owner, size)
+        index.commit()
+
+    def _path(self, entry: Entry, *, odd: bool) -> str:
+        return f"{self._root}/{relative_path(entry, odd=odd)}"

@@ -1,0 +1,179 @@
+"""Finding entries by their path, and never handing out bytes that are not what was stored."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache import _files as files
+from xzcache._errors import Damaged
+from xzcache._keys import Entry, is_plain, namespace_of, relative_path
+
+if TYPE_CHECKING:
+    from xzcache._index import Row
+    from xzcache._keeper import Keeper
+
+_REMEMBERED: Final = 65536
+
+
+class Found(NamedTuple):
+    """The open file of an entry."""
+
+    entry: Entry
+    path: str
+    opened: files.Opened
+    known: bool
+    """Whether this process has checked this very file before."""
+
+    @property
+    def size(self) -> int:
+        return self.opened.size
+
+
+class Reader:
+    """Reads the entries of one cache directory, without a look at the index.
+
+    Parameters
+    ----------
+    keeper : Keeper
+    folds : bool
+        Whether the file system takes names that differ in case for the same.
+
+    Attributes
+    ----------
+    distrusted : set of str
+        Namespaces in which something could not be made invisible after a write: nothing of theirs is read.
+
+    Notes
+    -----
+    Safe for threads. That a file was checked is remembered by its inode, modification time and size, for a bounded
+    number of files.
+    """
+
+    def __init__(self, keeper: Keeper, *, folds: bool) -> None:
+        self._keeper = keeper
+        self._root = keeper.books.root
+        self._folds = folds
+        self._checked: dict[str, tuple[int, int, int]] = {}
+        self.distrusted: set[str] = set()
+
+    def find(self, entry: Entry) -> Found | None:
+        """Open the file that holds an entry, or the whole object of a byte range.
+
+        A file that this process has not checked yet may still turn out to be damaged: `read` tells.
+        """
+        if self.distrusted and namespace_of(entry.key) in self.distrusted:
+            return None
+        try:
+            found = self._open(entry.whole)
+            if found is None and not entry.is_whole:
+                found = self._open(entry)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
+        return found
+
+    def _open(self, entry: Entry) -> Found | None:
+        odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
+        path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
+        try:
+            opened = files.open_file(path)
+        except (NotADirectoryError, IsADirectoryError):
+            # the path is taken by something else, so the entry may lie under its digest
+            path = self._path(entry, odd=True)
+            opened = files.open_file(path)
+        if opened is None:
+            return None
+        known = self._checked.get(path) == (opened.inode, opened.mtime_ns, opened.size)
+        if not known and not odd and entry.is_whole and files.read_stamp(opened.fd) is None:
+            # a file of somebody else's keeps ours from its place, or this file system has no stamps
+            elsewhere = files.open_file(self._path(entry, odd=True))
+            if elsewhere is not None:
+                os.close(opened.fd)
+                path, opened = self._path(entry, odd=True), elsewhere
+                known = self._checked.get(path) == (opened.inode, opened.mtime_ns, opened.size)
+        return Found(entry, path, opened, known)
+
+    def _path(self, entry: Entry, *, odd: bool) -> str:
+        return f"{self._root}/{relative_path(entry, odd=odd)}"
+
+    def read(self, found: Found, first: int, last: int) -> memoryview | None:
+        """Bytes of a file that was found, which is closed; None where they are not what was stored.
+
+        The whole file is checked against its checksum the first time this process sees it.
+        """
+        try:
+            if found.known:
+                return files.read(found.opened.fd, first, last)
+            data = files.read(found.opened.fd, 0, found.size)
+            return self._checked_part(found, data, first, last)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
+        finally:
+            os.close(found.opened.fd)
+
+    def read_now(self, found: Found, first: int, last: int) -> tuple[bool, memoryview | None]:
+        """As `read`, if that needs no waiting: else `(False, None)`, and the file stays open."""
+        if not found.known:
+            if files.read_stamp(found.opened.fd) is None:
+                return False, None
+            data = files.read_resident(found.opened.fd, 0, found.size)
+        else:
+            data = files.read_resident(found.opened.fd, first, last)
+        if data is None:
+            return False, None
+        try:
+            return True, data if found.known else self._checked_part(found, data, first, last)
+        finally:
+            os.close(found.opened.fd)
+
+    def _checked_part(self, found: Found, data: memoryview | None, first: int, last: int) -> memoryview | None:
+        if data is None or not self._is_sound(found, data):
+            return None
+        if len(self._checked) >= _REMEMBERED:
+            with suppress(KeyError, StopIteration, RuntimeError):
+                del self._checked[next(iter(self._checked))]
+        self._checked[found.path] = (found.opened.inode, found.opened.mtime_ns, found.opened.size)
+        return data[first:last]
+
+    def _is_sound(self, found: Found, data: memoryview) -> bool:
+        stamp = files.read_stamp(found.opened.fd)
+        if stamp is not None:
+            sound = stamp.size == found.size and stamp.digest == found.entry.digest()
+            expected = stamp.crc
+        elif files.ours(found.path) is False:
+            return False
+        else:
+            row = self._keeper.attempt(lambda: self._row(found.entry), None)
+            sound = row is not None and row.size == found.size
+            expected = row.crc if row is not None else -1
+        if sound and files.checksum(data) == expected:
+            return True
+        self._keeper.trouble(Damaged(f"{found.path} is not what was stored there"))
+        return False
+
+    def is_foreign(self, found: Found) -> bool:
+        """Whether a file that was found is not one of the cache's."""
+        if found.known:
+            return False
+        ours = files.ours(found.path)
+        if ours is None:
+            return self._keeper.attempt(lambda: self._row(found.entry), None) is None
+        return not ours
+
+    def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
+        """Bytes of somebody else's file, as they are; it is closed."""
+        try:
+            return files.read(found.opened.fd, first, last)
+        finally:
+            os.close(found.opened.fd)
+
+    def close(self, found: Found) -> None:
+        """Let go of a file that is not to be read."""
+        os.close(found.opened.fd)
+
+    def _row(self, entry: Entry) -> Row | None:
+        with self._keeper.books.section() as (_, index):
+            return index.find(entry)

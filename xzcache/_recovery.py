@@ -1,0 +1,192 @@
+"""What the next process does for one that died, and what anyone does for an index that was damaged."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from xzcache import _files as files
+from xzcache._errors import Busy, CacheFault
+from xzcache._index import Index
+from xzcache._keys import END, Entry, relative_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from xzcache._books import Books, Membership
+    from xzcache._index import Dying
+
+_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db")
+UNBOUNDED: Final = "none"
+
+
+def recover(books: Books) -> None:
+    """Finish or undo what dead processes were doing, and take their leases back.
+
+    A process is dead when its byte of the owners' file can be locked: no pid is looked at, so pid namespaces and
+    recycled numbers do not matter, and a stopped process counts as alive. Everything here may itself be killed and done
+    again by the next.
+    """
+    with books.section() as (member, index):
+        for owner in index.owners():
+            if owner != member.owner and member.owners.try_lock(owner):
+                try:
+                    _bury_owner(books, index, owner)
+                    index.commit()
+                    index.begin()
+                finally:
+                    member.owners.unlock(owner)
+                shutil.rmtree(f"{books.meta}/tmp/{owner}", ignore_errors=True)
+        _sweep(books, member, index)
+
+
+def _bury_owner(books: Books, index: Index, owner: int) -> None:
+    directory = f"{books.meta}/tmp/{owner}"
+    for row in index.in_flight(owner, _numbers_in(directory)):
+        # its row was committed, so the entry is whole: all that is missing is its name
+        with suppress(FileNotFoundError):
+            files.move(f"{directory}/{row.seq}", f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
+    files.empty(directory)
+    dying = index.dying_of(owner)
+    finish(books, index, dying)
+    index.drop_dying(item.id for item in dying)
+    index.drop_owner(owner)
+
+
+def _numbers_in(directory: str) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(directory) if name.isdecimal()]
+    except FileNotFoundError:
+        return []
+
+
+def finish(books: Books, index: Index, dying: Iterable[Dying]) -> None:
+    """Unlink files whose rows are gone, wherever between the two their owner got to."""
+    for item in dying:
+        trash = f"{books.meta}/trash/{item.id}"
+        if os.path.exists(trash):
+            files.discard(trash)
+        elif index.find(item.entry) is None:
+            path = f"{books.root}/{relative_path(item.entry, odd=item.odd)}"
+            stamp = files.read_stamp(path)
+            # a file without our stamp at that path may have come later, from somebody else
+            if stamp is not None and stamp.digest == item.entry.digest():
+                files.discard(path)
+                files.prune(path, books.root)
+
+
+def _sweep(books: Books, member: Membership, index: Index) -> None:
+    """Remove directories of files in flight that no owner's row speaks of."""
+    known = {str(owner) for owner in index.owners()}
+    for name in os.listdir(f"{books.meta}/tmp"):
+        if name not in known and (not name.isdecimal() or member.owners.try_lock(int(name))):
+            shutil.rmtree(f"{books.meta}/tmp/{name}", ignore_errors=True)
+            if name.isdecimal():
+                member.owners.unlock(int(name))
+
+
+def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
+    """Make a new index from the entry files, unless another process has done so already.
+
+    Parameters
+    ----------
+    books : Books
+    damaged : int
+        The generation that was found damaged.
+    max_size : int or None
+        The bound of a directory that does not remember its own.
+
+    Raises
+    ------
+    Busy
+        A process that writes an entry did not finish in time (it may be stopped).
+    """
+    member = books.member()
+    if not member.storing.exclude(books.timeout):
+        raise Busy("an entry is being written, so the index cannot be rebuilt now")
+    try:
+        with books.guarded() as current:
+            if current is not member or member.read_generation() != damaged:
+                return
+            numbers = [int(m[1]) for name in os.listdir(books.meta) if (m := _INDEX_FILE.fullmatch(name))]
+            generation = max([damaged, *numbers]) + 1
+            try:
+                _build(books, member, generation, _remembered_bound(books, max_size))
+            except (sqlite3.Error, OSError) as error:
+                _remove_index(books, generation)
+                raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
+            # from here on, everybody who enters the guard sees the new index
+            member.write_generation(generation)
+            for number in numbers:
+                _remove_index(books, number)
+    finally:
+        member.storing.readmit()
+
+
+def _remembered_bound(books: Books, max_size: int | None) -> int | None:
+    note = books.read_note("max_size")
+    if note == UNBOUNDED:
+        return None
+    return int(note) if note and note.isdecimal() else max_size
+
+
+def _remove_index(books: Books, generation: int) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(OSError):
+            os.unlink(f"{books.meta}/index-{generation}.db{suffix}")
+
+
+def _build(books: Books, member: Membership, generation: int, max_size: int | None) -> None:
+    # a name that was used before might meet a stale log of that name
+    _remove_index(books, generation)
+    last = max([0, member.owner, *_numbers_in(f"{books.meta}/tmp")])
+    files.empty(f"{books.meta}/tmp")
+    files.empty(f"{books.meta}/trash")
+    index = Index(member.index_path(generation), create=True)
+    try:
+        index.begin()
+        index.number_owners_from(last)
+        index.set_max_size(max_size)
+        for path, entry, stamp, odd in _stamped(books):
+            status = os.stat(path)
+            if status.st_size == stamp.size and index.find(entry) is None:
+                index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=status.st_mtime_ns, owner=0, seq=0)
+            else:
+                files.discard(path)
+        _shrink(books, index)
+        index.commit()
+        index.checkpoint(0)
+    finally:
+        index.close()
+
+
+def _stamped(books: Books) -> Iterator[tuple[str, Entry, files.Stamp, bool]]:
+    """Every file that bears our stamp and lies where that entry belongs."""
+    for path in files.walk(books.root):
+        stamp = files.read_stamp(path)
+        entry = Entry(os.path.relpath(path, books.root).replace(os.sep, "/"), 0, END)
+        if stamp is not None and stamp.digest == entry.digest():
+            yield path, entry, stamp, False
+    for place in ("odd", "ranges"):
+        for path in files.walk(f"{books.meta}/{place}"):
+            stamp = files.read_stamp(path)
+            if stamp is None or path != f"{books.root}/{relative_path(stamp.entry, odd=place == 'odd')}":
+                # nobody else puts files here
+                files.discard(path)
+            else:
+                yield path, stamp.entry, stamp, place == "odd"
+
+
+def _shrink(books: Books, index: Index) -> None:
+    room = index.totals().room
+    while room is not None and room < 0:
+        for row in index.by_rank(256):
+            files.discard(f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
+            index.remove(row.id)
+            room += row.size
+            if room >= 0:
+                break

@@ -1,0 +1,143 @@
+"""One source's part of a cache directory: the thin skin that takes blocking work off the event loop."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from xzcache import _pool as pool
+from xzcache._flights import Flights
+from xzcache._keys import Entry, clip, is_cacheable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xzcache._config import Age
+    from xzcache._directory import CacheDirectory
+    from xzcache._files import Data
+    from xzcache._publisher import Ticket
+
+_INLINE: Final = 1 << 20
+"""Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
+
+_flights: Final[Flights[memoryview | None]] = Flights()
+
+
+class SharedBackend:
+    """The entries of one namespace of a cache directory.
+
+    Parameters
+    ----------
+    directory : CacheDirectory
+    namespace : str
+        The one path component under which the entries of this source lie.
+    """
+
+    flights = _flights
+
+    def __init__(self, directory: CacheDirectory, namespace: str) -> None:
+        self.directory = directory
+        self.namespace = namespace
+
+    def entry(self, key: str, start: int, stop: int) -> Entry | None:
+        """The entry of a span of an object; None for a key that cannot be cached."""
+        full = f"{self.namespace}/{key}"
+        return Entry(full, start, stop) if is_cacheable(full) else None
+
+    async def prepare(self) -> None:
+        """Open the directory, where that was not done yet."""
+        if not self.directory.is_prepared:
+            await pool.run(self.directory.prepare)
+
+    async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
+        reader = self.directory.reader
+        found = reader.find(entry)
+        if found is None:
+            return None
+        if max_age != "infinity" and not 0 <= time.time() - found.opened.mtime_ns / 1e9 < max_age:
+            reader.close(found)
+            return None
+        first, last = 0, found.size
+        if found.entry != entry:
+            first, last = clip(entry.start, entry.stop, found.size)
+        if (last - first if found.known else found.size) <= _INLINE:
+            done, data = reader.read_now(found, first, last)
+            if not done:
+                data = await pool.run(reader.read, found, first, last)
+        else:
+            data = await pool.run(reader.read, found, first, last)
+        if data is not None and self.directory.recency.note(found.entry):
+            pool.submit(self.directory.flush)
+        return data
+
+    def lead(self, entry: Entry) -> Callable[[], None] | None:
+        """Try to become the only process that fetches an entry; what gives that up again, or None."""
+        return self.directory.publisher.lead(entry)
+
+    def ticket(self, entry: Entry) -> Ticket | None:
+        """Take note of the writes so far, before a fetch begins."""
+        return self.directory.publisher.ticket(entry)
+
+    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None) -> bool:
+        """Store an entry, unless it was written since the ticket was taken."""
+        return await pool.run(self.directory.publisher.publish, entry, data, ticket)
+
+    async def begin(self, key: str) -> Ticket | None:
+        """Before the source of a key is written."""
+        return await pool.run(self.directory.writes.begin, f"{self.namespace}/{key}")
+
+    async def end(self, key: str, begun: Any, value: Data | None, max_size: int | None) -> None:
+        """After the source of a key was written."""
+        await pool.run(self.directory.writes.end, f"{self.namespace}/{key}", begun, value)
+
+    async def drop(self, prefix: str) -> None:
+        """Before and after all keys beneath a prefix are deleted at the source."""
+        await pool.run(self.directory.writes.drop, f"{self.namespace}/{prefix}".rstrip("/"))
+
+    async def compare(self, key: str, document: bytes | None) -> None:
+        """Drop what a metadata document of the source shows to have changed."""
+        await pool.run(self.directory.writes.compare, self.namespace, key, document)
+
+    async def note(self, key: str, document: bytes) -> None:
+        """Remember the arrays of a metadata document that was written through the cache."""
+        await pool.run(self.directory.writes.note, self.namespace, key, document)
+
+    async def clear(self) -> None:
+        """Forget all entries of this source, and no other's."""
+        await self.drop("")
+
+    def info(self) -> dict[str, Any]:
+        """What is cached of this source, and in all; sizes in bytes."""
+        self.directory.flush()
+        totals = self.directory.totals()
+        count, size = self.directory.share(self.namespace)
+        return {
+            "cache_store_type": "LockedLocalStore",
+            "current_size": size,
+            "tracked_keys": count,
+            "cached_keys": count,
+            "total_size": totals.size,
+            "total_keys": totals.entries,
+            "cache_directory": self.directory.root,
+        }
+
+    @property
+    def bound(self) -> int | None:
+        """The bound of the whole directory, in bytes."""
+        return self.directory.totals().max_size
+
+    @property
+    def evictions(self) -> int:
+        return self.directory.space.evictions
+
+    @property
+    def troubles(self) -> int:
+        return self.directory.keeper.troubles
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SharedBackend) and self.directory is other.directory and self.namespace == other.namespace
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # as mutable as the stores that it serves

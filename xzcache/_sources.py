@@ -1,0 +1,253 @@
+"""What is read: a Zarr store from whatever the user gave, and a name for it that no other source has.
+
+A source's *identity* is where its bytes come from: protocol, endpoint, account, bucket, path. It holds no credential and
+no setting that leaves the bytes alone, so that it is the same in every process and after every restart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import uuid
+import weakref
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath, WrapperStore, ZipStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
+_SECRET: Final = re.compile(r"key|secret|token|passw|credential|sas|auth|signature|session|cert|cookie|header", re.I)
+_TRANSPARENT: Final = ("zarr.storage", "zarr.testing")
+
+
+class Identity(NamedTuple):
+    """What makes a source this source."""
+
+    label: str
+    """Readable, without credentials."""
+    parts: tuple[str, ...]
+    """What tells it from all others."""
+    lasting: bool
+    """Whether another process, or a later one, would find the same bytes under it."""
+
+    @property
+    def namespace(self) -> str:
+        """A directory name that a person recognizes and no other source has."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[-80:].strip("-") or "source"
+        digest = blake2b("\0".join(self.parts).encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
+        return f"{slug}-{digest}"
+
+
+def open_source(store: Any, storage_options: Mapping[str, Any] | None, *, read_only: bool) -> Store:
+    """A Zarr store from anything that names one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the parameter, the value and what is accepted.
+    """
+    if isinstance(store, str) and ("://" in store or "::" in store) and not store.startswith("file://"):
+        options = dict(storage_options or {})
+        if urlsplit(store).scheme in ("s3", "s3a"):
+            # s3fs asks for the size of every object first, unless it is told not to split them
+            options.setdefault("max_concurrency", 1)
+        return FsspecStore.from_url(store, storage_options=options, read_only=read_only)
+    if storage_options is not None:
+        raise TypeError(
+            f"storage_options goes with a URL only: store is a {type(store).__name__}, which has its options already"
+        )
+    if isinstance(store, StorePath):
+        if store.path:
+            raise ValueError(f"store={store.path!r} is a path within a store: give the store itself")
+        return store.store
+    if isinstance(store, Store):
+        return store
+    if isinstance(store, str):
+        if not store:
+            raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
+        return LocalStore(Path(store.removeprefix("file://")), read_only=read_only)
+    if type(store).__name__ == "FSMap":
+        return FsspecStore.from_mapper(store, read_only=read_only)
+    if hasattr(store, "protocol") and hasattr(store, "fs") and hasattr(store, "path"):
+        if store.protocol in ("", "file", "local"):
+            return LocalStore(Path(store.path), read_only=read_only)
+        return FsspecStore.from_upath(store, read_only=read_only)
+    if isinstance(store, os.PathLike):
+        return LocalStore(Path(store), read_only=read_only)
+    raise TypeError(f"store={store!r} is not accepted: give {_ACCEPTED}")
+
+
+class _Remembered:
+    """Identities by object: a store keeps the one that it had when it was first seen, for its lifetime.
+
+    A store whose attributes change as it is used stays the same source; and two stores over the same dictionary are
+    one source for as long as any of them lives.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._known: dict[int, tuple[weakref.ref[Any], Identity]] = {}
+        self._shared: dict[int, tuple[set[int], str]] = {}
+
+    def of(self, store: Store, identify: Callable[[Store], Identity]) -> Identity:
+        number = id(store)
+        with self._lock:
+            known = self._known.get(number)
+            if known is not None and known[0]() is store:
+                return known[1]
+            identity = identify(store)
+            self._known[number] = (weakref.ref(store, lambda _: self._known.pop(number, None)), identity)
+            return identity
+
+    def lifetime(self, store: Store, contents: object) -> str:
+        """A token for what a store holds, for as long as a store that we know of holds it."""
+        number, holder = id(contents), id(store)
+        with self._lock:
+            holders, token = self._shared.setdefault(number, (set(), uuid.uuid4().hex))
+            if holder not in holders:
+                holders.add(holder)
+                weakref.finalize(store, self._let_go, number, holder)
+            return token
+
+    def _let_go(self, number: int, holder: int) -> None:
+        # the number may be given to other contents only after the last store has let go of these
+        with self._lock:
+            holders, _ = self._shared.get(number, (set(), ""))
+            holders.discard(holder)
+            if not holders:
+                self._shared.pop(number, None)
+
+
+_remembered: Final = _Remembered()
+
+
+def identify(store: Store) -> Identity:
+    """The identity of a source. The same object has the same one for its lifetime."""
+    return _remembered.of(store, _identify)
+
+
+def remember(store: Store, identity: Identity) -> None:
+    """Give a store the identity of the one that it is a copy of."""
+    _remembered.of(store, lambda _: identity)
+
+
+def _identify(store: Store) -> Identity:
+    source = getattr(store, "source", None)
+    if isinstance(source, Identity):
+        # a cache over a cache: what is read is what the inner one reads
+        return source
+    if isinstance(store, WrapperStore):
+        return _of_wrapper(store)
+    if isinstance(store, ZipStore):
+        return _of_zip(store)
+    if isinstance(store, LocalStore):
+        path = os.path.realpath(store.root)
+        return Identity(path, ("file", path), lasting=True)
+    if isinstance(store, MemoryStore):
+        return _of_lifetime(store, store._store_dict)
+    if isinstance(store, FsspecStore):
+        return _of_fsspec(store)
+    if type(store).__name__ == "ObjectStore" and hasattr(store, "store"):
+        return _of_obstore(store)
+    if type(store).__module__.partition(".")[0] == "icechunk" and hasattr(store, "session"):
+        return _of_icechunk(store)
+    return _of_lifetime(store, store)
+
+
+def _of_lifetime(store: Store, contents: object) -> Identity:
+    token = _remembered.lifetime(store, contents)
+    return Identity(type(store).__name__, ("lifetime", token), lasting=False)
+
+
+def _of_wrapper(store: WrapperStore[Any]) -> Identity:
+    inner = identify(store._store)
+    if type(store).__module__.startswith(_TRANSPARENT):
+        return inner
+    # it may change what passes through it, and its plain attributes may say how
+    scalars = [
+        f"{name}={value!r}"
+        for name, value in sorted(vars(store).items())
+        if name not in ("_is_open", "_read_only") and isinstance(value, str | bytes | int | float | Path)
+    ]
+    kind = f"{type(store).__module__}.{type(store).__qualname__}"
+    return Identity(inner.label, ("wrapper", kind, *scalars, *inner.parts), lasting=inner.lasting)
+
+
+def _of_zip(store: ZipStore) -> Identity:
+    path = os.path.realpath(str(store.path))
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _of_lifetime(store, store)
+    if not store.read_only:
+        return _of_lifetime(store, store)
+    return Identity(path, ("zip", path, str(status.st_size), str(status.st_mtime_ns)), lasting=True)
+
+
+def _of_fsspec(store: FsspecStore) -> Identity:
+    fs = store.fs
+    while hasattr(fs, "sync_fs"):
+        fs = fs.sync_fs
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    options = dict(getattr(fs, "storage_options", {}) or {})
+    if protocol == "memory":
+        return Identity(f"memory {store.path}", ("memory", str(os.getpid()), store.path), lasting=False)
+    where = _locating(options)
+    path = _without_secrets(str(store.path))
+    return Identity(f"{protocol} {path}", (protocol, str(store.path), *where), lasting=True)
+
+
+def _locating(options: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Options that may tell one source from another, each as text; whatever might be a credential is left out."""
+    found = []
+    for name, value in sorted(options.items()):
+        if name in ("asynchronous", "loop", "max_concurrency", "use_listings_cache", "anon", "skip_instance_cache"):
+            continue
+        if _SECRET.search(name):
+            continue
+        if isinstance(value, dict):
+            found += _locating(value, f"{prefix}{name}.")
+        elif isinstance(value, str | int | float | bool):
+            found.append(f"{prefix}{name}={value}")
+    return found
+
+
+def _of_obstore(store: Any) -> Identity:
+    inner = store.store
+    kind = type(inner).__name__
+    if kind == "MemoryStore":
+        return _of_lifetime(store, inner)
+    config = dict(getattr(inner, "config", None) or {})
+    prefix = str(getattr(inner, "prefix", None) or "")
+    if kind == "LocalStore":
+        path = os.path.realpath(prefix or "/")
+        return Identity(path, ("file", path), lasting=True)
+    url = str(getattr(inner, "url", "") or "")
+    bucket = str(config.get("bucket") or config.get("container_name") or _without_secrets(url))
+    label = f"{kind.removesuffix('Store')} {bucket} {prefix}".strip()
+    return Identity(label, (kind, url, prefix, *_locating(config)), lasting=True)
+
+
+def _of_icechunk(store: Any) -> Identity:
+    session = store.session
+    if not session.read_only:
+        # what is not committed has no name
+        return _of_lifetime(store, store)
+    snapshot = str(session.snapshot_id)
+    # snapshot ids are random, but for the first, empty one of every repository
+    return Identity(f"icechunk {snapshot}", ("icechunk", snapshot), lasting=True)
+
+
+def _without_secrets(url: str) -> str:
+    """A URL without user, password and query."""
+    parts = urlsplit(url)
+    if not parts.scheme or not parts.netloc:
+        return url.partition("?")[0]
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,224 @@
+"""The bound: who may write how many bytes, and what leaves to make room.
+
+At any instant ``bytes + leases + dying <= max_size`` in the index, and no byte is on disk that is not in that sum: a
+file is written only out of a lease, and its bytes are given back only after it is unlinked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from xzcache import _files as files
+from xzcache import _recovery as recovery
+from xzcache._errors import NoRoom
+from xzcache._eviction import least_recently_used
+from xzcache._keys import relative_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from xzcache._books import Books, Membership
+    from xzcache._index import Dying, Index, Row, Totals
+    from xzcache._keys import Entry
+
+_LARGEST_LEASE: Final = 4 << 20
+_BATCH: Final = 128
+_ATTEMPTS: Final = 8
+
+
+class Recency:
+    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction."""
+
+    def __init__(self, most: int = 256, longest: float = 5.0) -> None:
+        self._most = most
+        self._longest = longest
+        self._lock = threading.Lock()
+        self._uses: dict[Entry, int] = {}
+        self._since = 0.0
+
+    def note(self, entry: Entry) -> bool:
+        """Remember a use; True when it is time to tell the index."""
+        uses = self._uses
+        uses[entry] = time.time_ns()
+        if len(uses) == 1:
+            self._since = time.monotonic()
+            return False
+        return len(uses) >= self._most or time.monotonic() - self._since > self._longest
+
+    def tell(self, index: Index) -> None:
+        """Write what was remembered into the index."""
+        with self._lock:
+            uses, self._uses = self._uses, {}
+        if uses:
+            index.touch(uses)
+
+    def __bool__(self) -> bool:
+        return bool(self._uses)
+
+
+class Space:
+    """Takes and gives back the space of one cache directory.
+
+    Parameters
+    ----------
+    books : Books
+    recency : Recency
+    min_free : float or int
+        What is left free of the file system: a fraction of it, or bytes.
+    """
+
+    def __init__(self, books: Books, recency: Recency, min_free: float | int) -> None:
+        self.books = books
+        self.recency = recency
+        self.min_free = min_free
+        self.evictions = 0
+
+    # -- taking
+
+    def take(self, member: Membership, size: int) -> None:
+        """Take bytes from this process's lease, enlarging it, and evicting for that, where needed.
+
+        Raises
+        ------
+        NoRoom
+            Nothing was taken.
+        """
+        with member.lease_lock:
+            if member.free >= size:
+                member.free -= size
+                return
+        for attempt in range(_ATTEMPTS):
+            short = self._enlarge(member, size)
+            if short <= 0:
+                return
+            if self.evict(short) == 0:
+                if attempt and not recovery_due(member):
+                    break
+                recovery.recover(self.books)
+        raise NoRoom(f"no room for {size} bytes in {self.books.root}")
+
+    def _enlarge(self, member: Membership, size: int) -> int:
+        """Lease enough to take `size` bytes; returns how many bytes are missing, 0 when they were taken."""
+        with self.books.section() as (current, index):
+            if current is not member:
+                raise NoRoom("the directory was removed meanwhile")
+            totals = index.totals()
+            if totals.max_size is not None and size > totals.max_size:
+                raise NoRoom(f"{size} bytes are more than the bound of {totals.max_size}")
+            chunk = self._lease_size(totals, len(index.owners()))
+            with member.lease_lock:
+                need = size - member.free
+            room = totals.room
+            if room is not None and room < need:
+                return need - room + chunk
+            grant = need + chunk if room is None else max(need, min(need + chunk, room))
+            short = self._short_of_disk(grant)
+            if short > totals.size:
+                raise NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
+            if short > 0:
+                return short
+            index.change_lease(member.owner, grant)
+            index.commit()
+            with member.lease_lock:
+                member.free += grant - size
+            return 0
+
+    @staticmethod
+    def _lease_size(totals: Totals, owners: int) -> int:
+        """Bytes that a process leases in advance: together at most some 3 % of the bound."""
+        if totals.max_size is None:
+            return _LARGEST_LEASE
+        return min(_LARGEST_LEASE, totals.max_size // max(256, 32 * owners))
+
+    def _short_of_disk(self, grant: int) -> int:
+        free, total = files.free_bytes(self.books.root)
+        reserve = int(self.min_free * total) if isinstance(self.min_free, float) else self.min_free
+        return reserve + grant - free
+
+    def trim_lease(self, member: Membership, index: Index) -> None:
+        """Return what a failed write left over; within a section."""
+        with member.lease_lock:
+            surplus = member.free - 2 * _LARGEST_LEASE
+            if surplus <= 0:
+                return
+            member.free -= surplus
+        index.change_lease(member.owner, -surplus)
+
+    # -- giving back
+
+    def evict(self, want: int) -> int:
+        """Let the least recently used entries go until `want` bytes are free; returns the bytes freed."""
+        freed = 0
+        while freed < want:
+            with self.books.section() as (member, index):
+                self.recency.tell(index)
+                victims = self._choose(index, want - freed)
+                dying = self.condemn(member, index, victims)
+            self.release(dying)
+            self.evictions += len(dying)
+            freed += sum(item.size for item in dying)
+            if not dying:
+                break
+        return freed
+
+    def fit(self) -> None:
+        """Evict until the directory is within its bound, which may have been lowered."""
+        with self.books.section() as (_, index):
+            room = index.totals().room
+        if room is not None and room < 0:
+            self.evict(-room)
+
+    @staticmethod
+    def _choose(index: Index, want: int) -> list[Row]:
+        while rows := index.by_rank(2 * _BATCH):
+            victims, ranks = least_recently_used(rows, want, _BATCH)
+            index.set_rank(ranks)
+            if victims or not ranks:
+                return victims
+        return []
+
+    def condemn(self, member: Membership, index: Index, rows: Iterable[Row]) -> list[Dying]:
+        """Take entries out of the index, then their files out of sight; within a section, which is committed."""
+        dying = []
+        for row in rows:
+            index.remove(row.id)
+            dying.append(index.add_dying(row, member.owner))
+        index.commit()
+        for item in dying:
+            path = f"{self.books.root}/{relative_path(item.entry, odd=item.odd)}"
+            # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large
+            # one, and the guard is held
+            if files.ours(path) is not False:
+                with suppress(OSError):
+                    os.replace(path, f"{self.books.meta}/trash/{item.id}")
+                    files.prune(path, self.books.root)
+        return dying
+
+    def release(self, dying: list[Dying]) -> None:
+        """Unlink, and only then give the bytes back."""
+        if dying:
+            self.erase(dying)
+            self.settle(dying)
+
+    def erase(self, dying: list[Dying]) -> None:
+        """Unlink condemned files."""
+        for item in dying:
+            files.discard(f"{self.books.meta}/trash/{item.id}")
+
+    def settle(self, dying: list[Dying]) -> None:
+        """Give back the bytes of files that were unlinked."""
+        with self.books.section() as (_, index):
+            index.drop_dying(item.id for item in dying)
+
+
+def recovery_due(member: Membership) -> bool:
+    """Whether it is time to look for dead processes again."""
+    now = time.monotonic()
+    if now < member.next_recovery:
+        return False
+    member.next_recovery = now + 1.0
+    return True

@@ -1,0 +1,219 @@
+"""Keeping the cache true when its source is written: through us, or behind our back as its metadata shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from xzcache import _documents as documents
+from xzcache import _files as files
+from xzcache._errors import CacheFault
+from xzcache._keys import META, Entry, namespace_of, range_directory, relative_path
+from xzcache._publisher import Ticket, namespace_slot, slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xzcache._books import Membership
+    from xzcache._index import Dying, Index
+    from xzcache._keeper import Keeper
+    from xzcache._publisher import Publisher
+    from xzcache._reader import Reader
+    from xzcache._space import Space
+
+_BATCH: Final = 128
+
+T = TypeVar("T")
+
+
+class Writes:
+    """Makes what is no longer true invisible to every process.
+
+    A write has two ends. `begin` makes the old value invisible before the source changes, so that a process that dies
+    in between leaves nothing false; `end` does so again, for what was filled meanwhile, and stores the new value if
+    nobody else was writing the key. Each end counts the write, so that no fill that began before it publishes after it.
+
+    Notes
+    -----
+    Where the index cannot be used, files are unlinked by their paths; where even that fails, this process reads
+    nothing more of that source from the cache.
+    """
+
+    def __init__(self, keeper: Keeper, space: Space, publisher: Publisher, reader: Reader) -> None:
+        self._keeper = keeper
+        self._books = keeper.books
+        self._space = space
+        self._publisher = publisher
+        self._reader = reader
+
+    # -- one key
+
+    def begin(self, key: str) -> Ticket | None:
+        """Before the source is written: forget the key, and take note of the writes so far."""
+        return self._surely(key, lambda: self._forget(key), lambda: self._unlink_key(key))
+
+    def end(self, key: str, begun: Ticket | None, value: files.Data | None = None) -> None:
+        """After the source was written: forget what was filled meanwhile, and store the new value."""
+        ticket = self._surely(key, lambda: self._forget(key, begun), lambda: self._unlink_key(key))
+        if value is not None and ticket is not None:
+            self._publisher.publish(Entry(key), value, ticket)
+
+    def _forget(self, key: str, begun: Ticket | None = None) -> Ticket | None:
+        """Count a write and remove the key; the ticket to publish with, None where others write at the same time."""
+        with self._books.section() as (member, index):
+            undisturbed = begun is None or begun == self._ticket(member, key)
+            member.writes.bump(slot(key))
+            ticket = self._ticket(member, key)
+            dying = self._space.condemn(member, index, index.of_key(key))
+        self._space.release(dying)
+        return ticket if undisturbed else None
+
+    @staticmethod
+    def _ticket(member: Membership, key: str) -> Ticket:
+        return Ticket(
+            id(member), member.generation, member.writes.read(slot(key)), member.writes.read(namespace_slot(key))
+        )
+
+    # -- everything beneath a prefix
+
+    def drop(self, prefix: str) -> None:
+        """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there.
+
+        Called before and after the source deletes them.
+        """
+        self._surely(f"{prefix}/", lambda: self._drop(prefix), lambda: self._unlink_beneath(prefix))
+
+    def _drop(self, prefix: str) -> None:
+        with self._books.section() as (member, index):
+            member.writes.bump(namespace_slot(f"{prefix}/"))
+            index.drop_nodes(prefix)
+            dying = self._condemn_batch(member, index, prefix)
+        self._release_all(prefix, dying)
+
+    def _condemn_batch(self, member: Membership, index: Index, prefix: str) -> list[Dying]:
+        return self._space.condemn(member, index, index.beneath(prefix, _BATCH))
+
+    def _release_all(self, prefix: str, dying: list[Dying]) -> None:
+        self._space.release(dying)
+        while len(dying) == _BATCH:
+            with self._books.section() as (member, index):
+                dying = self._condemn_batch(member, index, prefix)
+            self._space.release(dying)
+
+    # -- metadata documents
+
+    def compare(self, namespace: str, key: str, document: bytes | None) -> None:
+        """Drop what is beneath every array that a document of the source shows to have changed.
+
+        Parameters
+        ----------
+        namespace : str
+        key : str
+            The document's key in its source.
+        document : bytes or None
+            As the source has it now; None where it has none.
+        """
+        described = documents.describe(key, document)
+        full = f"{namespace}/{key}"
+
+        def act() -> None:
+            for path in self._changed(namespace, key, described):
+                self._drop_array(path, described.arrays)
+
+        self._surely(full, act, lambda: self._unlink_beneath(namespace))
+
+    def note(self, namespace: str, key: str, document: bytes) -> None:
+        """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
+        described = documents.describe(key, document)
+        if described.arrays:
+            self._keeper.attempt(lambda: self._set_nodes(namespace, described.arrays), None)
+
+    def _set_nodes(self, namespace: str, arrays: dict[str, bytes]) -> None:
+        with self._books.section() as (_, index):
+            for path, digest in arrays.items():
+                index.set_node(_join(namespace, path), digest)
+
+    def _changed(self, namespace: str, key: str, described: documents.Description) -> list[str]:
+        """Paths of the arrays that are not as they were; the new state is noted once they are dropped."""
+        changed = []
+        with self._books.section() as (member, index):
+            for path, digest in described.arrays.items():
+                node = _join(namespace, path)
+                known = index.node(node)
+                if known == digest:
+                    continue
+                if known is None and not index.beneath(node, 1):
+                    index.set_node(node, digest)
+                else:
+                    changed.append(node)
+            if described.complete_beneath is not None:
+                present = {_join(namespace, path) for path in described.arrays}
+                beneath = _join(namespace, described.complete_beneath)
+                changed += [node for node in index.nodes_beneath(beneath) if node not in present]
+            own = _join(namespace, key.rpartition("/")[0])
+            known = index.node(own)
+            if not described.arrays and known is not None and documents.says_absent(key, known):
+                changed.append(own)
+            if changed:
+                member.writes.bump(namespace_slot(f"{namespace}/"))
+        return changed
+
+    def _drop_array(self, node: str, arrays: dict[str, bytes]) -> None:
+        self._drop(node)
+        digest = arrays.get(node.partition("/")[2])
+        if digest is not None:
+            with self._books.section() as (_, index):
+                index.set_node(node, digest)
+
+    # -- when the index is of no use
+
+    def _surely(self, key: str, action: Callable[[], T], by_hand: Callable[[], None]) -> T | None:
+        """Do something that must not be left undone."""
+        done, failed = [], object()
+
+        def act() -> object:
+            done.append(action())
+            return None
+
+        if self._keeper.attempt(act, failed) is not failed:
+            return done[-1]
+        try:
+            by_hand()
+        except (CacheFault, OSError) as error:
+            self._keeper.trouble(error)
+            self._reader.distrusted.add(namespace_of(key))
+        return None
+
+    def _bump_by_hand(self, key: str, of: Callable[[str], int]) -> None:
+        # not under the guard: two bumps may become one, which is still a change
+        if (member := self._books.current) is not None:
+            member.writes.bump(of(key))
+
+    def _unlink_key(self, key: str) -> None:
+        self._bump_by_hand(key, slot)
+        for odd in (False, True):
+            path = f"{self._books.root}/{relative_path(Entry(key), odd=odd)}"
+            if os.path.lexists(path) and files.ours(path) is not False:
+                files.discard(path)
+        _remove_tree(f"{self._books.root}/{range_directory(key)}")
+
+    def _unlink_beneath(self, prefix: str) -> None:
+        self._bump_by_hand(f"{prefix}/", namespace_slot)
+        for path in files.walk(f"{self._books.root}/{prefix}"):
+            if files.ours(path) is not False:
+                files.discard(path)
+        for place in ("odd", "ranges"):
+            for path in files.walk(f"{self._books.root}/{META}/{place}"):
+                stamp = files.read_stamp(path)
+                if stamp is None or stamp.key.startswith(f"{prefix}/"):
+                    files.discard(path)
+
+
+def _remove_tree(directory: str) -> None:
+    if os.path.isdir(directory):
+        shutil.rmtree(directory)
+
+
+def _join(namespace: str, path: str) -> str:
+    return f"{namespace}/{path}" if path else namespace

@@ -1,0 +1,348 @@
+"""`LockedLocalStore`: a Zarr store in a directory that all processes of a machine share as one bounded cache."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import LocalStore
+
+from xzcache import _files as files
+from xzcache import _pool as pool
+from xzcache._config import (
+    UNSET,
+    Unset,
+    config,
+    parse_min_free,
+    parse_policy,
+    parse_seconds,
+    parse_size,
+)
+from xzcache._keys import META, Entry, clip, is_cacheable, is_plain, span
+from xzcache._registry import open_directory
+
+if TYPE_CHECKING:
+    from zarr.core.common import AccessModeLiteral
+
+    from xzcache._directory import CacheDirectory
+
+
+class LockedLocalStore(LocalStore):
+    """A `zarr.storage.LocalStore` whose entries, sizes, recency and locks are shared by every process that opens it.
+
+    It is a complete Zarr store, made to hold what can be fetched again: it never grows beyond its bound, and lets the
+    least recently used entries go for new ones. `CacheStore` keeps its entries in one.
+
+    Parameters
+    ----------
+    root : str or Path
+        The directory. It is made, for this user only, where it does not exist; it may hold files of the user's, which
+        are neither counted nor evicted. All of xzcache's own state lies in its folder ``.xzcache``.
+    read_only : bool
+        Whether this object refuses writes.
+    max_size : int, str or None, optional
+        The bound for all processes together, in bytes or as ``"20 GB"``; None for no bound. Where it is not given, the
+        directory keeps the bound that it has; a new one gets the configured one (10 GiB). What was asked for last
+        holds, in every process; a smaller bound evicts at once.
+    min_free : float, int or str, optional
+        What to leave free of the file system: ``"5%"``, a fraction below 1, or a size. Configured: 5 %.
+    policy : str, optional
+        Which entries leave first: ``"lru"``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The root is a file or belongs to another user, or a parameter makes no sense.
+
+    Notes
+    -----
+    Safe for threads, event loops and processes, and after a fork. `set` returns when every process sees the new value.
+    A file that is not what was stored (its CRC-32C is checked the first time a process reads it) counts as missing.
+    Pickling carries the root and the settings.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        read_only: bool = False,
+        max_size: int | str | Unset | None = UNSET,
+        min_free: float | int | str | Unset = UNSET,
+        policy: str | Unset = UNSET,
+    ) -> None:
+        super().__init__(_checked_root(root), read_only=read_only)
+        self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
+        self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
+        self.policy = parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
+        self._directory = open_directory(
+            os.fspath(self.root),
+            max_size=self.max_size,
+            default_max_size=parse_size("max_size", config.get("max_size")),
+            min_free=parse_min_free(
+                "min_free", config.get("min_free") if isinstance(self.min_free, Unset) else self.min_free
+            ),
+            lock_timeout=parse_seconds("lock_timeout", config.get("lock_timeout")),
+        )
+
+    @property
+    def directory(self) -> CacheDirectory:
+        """The shared directory, for `CacheStore`."""
+        return self._directory
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        """The same directory, with another `read_only`."""
+        return type(self)(self.root, **{**self._settings(), "read_only": read_only})
+
+    @classmethod
+    async def open(
+        cls, root: Path | str, *, read_only: bool = False, mode: AccessModeLiteral | None = None, **settings: Any
+    ) -> Self:
+        """Create and open the store; keywords as for the class."""
+        store = cls(root, read_only=read_only, **settings)
+        await store._open()
+        return store
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "read_only": self.read_only,
+            "max_size": self.max_size,
+            "min_free": self.min_free,
+            "policy": self.policy,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), os.fspath(self.root), self._settings())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._directory is other._directory
+
+    __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
+
+    # -- reading
+
+    def get_sync(
+        self,
+        key: str,
+        *,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """The value of a key, or a byte range of it; None where there is none."""
+        prototype = prototype or default_buffer_prototype()
+        wanted = span(byte_range)
+        reader = self._directory.reader
+        if wanted is None or not is_cacheable(key):
+            return None
+        found = reader.find(Entry(key))
+        if found is None:
+            return None
+        first, last = clip(*wanted, found.size)
+        # a file that somebody else put here is part of the store, if not of the cache
+        data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
+        if data is None:
+            return None
+        self._directory.recency.note(found.entry)
+        return prototype.buffer.from_bytes(data)
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """As `get_sync`."""
+        return await pool.run(self.get_sync, key, prototype=prototype, byte_range=byte_range)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """The values of several keys and byte ranges."""
+        return list(await asyncio.gather(*(self.get(key, prototype, part) for key, part in key_ranges)))
+
+    async def exists(self, key: str) -> bool:
+        """Whether a key has a value."""
+        return await pool.run(self._size_of, key) is not None
+
+    async def getsize(self, key: str) -> int:
+        """The size of the value of a key, in bytes."""
+        size = await pool.run(self._size_of, key)
+        if size is None:
+            raise FileNotFoundError(key)
+        return size
+
+    def _size_of(self, key: str) -> int | None:
+        found = self._directory.reader.find(Entry(key)) if is_cacheable(key) else None
+        if found is None:
+            return None
+        self._directory.reader.close(found)
+        return found.size
+
+    # -- writing
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Store a value.
+
+        Raises
+        ------
+        OSError
+            There is no room for it, or the directory cannot be written.
+        """
+        self._store(key, value, exclusive=False)
+
+    def _store(self, key: str, value: Buffer, *, exclusive: bool) -> None:
+        self._check_writable()
+        if not isinstance(value, Buffer):
+            raise TypeError(f"{type(self).__name__}.set(): `value` must be a Buffer, not a {type(value).__name__}")
+        if not is_cacheable(key):
+            raise ValueError(f"key={key!r} is not accepted: give text of at most 3000 bytes as UTF-8")
+        if exclusive and self._size_of(key) is not None:
+            return
+        directory = self._directory
+        directory.prepare()
+        self._remove_foreign(key)
+        data = memoryview(value.to_bytes())
+        ticket = directory.publisher.ticket(Entry(key))
+        if not directory.publisher.publish(Entry(key), data, ticket, exclusive=exclusive):
+            if exclusive and self._size_of(key) is not None:
+                return
+            raise OSError(errno.ENOSPC, f"no room in the cache for {len(data)} bytes", key)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """As `set_sync`."""
+        self._is_open = True
+        await pool.run(self.set_sync, key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Store a value unless the key has one, atomically for all processes."""
+        self._is_open = True
+        await pool.run(self._store, key, value, exclusive=True)
+
+    def delete_sync(self, key: str) -> None:
+        """Remove a key, and, where it is a directory, everything beneath it."""
+        self._check_writable()
+        if is_cacheable(key):
+            self._directory.writes.begin(key)
+            self._remove_foreign(key)
+            self._delete_beneath(key)
+
+    async def delete(self, key: str) -> None:
+        """As `delete_sync`."""
+        await pool.run(self.delete_sync, key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Remove everything beneath a prefix."""
+        self._check_writable()
+        await pool.run(self._delete_beneath, prefix.rstrip("/"))
+
+    async def clear(self) -> None:
+        """Remove everything, files of somebody else's included: that is what clearing a store means."""
+        await self.delete_dir("")
+
+    def _delete_beneath(self, prefix: str) -> None:
+        if prefix == META or (prefix and not is_plain(prefix)):
+            return
+        self._directory.writes.drop(prefix)
+        top = os.path.join(self.root, prefix) if prefix else os.fspath(self.root)
+        for path in files.walk(top):
+            files.discard(path)
+            files.prune(path, top)
+
+    def _remove_foreign(self, key: str) -> None:
+        """What the user replaces or deletes through the store goes, whoever wrote it."""
+        path = os.path.join(self.root, key)
+        if is_plain(key) and os.path.isfile(path) and files.ours(path) is False:
+            files.discard(path)
+
+    # -- listing
+
+    def _keys(self, prefix: str) -> list[str]:
+        """Keys beneath a prefix, which is a directory or empty."""
+        root = os.fspath(self.root)
+        top = os.path.join(root, prefix) if prefix else root
+        plain = [] if prefix == META else [os.path.relpath(p, root).replace(os.sep, "/") for p in files.walk(top)]
+        has_odd = os.path.isdir(os.path.join(root, META, "odd"))
+        return plain + (self._directory.odd_keys(prefix) if has_odd else [])
+
+    async def list(self) -> AsyncIterator[str]:
+        """All keys."""
+        for key in await pool.run(self._keys, ""):
+            yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys that begin with a prefix."""
+        for key in await pool.run(self._keys, prefix.rstrip("/")):
+            yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Names of the keys and directories directly beneath a prefix."""
+        prefix = prefix.rstrip("/")
+        for name in await pool.run(self._names, prefix):
+            yield name
+
+    def _names(self, prefix: str) -> Sequence[str]:
+        start = len(prefix) + 1 if prefix else 0
+        return sorted({key[start:].partition("/")[0] for key in self._keys(prefix)})
+
+    # -- the life of the object
+
+    async def _open(self, *, mode: AccessModeLiteral | None = None) -> None:
+        if self._is_open:
+            raise ValueError("store is already open")
+        await self._ensure_open()
+
+    async def _ensure_open(self) -> None:
+        if not self._is_open:
+            await pool.run(self._directory.prepare)
+            self._is_open = True
+
+    def close(self) -> None:
+        """Tell the other processes of the latest uses. The store can be used again."""
+        self._directory.flush()
+        super().close()
+
+    async def move(self, dest_root: Path | str) -> None:
+        """Move the directory to another path, while no other process uses it."""
+        self._directory.close()
+        await super().move(dest_root)
+        self.__init__(self.root, **self._settings())  # type: ignore[misc]  # the same store, at another root
+
+
+def _checked_root(root: Path | str) -> Path:
+    """The root as an absolute path, if it can be one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is a file, or belongs to another user.
+    """
+    accepted = "a directory of this user's, or a path where one can be made"
+    if not isinstance(root, str | os.PathLike):
+        raise TypeError(f"root={root!r} is not accepted: give {accepted}")
+    path = Path(root).expanduser().absolute()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return path
+    except NotADirectoryError:
+        raise ValueError(f"root={str(root)!r} lies beneath a file: give {accepted}") from None
+    except OSError:
+        # whatever is the matter with it, reads have to work
+        return path
+    if not path.is_dir():
+        raise ValueError(f"root={str(root)!r} is a file: give {accepted}")
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        raise ValueError(f"root={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
+    return path
+
+
+def _restore(kind: type[LockedLocalStore], root: str, settings: dict[str, Any]) -> LockedLocalStore:
+    return kind(root, **settings)
