@@ -9,28 +9,49 @@ from pathlib import Path
 
 # Every module of the package and its floor; subpackages as `folder`, their modules as `folder.module`.
 FLOORS = {
-    # 6: the front door
-    "__init__": 6,
-    # 5: the Zarr store that users hold
-    "store": 5,
-    # 4: the directory as a Zarr store by itself
-    "_local": 4,
-    # 3: the caches: they order the steps of look up, lock, publish and evict
-    "_anystore": 3,
-    "_directory": 3,
-    # 2: the shared books
-    "_books": 2,
-    # 1: parts that do not know each other
-    "_documents": 1,
-    "_eviction": 1,
+    # the front door
+    "__init__": 16,
+    # what users hold: the store that reads through a cache
+    "store": 15,
+    # between it and its cache: reading, writing, and everything that only the source can say
+    "_writethrough": 14,
+    "_readthrough": 13,
+    "_sourceview": 13,
+    "_places": 13,
+    # the cache directory as a Zarr store by itself
+    "local": 12,
+    # what a process has of caches
+    "_registry": 11,
+    # the two kinds of cache, behind one interface
+    "_shared": 10,
+    "_anystore": 10,
+    # the cache directory that processes share, blocking: whole, then part by part
+    "_directory": 9,
+    "_writes": 8,
+    "_publisher": 7,
+    "_reader": 7,
+    "_space": 6,
+    "_keeper": 6,
+    "_recovery": 5,
+    "_books": 4,
+    "_membership": 3,
+    "_index": 2,
+    # parts that do not know each other
+    "_schema": 1,
     "_files": 1,
-    "_index": 1,
-    "_keys": 1,
     "_locks": 1,
     "_sources": 1,
-    # 0: values and exceptions
+    "_ledger": 1,
+    "_stats": 1,
+    "_flights": 1,
+    "_pool": 1,
+    # values and exceptions
     "_config": 0,
+    "_documents": 0,
     "_errors": 0,
+    "_eviction": 0,
+    "_fork": 0,
+    "_keys": 0,
 }
 MAX_LINES = 300
 ATTICS = {"common", "utils"}

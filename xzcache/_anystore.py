@@ -7,13 +7,9 @@ bound, as Zarr keeps them. Nothing is shared with other processes.
 from __future__ import annotations
 
 import logging
-import threading
-import time
 import uuid
-import weakref
-from collections import OrderedDict
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
@@ -21,6 +17,7 @@ from zarr.storage import MemoryStore
 from xzcache import _documents as documents
 from xzcache._flights import Flights
 from xzcache._keys import Entry, clip
+from xzcache._ledger import Ledger, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,18 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache")
 
-_SLOTS: Final = 4096
 _RANGES_WITHOUT_BOUND: Final = 256 << 20
 """What byte ranges may take of memory, in bytes, where the cache has no bound."""
 
 
-class _Record(NamedTuple):
-    size: int
-    inserted: float
-
-
 class StoreBackend:
-    """The books of a generic cache store.
+    """A generic cache store and its books.
 
     Parameters
     ----------
@@ -58,8 +49,8 @@ class StoreBackend:
 
     Notes
     -----
-    Safe for threads and event loops: the books are changed under a lock that is never held across an await. Space is
-    taken in the books before a value is written, and given back after it is deleted.
+    Safe for threads and event loops. Space is taken in the books before a value is written, and given back after it is
+    deleted.
     """
 
     def __init__(self, cache_store: Store, source: str) -> None:
@@ -69,17 +60,12 @@ class StoreBackend:
         self.flights: Flights[memoryview | None] = Flights()
         self.evictions = 0
         self.troubles = 0
-        self._lock = threading.Lock()
-        self._records: OrderedDict[Entry, _Record] = OrderedDict()
-        self._ranges: dict[Entry, memoryview] = {}
-        self._arriving: dict[str, int] = {}
+        self._ledger = Ledger()
         self._nodes: dict[str, bytes] = {}
-        self._writes = [0] * _SLOTS
-        self._drops = 0
-        self._size = 0
-        self._told = False
+        self._told: set[type[Exception]] = set()
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
+        """The entry of a span of an object."""
         return Entry(key, start, stop)
 
     async def prepare(self) -> None:
@@ -91,44 +77,31 @@ class StoreBackend:
         """The bytes of an entry, or of a span of the whole object, no older than `max_age` seconds."""
         data = await self._find_whole(entry.whole, max_age)
         if data is not None:
-            if entry.is_whole:
-                return data
             first, last = clip(entry.start, entry.stop, len(data))
             return data[first:last]
-        if entry.is_whole:
+        ticket = self._ledger.ticket(entry.key)
+        if entry.is_whole or not self._ledger.may_serve(entry, max_age):
             return None
-        with self._lock:
-            data = self._ranges.get(entry)
-            if data is None or not self._is_fresh(self._records.get(entry), max_age):
-                return None
-            self._records.move_to_end(entry)
-            return data
+        data = self._ledger.data(entry)
+        return data if data is not None and self._ledger.used(entry, len(data), ticket) else None
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
-        with self._lock:
-            ticket = self._ticket(entry.key)
-            if entry.key in self._arriving or not self._is_fresh(self._records.get(entry), max_age):
-                return None
+        ticket = self._ledger.ticket(entry.key)
+        if not self._ledger.may_serve(entry, max_age):
+            return None
         try:
             value = await self.cache_store.get(entry.key, default_buffer_prototype())
         except Exception as error:
             self._trouble(error)
             return None
-        with self._lock:
-            if value is None or ticket != self._ticket(entry.key) or entry.key in self._arriving:
-                return None
-            if entry in self._records:
-                self._records.move_to_end(entry)
-            else:
-                # left by an earlier process: from now on it counts
-                self._records[entry] = _Record(len(value), time.time())
-                self._size += len(value)
+        if value is None or not self._ledger.used(entry, len(value), ticket):
+            return None
         return memoryview(value.to_bytes())
 
-    @staticmethod
-    def _is_fresh(record: _Record | None, max_age: Age) -> bool:
-        # of what an earlier process left, nobody knows the age
-        return max_age == "infinity" or (record is not None and 0 <= time.time() - record.inserted < max_age)
+    async def size(self, entry: Entry, max_age: Age) -> int | None:
+        """The size of an entry that `find` would find, in bytes."""
+        data = await self.find(entry, max_age)
+        return None if data is None else len(data)
 
     # -- fetching once, publishing
 
@@ -136,61 +109,48 @@ class StoreBackend:
         """No other process shares these books."""
         return lambda: None
 
-    def _ticket(self, key: str) -> tuple[int, int]:
-        return self._writes[hash(key) % _SLOTS], self._drops
-
-    def ticket(self, entry: Entry) -> tuple[int, int] | None:
+    def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""
-        return self._ticket(entry.key)
+        return self._ledger.ticket(entry.key)
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None) -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
-        size = len(data)
-        limit = max_size
+        size, limit = len(data), max_size
         if limit is None and not entry.is_whole:
-            limit = self._size + _RANGES_WITHOUT_BOUND - sum(map(len, list(self._ranges.values())))
+            limit = self._ledger.size - self._ledger.in_memory + _RANGES_WITHOUT_BOUND
         if limit is not None and size > limit:
             return False
-        with self._lock:
-            self._arriving[entry.key] = self._arriving.get(entry.key, 0) + 1
+        self._ledger.arrive(entry.key)
         try:
             await self._remove([entry])
-            if not await self._take(size, limit):
-                return False
-            stored = False
-            try:
-                if entry.is_whole:
-                    buffer = default_buffer_prototype().buffer.from_bytes(bytes(data))
-                    await self.cache_store.set(entry.key, buffer)
-                with self._lock:
-                    stored = ticket == self._ticket(entry.key) and entry not in self._records
-                    if stored:
-                        self._records[entry] = _Record(size, time.time())
-                        if not entry.is_whole:
-                            self._ranges[entry] = memoryview(bytes(data))
-                if not stored and entry.is_whole and entry not in self._records:
-                    await self.cache_store.delete(entry.key)
-            finally:
-                if not stored:
-                    with self._lock:
-                        self._size -= size
-            return stored
+            return await self._take(size, limit) and await self._put(entry, data, ticket)
         except Exception as error:
             self._trouble(error)
             return False
         finally:
-            with self._lock:
-                self._arriving[entry.key] -= 1
-                if not self._arriving[entry.key]:
-                    del self._arriving[entry.key]
+            self._ledger.arrived(entry.key)
+
+    async def _put(self, entry: Entry, data: Data, ticket: Ticket) -> bool:
+        """Write an entry whose space was taken, and record it."""
+        stored = False
+        try:
+            if entry.is_whole:
+                buffer = default_buffer_prototype().buffer.from_bytes(bytes(data))
+                await self.cache_store.set(entry.key, buffer)
+            in_memory = None if entry.is_whole else memoryview(bytes(data))
+            stored = self._ledger.enter(entry, len(data), in_memory, ticket)
+            if not stored and entry.is_whole and entry not in self._ledger:
+                await self.cache_store.delete(entry.key)
+        finally:
+            if not stored:
+                self._ledger.give(len(data))
+        return stored
 
     async def _take(self, size: int, limit: int | None) -> bool:
         while True:
-            with self._lock:
-                if limit is None or self._size + size <= limit:
-                    self._size += size
-                    return True
-                oldest = next(iter(self._records), None)
+            taken, oldest = self._ledger.take(size, limit)
+            if taken:
+                return True
             if oldest is None or not await self._remove([oldest]):
                 return False
             self.evictions += 1
@@ -199,27 +159,22 @@ class StoreBackend:
         """Delete entries, and only then give their bytes back; returns how many there were."""
         removed = 0
         for entry in entries:
-            with self._lock:
-                record = self._records.pop(entry, None)
-                self._ranges.pop(entry, None)
+            record = self._ledger.pop(entry)
             if record is None:
                 continue
             if entry.is_whole:
                 try:
                     await self.cache_store.delete(entry.key)
                 except BaseException:
-                    with self._lock:
-                        self._records[entry] = record
-                        self._records.move_to_end(entry, last=False)
+                    self._ledger.put_back(entry, record)
                     raise
-            with self._lock:
-                self._size -= record.size
+            self._ledger.give(record.size)
             removed += 1
         return removed
 
     # -- writes
 
-    async def begin(self, key: str) -> tuple[int, int] | None:
+    async def begin(self, key: str) -> Ticket | None:
         """Before the source of a key is written: forget it."""
         return await self._forget(key, None)
 
@@ -229,30 +184,23 @@ class StoreBackend:
         if value is not None and ticket is not None:
             await self.publish(Entry(key), value, ticket, max_size)
 
-    async def _forget(self, key: str, begun: Any) -> tuple[int, int] | None:
-        with self._lock:
-            undisturbed = begun is None or begun == self._ticket(key)
-            self._writes[hash(key) % _SLOTS] += 1
-            ticket = self._ticket(key)
-            entries = [e for e in self._records if e.key == key] if self._ranges else [Entry(key)]
+    async def _forget(self, key: str, begun: Ticket | None) -> Ticket | None:
+        ticket = self._ledger.count_write(key, begun)
         try:
-            await self._remove(entries)
+            await self._remove(self._ledger.of_key(key))
             # an earlier process may have left it, unknown to our books
             await self.cache_store.delete(key)
         except Exception as error:
             self._trouble(error)
-        return ticket if undisturbed else None
+        return ticket
 
     async def drop(self, prefix: str) -> None:
         """Forget everything beneath a prefix; everything there is for an empty one."""
-        beneath = f"{prefix}/" if prefix else ""
-        with self._lock:
-            self._drops += 1
-            entries = [e for e in self._records if e.key.startswith(beneath)]
-            for node in [n for n in self._nodes if not prefix or n == prefix or n.startswith(beneath)]:
-                del self._nodes[node]
+        self._ledger.count_drop()
+        for node in [n for n in self._nodes if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
+            del self._nodes[node]
         try:
-            await self._remove(entries)
+            await self._remove(self._ledger.beneath(prefix))
             with suppress(NotImplementedError, FileNotFoundError):
                 await self.cache_store.delete_dir(prefix)
         except Exception as error:
@@ -265,18 +213,13 @@ class StoreBackend:
     async def compare(self, key: str, document: bytes | None) -> None:
         """Drop what is beneath every array that a metadata document shows to have changed."""
         described = documents.describe(key, document)
-        changed = [path for path, digest in described.arrays.items() if self._nodes.get(path) != digest]
-        if described.complete_beneath is not None:
-            beneath = f"{described.complete_beneath}/" if described.complete_beneath else ""
-            changed += [n for n in list(self._nodes) if n.startswith(beneath) and n not in described.arrays]
-        own = key.rpartition("/")[0]
-        if not described.arrays and documents.says_absent(key, self._nodes.get(own, b"")):
-            changed.append(own)
-        for path in changed:
-            beneath = f"{path}/" if path else ""
-            if path in self._nodes or any(e.key.startswith(beneath) for e in list(self._records)):
+        for path in documents.changed_arrays(key, described, self._nodes.get, self._known_beneath):
+            if path in self._nodes or self._ledger.beneath(path):
                 await self.drop(path)
         self._nodes.update(described.arrays)
+
+    def _known_beneath(self, path: str) -> list[str]:
+        return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
@@ -286,71 +229,32 @@ class StoreBackend:
 
     def info(self) -> dict[str, Any]:
         """What is cached; sizes in bytes."""
-        with self._lock:
-            return {
-                "cache_store_type": type(self.cache_store).__name__,
-                "current_size": self._size,
-                "tracked_keys": len(self._records),
-                "cached_keys": len(self._records),
-                "total_size": self._size,
-                "total_keys": len(self._records),
-                "cache_directory": None,
-            }
+        size, count = self._ledger.size, len(self._ledger)
+        return {
+            "cache_store_type": type(self.cache_store).__name__,
+            "current_size": size,
+            "tracked_keys": count,
+            "cached_keys": count,
+            "total_size": size,
+            "total_keys": count,
+            "cache_directory": None,
+        }
 
     @property
     def bound(self) -> int | None:
+        """The store that caches here says how much it may."""
         return None
 
     def _trouble(self, error: Exception) -> None:
         self.troubles += 1
-        if not self._told:
-            self._told = True
+        if type(error) not in self._told:
+            self._told.add(type(error))
             logger.warning("trouble with the cache store, reads go to the source: %s: %s", type(error).__name__, error)
 
-    def __eq__(self, other: object) -> bool:
+    def is_same_cache(self, other: object) -> bool:
+        """Whether another backend keeps its entries in the same place."""
         if not isinstance(other, StoreBackend) or type(self.cache_store) is not type(other.cache_store):
             return False
         if isinstance(self.cache_store, MemoryStore):
             return self.token == other.token
         return bool(self.cache_store == other.cache_store)
-
-    __hash__ = None  # type: ignore[assignment]  # as mutable as the store that it serves
-
-
-class _Binding(NamedTuple):
-    """What a cache store is used for, for as long as it lives."""
-
-    store: weakref.ref[Store]
-    source: str
-    backend: weakref.ref[StoreBackend]
-
-
-_bindings: Final[dict[int, _Binding]] = {}
-_registry = threading.Lock()
-
-
-def store_backend(cache_store: Store, source: str) -> StoreBackend:
-    """The books of a cache store: the same ones, for every store that caches in it.
-
-    Raises
-    ------
-    ValueError
-        It caches another source already: with bare keys, the two would be mixed.
-    """
-    number = id(cache_store)
-    with _registry:
-        known = _bindings.get(number)
-        if known is not None and known.store() is cache_store:
-            if known.source != source:
-                raise ValueError(
-                    f"cache_store={type(cache_store).__name__} caches {known.source} already and cannot cache "
-                    f"{source} as well: give each source a cache store of its own, or a directory, which keeps "
-                    "sources apart"
-                )
-            if (backend := known.backend()) is not None:
-                return backend
-        backend = StoreBackend(cache_store, source)
-        # the binding goes with the store, whose number may be given to another then
-        reference = weakref.ref(cache_store, lambda _: _bindings.pop(number, None))
-        _bindings[number] = _Binding(reference, source, weakref.ref(backend))
-        return backend

@@ -14,111 +14,19 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
-from xzcache._errors import Busy, CacheFault, Damaged, Unusable
-from xzcache._index import Index, translated
+from xzcache._errors import Busy, CacheFault, Unusable
+from xzcache._index import translated
 from xzcache._keys import META
-from xzcache._locks import ByteLocks, Guard, StoringLock, WriteCounters
+from xzcache._membership import Membership
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from xzcache._index import Index
+
 FORMAT: Final = 1
-_KEY_LOCK_FILES: Final = 16
 _inherited: Final[list[object]] = []
 """What a forked child must neither use nor let go of: SQLite forbids both for its parent's connections."""
-
-
-class Membership:
-    """This process's part in a directory: open locks, an owner number, and the bytes it may still write.
-
-    Attributes
-    ----------
-    owner : int
-        The number under which the index knows this process; its byte of the owners' file is locked for life.
-    free : int
-        Bytes that are leased and not yet spent; guarded by `lease_lock`.
-    """
-
-    def __init__(self, meta: str, timeout: float) -> None:
-        self.meta = meta
-        self.guard = Guard(f"{meta}/guard.lock", timeout)
-        self.storing = StoringLock(f"{meta}/storing.lock")
-        self.owners = ByteLocks([f"{meta}/owners.lock"])
-        self.keys = ByteLocks([f"{meta}/keys-{i}.lock" for i in range(_KEY_LOCK_FILES)])
-        self.writes = WriteCounters(f"{meta}/writes")
-        self.lease_lock = threading.Lock()
-        self.index: Index | None = None
-        self.generation = 0
-        self.owner = 0
-        self.free = 0
-        self.next_recovery = 0.0
-        self._sequence = 0
-        self._closed = False
-
-    def index_path(self, generation: int) -> str:
-        return f"{self.meta}/index-{generation}.db"
-
-    def read_generation(self) -> int:
-        """The number of the current index; 0 where there is none yet."""
-        return int.from_bytes(os.pread(self.guard.fd, 8, 0), "little")
-
-    def write_generation(self, generation: int) -> None:
-        os.pwrite(self.guard.fd, generation.to_bytes(8, "little"), 0)
-
-    def next_temporary(self) -> tuple[int, str]:
-        """A number that this owner has not used yet, and the path of the file in flight that goes with it."""
-        with self.lease_lock:
-            self._sequence += 1
-            return self._sequence, f"{self.meta}/tmp/{self.owner}/{self._sequence}"
-
-    def give_back(self, size: int) -> None:
-        """Return bytes that were taken from the lease and not written."""
-        with self.lease_lock:
-            self.free += size
-
-    def open_index(self) -> Index:
-        """The current index, with this process registered in it; under the guard only."""
-        generation = self.read_generation()
-        if self.index is not None and generation == self.generation:
-            return self.index
-        self.leave_index()
-        self.generation = generation
-        if generation == 0:
-            raise Damaged("there is no index yet")
-        index = Index(self.index_path(generation))
-        try:
-            index.begin()
-            # a number may still be locked by a process that does not know of the new index yet
-            while not self.owners.try_lock(owner := index.add_owner(os.getpid())):
-                index.drop_owner(owner)
-            os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700, exist_ok=True)
-            index.commit()
-        except BaseException:
-            index.close()
-            raise
-        self.index, self.owner = index, owner
-        return index
-
-    def leave_index(self) -> None:
-        """Close the index of an older generation; under the guard only."""
-        if self.index is not None:
-            with suppress(sqlite3.Error):
-                self.index.close()
-            self.index = None
-            self.owners.unlock(self.owner)
-        with self.lease_lock:
-            self.owner = self.free = 0
-
-    def close_descriptors(self) -> None:
-        if not self._closed:
-            self._closed = True
-            for lock in (self.guard, self.storing, self.owners, self.keys, self.writes):
-                lock.close()
-
-    def __del__(self) -> None:
-        # other threads may still be using the locks of a directory that was left: they go with the last of them
-        if hasattr(self, "writes"):
-            self.close_descriptors()
 
 
 class Books:

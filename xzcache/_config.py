@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
@@ -189,6 +190,34 @@ def parse_threads(name: str, value: Any) -> int:
     if value < 1:
         raise _refuse(name, value, "a whole number of threads, 1 or more")
     return value
+
+
+def parse_root(root: Any) -> Path:
+    """The root as an absolute path, if it can be one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is a file, or belongs to another user.
+    """
+    accepted = "a directory of this user's, or a path where one can be made"
+    if not isinstance(root, str | os.PathLike):
+        raise TypeError(f"root={root!r} is not accepted: give {accepted}")
+    path = Path(root).expanduser().absolute()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return path
+    except NotADirectoryError:
+        raise ValueError(f"root={str(root)!r} lies beneath a file: give {accepted}") from None
+    except OSError:
+        # whatever is the matter with it, reads have to work
+        return path
+    if not path.is_dir():
+        raise ValueError(f"root={str(root)!r} is a file: give {accepted}")
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        raise ValueError(f"root={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
+    return path
 
 
 def default_directory() -> Path:

@@ -7,21 +7,25 @@ stored".
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._books import Books
-from xzcache._index import Totals
 from xzcache._keeper import Keeper
 from xzcache._publisher import Publisher
 from xzcache._reader import Reader
+from xzcache._schema import Totals
 from xzcache._space import Recency, Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
-    from xzcache._books import Membership
     from xzcache._config import Unset
+    from xzcache._membership import Membership
+
+_PAUSE_AFTER_FAILURE: Final = 10.0
+"""Seconds for which a directory that could not be opened is left alone by reads."""
 
 
 class CacheDirectory:
@@ -70,16 +74,25 @@ class CacheDirectory:
         self.writes = Writes(self.keeper, self.space, self.publisher, self.reader)
         self._prepared: Membership | None = None
         self._preparing = threading.Lock()
+        self._prepare_after = 0.0
 
     @property
     def is_prepared(self) -> bool:
         """Whether `prepare` has nothing to do; never waits."""
         return self._prepared is not None and self._prepared is self.books.current
 
+    @property
+    def wants_preparing(self) -> bool:
+        """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
+        return not self.is_prepared and time.monotonic() >= self._prepare_after
+
     def prepare(self) -> bool:
         """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
         with self._preparing:
-            return self.is_prepared or self.keeper.attempt(self._prepare, False)
+            if self.is_prepared or self.keeper.attempt(self._prepare, False):
+                return True
+            self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+            return False
 
     def _prepare(self) -> bool:
         recovery.recover(self.books)
@@ -93,6 +106,11 @@ class CacheDirectory:
         if self.keeper.bound != max_size:
             self.keeper.bound = max_size
             self._prepared = None
+            self._prepare_after = 0.0
+
+    def set_min_free(self, min_free: float | int) -> None:
+        """Ask for another reserve of free disk, in this process."""
+        self._min_free = self.space.min_free = min_free
 
     def flush(self) -> None:
         """Tell the index of the latest uses."""

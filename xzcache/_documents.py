@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from hashlib import blake2b
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
-FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
+_FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
 """The Zarr format whose arrays are described by a document of this name."""
 
 
@@ -46,14 +49,14 @@ def describe(key: str, document: bytes | None) -> Description:
     content = _parse(document)
     if name == "zarr.json":
         if content.get("node_type") == "array":
-            return Description({path: FORMAT_OF[name] + _digest(content)}, None)
+            return Description({path: _FORMAT_OF[name] + _digest(content)}, None)
         consolidated = _mapping(content.get("consolidated_metadata")).get("metadata")
         if isinstance(consolidated, dict):
             nodes = {_join(path, child): doc for child, doc in consolidated.items() if isinstance(doc, dict)}
             arrays = {node: b"3" + _digest(doc) for node, doc in nodes.items() if doc.get("node_type") == "array"}
             return Description(arrays, path)
     elif name == ".zarray" and content:
-        return Description({path: FORMAT_OF[name] + _digest(content)}, None)
+        return Description({path: _FORMAT_OF[name] + _digest(content)}, None)
     elif name == ".zmetadata" and content:
         nodes = _mapping(content.get("metadata"))
         arrays = {
@@ -65,9 +68,33 @@ def describe(key: str, document: bytes | None) -> Description:
     return Description({}, None)
 
 
-def says_absent(key: str, known: bytes) -> bool:
-    """Whether the absence of a document means that an array is gone, given what is known of that array."""
-    return known.startswith(FORMAT_OF.get(key.rpartition("/")[2], b"none"))
+def changed_arrays(
+    key: str,
+    described: Description,
+    known: Callable[[str], bytes | None],
+    beneath: Callable[[str], Iterable[str]],
+) -> list[str]:
+    """Paths of the arrays that a document shows not to be as they were known, gone ones included.
+
+    Parameters
+    ----------
+    key : str
+        The key of the document.
+    described : Description
+        What it says.
+    known : callable
+        What is known of the array at a path; None where nothing is.
+    beneath : callable
+        The paths of all known arrays beneath a path.
+    """
+    changed = [path for path, digest in described.arrays.items() if known(path) != digest]
+    if described.complete_beneath is not None:
+        changed += [path for path in beneath(described.complete_beneath) if path not in described.arrays]
+    own, _, name = key.rpartition("/")
+    # an array of the other format is not gone because it has no document of this name
+    if not described.arrays and (known(own) or b"").startswith(_FORMAT_OF.get(name, b"none")):
+        changed.append(own)
+    return changed
 
 
 def _parse(document: bytes | None) -> dict[str, Any]:

@@ -147,6 +147,12 @@ def ours(path: str) -> bool | None:
     return True
 
 
+def discard_foreign(path: str) -> None:
+    """Unlink a file that is certainly not ours."""
+    if os.path.isfile(path) and ours(path) is False:
+        discard(path)
+
+
 def blocked(path: str) -> bool:
     """Whether something other than a file of ours keeps an entry from lying at `path`."""
     try:

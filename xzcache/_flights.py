@@ -7,11 +7,11 @@ threads, not of tasks, so that several event loops can wait for the same fetch.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-import weakref
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from xzcache._fork import renew_after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -58,10 +58,11 @@ class Flights(Generic[T]):
     """The fetches that are under way in this process. Safe for threads and event loops; empty after a fork."""
 
     def __init__(self) -> None:
-        self._start()
-        _all.add(self)
+        self.after_fork_in_child()
+        renew_after_fork(self)
 
-    def _start(self) -> None:
+    def after_fork_in_child(self) -> None:
+        """Begin with nothing under way."""
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Flight[T]] = {}
 
@@ -81,18 +82,3 @@ class Flights(Generic[T]):
             if self._flights.get(what) is flight:
                 del self._flights[what]
         flight.fail(HandedOver())
-
-    def after_fork_in_child(self) -> None:
-        self._start()
-
-
-_all: Final[weakref.WeakSet[Flights[Any]]] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for flights in list(_all):
-        flights.after_fork_in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

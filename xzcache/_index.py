@@ -1,93 +1,23 @@
-"""The tables of the shared books, and every SQL statement on them.
+"""Every SQL statement on the shared books.
 
 An `Index` is one connection to one SQLite file. It knows no lock and no file but its own: whoever calls it holds the
-guard. The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift.
+guard.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from xzcache._errors import CacheFault, Damaged, NoRoom
 from xzcache._keys import Entry, namespace_of
+from xzcache._schema import SCHEMA, VERSION, Dying, Row, Totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-VERSION: Final = 1
-
-_SCHEMA: Final = """
-CREATE TABLE ns(
-  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, n INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE entry(
-  id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
-  odd INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, used INTEGER NOT NULL, rank INTEGER NOT NULL,
-  owner INTEGER NOT NULL, seq INTEGER NOT NULL, UNIQUE(key, start, stop));
-CREATE INDEX entry_rank ON entry(rank);
-CREATE INDEX entry_odd ON entry(key) WHERE odd = 1;
-CREATE TABLE dying(
-  id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
-  odd INTEGER NOT NULL, size INTEGER NOT NULL, owner INTEGER NOT NULL);
-CREATE TABLE owner(id INTEGER PRIMARY KEY AUTOINCREMENT, lease INTEGER NOT NULL DEFAULT 0, pid INTEGER NOT NULL);
-CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE total(
-  one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
-  dying INTEGER NOT NULL, max_size INTEGER);
-INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL);
-CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
-  UPDATE total SET n = n + 1, bytes = bytes + NEW.size;
-  UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
-CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
-  UPDATE total SET n = n - 1, bytes = bytes - OLD.size;
-  UPDATE ns SET n = n - 1, bytes = bytes - OLD.size WHERE id = OLD.ns; END;
-CREATE TRIGGER dying_comes AFTER INSERT ON dying BEGIN UPDATE total SET dying = dying + NEW.size; END;
-CREATE TRIGGER dying_goes AFTER DELETE ON dying BEGIN UPDATE total SET dying = dying - OLD.size; END;
-CREATE TRIGGER lease_changes AFTER UPDATE OF lease ON owner BEGIN
-  UPDATE total SET lease = lease + NEW.lease - OLD.lease; END;
-CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = lease - OLD.lease; END;
-"""
-
 _DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_SCHEMA"}
-
-
-class Totals(NamedTuple):
-    """What the directory holds and has promised; sizes in bytes."""
-
-    entries: int
-    size: int
-    lease: int
-    dying: int
-    max_size: int | None
-
-    @property
-    def room(self) -> int | None:
-        """Bytes that may still be promised (negative after the bound was lowered); None where there is no bound."""
-        return None if self.max_size is None else self.max_size - self.size - self.lease - self.dying
-
-
-class Row(NamedTuple):
-    """One entry as the index knows it."""
-
-    id: int
-    entry: Entry
-    odd: bool
-    size: int
-    crc: int
-    used: int
-    rank: int
-    owner: int
-    seq: int
-
-
-class Dying(NamedTuple):
-    """A file that has left the index and still takes space."""
-
-    id: int
-    entry: Entry
-    odd: bool
-    size: int
 
 
 _COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq"
@@ -135,7 +65,7 @@ class Index:
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-8000"):
                 self.connection.execute(f"PRAGMA {pragma}")
             if create:
-                self.connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+                self.connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
             if self.connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                 raise Damaged(f"the index is not of version {VERSION}")
         except BaseException:

@@ -22,6 +22,7 @@ END: Final = -1
 _LONGEST_COMPONENT: Final = 255
 _LONGEST_PATH: Final = 3000
 _RESERVED: Final = re.compile(r'[<>:"\\|?*\x00-\x1f]|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)|[. ](/|$)', re.I)
+_SIMPLE: Final = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)*", re.ASCII)
 _SLOTS: Final = 62
 
 
@@ -89,9 +90,8 @@ def is_plain(key: str, *, folds: bool = False) -> bool:
         Whether the file system takes names that differ in case or Unicode form for the same.
     """
     # nearly every key of a Zarr array leaves here
-    if not folds and len(key) < _LONGEST_COMPONENT and key.isascii() and key.isprintable():
-        if "//" not in key and "/." not in key and key and key[0] not in "/." and key[-1] != "/" and os.name != "nt":
-            return True
+    if _SIMPLE.fullmatch(key) and len(key) < _LONGEST_COMPONENT and not folds and os.name != "nt":
+        return True
     components = key.split("/")
     return not (
         any(c in ("", ".", "..") or len(os.fsencode(c)) > _LONGEST_COMPONENT for c in components)

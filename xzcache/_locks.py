@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 _FIRST_PAUSE: Final = 0.0001
 _LONGEST_PAUSE: Final = 0.002
+_IMPATIENCE: Final = 6
 
 
 def open_lock_file(path: str) -> int:
@@ -46,8 +47,8 @@ class Guard:
     path : str
         The lock file.
     timeout : float
-        Seconds to wait before `Busy` is raised. After one such failure the guard is not waited for at all for as long
-        again, so that a stopped holder does not slow every read down.
+        Seconds to wait before `Busy` is raised. After one such failure the guard is not waited for at all for a while,
+        so that a stopped holder does not slow every read down.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -82,7 +83,7 @@ class Guard:
             self._mutex.release()
 
     def _give_up(self) -> None:
-        self._impatient_until = time.monotonic() + self._timeout
+        self._impatient_until = time.monotonic() + _IMPATIENCE * self._timeout
         raise Busy(f"{self._path} was held by somebody else for {self._timeout} s")
 
     def is_current(self) -> bool:

@@ -15,9 +15,10 @@ from xzcache._space import recovery_due
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xzcache._books import Membership
-    from xzcache._index import Dying, Index
+    from xzcache._index import Index
     from xzcache._keeper import Keeper
+    from xzcache._membership import Membership
+    from xzcache._schema import Dying
     from xzcache._space import Space
 
 
@@ -191,7 +192,7 @@ class Publisher:
 
     @staticmethod
     def _commit_and_reveal(index: Index, temporary: str, path: str) -> None:
-        """In this order: a row whose file has no name yet is finished by the next process, a file without a row is lost."""
+        """In this order: a row without a named file is finished by the next process, a file without a row is lost."""
         index.commit()
         files.move(temporary, path)
 

@@ -11,8 +11,8 @@ from xzcache._errors import Damaged
 from xzcache._keys import Entry, is_plain, namespace_of, relative_path
 
 if TYPE_CHECKING:
-    from xzcache._index import Row
     from xzcache._keeper import Keeper
+    from xzcache._schema import Row
 
 _REMEMBERED: Final = 65536
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from zarr.core.buffer import default_buffer_prototype
 
 from xzcache._documents import is_document
@@ -123,8 +124,7 @@ class ReadThrough:
         if entry is None or self.freshness.must_ask(key):
             return None
         await self.backend.prepare()
-        data = await self.backend.find(entry, self._max_age)
-        return None if data is None else len(data)
+        return await self.backend.size(entry, self._max_age)
 
     async def _from_source(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
@@ -251,9 +251,8 @@ class ReadThrough:
     async def _agree(self, key: str, entry: Entry, data: memoryview | None, ticket: object) -> None:
         """Store what the source has now, where the cache has something else."""
         cached = await self.backend.find(entry, "infinity")
-        if cached is not None and data is not None and cached == data:
-            if self._max_age == "infinity" or await self.backend.find(entry, self._max_age) is not None:
-                return
+        if data is not None and cached == data and await self.backend.find(entry, self._max_age) is not None:
+            return
         if cached is not None:
             ticket = await self.backend.begin(key)
         if data is not None and ticket is not None:
@@ -269,7 +268,6 @@ def whole() -> tuple[int, int]:
 
 def contents(value: Buffer) -> memoryview:
     """The bytes of a buffer, without a copy where they are in main memory; nobody may change them."""
-    array = value.as_array_like()
-    if hasattr(array, "__array_interface__"):
-        return memoryview(value.as_numpy_array()).toreadonly().cast("B")
-    return memoryview(value.to_bytes())
+    array = np.ascontiguousarray(value.as_numpy_array())
+    # an empty view cannot be cast
+    return memoryview(array).toreadonly().cast("B") if array.size else memoryview(b"")

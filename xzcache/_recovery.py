@@ -17,8 +17,9 @@ from xzcache._keys import END, Entry, relative_path
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from xzcache._books import Books, Membership
-    from xzcache._index import Dying
+    from xzcache._books import Books
+    from xzcache._membership import Membership
+    from xzcache._schema import Dying
 
 _INDEX_FILE: Final = re.compile(r"index-(\d+)\.db")
 UNBOUNDED: Final = "none"

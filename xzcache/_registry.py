@@ -1,42 +1,96 @@
-"""The cache directories of this process: one object each, closed at exit, begun anew after a fork."""
+"""What this process has of caches: one object for each directory and each generic cache store.
+
+Directories are closed at exit and begun anew after a fork.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
 import threading
-from typing import Final
+import weakref
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xzcache._config import UNSET, Unset
+from xzcache._anystore import StoreBackend
+from xzcache._config import UNSET, Unset, config, parse_min_free, parse_seconds, parse_size
 from xzcache._directory import CacheDirectory
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
 
 _directories: Final[dict[str, CacheDirectory]] = {}
 _lock = threading.Lock()
 
 
 def open_directory(
-    root: str,
-    *,
-    max_size: int | Unset | None = UNSET,
-    default_max_size: int | None,
-    min_free: float | int,
-    lock_timeout: float,
+    root: str, *, max_size: int | Unset | None = UNSET, min_free: float | int | Unset = UNSET
 ) -> CacheDirectory:
-    """The object of a cache directory: the same one, however many stores use it and whatever path leads there."""
+    """The object of a cache directory: the same one, however many stores use it and whatever path leads there.
+
+    Parameters
+    ----------
+    root : str
+    max_size : int, None or UNSET
+        A bound that somebody asks for, in bytes.
+    min_free : float, int or UNSET
+        A reserve of free disk that somebody asks for; else the configured one.
+    """
     path = os.path.realpath(root)
     with _lock:
         directory = _directories.get(path)
         if directory is None:
+            reserve = config.get("min_free") if isinstance(min_free, Unset) else min_free
             directory = _directories[path] = CacheDirectory(
                 path,
                 max_size=max_size,
-                default_max_size=default_max_size,
-                min_free=min_free,
-                lock_timeout=lock_timeout,
+                default_max_size=parse_size("max_size", config.get("max_size")),
+                min_free=parse_min_free("min_free", reserve),
+                lock_timeout=parse_seconds("lock_timeout", config.get("lock_timeout")),
             )
-        elif not isinstance(max_size, Unset):
-            directory.set_bound(max_size)
+        else:
+            if not isinstance(max_size, Unset):
+                directory.set_bound(max_size)
+            if not isinstance(min_free, Unset):
+                directory.set_min_free(min_free)
     return directory
+
+
+class _Binding(NamedTuple):
+    """What a cache store is used for, for as long as it lives."""
+
+    store: weakref.ref[Store]
+    source: str
+    backend: weakref.ref[StoreBackend]
+
+
+_bindings: Final[dict[int, _Binding]] = {}
+
+
+def store_backend(cache_store: Store, source: str) -> StoreBackend:
+    """The books of a cache store: the same ones, for every store that caches in it.
+
+    Raises
+    ------
+    ValueError
+        It caches another source already: with bare keys, the two would be mixed.
+    """
+    number = id(cache_store)
+    with _lock:
+        known = _bindings.get(number)
+        if known is not None and known.store() is cache_store:
+            if known.source != source:
+                raise ValueError(
+                    f"cache_store={type(cache_store).__name__} caches {known.source} already and cannot cache "
+                    f"{source} as well: give each source a cache store of its own, or a directory, which keeps "
+                    "sources apart"
+                )
+            if (backend := known.backend()) is not None:
+                return backend
+        backend = StoreBackend(cache_store, source)
+        # the binding goes with the store, whose number may be given to another then
+        reference = weakref.ref(cache_store, lambda _: _bindings.pop(number, None))
+        _bindings[number] = _Binding(reference, source, weakref.ref(backend))
+        return backend
 
 
 def _close_all() -> None:

@@ -46,7 +46,7 @@ class SharedBackend:
 
     async def prepare(self) -> None:
         """Open the directory, where that was not done yet."""
-        if not self.directory.is_prepared:
+        if self.directory.wants_preparing:
             await pool.run(self.directory.prepare)
 
     async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
@@ -70,6 +70,19 @@ class SharedBackend:
         if data is not None and self.directory.recency.note(found.entry):
             pool.submit(self.directory.flush)
         return data
+
+    async def size(self, entry: Entry, max_age: Age) -> int | None:
+        """The size of an entry that `find` would find, in bytes; a file is read only if it was not checked yet."""
+        reader = self.directory.reader
+        found = reader.find(entry)
+        if found is None:
+            return None
+        known = found.known and found.entry == entry and max_age == "infinity"
+        reader.close(found)
+        if known:
+            return found.size
+        data = await self.find(entry, max_age)
+        return None if data is None else len(data)
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry; what gives that up again, or None."""
@@ -109,6 +122,7 @@ class SharedBackend:
 
     def info(self) -> dict[str, Any]:
         """What is cached of this source, and in all; sizes in bytes."""
+        self.directory.prepare()
         self.directory.flush()
         totals = self.directory.totals()
         count, size = self.directory.share(self.namespace)
@@ -135,9 +149,6 @@ class SharedBackend:
     def troubles(self) -> int:
         return self.directory.keeper.troubles
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, SharedBackend) and self.directory is other.directory and self.namespace == other.namespace
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # as mutable as the stores that it serves
+    def is_same_cache(self, other: object) -> bool:
+        """Whether another backend keeps its entries in the same place."""
+        return isinstance(other, SharedBackend) and self.directory is other.directory

@@ -1,7 +1,7 @@
 """What is read: a Zarr store from whatever the user gave, and a name for it that no other source has.
 
-A source's *identity* is where its bytes come from: protocol, endpoint, account, bucket, path. It holds no credential and
-no setting that leaves the bytes alone, so that it is the same in every process and after every restart.
+A source's *identity* is where its bytes come from: protocol, endpoint, account, bucket, path. It holds no credential
+and no setting that leaves the bytes alone, so that it is the same in every process and after every restart.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath, WrapperStore, ZipStore
+
+from xzcache._fork import renew_after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -92,9 +94,14 @@ class _Remembered:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.after_fork_in_child()
+        renew_after_fork(self)
         self._known: dict[int, tuple[weakref.ref[Any], Identity]] = {}
         self._shared: dict[int, tuple[set[int], str]] = {}
+
+    def after_fork_in_child(self) -> None:
+        """Let go of a lock that a thread of the parent may hold."""
+        self._lock = threading.RLock()
 
     def of(self, store: Store, identify: Callable[[Store], Identity]) -> Identity:
         number = id(store)

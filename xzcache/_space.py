@@ -21,9 +21,11 @@ from xzcache._keys import relative_path
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from xzcache._books import Books, Membership
-    from xzcache._index import Dying, Index, Row, Totals
+    from xzcache._books import Books
+    from xzcache._index import Index
     from xzcache._keys import Entry
+    from xzcache._membership import Membership
+    from xzcache._schema import Dying, Row, Totals
 
 _LARGEST_LEASE: Final = 4 << 20
 _BATCH: Final = 128
@@ -38,16 +40,23 @@ class Recency:
         self._longest = longest
         self._lock = threading.Lock()
         self._uses: dict[Entry, int] = {}
-        self._since = 0.0
+        self._tell_after = 0.0
 
     def note(self, entry: Entry) -> bool:
         """Remember a use; True when it is time to tell the index."""
         uses = self._uses
+        if not uses:
+            self._tell_after = time.monotonic() + self._longest
         uses[entry] = time.time_ns()
-        if len(uses) == 1:
-            self._since = time.monotonic()
+        if len(uses) < self._most and time.monotonic() < self._tell_after:
             return False
-        return len(uses) >= self._most or time.monotonic() - self._since > self._longest
+        if len(uses) > 64 * self._most:
+            # the index cannot be told: better to forget than to grow
+            uses.clear()
+        # whoever is told to tell has a second for it
+        due = time.monotonic() >= self._tell_after or len(uses) == self._most
+        self._tell_after = max(self._tell_after, time.monotonic() + 1.0) if due else self._tell_after
+        return due
 
     def tell(self, index: Index) -> None:
         """Write what was remembered into the index."""
@@ -76,6 +85,7 @@ class Space:
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
+        self._unsettled: list[int] = []
 
     # -- taking
 
@@ -210,9 +220,11 @@ class Space:
             files.discard(f"{self.books.meta}/trash/{item.id}")
 
     def settle(self, dying: list[Dying]) -> None:
-        """Give back the bytes of files that were unlinked."""
+        """Give back the bytes of files that were unlinked, and of those for which that could not be done before."""
+        self._unsettled += [item.id for item in dying]
         with self.books.section() as (_, index):
-            index.drop_dying(item.id for item in dying)
+            settled, self._unsettled = self._unsettled, []
+            index.drop_dying(settled)
 
 
 def recovery_due(member: Membership) -> bool:

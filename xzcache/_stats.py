@@ -5,11 +5,18 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from xzcache._fork import renew_after_fork
+
 
 class Stats:
-    """Counters of one store in one process. Safe for threads; pickled as nothing, so a copy begins at zero."""
+    """Counters of one store in one process. Safe for threads."""
 
     def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """Count from zero."""
         self._lock = threading.Lock()
         self.hits = self.misses = 0
         self.bytes_from_cache = self.bytes_from_source = 0

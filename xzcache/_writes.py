@@ -15,11 +15,12 @@ from xzcache._publisher import Ticket, namespace_slot, slot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xzcache._books import Membership
-    from xzcache._index import Dying, Index
+    from xzcache._index import Index
     from xzcache._keeper import Keeper
+    from xzcache._membership import Membership
     from xzcache._publisher import Publisher
     from xzcache._reader import Reader
+    from xzcache._schema import Dying
     from xzcache._space import Space
 
 _BATCH: Final = 128
@@ -119,7 +120,7 @@ class Writes:
 
         def act() -> None:
             for path in self._changed(namespace, key, described):
-                self._drop_array(path, described.arrays)
+                self._drop_array(namespace, path, described.arrays.get(path))
 
         self._surely(full, act, lambda: self._unlink_beneath(namespace))
 
@@ -135,36 +136,29 @@ class Writes:
                 index.set_node(_join(namespace, path), digest)
 
     def _changed(self, namespace: str, key: str, described: documents.Description) -> list[str]:
-        """Paths of the arrays that are not as they were; the new state is noted once they are dropped."""
-        changed = []
+        """Paths of the arrays that are not as they were; those that nothing is cached of are noted right away."""
+
+        def beneath(path: str) -> list[str]:
+            return [node.partition("/")[2] for node in index.nodes_beneath(_join(namespace, path))]
+
         with self._books.section() as (member, index):
-            for path, digest in described.arrays.items():
+            changed = []
+            for path in documents.changed_arrays(
+                key, described, lambda path: index.node(_join(namespace, path)), beneath
+            ):
                 node = _join(namespace, path)
-                known = index.node(node)
-                if known == digest:
-                    continue
-                if known is None and not index.beneath(node, 1):
-                    index.set_node(node, digest)
+                if index.node(node) is None and not index.beneath(node, 1):
+                    index.set_node(node, described.arrays[path])
                 else:
-                    changed.append(node)
-            if described.complete_beneath is not None:
-                present = {_join(namespace, path) for path in described.arrays}
-                beneath = _join(namespace, described.complete_beneath)
-                changed += [node for node in index.nodes_beneath(beneath) if node not in present]
-            own = _join(namespace, key.rpartition("/")[0])
-            known = index.node(own)
-            if not described.arrays and known is not None and documents.says_absent(key, known):
-                changed.append(own)
+                    changed.append(path)
             if changed:
                 member.writes.bump(namespace_slot(f"{namespace}/"))
         return changed
 
-    def _drop_array(self, node: str, arrays: dict[str, bytes]) -> None:
-        self._drop(node)
-        digest = arrays.get(node.partition("/")[2])
+    def _drop_array(self, namespace: str, path: str, digest: bytes | None) -> None:
+        self._drop(_join(namespace, path))
         if digest is not None:
-            with self._books.section() as (_, index):
-                index.set_node(node, digest)
+            self._set_nodes(namespace, {path: digest})
 
     # -- when the index is of no use
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,7 +22,7 @@ from xzcache._config import (
     config,
     parse_min_free,
     parse_policy,
-    parse_seconds,
+    parse_root,
     parse_size,
 )
 from xzcache._keys import META, Entry, clip, is_cacheable, is_plain, span
@@ -58,7 +59,7 @@ class LockedLocalStore(LocalStore):
     Raises
     ------
     ValueError, TypeError
-        The root is a file or belongs to another user, or a parameter makes no sense.
+        The root is a file or another user's, or a parameter makes no sense.
 
     Notes
     -----
@@ -76,19 +77,11 @@ class LockedLocalStore(LocalStore):
         min_free: float | int | str | Unset = UNSET,
         policy: str | Unset = UNSET,
     ) -> None:
-        super().__init__(_checked_root(root), read_only=read_only)
+        super().__init__(parse_root(root), read_only=read_only)
         self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
         self.policy = parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
-        self._directory = open_directory(
-            os.fspath(self.root),
-            max_size=self.max_size,
-            default_max_size=parse_size("max_size", config.get("max_size")),
-            min_free=parse_min_free(
-                "min_free", config.get("min_free") if isinstance(self.min_free, Unset) else self.min_free
-            ),
-            lock_timeout=parse_seconds("lock_timeout", config.get("lock_timeout")),
-        )
+        self._directory = open_directory(os.fspath(self.root), max_size=self.max_size, min_free=self.min_free)
 
     @property
     def directory(self) -> CacheDirectory:
@@ -117,7 +110,7 @@ class LockedLocalStore(LocalStore):
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), os.fspath(self.root), self._settings())
+        return partial(type(self), **self._settings()), (os.fspath(self.root),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
@@ -148,10 +141,8 @@ class LockedLocalStore(LocalStore):
         first, last = clip(*wanted, found.size)
         # a file that somebody else put here is part of the store, if not of the cache
         data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
-        if data is None:
-            return None
         self._directory.recency.note(found.entry)
-        return prototype.buffer.from_bytes(data)
+        return None if data is None else prototype.buffer.from_bytes(data)
 
     async def get(
         self,
@@ -174,8 +165,7 @@ class LockedLocalStore(LocalStore):
 
     async def getsize(self, key: str) -> int:
         """The size of the value of a key, in bytes."""
-        size = await pool.run(self._size_of, key)
-        if size is None:
+        if (size := await pool.run(self._size_of, key)) is None:
             raise FileNotFoundError(key)
         return size
 
@@ -218,12 +208,10 @@ class LockedLocalStore(LocalStore):
 
     async def set(self, key: str, value: Buffer) -> None:
         """As `set_sync`."""
-        self._is_open = True
         await pool.run(self.set_sync, key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Store a value unless the key has one, atomically for all processes."""
-        self._is_open = True
         await pool.run(self._store, key, value, exclusive=True)
 
     def delete_sync(self, key: str) -> None:
@@ -244,13 +232,13 @@ class LockedLocalStore(LocalStore):
         await pool.run(self._delete_beneath, prefix.rstrip("/"))
 
     async def clear(self) -> None:
-        """Remove everything, files of somebody else's included: that is what clearing a store means."""
+        """Remove everything, other people's files included: that is what clearing a store means."""
         await self.delete_dir("")
 
     def _delete_beneath(self, prefix: str) -> None:
-        if prefix == META or (prefix and not is_plain(prefix)):
-            return
         self._directory.writes.drop(prefix)
+        if prefix and not is_plain(prefix):
+            return
         top = os.path.join(self.root, prefix) if prefix else os.fspath(self.root)
         for path in files.walk(top):
             files.discard(path)
@@ -258,9 +246,8 @@ class LockedLocalStore(LocalStore):
 
     def _remove_foreign(self, key: str) -> None:
         """What the user replaces or deletes through the store goes, whoever wrote it."""
-        path = os.path.join(self.root, key)
-        if is_plain(key) and os.path.isfile(path) and files.ours(path) is False:
-            files.discard(path)
+        if is_plain(key):
+            files.discard_foreign(os.path.join(self.root, key))
 
     # -- listing
 
@@ -268,7 +255,8 @@ class LockedLocalStore(LocalStore):
         """Keys beneath a prefix, which is a directory or empty."""
         root = os.fspath(self.root)
         top = os.path.join(root, prefix) if prefix else root
-        plain = [] if prefix == META else [os.path.relpath(p, root).replace(os.sep, "/") for p in files.walk(top)]
+        found = files.walk(top) if not prefix or is_plain(prefix) else ()
+        plain = [os.path.relpath(path, root).replace(os.sep, "/") for path in found]
         has_odd = os.path.isdir(os.path.join(root, META, "odd"))
         return plain + (self._directory.odd_keys(prefix) if has_odd else [])
 
@@ -285,12 +273,9 @@ class LockedLocalStore(LocalStore):
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """Names of the keys and directories directly beneath a prefix."""
         prefix = prefix.rstrip("/")
-        for name in await pool.run(self._names, prefix):
-            yield name
-
-    def _names(self, prefix: str) -> Sequence[str]:
         start = len(prefix) + 1 if prefix else 0
-        return sorted({key[start:].partition("/")[0] for key in self._keys(prefix)})
+        for name in sorted({key[start:].partition("/")[0] for key in await pool.run(self._keys, prefix)}):
+            yield name
 
     # -- the life of the object
 
@@ -314,35 +299,3 @@ class LockedLocalStore(LocalStore):
         self._directory.close()
         await super().move(dest_root)
         self.__init__(self.root, **self._settings())  # type: ignore[misc]  # the same store, at another root
-
-
-def _checked_root(root: Path | str) -> Path:
-    """The root as an absolute path, if it can be one.
-
-    Raises
-    ------
-    ValueError, TypeError
-        It is a file, or belongs to another user.
-    """
-    accepted = "a directory of this user's, or a path where one can be made"
-    if not isinstance(root, str | os.PathLike):
-        raise TypeError(f"root={root!r} is not accepted: give {accepted}")
-    path = Path(root).expanduser().absolute()
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return path
-    except NotADirectoryError:
-        raise ValueError(f"root={str(root)!r} lies beneath a file: give {accepted}") from None
-    except OSError:
-        # whatever is the matter with it, reads have to work
-        return path
-    if not path.is_dir():
-        raise ValueError(f"root={str(root)!r} is a file: give {accepted}")
-    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        raise ValueError(f"root={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
-    return path
-
-
-def _restore(kind: type[LockedLocalStore], root: str, settings: dict[str, Any]) -> LockedLocalStore:
-    return kind(root, **settings)

@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from xzcache import _config as settings
-from xzcache._anystore import StoreBackend, store_backend
+from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Age, Revalidate, Unset, config
-from xzcache._documents import is_document
-from xzcache._keys import is_plain
-from xzcache._readthrough import Freshness, ReadThrough, contents, whole
-from xzcache._shared import SharedBackend
+from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
+from xzcache._readthrough import Freshness, ReadThrough
 from xzcache._sources import Identity, identify, open_source, remember
+from xzcache._sourceview import SourceView
 from xzcache._stats import Stats
-from xzcache.local import LockedLocalStore
+from xzcache._writethrough import WriteThrough
 
 
-class CacheStore(Store):
+class CacheStore(SourceView):
     """A Zarr store that keeps what it reads from another one, for every process on this machine.
 
-    Takes the place of `zarr.experimental.cache_store.CacheStore`: code written for that one runs unchanged.
+    Code written for `zarr.experimental.cache_store.CacheStore` runs unchanged.
 
     Parameters
     ----------
     store : Store, str, Path, UPath or FSMap
         What is read: a Zarr store, a path or a URL.
     cache_store : Store, str or Path, optional
-        Where it is kept. A path, or a `zarr.storage.LocalStore`, becomes a `LockedLocalStore` there, which all processes
-        share. None is this user's default cache on this machine. Any other store that supports deletes keeps its books
-        in this process, and serves one source.
+        Where it is kept. A path, or a `zarr.storage.LocalStore`, becomes a `LockedLocalStore` there, which all
+        processes share. None is this user's default cache on this machine. Any other store that supports deletes keeps
+        its books in this process, and serves one source.
     max_age_seconds : float or "infinity", optional
         For how long an entry is served, in seconds.
     max_size : int, str or None, optional
         The bound of the whole cache, in bytes or as ``"20 GB"``; None for no bound. Where it is not given, a directory
-        keeps the bound it has, and a new one gets the configured one (10 GiB); a store given as `cache_store` is not
-        bounded. Values larger than the bound are not cached.
+        keeps the bound it has, and a new one gets the configured one (10 GiB); a Zarr store given as `cache_store` is
+        not bounded, as with Zarr. Values larger than the bound are not cached.
     cache_set_data : bool, optional
         Whether what is written through this store is cached.
     read_only : bool, optional
@@ -68,9 +66,9 @@ class CacheStore(Store):
     -----
     Safe for threads, event loops, processes and after a fork. However many of them want an object that is not cached,
     the source is asked once. Trouble with the cache never fails a read; an exception of the source is raised as it is.
-    After a write through any `CacheStore` over the same directory returned, no process reads the old value.
-    A pickled copy carries the settings; it uses the default cache of the process that unpickles it, unless a
-    `cache_store` was given, and does not ask again for metadata documents.
+    After a write through any `CacheStore` over the same directory, no process reads the old value.
+    A pickled copy carries the settings. Without a `cache_store` it uses the default cache of the process that unpickles
+    it; it does not ask again for metadata documents.
 
     Examples
     --------
@@ -104,23 +102,19 @@ class CacheStore(Store):
         self.policy: str = chosen("policy", policy, settings.parse_policy)
         self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
         settings.parse_flag("read_only", read_only)
-        self._given_namespace = _checked_namespace(namespace)
+        self._given_namespace = checked_namespace(namespace)
         self._given_cache = cache_store
         self._store = open_source(store, storage_options, read_only=read_only)
         self.source: Identity = identify(self._store)
         super().__init__(read_only=read_only or self._store.read_only)
         self.namespace = namespace or self.source.namespace
-        self._cache = _cache_store(cache_store, self._asked_max_size)
+        self._cache = cache_store_of(cache_store, self._asked_max_size)
         self._stats = Stats()
-        self._reads = self._read_through(Freshness(self.revalidate))
+        self._read_through(Freshness(self.revalidate))
 
-    def _read_through(self, freshness: Freshness) -> ReadThrough:
-        backend: SharedBackend | StoreBackend
-        if isinstance(self._cache, LockedLocalStore):
-            backend = SharedBackend(self._cache.directory, self.namespace)
-        else:
-            backend = store_backend(self._cache, self.namespace)
-        return ReadThrough(
+    def _read_through(self, freshness: Freshness) -> None:
+        backend = backend_of(self._cache, self.namespace)
+        self._reads = ReadThrough(
             self._store,
             backend,
             freshness=freshness,
@@ -129,6 +123,7 @@ class CacheStore(Store):
             max_size=None if isinstance(self._asked_max_size, Unset) else self._asked_max_size,
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
         )
+        self._writes = WriteThrough(backend, freshness, self._reads.max_size)
 
     @property
     def max_size(self) -> int | None:
@@ -153,12 +148,11 @@ class CacheStore(Store):
         source = self._store
         if not read_only and source.read_only:
             source = source.with_read_only(False)
-        # the namespace of this store, not that of a copy of its source
         given = {**self._settings(), "read_only": read_only, "namespace": self.namespace}
         copy = type(self)(source, cache_store=self._cache, **given)
-        copy._given_namespace, copy._given_cache, copy.source = self._given_namespace, self._given_cache, self.source
-        copy._stats = self._stats
-        copy._reads = copy._read_through(self._reads.freshness)
+        copy._given_namespace, copy._given_cache = self._given_namespace, self._given_cache
+        copy.source, copy._stats = self.source, self._stats
+        copy._read_through(self._reads.freshness)
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,7 +170,7 @@ class CacheStore(Store):
         return (
             isinstance(other, type(self))
             and self._store == other._store
-            and self._reads.backend == other._reads.backend
+            and self._reads.backend.is_same_cache(other._reads.backend)
             and self._settings() == other._settings()
         )
 
@@ -185,7 +179,7 @@ class CacheStore(Store):
     def __repr__(self) -> str:
         info = self.cache_info()
         return (
-            f"{type(self).__name__}(store={self.source.label!r}, cache_store={_label(self._cache)!r}, "
+            f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r}, "
             f"max_age_seconds={self.max_age_seconds}, max_size={self.max_size}, "
             f"current_size={info['current_size']}, cached_keys={info['cached_keys']})"
         )
@@ -220,116 +214,35 @@ class CacheStore(Store):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a value to the source, and, where so configured, to the cache."""
-        await self._write([(key, value)], self._store.set(key, value), keep=self.cache_set_data)
+        self._check_writable()
+        await self._writes.values([(key, value)], lambda: self._store.set(key, value), keep=self.cache_set_data)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a value unless the key has one, by the source's own means."""
-        await self._write([(key, value)], self._store.set_if_not_exists(key, value), keep=False)
+        self._check_writable()
+        await self._writes.values(
+            [(key, value)], lambda: self._store.set_if_not_exists(key, value), keep=False, certain=False
+        )
 
     async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
+        self._check_writable()
         pairs = list(values)
-        await self._write(pairs, self._store._set_many(pairs), keep=self.cache_set_data)
-
-    async def _write(self, pairs: list[tuple[str, Buffer]], writing: Coroutine[Any, Any, None], *, keep: bool) -> None:
-        backend = self._reads.backend
-        try:
-            self._check_writable()
-            begun = [await self._begin(key) for key, _ in pairs]
-        except BaseException:
-            writing.close()
-            raise
-        done = False
-        try:
-            await writing
-            done = True
-        finally:
-            for (key, value), ticket in zip(pairs, begun, strict=True):
-                store = keep and done and ticket is not None and self._is_cacheable(key)
-                data = contents(value) if store else None
-                await backend.end(key, ticket, data, self._reads.max_size)
-                if done and is_document(key):
-                    await backend.note(key, value.to_bytes())
-                    self._reads.freshness.note(key)
-
-    def _is_cacheable(self, key: str) -> bool:
-        return self._reads.backend.entry(key, *whole()) is not None
-
-    async def _begin(self, key: str) -> Any:
-        return await self._reads.backend.begin(key) if self._is_cacheable(key) else None
+        await self._writes.values(pairs, lambda: self._store._set_many(pairs), keep=self.cache_set_data)
 
     async def delete(self, key: str) -> None:
         """Delete a key at the source and in the cache."""
         self._check_writable()
-        begun = await self._begin(key)
-        try:
-            await self._store.delete(key)
-        finally:
-            if self._is_cacheable(key):
-                await self._reads.backend.end(key, begun, None, None)
-                # a store of files deletes a directory as a key
-                await self._reads.backend.drop(key)
+        await self._writes.deletion(key, lambda: self._store.delete(key))
 
     async def delete_dir(self, prefix: str) -> None:
         """Delete everything beneath a prefix, at the source and in the cache."""
         self._check_writable()
-        await self._around_drop(prefix, self._store.delete_dir(prefix))
+        await self._writes.deletion_beneath(prefix, lambda: self._store.delete_dir(prefix))
 
     async def clear(self) -> None:
         """Delete everything at the source, and what is cached of it."""
         self._check_writable()
-        await self._around_drop("", self._store.clear())
-
-    async def _around_drop(self, prefix: str, deleting: Coroutine[Any, Any, None]) -> None:
-        backend = self._reads.backend
-        await backend.drop(prefix.rstrip("/"))
-        try:
-            await deleting
-        finally:
-            await backend.drop(prefix.rstrip("/"))
-
-    # -- what only the source can say
-
-    @property
-    def supports_writes(self) -> bool:
-        return self._store.supports_writes
-
-    @property
-    def supports_deletes(self) -> bool:
-        return self._store.supports_deletes
-
-    @property
-    def supports_listing(self) -> bool:
-        return self._store.supports_listing
-
-    @property
-    def supports_consolidated_metadata(self) -> bool:
-        return self._store.supports_consolidated_metadata
-
-    def list(self) -> AsyncIterator[str]:
-        return self._store.list()
-
-    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        return self._store.list_prefix(prefix)
-
-    def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        return self._store.list_dir(prefix)
-
-    async def is_empty(self, prefix: str) -> bool:
-        return await self._store.is_empty(prefix)
-
-    async def getsize_prefix(self, prefix: str) -> int:
-        return await self._store.getsize_prefix(prefix)
-
-    async def _open(self) -> None:
-        if self._is_open:
-            raise ValueError("store is already open")
-        await self._store._ensure_open()
-        self._is_open = True
-
-    def close(self) -> None:
-        """Close the source. What is cached stays, and the store can be used again."""
-        self._store.close()
-        self._is_open = False
+        await self._writes.deletion_beneath("", self._store.clear)
 
     # -- the cache itself
 
@@ -369,50 +282,6 @@ class CacheStore(Store):
         await self._reads.backend.clear()
 
 
-def _checked_namespace(namespace: str | None) -> str | None:
-    accepted = "None, or one path component that does not begin with a dot"
-    if namespace is None:
-        return None
-    if not isinstance(namespace, str):
-        raise TypeError(f"namespace={namespace!r} is not accepted: give {accepted}")
-    if not is_plain(namespace) or "/" in namespace or "\\" in namespace or namespace.startswith("."):
-        raise ValueError(f"namespace={namespace!r} is not accepted: give {accepted}")
-    return namespace
-
-
-def _cache_store(given: Store | str | Path | None, max_size: int | Unset | None) -> Store:
-    """The store that holds the cache, from whatever was given for it."""
-    accepted = "a Zarr store that supports deletes, a path, or None for the default cache"
-    if isinstance(given, LockedLocalStore):
-        if not isinstance(max_size, Unset) and given.max_size not in (UNSET, max_size):
-            raise ValueError(
-                f"max_size={max_size!r} contradicts the max_size={given.max_size!r} of the cache_store: give one of them"
-            )
-        return given if isinstance(max_size, Unset) else LockedLocalStore(given.root, max_size=max_size)
-    if given is None:
-        bound = settings.chosen_max_size() if isinstance(max_size, Unset) else max_size
-        return LockedLocalStore(settings.default_directory(), max_size=bound)
-    if type(given) is LocalStore:
-        given = given.root
-    if isinstance(given, str | os.PathLike):
-        try:
-            return LockedLocalStore(given, max_size=max_size)
-        except (ValueError, TypeError) as error:
-            raise type(error)(str(error).replace("root=", "cache_store=", 1)) from None
-    if not isinstance(given, Store):
-        raise TypeError(f"cache_store={given!r} is not accepted: give {accepted}")
-    if not given.supports_deletes:
-        raise ValueError(
-            f"cache_store={type(given).__name__} does not support deletes: give {accepted}. "
-            "The cache_store must support deletes for CacheStore to function properly."
-        )
-    return given
-
-
-def _label(cache: Store) -> str:
-    return os.fspath(cache.root) if isinstance(cache, LocalStore) else type(cache).__name__
-
-
 def _restore(
     kind: type[CacheStore],
     source: Store,
@@ -425,7 +294,7 @@ def _restore(
     if identity is not None:
         remember(source, identity)
     store = kind(source, cache_store=cache, **given)
-    store._reads = store._read_through(Freshness(store.revalidate, inherited=True))
+    store._read_through(Freshness(store.revalidate, inherited=True))
     if token is not None and isinstance(store._reads.backend, StoreBackend):
         store._reads.backend.token = token
     return store

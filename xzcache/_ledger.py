@@ -1,0 +1,161 @@
+"""The books of a cache that one process keeps for itself: sizes, order, ages, byte ranges, and the writes so far."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache._fork import renew_after_fork
+
+if TYPE_CHECKING:
+    from xzcache._config import Age
+    from xzcache._keys import Entry
+
+_SLOTS: Final = 4096
+
+Ticket = tuple[int, int]
+
+
+class Record(NamedTuple):
+    """An entry: its size in bytes, when it came (seconds since the epoch), its bytes if it is kept in memory."""
+
+    size: int
+    inserted: float
+    data: memoryview | None
+
+
+class Ledger:
+    """What a cache holds, least recently used first. Safe for threads; every method is one step.
+
+    Attributes
+    ----------
+    size : int
+        Bytes that are held or promised.
+    """
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+        self.size = 0
+        self.in_memory = 0
+        self._records: OrderedDict[Entry, Record] = OrderedDict()
+        self._arriving: Counter[str] = Counter()
+        self._writes = [0] * _SLOTS
+        self._drops = 0
+
+    def after_fork_in_child(self) -> None:
+        """Let go of a lock that a thread of the parent may hold."""
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._records
+
+    # -- writes
+
+    def ticket(self, key: str) -> Ticket:
+        """What the counts of writes are now; they differ once the key, or something above it, is written."""
+        return self._writes[hash(key) % _SLOTS], self._drops
+
+    def count_write(self, key: str, begun: Ticket | None) -> Ticket | None:
+        """Count a write of a key; the new ticket, None where others wrote it since `begun`."""
+        with self._lock:
+            undisturbed = begun is None or begun == self.ticket(key)
+            self._writes[hash(key) % _SLOTS] += 1
+            return self.ticket(key) if undisturbed else None
+
+    def count_drop(self) -> None:
+        """Count a write of everything."""
+        with self._lock:
+            self._drops += 1
+
+    # -- looking
+
+    def may_serve(self, entry: Entry, max_age: Age) -> bool:
+        """Whether an entry is not too old, and not just being stored. Of what is not recorded, nobody knows the age."""
+        with self._lock:
+            if entry.key in self._arriving:
+                return False
+            record = self._records.get(entry)
+            return max_age == "infinity" or (record is not None and 0 <= time.time() - record.inserted < max_age)
+
+    def data(self, entry: Entry) -> memoryview | None:
+        """The bytes of an entry that is kept in memory."""
+        with self._lock:
+            record = self._records.get(entry)
+            return None if record is None else record.data
+
+    def used(self, entry: Entry, size: int, ticket: Ticket) -> bool:
+        """Note a use, recording what an earlier process left; False if it was written since the ticket was taken."""
+        with self._lock:
+            if ticket != self.ticket(entry.key) or entry.key in self._arriving:
+                return False
+            if entry in self._records:
+                self._records.move_to_end(entry)
+            else:
+                self._records[entry] = Record(size, time.time(), None)
+                self.size += size
+            return True
+
+    def of_key(self, key: str) -> list[Entry]:
+        """The whole object and all byte ranges of a key."""
+        with self._lock:
+            return [entry for entry in self._records if entry.key == key]
+
+    def beneath(self, prefix: str) -> list[Entry]:
+        """Entries beneath a path; all for an empty one."""
+        with self._lock:
+            return [entry for entry in self._records if not prefix or entry.key.startswith(f"{prefix}/")]
+
+    # -- space
+
+    def take(self, size: int, limit: int | None) -> tuple[bool, Entry | None]:
+        """Promise space: whether that was possible, and if not, which entry has to go first."""
+        with self._lock:
+            if limit is None or self.size + size <= limit:
+                self.size += size
+                return True, None
+            return False, next(iter(self._records), None)
+
+    def give(self, size: int) -> None:
+        """Give space back, after what took it is gone."""
+        with self._lock:
+            self.size -= size
+
+    def arrive(self, key: str) -> None:
+        """From here to `arrived`, the cache may hold something for a key that is not to be served."""
+        with self._lock:
+            self._arriving[key] += 1
+
+    def arrived(self, key: str) -> None:
+        with self._lock:
+            self._arriving[key] -= 1
+            if not self._arriving[key]:
+                del self._arriving[key]
+
+    def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket) -> bool:
+        """Record an entry whose space was taken; False if its key was written since the ticket was taken."""
+        with self._lock:
+            if ticket != self.ticket(entry.key) or entry in self._records:
+                return False
+            self._records[entry] = Record(size, time.time(), data)
+            self.in_memory += size if data is not None else 0
+            return True
+
+    def pop(self, entry: Entry) -> Record | None:
+        """Take an entry out, its space still taken."""
+        with self._lock:
+            record = self._records.pop(entry, None)
+            if record is not None and record.data is not None:
+                self.in_memory -= record.size
+            return record
+
+    def put_back(self, entry: Entry, record: Record) -> None:
+        """Undo a `pop`, as the first to go."""
+        with self._lock:
+            self._records[entry] = record
+            self._records.move_to_end(entry, last=False)

@@ -1,0 +1,82 @@
+"""The tables of the shared books, and what a row of them is.
+
+The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from xzcache._keys import Entry
+
+VERSION: Final = 1
+
+SCHEMA: Final = """
+CREATE TABLE ns(
+  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, n INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE entry(
+  id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+  odd INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, used INTEGER NOT NULL, rank INTEGER NOT NULL,
+  owner INTEGER NOT NULL, seq INTEGER NOT NULL, UNIQUE(key, start, stop));
+CREATE INDEX entry_rank ON entry(rank);
+CREATE INDEX entry_odd ON entry(key) WHERE odd = 1;
+CREATE TABLE dying(
+  id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+  odd INTEGER NOT NULL, size INTEGER NOT NULL, owner INTEGER NOT NULL);
+CREATE TABLE owner(id INTEGER PRIMARY KEY AUTOINCREMENT, lease INTEGER NOT NULL DEFAULT 0, pid INTEGER NOT NULL);
+CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE total(
+  one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
+  dying INTEGER NOT NULL, max_size INTEGER);
+INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL);
+CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
+  UPDATE total SET n = n + 1, bytes = bytes + NEW.size;
+  UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
+CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
+  UPDATE total SET n = n - 1, bytes = bytes - OLD.size;
+  UPDATE ns SET n = n - 1, bytes = bytes - OLD.size WHERE id = OLD.ns; END;
+CREATE TRIGGER dying_comes AFTER INSERT ON dying BEGIN UPDATE total SET dying = dying + NEW.size; END;
+CREATE TRIGGER dying_goes AFTER DELETE ON dying BEGIN UPDATE total SET dying = dying - OLD.size; END;
+CREATE TRIGGER lease_changes AFTER UPDATE OF lease ON owner BEGIN
+  UPDATE total SET lease = lease + NEW.lease - OLD.lease; END;
+CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = lease - OLD.lease; END;
+"""
+
+
+class Totals(NamedTuple):
+    """What the directory holds and has promised; sizes in bytes."""
+
+    entries: int
+    size: int
+    lease: int
+    dying: int
+    max_size: int | None
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that may still be promised (negative after the bound was lowered); None where there is no bound."""
+        return None if self.max_size is None else self.max_size - self.size - self.lease - self.dying
+
+
+class Row(NamedTuple):
+    """One entry as the index knows it."""
+
+    id: int
+    entry: Entry
+    odd: bool
+    size: int
+    crc: int
+    used: int
+    rank: int
+    owner: int
+    seq: int
+
+
+class Dying(NamedTuple):
+    """A file that has left the index and still takes space."""
+
+    id: int
+    entry: Entry
+    odd: bool
+    size: int
