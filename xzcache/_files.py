@@ -147,21 +147,15 @@ def ours(path: str) -> bool | None:
     return True
 
 
-def discard_foreign(path: str) -> None:
-    """Unlink a file that is certainly not ours."""
-    if os.path.isfile(path) and ours(path) is False:
-        discard(path)
-
-
-def blocked(path: str) -> bool:
-    """Whether something other than a file of ours keeps an entry from lying at `path`."""
+def blocked(path: str, *, foreign: bool = True) -> bool:
+    """Whether something keeps an entry from `path`: what is no regular file, or, if `foreign`, not a file of ours."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return not stat.S_ISREG(status.st_mode) or not ours(path)
+    return not stat.S_ISREG(status.st_mode) or (foreign and not ours(path))
 
 
 def walk(directory: str) -> Iterator[str]:

@@ -44,16 +44,26 @@ class Keeper:
         self._told: set[tuple[type[BaseException], int | None]] = set()
 
     def attempt(self, action: Callable[[], T], otherwise: T) -> T:
-        """Do something with the books, rebuilding a damaged index; `otherwise` where it cannot be done."""
+        """Do something with the books; `otherwise` where it cannot be done."""
         try:
-            try:
-                return action()
-            except Damaged as damage:
-                self._rebuild(damage)
-                return action()
+            return self.insist(action)
         except (CacheFault, OSError) as error:
             self.trouble(error)
             return otherwise
+
+    def insist(self, action: Callable[[], T]) -> T:
+        """Do something with the books, rebuilding a damaged index.
+
+        Raises
+        ------
+        CacheFault, OSError
+            It cannot be done.
+        """
+        try:
+            return action()
+        except Damaged as damage:
+            self._rebuild(damage)
+            return action()
 
     def _rebuild(self, damage: Damaged) -> None:
         generation = self.books.member().generation

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import sqlite3
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
-from xzcache._errors import NoRoom
+from xzcache._errors import Damaged, NoRoom
 from xzcache._keys import Entry, is_plain, namespace_of, relative_path
 from xzcache._space import recovery_due
 
@@ -39,6 +41,12 @@ def slot(key: str) -> int:
 def namespace_slot(key: str) -> int:
     """The write counter of all keys of a source."""
     return Entry("\0" + namespace_of(key)).lock_offset()
+
+
+def current_ticket(member: Membership, key: str) -> Ticket:
+    """What the write counters say now."""
+    counts = member.writes.read(slot(key)), member.writes.read(namespace_slot(key))
+    return Ticket(id(member), member.generation, *counts)
 
 
 class Publisher:
@@ -86,16 +94,14 @@ class Publisher:
         if member is None:
             return None
         try:
-            key = member.writes.read(slot(entry.key))
-            namespace = member.writes.read(namespace_slot(entry.key))
+            return current_ticket(member, entry.key)
         except OSError as error:
             self._keeper.trouble(error)
             return None
-        return Ticket(id(member), member.generation, key, namespace)
 
     # -- publishing
 
-    def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False) -> bool:
+    def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None) -> bool:
         """Store an entry for every process, unless it was written since the ticket was taken.
 
         Parameters
@@ -104,8 +110,6 @@ class Publisher:
         data : bytes-like
         ticket : Ticket or None
             From before the bytes were fetched; None stores nothing.
-        exclusive : bool
-            Store nothing where the entry is there already.
 
         Returns
         -------
@@ -114,9 +118,31 @@ class Publisher:
         """
         if ticket is None:
             return False
-        return self._keeper.attempt(lambda: self._publish(entry, data, ticket, exclusive), False)
+        return self._keeper.attempt(lambda: self._publish(entry, data, ticket), False)
 
-    def _publish(self, entry: Entry, data: files.Data, ticket: Ticket, exclusive: bool) -> bool:
+    def store(self, entry: Entry, data: files.Data, *, exclusive: bool = False) -> bool:
+        """Store an entry that has no source, over whatever file lies at its key.
+
+        Parameters
+        ----------
+        entry : Entry
+        data : bytes-like
+        exclusive : bool
+            Store nothing where the entry is there already.
+
+        Returns
+        -------
+        bool
+            Whether it was stored.
+
+        Raises
+        ------
+        CacheFault, OSError
+            It could not be.
+        """
+        return self._keeper.insist(lambda: self._publish(entry, data, None, exclusive=exclusive))
+
+    def _publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False) -> bool:
         size = len(data)
         with self._books.storing() as member:
             self._space.take(member, size)
@@ -125,11 +151,11 @@ class Publisher:
             try:
                 stamp = self._write(temporary, entry, data)
                 with self._books.section() as (current, index):
-                    if current is not member or not self._is_valid(ticket, member, entry):
+                    if current is not member or (ticket is not None and ticket != current_ticket(member, entry.key)):
                         return False
-                    if exclusive and index.find(entry) is not None:
+                    if exclusive and (index.find(entry) or os.path.lexists(self._path(entry, odd=False))):
                         return False
-                    replaced = self._enter(member, index, entry, stamp, sequence, temporary)
+                    replaced = self._enter(member, index, entry, stamp, sequence, temporary, ticket is None)
                     spent = True
                     index.drop_dying(item.id for item in replaced)
             finally:
@@ -158,17 +184,19 @@ class Publisher:
         """Only a file that does not lie at its own key has to carry it."""
         return stamp._replace(key=entry.key) if odd or not entry.is_whole else stamp
 
-    def _is_valid(self, ticket: Ticket, member: Membership, entry: Entry) -> bool:
-        key = member.writes.read(slot(entry.key))
-        namespace = member.writes.read(namespace_slot(entry.key))
-        return ticket == Ticket(id(member), member.generation, key, namespace)
-
     def _enter(
-        self, member: Membership, index: Index, entry: Entry, stamp: files.Stamp, sequence: int, temporary: str
+        self,
+        member: Membership,
+        index: Index,
+        entry: Entry,
+        stamp: files.Stamp,
+        sequence: int,
+        temporary: str,
+        over_foreign: bool,
     ) -> list[Dying]:
         """Give an entry its row, then its file its name; returns what it replaced, which is unlinked by then."""
         odd = self._is_odd(entry)
-        if entry.is_whole and not odd and files.blocked(self._path(entry, odd=False)):
+        if not odd and entry.is_whole and files.blocked(self._path(entry, odd=False), foreign=not over_foreign):
             odd = True
             files.restamp(temporary, self._for_place(stamp, entry, odd=True))
         old = index.find(entry)
@@ -199,11 +227,15 @@ class Publisher:
     @staticmethod
     def _undo(member: Membership, index: Index, entry: Entry, size: int) -> None:
         """Take a row back whose file could not be given its name."""
-        index.begin()
-        if (row := index.find(entry)) is not None:
-            index.remove(row.id)
-        index.change_lease(member.owner, size)
-        index.commit()
+        try:
+            index.begin()
+            if (row := index.find(entry)) is not None:
+                index.remove(row.id)
+            index.change_lease(member.owner, size)
+            index.commit()
+        except sqlite3.Error as error:
+            # the index counts bytes that are not there: only a new one is right again
+            raise Damaged("an entry without a file could not be taken out of the index") from error
 
     def _path(self, entry: Entry, *, odd: bool) -> str:
         return f"{self._root}/{relative_path(entry, odd=odd)}"

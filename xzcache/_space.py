@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xzcache._schema import Dying, Row, Totals
 
 _LARGEST_LEASE: Final = 4 << 20
+_INDEX_RESERVE: Final = 4 << 20
 _BATCH: Final = 128
 _ATTEMPTS: Final = 8
 
@@ -147,7 +148,8 @@ class Space:
     def _short_of_disk(self, grant: int) -> int:
         free, total = files.free_bytes(self.books.root)
         reserve = int(self.min_free * total) if isinstance(self.min_free, float) else self.min_free
-        return reserve + grant - free
+        # without any room for itself, the index could not even record what leaves
+        return max(reserve, min(_INDEX_RESERVE, total // 20)) + grant - free
 
     def trim_lease(self, member: Membership, index: Index) -> None:
         """Return what a failed write left over; within a section."""

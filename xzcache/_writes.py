@@ -10,7 +10,7 @@ from xzcache import _documents as documents
 from xzcache import _files as files
 from xzcache._errors import CacheFault
 from xzcache._keys import META, Entry, namespace_of, range_directory, relative_path
-from xzcache._publisher import Ticket, namespace_slot, slot
+from xzcache._publisher import Ticket, current_ticket, namespace_slot, slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,18 +63,12 @@ class Writes:
     def _forget(self, key: str, begun: Ticket | None = None) -> Ticket | None:
         """Count a write and remove the key; the ticket to publish with, None where others write at the same time."""
         with self._books.section() as (member, index):
-            undisturbed = begun is None or begun == self._ticket(member, key)
+            undisturbed = begun is None or begun == current_ticket(member, key)
             member.writes.bump(slot(key))
-            ticket = self._ticket(member, key)
+            ticket = current_ticket(member, key)
             dying = self._space.condemn(member, index, index.of_key(key))
         self._space.release(dying)
         return ticket if undisturbed else None
-
-    @staticmethod
-    def _ticket(member: Membership, key: str) -> Ticket:
-        return Ticket(
-            id(member), member.generation, member.writes.read(slot(key)), member.writes.read(namespace_slot(key))
-        )
 
     # -- everything beneath a prefix
 

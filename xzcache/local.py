@@ -25,6 +25,7 @@ from xzcache._config import (
     parse_root,
     parse_size,
 )
+from xzcache._errors import CacheFault, NoRoom
 from xzcache._keys import META, Entry, clip, is_cacheable, is_plain, span
 from xzcache._registry import open_directory
 
@@ -194,17 +195,11 @@ class LockedLocalStore(LocalStore):
             raise TypeError(f"{type(self).__name__}.set(): `value` must be a Buffer, not a {type(value).__name__}")
         if not is_cacheable(key):
             raise ValueError(f"key={key!r} is not accepted: give text of at most 3000 bytes as UTF-8")
-        if exclusive and self._size_of(key) is not None:
-            return
-        directory = self._directory
-        directory.prepare()
-        self._remove_foreign(key)
-        data = memoryview(value.to_bytes())
-        ticket = directory.publisher.ticket(Entry(key))
-        if not directory.publisher.publish(Entry(key), data, ticket, exclusive=exclusive):
-            if exclusive and self._size_of(key) is not None:
-                return
-            raise OSError(errno.ENOSPC, f"no room in the cache for {len(data)} bytes", key)
+        self._directory.prepare()
+        try:
+            self._directory.publisher.store(Entry(key), memoryview(value.to_bytes()), exclusive=exclusive)
+        except CacheFault as fault:
+            raise OSError(errno.ENOSPC if isinstance(fault, NoRoom) else errno.EIO, str(fault), key) from fault
 
     async def set(self, key: str, value: Buffer) -> None:
         """As `set_sync`."""
@@ -219,7 +214,6 @@ class LockedLocalStore(LocalStore):
         self._check_writable()
         if is_cacheable(key):
             self._directory.writes.begin(key)
-            self._remove_foreign(key)
             self._delete_beneath(key)
 
     async def delete(self, key: str) -> None:
@@ -240,14 +234,10 @@ class LockedLocalStore(LocalStore):
         if prefix and not is_plain(prefix):
             return
         top = os.path.join(self.root, prefix) if prefix else os.fspath(self.root)
-        for path in files.walk(top):
+        # what is deleted through the store goes, whoever wrote it
+        for path in [top] if os.path.isfile(top) else files.walk(top):
             files.discard(path)
-            files.prune(path, top)
-
-    def _remove_foreign(self, key: str) -> None:
-        """What the user replaces or deletes through the store goes, whoever wrote it."""
-        if is_plain(key):
-            files.discard_foreign(os.path.join(self.root, key))
+            files.prune(path, os.fspath(self.root))
 
     # -- listing
 
