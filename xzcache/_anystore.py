@@ -63,6 +63,8 @@ class StoreBackend:
         self._ledger = Ledger()
         self._nodes: dict[str, bytes] = {}
         self._told: set[type[Exception]] = set()
+        self._distrusted: set[str] = set()
+        self._distrusts_all = False
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
         """The entry of a span of an object."""
@@ -87,7 +89,8 @@ class StoreBackend:
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
         ticket = self._ledger.ticket(entry.key)
-        if not self._ledger.may_serve(entry, max_age):
+        distrusted = self._distrusts_all or entry.key in self._distrusted
+        if distrusted or not self._ledger.may_serve(entry, max_age):
             return None
         try:
             value = await self.cache_store.get(entry.key, default_buffer_prototype())
@@ -174,9 +177,9 @@ class StoreBackend:
 
     # -- writes
 
-    async def begin(self, key: str) -> Ticket | None:
-        """Before the source of a key is written: forget it."""
-        return await self._forget(key, None)
+    async def begin(self, key: str, since: Any = None) -> Ticket | None:
+        """Before the source of a key is written, or when it was found to have been written: forget it."""
+        return await self._forget(key, since)
 
     async def end(self, key: str, begun: Any, value: Data | None, max_size: int | None) -> None:
         """After the source of a key was written: forget what was filled meanwhile, and store the new value."""
@@ -190,8 +193,12 @@ class StoreBackend:
             await self._remove(self._ledger.of_key(key))
             # an earlier process may have left it, unknown to our books
             await self.cache_store.delete(key)
+            self._distrusted.discard(key)
         except Exception as error:
+            # what cannot be deleted is not served any more
+            self._distrusted.add(key)
             self._trouble(error)
+            return None
         return ticket
 
     async def drop(self, prefix: str) -> None:
@@ -203,20 +210,25 @@ class StoreBackend:
             await self._remove(self._ledger.beneath(prefix))
             with suppress(NotImplementedError, FileNotFoundError):
                 await self.cache_store.delete_dir(prefix)
+            self._distrusts_all = self._distrusts_all and bool(prefix)
         except Exception as error:
+            self._distrusts_all = True
             self._trouble(error)
 
     async def clear(self) -> None:
         """Forget everything."""
         await self.drop("")
 
-    async def compare(self, key: str, document: bytes | None) -> None:
-        """Drop what is beneath every array that a metadata document shows to have changed."""
+    async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
+        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+        valid = ticket == self._ledger.ticket(key)
         described = documents.describe(key, document)
         for path in documents.changed_arrays(key, described, self._nodes.get, self._known_beneath):
-            if path in self._nodes or self._ledger.beneath(path):
+            cached = self._ledger.beneath(path)
+            if path in self._nodes or any(not documents.is_document(entry.key) for entry in cached):
                 await self.drop(path)
         self._nodes.update(described.arrays)
+        return self._ledger.ticket(key) if valid else None
 
     def _known_beneath(self, path: str) -> list[str]:
         return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
-from xzcache._errors import Busy, CacheFault, Unusable
+from xzcache._errors import Busy, CacheFault, ForeignFormat, Unusable
 from xzcache._index import translated
 from xzcache._keys import META
 from xzcache._membership import Membership
@@ -79,29 +79,25 @@ class Books:
             return self._member
 
     def _join(self) -> Membership:
+        found = self.read_note("format")
+        # garbage is damage, and mended; a number is somebody who knows better
+        if found and found.isdecimal() and found != str(FORMAT):
+            raise ForeignFormat(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
         files.make_private(self.root)
         for name in ("", "tmp", "trash"):
             os.makedirs(f"{self.meta}/{name}", mode=0o700, exist_ok=True)
         member = Membership(self.meta, self.timeout)
         with member.guard:
-            found = self._settle("format", str(FORMAT))
-            if found != str(FORMAT):
-                raise Unusable(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
+            if self.read_note("format") != str(FORMAT):
+                self.write_note("format", str(FORMAT))
         return member
 
     def node_id(self) -> str:
         """A uuid that is the same for all processes that share this directory, and for no others."""
         with self.guarded():
-            return self._settle("node", str(uuid.uuid4()))
-
-    def _settle(self, name: str, text: str) -> str:
-        """The contents of a small file, which is made with `text` where it is not there; under the guard only."""
-        path = f"{self.meta}/{name}"
-        with suppress(FileNotFoundError), open(path, errors="replace") as file:
-            if content := file.read().strip():
-                return content
-        self.write_note(name, text)
-        return text
+            if not self.read_note("node"):
+                self.write_note("node", str(uuid.uuid4()))
+            return self.read_note("node") or ""
 
     def write_note(self, name: str, text: str) -> None:
         """Replace a small file; under the guard only."""
@@ -150,6 +146,7 @@ class Books:
                 index.begin()
                 yield member, index
                 index.commit()
+                member.note_serial(index)
                 index.checkpoint()
             except BaseException as error:
                 if index is not None:
@@ -172,6 +169,10 @@ class Books:
             A rebuild goes on.
         """
         member = self.member()
+        if not member.guard.is_current():
+            # somebody removed the directory: join in a new one
+            with self.guarded() as joined:
+                member = joined
         if not member.storing.try_share():
             raise Busy("the index is being rebuilt")
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._books import Books
+from xzcache._errors import ForeignFormat
 from xzcache._keeper import Keeper
 from xzcache._publisher import Publisher
 from xzcache._reader import Reader
@@ -95,7 +96,11 @@ class CacheDirectory:
             return False
 
     def _prepare(self) -> bool:
-        recovery.recover(self.books)
+        try:
+            recovery.recover(self.books)
+        except ForeignFormat:
+            self.reader.distrust_all()
+            raise
         self.keeper.apply_bound()
         self.space.fit()
         self._prepared = self.books.current

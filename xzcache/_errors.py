@@ -7,6 +7,7 @@ None of these reaches somebody who reads data: a read that meets one is served f
     ├── Damaged    the index is not ours, not whole, or gone
     ├── NoRoom     the bound, the free-disk reserve or the disk itself leaves no space
     └── Unusable   the directory cannot be opened for writing
+        └── ForeignFormat   it was written by another version of this package
 """
 
 from __future__ import annotations
@@ -30,3 +31,7 @@ class NoRoom(CacheFault):
 
 class Unusable(CacheFault):
     """The cache directory cannot be opened for writing."""
+
+
+class ForeignFormat(Unusable):
+    """The cache directory was written by a version that lays it out in another way."""

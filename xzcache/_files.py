@@ -28,6 +28,9 @@ _STAMP: Final = struct.Struct("<B16sIQqq")
 _VERSION: Final = 1
 _NO_ATTRIBUTES: Final = {errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG, errno.ERANGE}
 
+_READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
 Data = bytes | bytearray | memoryview
 
 
@@ -61,10 +64,17 @@ def stamp_of(entry: Entry, data: Data) -> Stamp:
     return Stamp(entry.digest(), checksum(data), len(data), entry.start, entry.stop, "")
 
 
+def _attribute(file: int | str) -> bytes:
+    # a link is not one of our files, whatever it leads to
+    return (
+        os.getxattr(file, _ATTRIBUTE) if isinstance(file, int) else os.getxattr(file, _ATTRIBUTE, follow_symlinks=False)
+    )
+
+
 def read_stamp(file: int | str) -> Stamp | None:
     """The stamp of a file, by descriptor or path; None where it has none that we can read."""
     try:
-        raw = os.getxattr(file, _ATTRIBUTE)
+        raw = _attribute(file)
         version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
         if version != _VERSION:
             return None
@@ -81,7 +91,11 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
     OSError
         The file is gone again then.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(path, _WRITE, 0o600)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        fd = os.open(path, _WRITE, 0o600)
     try:
         view = memoryview(data)
         while view:
@@ -139,12 +153,18 @@ def prune(path: str, root: str) -> None:
 def ours(path: str) -> bool | None:
     """Whether the file at a path is one that we wrote; None where its file system cannot tell us."""
     try:
-        os.getxattr(path, _ATTRIBUTE)
+        _attribute(path)
     except AttributeError:
         return None
     except OSError as error:
-        return None if error.errno == errno.ENOTSUP else False
+        return None if error.errno == errno.ENOTSUP and not os.path.islink(path) else False
     return True
+
+
+def discard_ours(path: str) -> None:
+    """Unlink a file if it is one that we wrote, as far as its file system can tell."""
+    if os.path.lexists(path) and ours(path) is not False:
+        discard(path)
 
 
 def blocked(path: str, *, foreign: bool = True) -> bool:
@@ -219,6 +239,11 @@ class Opened(NamedTuple):
     mtime_ns: int
     inode: int
 
+    @property
+    def signature(self) -> tuple[int, int, int]:
+        """What stays the same for as long as nobody replaces or writes the file."""
+        return self.inode, self.mtime_ns, self.size
+
 
 def open_file(path: str) -> Opened | None:
     """Open a regular file; None where there is no file of that name.
@@ -226,14 +251,18 @@ def open_file(path: str) -> Opened | None:
     Raises
     ------
     NotADirectoryError, IsADirectoryError
-        Something else is there: a file where the path has a directory, or the other way round.
+        Something else is there: a file where the path has a directory, a directory, a link, a pipe.
     OSError
         Anything but absence: EIO, EACCES, EMFILE, ESTALE, ...
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, _READ)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise IsADirectoryError(error.errno, error.strerror, path) from None
+        raise
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)

@@ -10,6 +10,7 @@ import os
 import sqlite3
 from typing import TYPE_CHECKING, Final
 
+from xzcache._documents import is_document
 from xzcache._errors import CacheFault, Damaged, NoRoom
 from xzcache._keys import Entry, namespace_of
 from xzcache._schema import SCHEMA, VERSION, Dying, Row, Totals
@@ -17,6 +18,7 @@ from xzcache._schema import SCHEMA, VERSION, Dying, Row, Totals
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+_MAGIC: Final = b"SQLite format 3\0"
 _DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_SCHEMA"}
 
 
@@ -58,13 +60,16 @@ class Index:
     def __init__(self, path: str, *, create: bool = False) -> None:
         self._wal = path + "-wal"
         self._namespaces: dict[str, int] = {}
+        if not create:
+            _check_magic(path)
         mode = "rwc" if create else "rw"
         uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
-        self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+        self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-8000"):
+            for pragma in ("synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-8000"):
                 self.connection.execute(f"PRAGMA {pragma}")
             if create:
+                self.connection.execute("PRAGMA journal_mode=WAL")
                 self.connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
             if self.connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                 raise Damaged(f"the index is not of version {VERSION}")
@@ -101,6 +106,10 @@ class Index:
 
     def totals(self) -> Totals:
         return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
+
+    def serial(self) -> int:
+        """A number that grows with every entry that comes or goes."""
+        return int(self._do("SELECT serial FROM total").fetchone()[0])
 
     def set_max_size(self, max_size: int | None) -> None:
         self._do("UPDATE total SET max_size = ?", (max_size,))
@@ -188,6 +197,11 @@ class Index:
         where, bounds = _range_of(prefix)
         return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry{where} LIMIT ?", (*bounds, limit))]
 
+    def has_data_beneath(self, prefix: str) -> bool:
+        """Whether anything but metadata documents is beneath a prefix."""
+        where, bounds = _range_of(prefix)
+        return any(not is_document(key) for (key,) in self._do(f"SELECT DISTINCT key FROM entry{where}", bounds))
+
     def in_flight(self, owner: int, numbers: Iterable[int]) -> list[Row]:
         """Entries whose file may still lie among the owner's files in flight, under one of these numbers."""
         wanted = set(numbers)
@@ -244,6 +258,17 @@ class Index:
         where, bounds = _range_of(prefix, column="path")
         self._do(f"DELETE FROM node{where}", bounds)
         self._do("DELETE FROM node WHERE path = ?", (prefix,))
+
+
+def _check_magic(path: str) -> None:
+    """Tell damage from the outside: SQLite would wait for locks on a file that others have open and take it for new."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) == _MAGIC:
+                return
+    except FileNotFoundError:
+        pass
+    raise Damaged(f"{path} is no SQLite file")
 
 
 def _range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:

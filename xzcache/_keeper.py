@@ -81,7 +81,7 @@ class Keeper:
                 return
             index.set_max_size(self.bound)
             index.commit()
-            self.books.write_note("max_size", recovery.UNBOUNDED if self.bound is None else str(self.bound))
+            recovery.remember_bound(self.books, self.bound)
 
     def trouble(self, error: BaseException) -> None:
         """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong."""

@@ -40,6 +40,7 @@ class Membership:
         self.free = 0
         self.next_recovery = 0.0
         self._sequence = 0
+        self._serial = -1
         self._closed = False
 
     def index_path(self, generation: int) -> str:
@@ -51,6 +52,17 @@ class Membership:
 
     def write_generation(self, generation: int) -> None:
         os.pwrite(self.guard.fd, generation.to_bytes(8, "little"), 0)
+
+    def read_serial(self) -> int:
+        """The serial number that the index had after the last transaction."""
+        return int.from_bytes(os.pread(self.guard.fd, 8, 8), "little")
+
+    def note_serial(self, index: Index) -> None:
+        """Write down how far the index got, so that one that lost its last transactions is noticed; under the guard."""
+        serial = index.serial()
+        if serial != self._serial:
+            self._serial = serial
+            os.pwrite(self.guard.fd, serial.to_bytes(8, "little"), 8)
 
     def next_temporary(self) -> tuple[int, str]:
         """A number that this owner has not used yet, and the path of the file in flight that goes with it."""
@@ -75,6 +87,8 @@ class Membership:
         index = Index(self.index_path(generation))
         try:
             index.begin()
+            if index.serial() < self.read_serial():
+                raise Damaged("the index has lost its last transactions")
             # a number may still be locked by a process that does not know of the new index yet
             while not self.owners.try_lock(owner := index.add_owner(os.getpid())):
                 index.drop_owner(owner)

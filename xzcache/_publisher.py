@@ -6,6 +6,7 @@ import errno
 import os
 import sqlite3
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from xzcache import _files as files
@@ -155,9 +156,9 @@ class Publisher:
                         return False
                     if exclusive and (index.find(entry) or os.path.lexists(self._path(entry, odd=False))):
                         return False
-                    replaced = self._enter(member, index, entry, stamp, sequence, temporary, ticket is None)
+                    replaced, odd = self._enter(member, index, entry, stamp, sequence, temporary, ticket is None)
                     spent = True
-                    index.drop_dying(item.id for item in replaced)
+                    self._bury(index, replaced, renamed_over=odd)
             finally:
                 if not spent:
                     files.discard(temporary)
@@ -193,17 +194,16 @@ class Publisher:
         sequence: int,
         temporary: str,
         over_foreign: bool,
-    ) -> list[Dying]:
-        """Give an entry its row, then its file its name; returns what it replaced, which is unlinked by then."""
+    ) -> tuple[list[Dying], bool]:
+        """Give an entry its row, then its file its name; what it replaced, and whether it lies at an odd place."""
         odd = self._is_odd(entry)
         if not odd and entry.is_whole and files.blocked(self._path(entry, odd=False), foreign=not over_foreign):
             odd = True
             files.restamp(temporary, self._for_place(stamp, entry, odd=True))
         old = index.find(entry)
-        replaced = []
+        replaced = [] if old is None else [index.add_dying(old, member.owner)]
         if old is not None:
             index.remove(old.id)
-            replaced.append(index.add_dying(old, member.owner))
         used = time.time_ns()
         index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=sequence)
         index.change_lease(member.owner, -stamp.size)
@@ -213,10 +213,18 @@ class Publisher:
             self._commit_and_reveal(index, temporary, self._path(entry, odd=odd))
         except OSError:
             self._undo(member, index, entry, stamp.size)
+            self._bury(index, replaced, renamed_over=None)
             raise
-        if old is not None and old.odd != odd:
-            files.discard(self._path(entry, odd=old.odd))
-        return replaced
+        return replaced, odd
+
+    def _bury(self, index: Index, replaced: list[Dying], *, renamed_over: bool | None) -> None:
+        """Give back the bytes of what was replaced: its place was renamed over (plain or odd), or it is unlinked."""
+        for item in replaced:
+            # what cannot be unlinked stays counted
+            with suppress(OSError):
+                if item.odd != renamed_over:
+                    files.discard_ours(self._path(item.entry, odd=item.odd))
+                index.drop_dying([item.id])
 
     @staticmethod
     def _commit_and_reveal(index: Index, temporary: str, path: str) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from xzcache._schema import Row
 
 _REMEMBERED: Final = 65536
+_ALL: Final = "/"
+"""What no namespace is called."""
 
 
 class Found(NamedTuple):
@@ -56,6 +58,7 @@ class Reader:
         self._root = keeper.books.root
         self._folds = folds
         self._checked: dict[str, tuple[int, int, int]] = {}
+        self._damaged: dict[str, tuple[int, int, int]] = {}
         self.distrusted: set[str] = set()
 
     def find(self, entry: Entry) -> Found | None:
@@ -63,7 +66,7 @@ class Reader:
 
         A file that this process has not checked yet may still turn out to be damaged: `read` tells.
         """
-        if self.distrusted and namespace_of(entry.key) in self.distrusted:
+        if self.distrusted and not self.distrusted.isdisjoint((namespace_of(entry.key), _ALL)):
             return None
         try:
             found = self._open(entry.whole)
@@ -73,6 +76,10 @@ class Reader:
             self._keeper.trouble(error)
             return None
         return found
+
+    def distrust_all(self) -> None:
+        """Read nothing more from this directory."""
+        self.distrusted.add(_ALL)
 
     def _open(self, entry: Entry) -> Found | None:
         odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
@@ -85,14 +92,17 @@ class Reader:
             opened = files.open_file(path)
         if opened is None:
             return None
-        known = self._checked.get(path) == (opened.inode, opened.mtime_ns, opened.size)
+        known = self._checked.get(path) == opened.signature
         if not known and not odd and entry.is_whole and files.read_stamp(opened.fd) is None:
             # a file of somebody else's keeps ours from its place, or this file system has no stamps
             elsewhere = files.open_file(self._path(entry, odd=True))
             if elsewhere is not None:
                 os.close(opened.fd)
                 path, opened = self._path(entry, odd=True), elsewhere
-                known = self._checked.get(path) == (opened.inode, opened.mtime_ns, opened.size)
+                known = self._checked.get(path) == opened.signature
+        if not known and self._damaged.get(path) == opened.signature:
+            os.close(opened.fd)
+            return None
         return Found(entry, path, opened, known)
 
     def _path(self, entry: Entry, *, odd: bool) -> str:
@@ -131,11 +141,9 @@ class Reader:
 
     def _checked_part(self, found: Found, data: memoryview | None, first: int, last: int) -> memoryview | None:
         if data is None or not self._is_sound(found, data):
+            _remember(self._damaged, found)
             return None
-        if len(self._checked) >= _REMEMBERED:
-            with suppress(KeyError, StopIteration, RuntimeError):
-                del self._checked[next(iter(self._checked))]
-        self._checked[found.path] = (found.opened.inode, found.opened.mtime_ns, found.opened.size)
+        _remember(self._checked, found)
         return data[first:last]
 
     def _is_sound(self, found: Found, data: memoryview) -> bool:
@@ -177,3 +185,11 @@ class Reader:
     def _row(self, entry: Entry) -> Row | None:
         with self._keeper.books.section() as (_, index):
             return index.find(entry)
+
+
+def _remember(files_seen: dict[str, tuple[int, int, int]], found: Found) -> None:
+    if len(files_seen) >= _REMEMBERED:
+        # another thread may be doing the same
+        with suppress(KeyError, StopIteration, RuntimeError):
+            del files_seen[next(iter(files_seen))]
+    files_seen[found.path] = found.opened.signature

@@ -107,8 +107,12 @@ class ReadThrough:
         started = time.perf_counter()
         wanted = span(byte_range)
         entry = None if wanted is None else self.backend.entry(key, *wanted)
-        if entry is None:
+        if wanted is None or entry is None:
             return await self._from_source(key, prototype, byte_range, started)
+        if not entry.is_whole and is_document(key):
+            # only a whole document can be compared
+            value = await self.get(key, prototype, None)
+            return None if value is None else value[slice(*clip(*wanted, len(value)))]
         await self.backend.prepare()
         if self.freshness.must_ask(key):
             return await self._ask(key, entry, prototype, byte_range, started)
@@ -171,6 +175,8 @@ class ReadThrough:
             ticket = self.backend.ticket(entry)
             value = await self._from_source(key, prototype, byte_range, started)
             data = None if value is None else contents(value)
+            if is_document(key):
+                ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
             if data is not None:
                 await self.backend.publish(entry, data, ticket, self.max_size)
             flight.land(data)
@@ -215,13 +221,10 @@ class ReadThrough:
             value = await self._from_source(key, prototype, byte_range, started)
             await self._agree(key, entry, None if value is None else contents(value), ticket)
             return value
-        data = await self._document(key, started)
-        if data is None:
-            return None
-        first, last = clip(entry.start, entry.stop, len(data))
-        return prototype.buffer.from_bytes(data[first:last])
+        data = await self._document(key, entry, started)
+        return None if data is None else prototype.buffer.from_bytes(data)
 
-    async def _document(self, key: str, started: float) -> memoryview | None:
+    async def _document(self, key: str, entry: Entry, started: float) -> memoryview | None:
         """A metadata document from the source, asked for once by all tasks that want it now."""
         while True:
             flight, leads = self.backend.flights.join((id(self.freshness), key))
@@ -232,12 +235,10 @@ class ReadThrough:
             except HandedOver:
                 continue
         try:
-            entry = self.backend.entry(key, *whole())
-            assert entry is not None
             ticket = self.backend.ticket(entry)
             value = await self._from_source(key, default_buffer_prototype(), None, started)
             data = None if value is None else contents(value)
-            await self.backend.compare(key, None if data is None else bytes(data))
+            ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
             await self._agree(key, entry, data, ticket)
             self.freshness.note(key)
             flight.land(data)
@@ -254,7 +255,8 @@ class ReadThrough:
         if data is not None and cached == data and await self.backend.find(entry, self._max_age) is not None:
             return
         if cached is not None:
-            ticket = await self.backend.begin(key)
+            since, ticket = ticket, await self.backend.begin(key, ticket)
+            ticket = ticket if since is not None else None
         if data is not None and ticket is not None:
             await self.backend.publish(entry, data, ticket, self.max_size)
 

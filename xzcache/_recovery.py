@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import sqlite3
 from contextlib import suppress
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from xzcache._schema import Dying
 
 _INDEX_FILE: Final = re.compile(r"index-(\d+)\.db")
-UNBOUNDED: Final = "none"
+_UNBOUNDED: Final = "none"
 
 
 def recover(books: Books) -> None:
@@ -114,12 +115,17 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
             if current is not member or member.read_generation() != damaged:
                 return
             numbers = [int(m[1]) for name in os.listdir(books.meta) if (m := _INDEX_FILE.fullmatch(name))]
-            generation = max([damaged, *numbers]) + 1
+            # drawn, not counted: a process that holds an index whose files are all gone must not take this for its own
+            generation = secrets.randbits(48) | 1
+            bound = _remembered_bound(books, max_size)
             try:
-                _build(books, member, generation, _remembered_bound(books, max_size))
+                _build(books, member, generation, bound)
+                remember_bound(books, bound)
             except (sqlite3.Error, OSError) as error:
                 _remove_index(books, generation)
                 raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
+            # a number that nobody reached, as garbage might be, would make every index look old
+            os.pwrite(member.guard.fd, bytes(8), 8)
             # from here on, everybody who enters the guard sees the new index
             member.write_generation(generation)
             for number in numbers:
@@ -128,9 +134,14 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
         member.storing.readmit()
 
 
+def remember_bound(books: Books, max_size: int | None) -> None:
+    """Write the bound where it outlives the index; under the guard only."""
+    books.write_note("max_size", _UNBOUNDED if max_size is None else str(max_size))
+
+
 def _remembered_bound(books: Books, max_size: int | None) -> int | None:
     note = books.read_note("max_size")
-    if note == UNBOUNDED:
+    if note == _UNBOUNDED:
         return None
     return int(note) if note and note.isdecimal() else max_size
 

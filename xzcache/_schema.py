@@ -28,13 +28,13 @@ CREATE TABLE owner(id INTEGER PRIMARY KEY AUTOINCREMENT, lease INTEGER NOT NULL 
 CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE total(
   one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
-  dying INTEGER NOT NULL, max_size INTEGER);
-INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL);
+  dying INTEGER NOT NULL, max_size INTEGER, serial INTEGER NOT NULL);
+INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0);
 CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
-  UPDATE total SET n = n + 1, bytes = bytes + NEW.size;
+  UPDATE total SET n = n + 1, bytes = bytes + NEW.size, serial = serial + 1;
   UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
 CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
-  UPDATE total SET n = n - 1, bytes = bytes - OLD.size;
+  UPDATE total SET n = n - 1, bytes = bytes - OLD.size, serial = serial + 1;
   UPDATE ns SET n = n - 1, bytes = bytes - OLD.size WHERE id = OLD.ns; END;
 CREATE TRIGGER dying_comes AFTER INSERT ON dying BEGIN UPDATE total SET dying = dying + NEW.size; END;
 CREATE TRIGGER dying_goes AFTER DELETE ON dying BEGIN UPDATE total SET dying = dying - OLD.size; END;

@@ -96,9 +96,9 @@ class SharedBackend:
         """Store an entry, unless it was written since the ticket was taken."""
         return await pool.run(self.directory.publisher.publish, entry, data, ticket)
 
-    async def begin(self, key: str) -> Ticket | None:
-        """Before the source of a key is written."""
-        return await pool.run(self.directory.writes.begin, f"{self.namespace}/{key}")
+    async def begin(self, key: str, since: Any = None) -> Ticket | None:
+        """Before the source of a key is written, or when it was found to have been written."""
+        return await pool.run(self.directory.writes.begin, f"{self.namespace}/{key}", since)
 
     async def end(self, key: str, begun: Any, value: Data | None, max_size: int | None) -> None:
         """After the source of a key was written."""
@@ -108,9 +108,9 @@ class SharedBackend:
         """Before and after all keys beneath a prefix are deleted at the source."""
         await pool.run(self.directory.writes.drop, f"{self.namespace}/{prefix}".rstrip("/"))
 
-    async def compare(self, key: str, document: bytes | None) -> None:
-        """Drop what a metadata document of the source shows to have changed."""
-        await pool.run(self.directory.writes.compare, self.namespace, key, document)
+    async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
+        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+        return await pool.run(self.directory.writes.compare, self.namespace, key, document, ticket)
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""

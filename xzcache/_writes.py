@@ -50,9 +50,12 @@ class Writes:
 
     # -- one key
 
-    def begin(self, key: str) -> Ticket | None:
-        """Before the source is written: forget the key, and take note of the writes so far."""
-        return self._surely(key, lambda: self._forget(key), lambda: self._unlink_key(key))
+    def begin(self, key: str, since: Ticket | None = None) -> Ticket | None:
+        """Before the source is written: forget the key, and take note of the writes so far.
+
+        None where that could not be done properly, or where somebody wrote the key after the ticket `since` was taken.
+        """
+        return self._surely(key, lambda: self._forget(key, since), lambda: self._unlink_key(key))
 
     def end(self, key: str, begun: Ticket | None, value: files.Data | None = None) -> None:
         """After the source was written: forget what was filled meanwhile, and store the new value."""
@@ -79,9 +82,10 @@ class Writes:
         """
         self._surely(f"{prefix}/", lambda: self._drop(prefix), lambda: self._unlink_beneath(prefix))
 
-    def _drop(self, prefix: str) -> None:
+    def _drop(self, prefix: str, *, counted: bool = False) -> None:
         with self._books.section() as (member, index):
-            member.writes.bump(namespace_slot(f"{prefix}/"))
+            if not counted:
+                member.writes.bump(namespace_slot(f"{prefix}/"))
             index.drop_nodes(prefix)
             dying = self._condemn_batch(member, index, prefix)
         self._release_all(prefix, dying)
@@ -98,7 +102,7 @@ class Writes:
 
     # -- metadata documents
 
-    def compare(self, namespace: str, key: str, document: bytes | None) -> None:
+    def compare(self, namespace: str, key: str, document: bytes | None, ticket: Ticket | None) -> Ticket | None:
         """Drop what is beneath every array that a document of the source shows to have changed.
 
         Parameters
@@ -108,15 +112,24 @@ class Writes:
             The document's key in its source.
         document : bytes or None
             As the source has it now; None where it has none.
+        ticket : Ticket or None
+            From before the document was fetched.
+
+        Returns
+        -------
+        Ticket or None
+            What to publish the document with; None if it was written meanwhile.
         """
         described = documents.describe(key, document)
         full = f"{namespace}/{key}"
 
-        def act() -> None:
-            for path in self._changed(namespace, key, described):
+        def act() -> Ticket | None:
+            changed, valid = self._changed(namespace, key, described, ticket)
+            for path in changed:
                 self._drop_array(namespace, path, described.arrays.get(path))
+            return valid
 
-        self._surely(full, act, lambda: self._unlink_beneath(namespace))
+        return self._surely(full, act, lambda: self._unlink_beneath(namespace))
 
     def note(self, namespace: str, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
@@ -129,28 +142,36 @@ class Writes:
             for path, digest in arrays.items():
                 index.set_node(_join(namespace, path), digest)
 
-    def _changed(self, namespace: str, key: str, described: documents.Description) -> list[str]:
-        """Paths of the arrays that are not as they were; those that nothing is cached of are noted right away."""
+    def _changed(
+        self, namespace: str, key: str, described: documents.Description, ticket: Ticket | None
+    ) -> tuple[list[str], Ticket | None]:
+        """Paths of the arrays that are not as they were, and a ticket that their drop leaves valid.
+
+        Arrays that nothing is cached of are noted right away.
+        """
 
         def beneath(path: str) -> list[str]:
             return [node.partition("/")[2] for node in index.nodes_beneath(_join(namespace, path))]
 
+        full = f"{namespace}/{key}"
         with self._books.section() as (member, index):
             changed = []
             for path in documents.changed_arrays(
                 key, described, lambda path: index.node(_join(namespace, path)), beneath
             ):
                 node = _join(namespace, path)
-                if index.node(node) is None and not index.beneath(node, 1):
+                if index.node(node) is None and not index.has_data_beneath(node):
                     index.set_node(node, described.arrays[path])
                 else:
                     changed.append(path)
+            valid = ticket is not None and ticket == current_ticket(member, full)
             if changed:
-                member.writes.bump(namespace_slot(f"{namespace}/"))
-        return changed
+                member.writes.bump(namespace_slot(full))
+            return changed, current_ticket(member, full) if valid else None
 
     def _drop_array(self, namespace: str, path: str, digest: bytes | None) -> None:
-        self._drop(_join(namespace, path))
+        # the drop was counted when the change was found
+        self._drop(_join(namespace, path), counted=True)
         if digest is not None:
             self._set_nodes(namespace, {path: digest})
 
@@ -181,16 +202,13 @@ class Writes:
     def _unlink_key(self, key: str) -> None:
         self._bump_by_hand(key, slot)
         for odd in (False, True):
-            path = f"{self._books.root}/{relative_path(Entry(key), odd=odd)}"
-            if os.path.lexists(path) and files.ours(path) is not False:
-                files.discard(path)
+            files.discard_ours(f"{self._books.root}/{relative_path(Entry(key), odd=odd)}")
         _remove_tree(f"{self._books.root}/{range_directory(key)}")
 
     def _unlink_beneath(self, prefix: str) -> None:
         self._bump_by_hand(f"{prefix}/", namespace_slot)
         for path in files.walk(f"{self._books.root}/{prefix}"):
-            if files.ours(path) is not False:
-                files.discard(path)
+            files.discard_ours(path)
         for place in ("odd", "ranges"):
             for path in files.walk(f"{self._books.root}/{META}/{place}"):
                 stamp = files.read_stamp(path)
