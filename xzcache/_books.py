@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = 1
 _inherited: Final[list[object]] = []
-"""What a forked child must neither use nor let go of: SQLite forbids both for its parent's connections."""
+"""What must neither be used nor closed any more: above all the parent's connections, in a forked child."""
 
 
 class Books:
@@ -166,20 +166,21 @@ class Books:
         Raises
         ------
         Busy
-            A rebuild goes on.
+            A rebuild goes on for too long.
         """
         member = self.member()
         if not member.guard.is_current():
             # somebody removed the directory: join in a new one
             with self.guarded() as joined:
                 member = joined
-        if not member.storing.try_share():
+        if not member.storing.share(self.timeout):
             raise Busy("the index is being rebuilt")
         try:
             if member.index is None or member.read_generation() != member.generation:
                 with self.section() as (current, _):
                     if current is not member:
                         raise Busy("the directory was removed meanwhile")
+            member.see_revocations()
             yield member
         finally:
             member.storing.leave()
@@ -196,15 +197,18 @@ class Books:
         member = self._member
         if member is None:
             return
-        with suppress(CacheFault, OSError):
+        try:
             if member.index is not None:
                 with self.section() as (current, index):
                     if current is member:
                         index.drop_owner(member.owner)
-                        index.commit()
-                        with suppress(OSError):
-                            os.rmdir(f"{self.meta}/tmp/{member.owner}")
-                        member.leave_index()
+                with member.guard:
+                    with suppress(OSError):
+                        os.rmdir(f"{self.meta}/tmp/{member.owner}")
+                    member.leave_index()
+        except (CacheFault, OSError):
+            # what cannot be closed under the guard is not closed at all: the last one to close folds the log in
+            _inherited.append(member)
         with self._opening:
             if self._member is member:
                 self._member = None

@@ -136,6 +136,9 @@ class Index:
     def change_lease(self, owner: int, by: int) -> None:
         self._do("UPDATE owner SET lease = lease + ? WHERE id = ?", (by, owner))
 
+    def drop_leases(self) -> None:
+        self._do("UPDATE owner SET lease = 0 WHERE lease != 0")
+
     def drop_owner(self, owner: int) -> None:
         self._do("DELETE FROM owner WHERE id = ?", (owner,))
 

@@ -73,15 +73,25 @@ class Keeper:
         recovery.rebuild(self.books, generation, bound)
 
     def apply_bound(self) -> None:
-        """Make the bound that was asked for the bound of the directory."""
+        """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
         if isinstance(self.bound, Unset):
             return
-        with self.books.section() as (_, index):
-            if index.totals().max_size == self.bound:
-                return
-            index.set_max_size(self.bound)
-            index.commit()
-            recovery.remember_bound(self.books, self.bound)
+        with self.books.section() as (member, index):
+            old = index.totals().max_size
+        if old == self.bound:
+            return
+        lower = self.bound is not None and (old is None or self.bound < old)
+        alone = lower and member.storing.exclude(self.books.timeout)
+        try:
+            with self.books.section() as (current, index):
+                index.set_max_size(self.bound)
+                if alone and current is member:
+                    member.revoke_leases(index)
+                index.commit()
+                recovery.remember_bound(self.books, self.bound)
+        finally:
+            if alone:
+                member.storing.readmit()
 
     def trouble(self, error: BaseException) -> None:
         """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong."""

@@ -117,8 +117,16 @@ class StoringLock:
         self._sharers = 0
         self._closing = False
 
-    def try_share(self) -> bool:
-        """Join; False while a rebuild goes on."""
+    def share(self, timeout: float) -> bool:
+        """Join; False if a rebuild did not end in time."""
+        deadline = time.monotonic() + timeout
+        while not self._try_share():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LONGEST_PAUSE)
+        return True
+
+    def _try_share(self) -> bool:
         with self._mutex:
             if self._closing or (self._sharers == 0 and not _flock(self._fd, fcntl.LOCK_SH)):
                 return False

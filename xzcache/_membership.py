@@ -41,28 +41,51 @@ class Membership:
         self.next_recovery = 0.0
         self._sequence = 0
         self._serial = -1
+        self._epoch = 0
         self._closed = False
 
     def index_path(self, generation: int) -> str:
         return f"{self.meta}/index-{generation}.db"
 
+    # The guard's file holds three numbers of 8 bytes, written under the guard: generation, serial, epoch.
+
+    def _read(self, position: int) -> int:
+        return int.from_bytes(os.pread(self.guard.fd, 8, 8 * position), "little")
+
+    def _write(self, position: int, number: int) -> None:
+        os.pwrite(self.guard.fd, number.to_bytes(8, "little"), 8 * position)
+
     def read_generation(self) -> int:
         """The number of the current index; 0 where there is none yet."""
-        return int.from_bytes(os.pread(self.guard.fd, 8, 0), "little")
+        return self._read(0)
 
-    def write_generation(self, generation: int) -> None:
-        os.pwrite(self.guard.fd, generation.to_bytes(8, "little"), 0)
+    def begin_generation(self, generation: int) -> None:
+        """Make another index the current one, for all who enter the guard from now on."""
+        # a serial that nobody reached, as garbage might be, would make every index look old
+        self._write(1, 0)
+        self._write(0, generation)
+
+    def revoke_leases(self, index: Index) -> None:
+        """Take all leases back, while nobody stores; whoever stores next finds the epoch changed."""
+        index.drop_leases()
+        self._write(2, (self._read(2) + 1) % (1 << 63))
+
+    def see_revocations(self) -> None:
+        """Forget a lease that was taken back."""
+        if (epoch := self._read(2)) != self._epoch:
+            with self.lease_lock:
+                self._epoch, self.free = epoch, 0
 
     def read_serial(self) -> int:
         """The serial number that the index had after the last transaction."""
-        return int.from_bytes(os.pread(self.guard.fd, 8, 8), "little")
+        return self._read(1)
 
     def note_serial(self, index: Index) -> None:
         """Write down how far the index got, so that one that lost its last transactions is noticed; under the guard."""
         serial = index.serial()
         if serial != self._serial:
             self._serial = serial
-            os.pwrite(self.guard.fd, serial.to_bytes(8, "little"), 8)
+            self._write(1, serial)
 
     def next_temporary(self) -> tuple[int, str]:
         """A number that this owner has not used yet, and the path of the file in flight that goes with it."""
@@ -97,7 +120,7 @@ class Membership:
         except BaseException:
             index.close()
             raise
-        self.index, self.owner = index, owner
+        self.index, self.owner, self._epoch = index, owner, self._read(2)
         return index
 
     def leave_index(self) -> None:

@@ -107,7 +107,9 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
     Busy
         A process that writes an entry did not finish in time (it may be stopped).
     """
-    member = books.member()
+    with books.guarded() as member:
+        if member.read_generation() != damaged:
+            return
     if not member.storing.exclude(books.timeout):
         raise Busy("an entry is being written, so the index cannot be rebuilt now")
     try:
@@ -124,10 +126,7 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
             except (sqlite3.Error, OSError) as error:
                 _remove_index(books, generation)
                 raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
-            # a number that nobody reached, as garbage might be, would make every index look old
-            os.pwrite(member.guard.fd, bytes(8), 8)
-            # from here on, everybody who enters the guard sees the new index
-            member.write_generation(generation)
+            member.begin_generation(generation)
             for number in numbers:
                 _remove_index(books, number)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from zarr.abc.store import Store
@@ -53,7 +54,9 @@ class SourceView(Store):
     async def _open(self) -> None:
         if self._is_open:
             raise ValueError("store is already open")
-        await self._store._ensure_open()
+        # a source that cannot be opened now says so at the first read that needs it: what is cached does not
+        with suppress(OSError):
+            await self._store._ensure_open()
         self._is_open = True
 
     def close(self) -> None:
