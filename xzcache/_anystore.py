@@ -62,6 +62,7 @@ class StoreBackend:
         self.troubles = 0
         self._ledger = Ledger()
         self._nodes: dict[str, bytes] = {}
+        self._absent: set[str] = set()
         self._told: set[type[Exception]] = set()
         self._distrusted: set[str] = set()
         self._distrusts_all = False
@@ -189,6 +190,7 @@ class StoreBackend:
 
     async def _forget(self, key: str, begun: Ticket | None) -> Ticket | None:
         ticket = self._ledger.count_write(key, begun)
+        self._absent.discard(key)
         try:
             await self._remove(self._ledger.of_key(key))
             # an earlier process may have left it, unknown to our books
@@ -206,6 +208,7 @@ class StoreBackend:
         self._ledger.count_drop()
         for node in [n for n in self._nodes if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
             del self._nodes[node]
+        self._absent = {key for key in self._absent if prefix and not key.startswith(f"{prefix}/")}
         try:
             await self._remove(self._ledger.beneath(prefix))
             with suppress(NotImplementedError, FileNotFoundError):
@@ -228,10 +231,16 @@ class StoreBackend:
             if path in self._nodes or any(not documents.is_document(entry.key) for entry in cached):
                 await self.drop(path)
         self._nodes.update(described.arrays)
+        if valid and document is None:
+            self._absent.add(key)
         return self._ledger.ticket(key) if valid else None
 
     def _known_beneath(self, path: str) -> list[str]:
         return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]
+
+    async def is_absent(self, key: str) -> bool:
+        """Whether the source is known not to have a document of a node that it has."""
+        return key in self._absent and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""

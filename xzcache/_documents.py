@@ -20,6 +20,12 @@ def is_document(key: str) -> bool:
     return key.rpartition("/")[2] in DOCUMENTS
 
 
+def siblings(key: str) -> list[str]:
+    """The keys of all other documents that the node of a document may have."""
+    path, slash, own = key.rpartition("/")
+    return [f"{path}{slash}{name}" for name in sorted(DOCUMENTS) if name != own]
+
+
 class Description(NamedTuple):
     """What a document says of the arrays of its hierarchy."""
 

@@ -262,6 +262,21 @@ class Index:
         self._do(f"DELETE FROM node{where}", bounds)
         self._do("DELETE FROM node WHERE path = ?", (prefix,))
 
+    # -- documents that the source does not have
+
+    def set_absent(self, key: str) -> None:
+        self._do("INSERT OR IGNORE INTO absent(key) VALUES(?)", (key,))
+
+    def is_absent(self, key: str) -> bool:
+        return self._do("SELECT 1 FROM absent WHERE key = ?", (key,)).fetchone() is not None
+
+    def drop_absent(self, key: str) -> None:
+        self._do("DELETE FROM absent WHERE key = ?", (key,))
+
+    def drop_absent_beneath(self, prefix: str) -> None:
+        where, bounds = _range_of(prefix)
+        self._do(f"DELETE FROM absent{where}", bounds)
+
 
 def _check_magic(path: str) -> None:
     """Tell damage from the outside: SQLite would wait for locks on a file that others have open and take it for new."""

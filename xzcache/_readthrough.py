@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from zarr.core.buffer import default_buffer_prototype
@@ -117,6 +117,9 @@ class ReadThrough:
         if self.freshness.must_ask(key):
             return await self._ask(key, entry, prototype, byte_range, started)
         data = await self.backend.find(entry, self._max_age)
+        if data is None and is_document(key) and await self.backend.is_absent(key):
+            self.stats.hit(0, time.perf_counter() - started)
+            return None
         if data is None:
             return await self._fetch(key, entry, prototype, byte_range, started)
         self.stats.hit(len(data), time.perf_counter() - started)
@@ -143,9 +146,11 @@ class ReadThrough:
         self, key: str, entry: Entry, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
     ) -> Buffer | None:
         while True:
-            flight, leads = self.backend.flights.join(entry)
+            # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
+            ticket = self.backend.ticket(entry)
+            flight, leads = self.backend.flights.join((entry, ticket))
             if leads:
-                return await self._lead(flight, key, entry, prototype, byte_range, started)
+                return await self._lead(flight, ticket, key, entry, prototype, byte_range, started)
             try:
                 data = await flight.outcome()
             except HandedOver:
@@ -158,6 +163,7 @@ class ReadThrough:
     async def _lead(
         self,
         flight: Flight[memoryview | None],
+        ticket: Any,
         key: str,
         entry: Entry,
         prototype: BufferPrototype,
@@ -166,13 +172,13 @@ class ReadThrough:
     ) -> Buffer | None:
         """Fetch for all who wait in this process, unless another process does or has done so."""
         unlock: Callable[[], None] | None = None
+        began = ticket
         try:
             unlock, data = await self._win(entry)
             if data is not None:
                 self.stats.hit(len(data), time.perf_counter() - started)
                 flight.land(data)
                 return prototype.buffer.from_bytes(data)
-            ticket = self.backend.ticket(entry)
             value = await self._from_source(key, prototype, byte_range, started)
             data = None if value is None else contents(value)
             if is_document(key):
@@ -187,7 +193,7 @@ class ReadThrough:
         finally:
             if unlock is not None:
                 unlock()
-            self.backend.flights.leave(entry, flight)
+            self.backend.flights.leave((entry, began), flight)
 
     async def _win(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
         """Become the one process that fetches, or get what another one fetched.
@@ -227,7 +233,8 @@ class ReadThrough:
     async def _document(self, key: str, entry: Entry, started: float) -> memoryview | None:
         """A metadata document from the source, asked for once by all tasks that want it now."""
         while True:
-            flight, leads = self.backend.flights.join((id(self.freshness), key))
+            ticket = began = self.backend.ticket(entry)
+            flight, leads = self.backend.flights.join((id(self.freshness), key, began))
             if leads:
                 break
             try:
@@ -235,7 +242,6 @@ class ReadThrough:
             except HandedOver:
                 continue
         try:
-            ticket = self.backend.ticket(entry)
             value = await self._from_source(key, default_buffer_prototype(), None, started)
             data = None if value is None else contents(value)
             ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
@@ -247,7 +253,7 @@ class ReadThrough:
             flight.fail(error)
             raise
         finally:
-            self.backend.flights.leave((id(self.freshness), key), flight)
+            self.backend.flights.leave((id(self.freshness), key, began), flight)
 
     async def _agree(self, key: str, entry: Entry, data: memoryview | None, ticket: object) -> None:
         """Store what the source has now, where the cache has something else."""

@@ -68,6 +68,7 @@ class Writes:
         with self._books.section() as (member, index):
             undisturbed = begun is None or begun == current_ticket(member, key)
             member.writes.bump(slot(key))
+            index.drop_absent(key)
             ticket = current_ticket(member, key)
             dying = self._space.condemn(member, index, index.of_key(key))
         self._space.release(dying)
@@ -87,6 +88,7 @@ class Writes:
             if not counted:
                 member.writes.bump(namespace_slot(f"{prefix}/"))
             index.drop_nodes(prefix)
+            index.drop_absent_beneath(prefix)
             dying = self._condemn_batch(member, index, prefix)
         self._release_all(prefix, dying)
 
@@ -124,12 +126,25 @@ class Writes:
         full = f"{namespace}/{key}"
 
         def act() -> Ticket | None:
-            changed, valid = self._changed(namespace, key, described, ticket)
+            changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
             for path in changed:
                 self._drop_array(namespace, path, described.arrays.get(path))
             return valid
 
         return self._surely(full, act, lambda: self._unlink_beneath(namespace))
+
+    def is_absent(self, namespace: str, key: str) -> bool:
+        """Whether the source is known not to have a document, of a node that it does have.
+
+        A node of which nothing is cached may have been made since.
+        """
+        return self._keeper.attempt(lambda: self._is_absent(namespace, key), False)
+
+    def _is_absent(self, namespace: str, key: str) -> bool:
+        with self._books.section() as (_, index):
+            return index.is_absent(f"{namespace}/{key}") and any(
+                index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key)
+            )
 
     def note(self, namespace: str, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
@@ -143,7 +158,7 @@ class Writes:
                 index.set_node(_join(namespace, path), digest)
 
     def _changed(
-        self, namespace: str, key: str, described: documents.Description, ticket: Ticket | None
+        self, namespace: str, key: str, described: documents.Description, ticket: Ticket | None, *, absent: bool
     ) -> tuple[list[str], Ticket | None]:
         """Paths of the arrays that are not as they were, and a ticket that their drop leaves valid.
 
@@ -165,6 +180,10 @@ class Writes:
                 else:
                     changed.append(path)
             valid = ticket is not None and ticket == current_ticket(member, full)
+            if valid and absent:
+                index.set_absent(full)
+            elif not absent:
+                index.drop_absent(full)
             if changed:
                 member.writes.bump(namespace_slot(full))
             return changed, current_ticket(member, full) if valid else None
