@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache import _files as files
 from xzcache._errors import Damaged
-from xzcache._keys import Entry, is_plain, namespace_of, relative_path
+from xzcache._keys import Entry, is_plain, relative_path
 
 if TYPE_CHECKING:
     from xzcache._keeper import Keeper
@@ -45,7 +45,7 @@ class Reader:
     Attributes
     ----------
     distrusted : set of str
-        Namespaces in which something could not be made invisible after a write: nothing of theirs is read.
+        Prefixes of keys beneath which something could not be made invisible when it had to be: nothing there is read.
 
     Notes
     -----
@@ -66,7 +66,7 @@ class Reader:
 
         A file that this process has not checked yet may still turn out to be damaged: `read` tells.
         """
-        if self.distrusted and not self.distrusted.isdisjoint((namespace_of(entry.key), _ALL)):
+        if self.distrusted and self._distrusts(entry.key):
             return None
         try:
             found = self._open(entry.whole)
@@ -80,6 +80,13 @@ class Reader:
     def distrust_all(self) -> None:
         """Read nothing more from this directory."""
         self.distrusted.add(_ALL)
+
+    def _distrusts(self, key: str) -> bool:
+        return self.distrusts_all or any(key.startswith(f"{prefix}/") for prefix in list(self.distrusted))
+
+    @property
+    def distrusts_all(self) -> bool:
+        return _ALL in self.distrusted
 
     def _open(self, entry: Entry) -> Found | None:
         odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)

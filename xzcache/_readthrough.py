@@ -238,13 +238,16 @@ class ReadThrough:
             if leads:
                 break
             try:
-                return await flight.outcome()
+                data = await flight.outcome()
             except HandedOver:
                 continue
+            self.stats.hit(0 if data is None else len(data), time.perf_counter() - started)
+            return data
         try:
             value = await self._from_source(key, default_buffer_prototype(), None, started)
             data = None if value is None else contents(value)
-            ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
+            if data is None or await self.backend.find(entry, "infinity") != data:
+                ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
             await self._agree(key, entry, data, ticket)
             self.freshness.note(key)
             flight.land(data)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xzcache._membership import Membership
     from xzcache._schema import Dying
 
-_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db")
+_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm)?")
 _UNBOUNDED: Final = "none"
 
 
@@ -82,7 +82,10 @@ def finish(books: Books, index: Index, dying: Iterable[Dying]) -> None:
 
 
 def _sweep(books: Books, member: Membership, index: Index) -> None:
-    """Remove directories of files in flight that no owner's row speaks of."""
+    """Remove directories of files in flight that no owner's row speaks of, and indexes of old."""
+    for number in _generations(books):
+        if number != member.generation:
+            _remove_index(books, number)
     known = {str(owner) for owner in index.owners()}
     for name in os.listdir(f"{books.meta}/tmp"):
         if name not in known and (not name.isdecimal() or member.owners.try_lock(int(name))):
@@ -116,7 +119,7 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
         with books.guarded() as current:
             if current is not member or member.read_generation() != damaged:
                 return
-            numbers = [int(m[1]) for name in os.listdir(books.meta) if (m := _INDEX_FILE.fullmatch(name))]
+            old = _generations(books)
             # drawn, not counted: a process that holds an index whose files are all gone must not take this for its own
             generation = secrets.randbits(48) | 1
             bound = _remembered_bound(books, max_size)
@@ -127,7 +130,7 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
                 _remove_index(books, generation)
                 raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
             member.begin_generation(generation)
-            for number in numbers:
+            for number in old:
                 _remove_index(books, number)
     finally:
         member.storing.readmit()
@@ -143,6 +146,10 @@ def _remembered_bound(books: Books, max_size: int | None) -> int | None:
     if note == _UNBOUNDED:
         return None
     return int(note) if note and note.isdecimal() else max_size
+
+
+def _generations(books: Books) -> set[int]:
+    return {int(m[1]) for name in os.listdir(books.meta) if (m := _INDEX_FILE.fullmatch(name))}
 
 
 def _remove_index(books: Books, generation: int) -> None:

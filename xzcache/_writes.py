@@ -123,15 +123,17 @@ class Writes:
             What to publish the document with; None if it was written meanwhile.
         """
         described = documents.describe(key, document)
-        full = f"{namespace}/{key}"
+        affected = {_join(namespace, path) for path in described.arrays or (key.rpartition("/")[0],)}
 
         def act() -> Ticket | None:
             changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
             for path in changed:
                 self._drop_array(namespace, path, described.arrays.get(path))
+            self._reader.distrusted.difference_update(affected)
             return valid
 
-        return self._surely(full, act, lambda: self._unlink_beneath(namespace))
+        # other processes find out for themselves, so nothing is unlinked for this one's sake
+        return self._surely(f"{namespace}/{key}", act, lambda: self._reader.distrusted.update(affected))
 
     def is_absent(self, namespace: str, key: str) -> bool:
         """Whether the source is known not to have a document, of a node that it does have.
@@ -206,6 +208,9 @@ class Writes:
 
         if self._keeper.attempt(act, failed) is not failed:
             return done[-1]
+        if self._reader.distrusts_all:
+            # the directory is not of our making: nothing in it is read, and nothing touched
+            return None
         try:
             by_hand()
         except (CacheFault, OSError) as error:
