@@ -181,9 +181,10 @@ class ByteLocks:
         self._fds = [open_lock_file(path) for path in paths]
 
     def try_lock(self, offset: int) -> bool:
+        """Take a lock; False while somebody else has it."""
         try:
             self._control(offset, fcntl.F_WRLCK)
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             return False
         return True
 

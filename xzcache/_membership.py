@@ -8,11 +8,12 @@ import threading
 from contextlib import suppress
 from typing import Final
 
-from xzcache._errors import Damaged
+from xzcache._errors import Damaged, Unusable
 from xzcache._index import Index
 from xzcache._locks import ByteLocks, Guard, StoringLock, WriteCounters
 
 _KEY_LOCK_FILES: Final = 16
+_MOST_OWNERS: Final = 10_000
 
 
 class Membership:
@@ -112,9 +113,7 @@ class Membership:
             index.begin()
             if index.serial() < self.read_serial():
                 raise Damaged("the index has lost its last transactions")
-            # a number may still be locked by a process that does not know of the new index yet
-            while not self.owners.try_lock(owner := index.add_owner(os.getpid())):
-                index.drop_owner(owner)
+            owner = self._take_number(index)
             os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700, exist_ok=True)
             index.commit()
         except BaseException:
@@ -122,6 +121,15 @@ class Membership:
             raise
         self.index, self.owner, self._epoch = index, owner, self._read(2)
         return index
+
+    def _take_number(self, index: Index) -> int:
+        for _ in range(_MOST_OWNERS):
+            owner = index.add_owner(os.getpid())
+            if self.owners.try_lock(owner):
+                return owner
+            # still locked by a process that does not know of the new index yet
+            index.drop_owner(owner)
+        raise Unusable(f"no number in {self.meta}/owners.lock can be locked")
 
     def leave_index(self) -> None:
         """Close the index of an older generation; under the guard only."""

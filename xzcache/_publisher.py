@@ -173,6 +173,8 @@ class Publisher:
             files.write(temporary, data, self._for_place(stamp, entry, odd=self._is_odd(entry)))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # for the next one
+                self._space.evict(stamp.size)
                 raise NoRoom(f"the disk of {self._root} is full") from error
             raise
         return stamp

@@ -127,7 +127,9 @@ class Space:
             if room is not None and room < need:
                 return need - room + chunk
             grant = need + chunk if room is None else max(need, min(need + chunk, room))
-            short = self._short_of_disk(grant)
+            if (short := self._short_of_disk(grant)) > 0:
+                # what is leased in advance must not cost an entry
+                grant, short = need, self._short_of_disk(need)
             if short > totals.size:
                 raise NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
             if short > 0:
