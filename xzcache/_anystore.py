@@ -6,6 +6,7 @@ bound, as Zarr keeps them. Nothing is shared with other processes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from contextlib import suppress
@@ -15,12 +16,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xzcache import _documents as documents
-from xzcache._flights import Flights
+from xzcache._flights import Flights, through
 from xzcache._keys import Entry, clip
 from xzcache._ledger import Ledger, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from zarr.abc.store import Store
 
@@ -40,7 +41,7 @@ class StoreBackend:
     ----------
     cache_store : Store
     source : str
-        The identity of the one source that it caches.
+        The namespace of the one source that it caches, though its keys do not carry it.
 
     Attributes
     ----------
@@ -56,7 +57,7 @@ class StoreBackend:
     def __init__(self, cache_store: Store, source: str) -> None:
         self.cache_store = cache_store
         self.token = uuid.uuid4().hex
-        self.source = source
+        self.namespace = source
         self.flights: Flights[memoryview | None] = Flights()
         self.evictions = 0
         self.troubles = 0
@@ -122,13 +123,21 @@ class StoreBackend:
         size, limit = len(data), max_size
         if limit is None and not entry.is_whole:
             limit = self._ledger.size - self._ledger.in_memory + _RANGES_WITHOUT_BOUND
-        if limit is not None and size > limit:
+        if (limit is not None and size > limit) or not self._ledger.arrive(entry.key):
             return False
-        self._ledger.arrive(entry.key)
+        # once begun, it comes to its end: half a store would be taken for what an earlier process left
+        stored, cancelled = await through(self._publish(entry, data, ticket, limit))
+        if cancelled:
+            raise asyncio.CancelledError
+        return stored
+
+    async def _publish(self, entry: Entry, data: Data, ticket: Ticket, limit: int | None) -> bool:
         try:
             await self._remove([entry])
-            return await self._take(size, limit) and await self._put(entry, data, ticket)
+            return await self._take(len(data), limit) and await self._put(entry, data, ticket)
         except Exception as error:
+            # nobody knows what the cache store holds now
+            self._distrusted.add(entry.key)
             self._trouble(error)
             return False
         finally:
@@ -143,6 +152,8 @@ class StoreBackend:
                 await self.cache_store.set(entry.key, buffer)
             in_memory = None if entry.is_whole else memoryview(bytes(data))
             stored = self._ledger.enter(entry, len(data), in_memory, ticket)
+            if stored:
+                self._distrusted.discard(entry.key)
             if not stored and entry.is_whole and entry not in self._ledger:
                 await self.cache_store.delete(entry.key)
         finally:
@@ -178,18 +189,35 @@ class StoreBackend:
 
     # -- writes
 
-    async def begin(self, key: str, since: Any = None) -> Ticket | None:
-        """Before the source of a key is written, or when it was found to have been written: forget it."""
-        return await self._forget(key, since)
+    async def begin(self, keys: Sequence[str]) -> list[tuple[str, Ticket | None]]:
+        """Before the source of some keys is written: forget them."""
+        return [(key, await self._forget(key)) for key in keys]
 
-    async def end(self, key: str, begun: Any, value: Data | None, max_size: int | None) -> None:
-        """After the source of a key was written: forget what was filled meanwhile, and store the new value."""
-        ticket = await self._forget(key, begun)
-        if value is not None and ticket is not None:
-            await self.publish(Entry(key), value, ticket, max_size)
+    async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+        """After the source of some keys was written: forget what was filled meanwhile, and store the new values."""
+        for (key, begun), value in zip(writes, values, strict=True):
+            alone = begun is not None and begun == self._ledger.ticket(key)
+            ticket = await self._forget(key)
+            if value is not None and alone and ticket is not None:
+                await self.publish(Entry(key), value, ticket, max_size)
 
-    async def _forget(self, key: str, begun: Ticket | None) -> Ticket | None:
-        ticket = self._ledger.count_write(key, begun)
+    async def forget(self, key: str, since: Any) -> Ticket | None:
+        """Forget a key whose value turned out to be another; a ticket to store it with."""
+        alone = since is not None and since == self._ledger.ticket(key)
+        ticket = await self._forget(key)
+        return ticket if alone else None
+
+    async def begin_drop(self, prefix: str) -> str:
+        """Before all keys beneath a prefix are deleted at the source."""
+        await self.drop(prefix)
+        return prefix
+
+    async def end_drop(self, begun: Any) -> None:
+        """After all keys beneath a prefix were deleted at the source."""
+        await self.drop(begun)
+
+    async def _forget(self, key: str) -> Ticket | None:
+        ticket = self._ledger.count_write(key)
         self._absent.discard(key)
         try:
             await self._remove(self._ledger.of_key(key))

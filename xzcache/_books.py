@@ -53,6 +53,7 @@ class Books:
         self._member: Membership | None = None
         self._forking: Membership | None = None
         self._inside = threading.local()
+        self._made: set[str] = set()
 
     @property
     def current(self) -> Membership | None:
@@ -98,6 +99,24 @@ class Books:
             if not self.read_note("node"):
                 self.write_note("node", str(uuid.uuid4()))
             return self.read_note("node") or ""
+
+    @property
+    def has_stamps(self) -> bool:
+        """Whether the file system can tell which files are ours."""
+        return files.ours(f"{self.meta}/guard.lock") is not None
+
+    def note_made(self, namespace: str) -> None:
+        """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
+        if namespace and namespace not in self._made and not os.path.exists(f"{self.root}/{namespace}"):
+            if not self.has_stamps:
+                os.makedirs(f"{self.meta}/made/{namespace}", mode=0o700, exist_ok=True)
+            self._made.add(namespace)
+
+    def made_namespaces(self) -> list[str]:
+        """The directories that `note_made` remembers."""
+        with suppress(FileNotFoundError):
+            return os.listdir(f"{self.meta}/made")
+        return []
 
     def write_note(self, name: str, text: str) -> None:
         """Replace a small file; under the guard only."""
@@ -147,7 +166,9 @@ class Books:
                 yield member, index
                 index.commit()
                 member.note_serial(index)
-                index.checkpoint()
+                # the transaction has happened: what else goes wrong is not its failure
+                with suppress(sqlite3.Error):
+                    index.checkpoint()
             except BaseException as error:
                 if index is not None:
                     with suppress(sqlite3.Error):

@@ -79,6 +79,8 @@ def parse_size(name: str, value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
+        if not any(character.isdigit() for character in value):
+            raise _refuse(name, value, accepted)
         try:
             size = parse_bytes(value)
         except (ValueError, KeyError, OverflowError):
@@ -103,6 +105,10 @@ def _number(value: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def parse_age(name: str, value: Any) -> Age:
     """Seconds as a number, 0 or more, or ``"infinity"``."""
     accepted = 'a number of seconds, 0 or more, or "infinity"'
@@ -112,7 +118,7 @@ def parse_age(name: str, value: Any) -> Age:
         raise _refuse(name, value, accepted)
     number = _number(value)
     if number is None:
-        raise _refuse(name, value, accepted, ValueError if isinstance(value, float) else TypeError)
+        raise _refuse(name, value, accepted, ValueError if _is_number(value) else TypeError)
     if number < 0:
         raise _refuse(name, value, accepted)
     if math.isinf(number):
@@ -132,7 +138,7 @@ def parse_revalidate(name: str, value: Any) -> Revalidate:
         raise _refuse(name, value, accepted)
     number = _number(value)
     if number is None:
-        raise _refuse(name, value, accepted, ValueError if isinstance(value, float) else TypeError)
+        raise _refuse(name, value, accepted, ValueError if _is_number(value) else TypeError)
     if number < 0 or math.isinf(number):
         raise _refuse(name, value, accepted)
     return number
@@ -156,22 +162,22 @@ def parse_policy(name: str, value: Any) -> str:
 def parse_min_free(name: str, value: Any) -> float | int:
     """The reserve of free disk: a float below 1 is a fraction of the file system, an int is bytes."""
     accepted = 'a share such as "5%", a fraction below 1, or a size such as "20 GB"'
+    share = value
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
-            value = float(value.strip()[:-1]) / 100
+            share = float(value.strip()[:-1]) / 100
         except ValueError:
             raise _refuse(name, value, accepted) from None
-    if isinstance(value, float):
-        if not 0 <= value < 1:
+    if isinstance(share, float):
+        if not 0 <= share < 1:
             raise _refuse(name, value, accepted)
-        return value
-    if value is None:
-        raise _refuse(name, value, accepted, TypeError)
+        return share
     try:
         size = parse_size(name, value)
     except (TypeError, ValueError) as error:
         raise _refuse(name, value, accepted, type(error)) from None
-    assert size is not None
+    if size is None:
+        raise _refuse(name, value, accepted, TypeError)
     return size
 
 
@@ -179,7 +185,7 @@ def parse_seconds(name: str, value: Any) -> float:
     """A positive, finite number of seconds."""
     number = _number(value)
     if number is None or not 0 < number < math.inf:
-        raise _refuse(name, value, "a number of seconds above 0", ValueError if number is not None else TypeError)
+        raise _refuse(name, value, "a number of seconds above 0", ValueError if _is_number(value) else TypeError)
     return number
 
 
@@ -210,6 +216,8 @@ def parse_root(root: Any) -> Path:
         return path
     except NotADirectoryError:
         raise ValueError(f"root={str(root)!r} lies beneath a file: give {accepted}") from None
+    except ValueError:
+        raise _refuse("root", root, accepted) from None
     except OSError:
         # whatever is the matter with it, reads have to work
         return path
@@ -223,7 +231,11 @@ def parse_root(root: Any) -> Path:
 def default_directory() -> Path:
     """Where this node's default cache is."""
     configured = config.get("directory")
-    return Path(configured).expanduser() if configured else user_cache_path("xzcache", appauthor=False)
+    if configured is None or configured == "":
+        return user_cache_path("xzcache", appauthor=False)
+    if isinstance(configured, bool) or not isinstance(configured, str | os.PathLike):
+        raise _refuse("directory", configured, "a path, or None for the platform's user cache directory", TypeError)
+    return Path(configured).expanduser()
 
 
 def chosen_max_size() -> int | Unset | None:

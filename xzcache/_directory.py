@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
 
+_PAUSE_WHILE_IN_DOUBT: Final = 1.0
+"""Seconds between attempts to make up for what could not be made invisible."""
+
 
 class CacheDirectory:
     """One cache directory; each process has one object of it.
@@ -85,15 +88,18 @@ class CacheDirectory:
     @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
-        return not self.is_prepared and time.monotonic() >= self._prepare_after
+        return (not self.is_prepared or self.writes.owes) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
         """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
         with self._preparing:
-            if self.is_prepared or self.keeper.attempt(self._prepare, False):
-                return True
-            self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
-            return False
+            if not self.is_prepared and not self.keeper.attempt(self._prepare, False):
+                self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                return False
+            self.writes.make_up()
+            if self.writes.owes:
+                self._prepare_after = time.monotonic() + _PAUSE_WHILE_IN_DOUBT
+            return True
 
     def _prepare(self) -> bool:
         try:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _ATTRIBUTE: Final = "user.xzcache"
 _STAMP: Final = struct.Struct("<B16sIQqq")
 _VERSION: Final = 1
-_NO_ATTRIBUTES: Final = {errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG, errno.ERANGE}
 
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -120,8 +119,17 @@ def _attach(file: int | str, stamp: Stamp) -> None:
     try:
         os.setxattr(file, _ATTRIBUTE, stamp.encode())
     except OSError as error:
-        if error.errno not in _NO_ATTRIBUTES:
+        # a file system that has no stamps at all goes without; on any other, a file without one would not be ours
+        if not (error.errno == errno.ENOTSUP and _has_no_stamps(file)):
             raise
+
+
+def _has_no_stamps(file: int | str) -> bool:
+    try:
+        _attribute(file)
+    except OSError as error:
+        return error.errno == errno.ENOTSUP
+    return False
 
 
 def move(source: str, target: str) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xzcache._fork import renew_after_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Coroutine, Hashable
 
 T = TypeVar("T")
 
@@ -40,7 +40,10 @@ class Flight(Generic[T]):
         Exception
             What the source raised for the leader.
         """
-        return await asyncio.shield(asyncio.wrap_future(self._future))
+        waiting = asyncio.wrap_future(self._future)
+        # who stops waiting does not want to hear of an exception later
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(waiting)
 
     def land(self, result: T) -> None:
         if not self._future.done():
@@ -82,3 +85,26 @@ class Flights(Generic[T]):
             if self._flights.get(what) is flight:
                 del self._flights[what]
         flight.fail(HandedOver())
+
+
+async def through(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:
+    """See something through to its end, whoever is cancelled meanwhile.
+
+    Returns
+    -------
+    result : object
+    cancelled : bool
+        Whether a cancellation came, which the caller has to honour.
+    """
+    task = asyncio.ensure_future(coroutine)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+            cancelled = True
+        except BaseException:
+            break
+    return task.result(), cancelled

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 _MAGIC: Final = b"SQLite format 3\0"
-_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_SCHEMA"}
+_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCHEMA"}
 
 
 _COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq"
@@ -142,10 +142,10 @@ class Index:
     def drop_owner(self, owner: int) -> None:
         self._do("DELETE FROM owner WHERE id = ?", (owner,))
 
-    def number_owners_from(self, last: int) -> None:
-        """Give the next owner a number above `last`."""
-        self._do("DELETE FROM sqlite_sequence WHERE name = 'owner'")
-        self._do("INSERT INTO sqlite_sequence(name, seq) VALUES('owner', ?)", (last,))
+    def number_from(self, table: str, last: int) -> None:
+        """Give the next row of a table (of owners, of the dying) a number above `last`."""
+        self._do("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+        self._do("INSERT INTO sqlite_sequence(name, seq) VALUES(?, ?)", (table, last))
 
     # -- entries
 
@@ -239,6 +239,16 @@ class Index:
         rows = self._do("SELECT id, key, start, stop, odd, size FROM dying WHERE owner = ?", (owner,))
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
 
+    def dying_of_nobody(self) -> list[Dying]:
+        """Files whose owner has signed off."""
+        rows = self._do(
+            "SELECT id, key, start, stop, odd, size FROM dying WHERE owner NOT IN (SELECT id FROM owner)"
+        ).fetchall()
+        return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+
+    def dying_ids(self) -> set[int]:
+        return {id_ for (id_,) in self._do("SELECT id FROM dying")}
+
     def drop_dying(self, ids: Iterable[int]) -> None:
         self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
 
@@ -261,6 +271,31 @@ class Index:
         where, bounds = _range_of(prefix, column="path")
         self._do(f"DELETE FROM node{where}", bounds)
         self._do("DELETE FROM node WHERE path = ?", (prefix,))
+
+    # -- writes that have begun and not ended
+
+    def add_writing(self, key: str, owner: int, *, beneath: bool) -> int:
+        cursor = self._do("INSERT INTO writing(key, beneath, owner) VALUES(?, ?, ?)", (key, beneath, owner))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def drop_writing(self, id_: int, owner: int) -> None:
+        self._do("DELETE FROM writing WHERE id = ? AND owner = ?", (id_, owner))
+
+    def is_written(self, key: str) -> bool:
+        """Whether somebody is writing a key, or something above it."""
+        if self._do("SELECT 1 FROM writing WHERE beneath = 0 AND key = ?", (key,)).fetchone():
+            return True
+        prefixes = self._do("SELECT key FROM writing WHERE beneath = 1").fetchall()
+        return any(key.startswith(f"{prefix}/") for (prefix,) in prefixes)
+
+    def writing_of(self, owner: int) -> list[tuple[str, bool]]:
+        """Keys, and prefixes of keys, that an owner is writing."""
+        rows = self._do("SELECT key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
+        return [(key, bool(beneath)) for key, beneath in rows]
+
+    def drop_writings_of(self, owner: int) -> None:
+        self._do("DELETE FROM writing WHERE owner = ?", (owner,))
 
     # -- documents that the source does not have
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, TypeVar
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from xzcache import _recovery as recovery
 from xzcache._config import Unset
-from xzcache._errors import CacheFault, Damaged, NoRoom
+from xzcache._errors import Busy, CacheFault, Damaged, NoRoom
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache")
 
 T = TypeVar("T")
+
+_PAUSE_AFTER_FAILURE: Final = 10.0
 
 
 class Keeper:
@@ -41,13 +44,15 @@ class Keeper:
         self.bound = bound
         self.default_bound = default_bound
         self.troubles = 0
+        self._rebuild_after = 0.0
+        self._owes_revocation = False
         self._told: set[tuple[type[BaseException], int | None]] = set()
 
     def attempt(self, action: Callable[[], T], otherwise: T) -> T:
-        """Do something with the books; `otherwise` where it cannot be done."""
+        """Do something with the books; `otherwise` where it cannot be done, for whatever reason."""
         try:
             return self.insist(action)
-        except (CacheFault, OSError) as error:
+        except Exception as error:
             self.trouble(error)
             return otherwise
 
@@ -61,16 +66,22 @@ class Keeper:
         """
         try:
             return action()
-        except Damaged as damage:
-            self._rebuild(damage)
-            return action()
+        except Damaged:
+            if time.monotonic() < self._rebuild_after:
+                raise
+            try:
+                self._rebuild()
+                return action()
+            except CacheFault:
+                # a rebuild empties directories and keeps everybody waiting: not again at each read
+                self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                raise
 
-    def _rebuild(self, damage: Damaged) -> None:
+    def _rebuild(self) -> None:
         generation = self.books.member().generation
-        if generation:
-            logger.warning("%s; making a new index of %s", damage, self.books.root)
         bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
-        recovery.rebuild(self.books, generation, bound)
+        if recovery.rebuild(self.books, generation, bound) and generation:
+            logger.warning("the index of the cache in %s was damaged and made anew", self.books.root)
 
     def apply_bound(self) -> None:
         """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
@@ -78,9 +89,9 @@ class Keeper:
             return
         with self.books.section() as (member, index):
             old = index.totals().max_size
-        if old == self.bound:
+        if old == self.bound and not self._owes_revocation:
             return
-        lower = self.bound is not None and (old is None or self.bound < old)
+        lower = self.bound is not None and (old is None or self.bound <= old)
         alone = lower and member.storing.exclude(self.books.timeout)
         try:
             with self.books.section() as (current, index):
@@ -92,6 +103,9 @@ class Keeper:
         finally:
             if alone:
                 member.storing.readmit()
+        self._owes_revocation = lower and not alone
+        if self._owes_revocation:
+            raise Busy("somebody is writing, and may still use what was leased under the old bound")
 
     def trouble(self, error: BaseException) -> None:
         """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong."""

@@ -24,6 +24,7 @@ _LONGEST_PATH: Final = 3000
 _RESERVED: Final = re.compile(r'[<>:"\\|?*\x00-\x1f]|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)|[. ](/|$)', re.I)
 _SIMPLE: Final = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)*", re.ASCII)
 _SLOTS: Final = 62
+_LARGEST: Final = 1 << 62
 
 
 class Entry(NamedTuple):
@@ -56,11 +57,11 @@ def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:
         return 0, END
     if isinstance(byte_range, RangeByteRequest):
         start, stop = byte_range.start, byte_range.end
-        return (start, stop) if 0 <= start <= stop else None
+        return (start, stop) if 0 <= start <= stop <= _LARGEST else None
     if isinstance(byte_range, OffsetByteRequest):
-        return (byte_range.offset, END) if byte_range.offset >= 0 else None
+        return (byte_range.offset, END) if 0 <= byte_range.offset <= _LARGEST else None
     if isinstance(byte_range, SuffixByteRequest):
-        return (-byte_range.suffix, END) if byte_range.suffix > 0 else None
+        return (-byte_range.suffix, END) if 0 < byte_range.suffix <= _LARGEST else None
     raise TypeError(f"Unexpected byte_range, got {byte_range!r}.")
 
 
@@ -126,3 +127,13 @@ def range_directory(key: str) -> str:
 def namespace_of(key: str) -> str:
     """The part of an entry's key that names its source; "" for a key at the top."""
     return key.partition("/")[0] if "/" in key else ""
+
+
+def write_slot(key: str) -> int:
+    """The number of the counter of writes of a key."""
+    return Entry(key).lock_offset()
+
+
+def namespace_slot(key: str) -> int:
+    """The number of the counter of writes that concern all keys of a source."""
+    return Entry("\0" + namespace_of(key)).lock_offset()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from xzcache._fork import renew_after_fork
 
 if TYPE_CHECKING:
     from xzcache._config import Age
     from xzcache._keys import Entry
-
-_SLOTS: Final = 4096
 
 Ticket = tuple[int, int]
 
@@ -41,8 +39,8 @@ class Ledger:
         self.size = 0
         self.in_memory = 0
         self._records: OrderedDict[Entry, Record] = OrderedDict()
-        self._arriving: Counter[str] = Counter()
-        self._writes = [0] * _SLOTS
+        self._arriving: set[str] = set()
+        self._writes: Counter[str] = Counter()
         self._drops = 0
 
     def after_fork_in_child(self) -> None:
@@ -59,14 +57,13 @@ class Ledger:
 
     def ticket(self, key: str) -> Ticket:
         """What the counts of writes are now; they differ once the key, or something above it, is written."""
-        return self._writes[hash(key) % _SLOTS], self._drops
+        return self._writes[key], self._drops
 
-    def count_write(self, key: str, begun: Ticket | None) -> Ticket | None:
-        """Count a write of a key; the new ticket, None where others wrote it since `begun`."""
+    def count_write(self, key: str) -> Ticket:
+        """Count a write of a key; the new ticket."""
         with self._lock:
-            undisturbed = begun is None or begun == self.ticket(key)
-            self._writes[hash(key) % _SLOTS] += 1
-            return self.ticket(key) if undisturbed else None
+            self._writes[key] += 1
+            return self.ticket(key)
 
     def count_drop(self) -> None:
         """Count a write of everything."""
@@ -126,16 +123,21 @@ class Ledger:
         with self._lock:
             self.size -= size
 
-    def arrive(self, key: str) -> None:
-        """From here to `arrived`, the cache may hold something for a key that is not to be served."""
+    def arrive(self, key: str) -> bool:
+        """From here to `arrived`, the cache may hold something for a key that is not to be served.
+
+        False where somebody else is storing the key already.
+        """
         with self._lock:
-            self._arriving[key] += 1
+            if key in self._arriving:
+                return False
+            self._arriving.add(key)
+            return True
 
     def arrived(self, key: str) -> None:
+        """Undo `arrive`."""
         with self._lock:
-            self._arriving[key] -= 1
-            if not self._arriving[key]:
-                del self._arriving[key]
+            self._arriving.discard(key)
 
     def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket) -> bool:
         """Record an entry whose space was taken; False if its key was written since the ticket was taken."""

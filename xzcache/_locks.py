@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Final
 from xzcache._errors import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 _FIRST_PAUSE: Final = 0.0001
 _LONGEST_PAUSE: Final = 0.002
 _IMPATIENCE: Final = 6
+_IMPATIENT_WAIT: Final = 0.05
 
 
 def open_lock_file(path: str) -> int:
@@ -47,8 +48,8 @@ class Guard:
     path : str
         The lock file.
     timeout : float
-        Seconds to wait before `Busy` is raised. After one such failure the guard is not waited for at all for a while,
-        so that a stopped holder does not slow every read down.
+        Seconds to wait before `Busy` is raised. After one such failure the guard is hardly waited for, for a while, so
+        that a stopped holder does not slow every read down.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -60,14 +61,15 @@ class Guard:
 
     def __enter__(self) -> None:
         now = time.monotonic()
-        deadline = now if now < self._impatient_until else now + self._timeout
-        if not self._mutex.acquire(timeout=max(0.0, deadline - now)):
-            self._give_up()
+        patient = now >= self._impatient_until
+        deadline = now + (self._timeout if patient else min(_IMPATIENT_WAIT, self._timeout))
+        if not self._mutex.acquire(timeout=deadline - now):
+            self._give_up(patient)
         pause = _FIRST_PAUSE
         try:
             while not _flock(self.fd, fcntl.LOCK_EX):
                 if time.monotonic() >= deadline:
-                    self._give_up()
+                    self._give_up(patient)
                 time.sleep(pause)
                 pause = min(pause * 1.5, _LONGEST_PAUSE)
         except BaseException:
@@ -82,9 +84,10 @@ class Guard:
         finally:
             self._mutex.release()
 
-    def _give_up(self) -> None:
-        self._impatient_until = time.monotonic() + _IMPATIENCE * self._timeout
-        raise Busy(f"{self._path} was held by somebody else for {self._timeout} s")
+    def _give_up(self, patient: bool) -> None:
+        if patient:
+            self._impatient_until = time.monotonic() + _IMPATIENCE * self._timeout
+        raise Busy(f"{self._path} is held by somebody else")
 
     def is_current(self) -> bool:
         """Whether the lock file is still the one at its path: the directory may have been removed."""
@@ -106,34 +109,39 @@ class Guard:
 
 
 class StoringLock:
-    """Shared while a process writes an entry out of its lease, exclusive while the index is rebuilt.
+    """Shared while a process writes an entry out of its lease, exclusive while leases are void.
 
-    Protects the promise that a lease is spent only under the index that granted it.
+    Protects the promise that a lease is spent only under the index that granted it. Two files: whoever wants to be
+    alone shuts the door first, through which all others come, so that they cannot keep him waiting for ever.
+
+    Parameters
+    ----------
+    path, door : str
+        The lock files.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, door: str) -> None:
         self._fd = open_lock_file(path)
+        self._door = open_lock_file(door)
         self._mutex = threading.Lock()
         self._sharers = 0
         self._closing = False
 
     def share(self, timeout: float) -> bool:
-        """Join; False if a rebuild did not end in time."""
-        deadline = time.monotonic() + timeout
-        while not self._try_share():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_LONGEST_PAUSE)
-        return True
+        """Join; False if somebody was alone for too long."""
+        return _poll(self._try_share, timeout)
 
     def _try_share(self) -> bool:
         with self._mutex:
-            if self._closing or (self._sharers == 0 and not _flock(self._fd, fcntl.LOCK_SH)):
+            if self._closing or not _flock(self._door, fcntl.LOCK_SH):
                 return False
-            self._sharers += 1
-            return True
+            joined = self._sharers > 0 or _flock(self._fd, fcntl.LOCK_SH)
+            fcntl.flock(self._door, fcntl.LOCK_UN)
+            self._sharers += joined
+            return joined
 
     def leave(self) -> None:
+        """Undo `share`."""
         with self._mutex:
             self._sharers -= 1
             if self._sharers == 0:
@@ -141,28 +149,42 @@ class StoringLock:
 
     def exclude(self, timeout: float) -> bool:
         """Keep all sharers out; False if they did not leave in time."""
-        deadline = time.monotonic() + timeout
         with self._mutex:
             if self._closing:
                 return False
             self._closing = True
-        while True:
-            with self._mutex:
-                if self._sharers == 0 and _flock(self._fd, fcntl.LOCK_EX):
-                    return True
-            if time.monotonic() >= deadline:
-                with self._mutex:
-                    self._closing = False
-                return False
-            time.sleep(_LONGEST_PAUSE)
+        deadline = time.monotonic() + timeout
+        if _poll(lambda: _flock(self._door, fcntl.LOCK_EX), timeout) and _poll(
+            self._try_alone, deadline - time.monotonic()
+        ):
+            return True
+        self.readmit()
+        return False
+
+    def _try_alone(self) -> bool:
+        with self._mutex:
+            return self._sharers == 0 and _flock(self._fd, fcntl.LOCK_EX)
 
     def readmit(self) -> None:
+        """Undo `exclude`."""
         with self._mutex:
             self._closing = False
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            if self._sharers == 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fcntl.flock(self._door, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._fd)
+        os.close(self._door)
+
+
+def _poll(attempt: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not attempt():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_LONGEST_PAUSE)
+    return True
 
 
 class ByteLocks:
@@ -217,7 +239,7 @@ class WriteCounters:
         The file of counters.
     """
 
-    SLOTS: Final = 16384
+    SLOTS: Final = 1 << 20
 
     def __init__(self, path: str) -> None:
         self._fd = open_lock_file(path)

@@ -30,7 +30,7 @@ class Membership:
     def __init__(self, meta: str, timeout: float) -> None:
         self.meta = meta
         self.guard = Guard(f"{meta}/guard.lock", timeout)
-        self.storing = StoringLock(f"{meta}/storing.lock")
+        self.storing = StoringLock(f"{meta}/storing.lock", f"{meta}/door.lock")
         self.owners = ByteLocks([f"{meta}/owners.lock"])
         self.keys = ByteLocks([f"{meta}/keys-{i}.lock" for i in range(_KEY_LOCK_FILES)])
         self.writes = WriteCounters(f"{meta}/writes")

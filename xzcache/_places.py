@@ -63,8 +63,8 @@ def label_of(cache: Store) -> str:
     return os.fspath(cache.root) if isinstance(cache, LocalStore) else type(cache).__name__
 
 
-def backend_of(cache: Store, namespace: str) -> SharedBackend | StoreBackend:
+def backend_of(cache: Store, namespace: str, *, lasting: bool) -> SharedBackend | StoreBackend:
     """What looks up and publishes in a cache store on behalf of one source."""
     if isinstance(cache, LockedLocalStore):
-        return SharedBackend(cache.directory, namespace)
+        return SharedBackend(cache.directory, namespace, lasting=lasting)
     return store_backend(cache, namespace)

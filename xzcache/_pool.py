@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, Generic, ParamSpec, TypeVar
 
 from xzcache._config import config, parse_threads
 from xzcache._fork import renew_after_fork
@@ -43,17 +44,31 @@ class _Pool:
 _pool: Final = _Pool()
 
 
-def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Run a function in a thread of ours; at the end of the process, when there are none left, right here."""
-    try:
-        return _pool.executor().submit(function, *args, **kwargs)
-    except RuntimeError:
-        future: Future[T] = Future()
+class _Once(Generic[T]):
+    """A call that is made once, though two may try: an executor keeps what it could not start a thread for."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+        self.future: Future[T] = Future()
+
+    def __call__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            return
         try:
-            future.set_result(function(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+            self.future.set_result(self._call())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+
+def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Run a function in a thread of ours; where there are none to be had, as at the end of the process, right here."""
+    once = _Once(partial(function, *args, **kwargs))
+    try:
+        _pool.executor().submit(once)
+    except RuntimeError:
+        once()
+    return once.future
 
 
 async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

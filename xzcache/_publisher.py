@@ -7,12 +7,13 @@ import os
 import sqlite3
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._errors import Damaged, NoRoom
-from xzcache._keys import Entry, is_plain, namespace_of, relative_path
+from xzcache._keys import Entry, is_plain, namespace_of, namespace_slot, relative_path, write_slot
 from xzcache._space import recovery_due
 
 if TYPE_CHECKING:
@@ -34,20 +35,17 @@ class Ticket(NamedTuple):
     namespace: int
 
 
-def slot(key: str) -> int:
-    """The write counter of a key."""
-    return Entry(key).lock_offset()
-
-
-def namespace_slot(key: str) -> int:
-    """The write counter of all keys of a source."""
-    return Entry("\0" + namespace_of(key)).lock_offset()
-
-
 def current_ticket(member: Membership, key: str) -> Ticket:
     """What the write counters say now."""
-    counts = member.writes.read(slot(key)), member.writes.read(namespace_slot(key))
+    counts = member.writes.read(write_slot(key)), member.writes.read(namespace_slot(key))
     return Ticket(id(member), member.generation, *counts)
+
+
+@dataclass
+class _Spending:
+    """Whether the bytes that were taken from the lease are the index's to count now."""
+
+    done: bool = False
 
 
 class Publisher:
@@ -145,27 +143,43 @@ class Publisher:
 
     def _publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False) -> bool:
         size = len(data)
+        overtaken: list[Dying] = []
         with self._books.storing() as member:
             self._space.take(member, size)
             sequence, temporary = member.next_temporary()
-            spent = False
+            spending = _Spending()
             try:
                 stamp = self._write(temporary, entry, data)
                 with self._books.section() as (current, index):
-                    if current is not member or (ticket is not None and ticket != current_ticket(member, entry.key)):
+                    if current is not member or (
+                        ticket is not None and not self._may_enter(member, index, entry, ticket)
+                    ):
                         return False
-                    if exclusive and (index.find(entry) or os.path.lexists(self._path(entry, odd=False))):
+                    if exclusive and self._is_there(entry):
                         return False
-                    replaced, odd = self._enter(member, index, entry, stamp, sequence, temporary, ticket is None)
-                    spent = True
+                    replaced, odd = self._enter(
+                        member, index, entry, stamp, sequence, temporary, spending, over_foreign=ticket is None
+                    )
                     self._bury(index, replaced, renamed_over=odd)
+                    if ticket is not None and ticket != current_ticket(member, entry.key):
+                        # somebody who could not wait for the guard has written the key: see `Writes`
+                        overtaken = self._space.condemn(member, index, index.of_key(entry.key))
             finally:
-                if not spent:
+                if not spending.done:
                     files.discard(temporary)
                     member.give_back(size)
+        self._space.release(overtaken)
         if recovery_due(member):
             recovery.recover(self._books)
-        return True
+        return not overtaken
+
+    @staticmethod
+    def _may_enter(member: Membership, index: Index, entry: Entry, ticket: Ticket) -> bool:
+        """Whether nobody has written the key since the ticket was taken, or is writing it now."""
+        return ticket == current_ticket(member, entry.key) and not index.is_written(entry.key)
+
+    def _is_there(self, entry: Entry) -> bool:
+        return any(os.path.lexists(self._path(entry, odd=odd)) for odd in (False, True))
 
     def _write(self, temporary: str, entry: Entry, data: files.Data) -> files.Stamp:
         stamp = files.stamp_of(entry, data)
@@ -195,6 +209,8 @@ class Publisher:
         stamp: files.Stamp,
         sequence: int,
         temporary: str,
+        spending: _Spending,
+        *,
         over_foreign: bool,
     ) -> tuple[list[Dying], bool]:
         """Give an entry its row, then its file its name; what it replaced, and whether it lies at an odd place."""
@@ -211,10 +227,17 @@ class Publisher:
         index.change_lease(member.owner, -stamp.size)
         self._space.trim_lease(member, index)
         self._space.recency.tell(index)
+        self._books.note_made(namespace_of(entry.key))
+        # whatever interrupts us from here on, it may be after the commit
+        spending.done = True
         try:
             self._commit_and_reveal(index, temporary, self._path(entry, odd=odd))
+        except sqlite3.Error:
+            spending.done = False
+            raise
         except OSError:
             self._undo(member, index, entry, stamp.size)
+            spending.done = False
             self._bury(index, replaced, renamed_over=None)
             raise
         return replaced, odd

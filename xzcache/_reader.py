@@ -171,11 +171,13 @@ class Reader:
 
     def is_foreign(self, found: Found) -> bool:
         """Whether a file that was found is not one of the cache's."""
-        if found.known:
-            return False
-        ours = files.ours(found.path)
+        return not found.known and self.is_foreign_file(found.path, found.entry.key)
+
+    def is_foreign_file(self, path: str, key: str) -> bool:
+        """Whether the file at a path is not one of the cache's."""
+        ours = files.ours(path)
         if ours is None:
-            return self._keeper.attempt(lambda: self._row(found.entry), None) is None
+            return self._keeper.attempt(lambda: self._row(Entry(key)), None) is None
         return not ours
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:

@@ -10,7 +10,7 @@ import numpy as np
 from zarr.core.buffer import default_buffer_prototype
 
 from xzcache._documents import is_document
-from xzcache._flights import HandedOver
+from xzcache._flights import Flight, HandedOver
 from xzcache._keys import clip, span
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from xzcache._anystore import StoreBackend
     from xzcache._config import Age, Revalidate
-    from xzcache._flights import Flight
     from xzcache._keys import Entry
     from xzcache._shared import SharedBackend
     from xzcache._stats import Stats
@@ -148,15 +147,20 @@ class ReadThrough:
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
             ticket = self.backend.ticket(entry)
+            if ticket is None:
+                return await self._lead(Flight(), None, key, entry, prototype, byte_range, started)
             flight, leads = self.backend.flights.join((entry, ticket))
             if leads:
                 return await self._lead(flight, ticket, key, entry, prototype, byte_range, started)
             try:
-                data = await flight.outcome()
+                data = await asyncio.wait_for(flight.outcome(), self._timeout)
             except HandedOver:
                 data = await self.backend.find(entry, self._max_age)
                 if data is None:
                     continue
+            except TimeoutError:
+                # whoever fetches may never come back, as when its event loop was stopped
+                return await self._lead(Flight(), ticket, key, entry, prototype, byte_range, started)
             self.stats.hit(0 if data is None else len(data), time.perf_counter() - started)
             return None if data is None else prototype.buffer.from_bytes(data)
 
@@ -183,9 +187,10 @@ class ReadThrough:
             data = None if value is None else contents(value)
             if is_document(key):
                 ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
+            # those who wait need not wait for the disk
+            flight.land(data)
             if data is not None:
                 await self.backend.publish(entry, data, ticket, self.max_size)
-            flight.land(data)
             return value
         except BaseException as error:
             flight.fail(error)
@@ -234,13 +239,19 @@ class ReadThrough:
         """A metadata document from the source, asked for once by all tasks that want it now."""
         while True:
             ticket = began = self.backend.ticket(entry)
+            if began is None:
+                flight = Flight()
+                break
             flight, leads = self.backend.flights.join((id(self.freshness), key, began))
             if leads:
                 break
             try:
-                data = await flight.outcome()
+                data = await asyncio.wait_for(flight.outcome(), self._timeout)
             except HandedOver:
                 continue
+            except TimeoutError:
+                flight = Flight()
+                break
             self.stats.hit(0 if data is None else len(data), time.perf_counter() - started)
             return data
         try:
@@ -264,8 +275,7 @@ class ReadThrough:
         if data is not None and cached == data and await self.backend.find(entry, self._max_age) is not None:
             return
         if cached is not None:
-            since, ticket = ticket, await self.backend.begin(key, ticket)
-            ticket = ticket if since is not None else None
+            ticket = await self.backend.forget(key, ticket)
         if data is not None and ticket is not None:
             await self.backend.publish(entry, data, ticket, self.max_size)
 

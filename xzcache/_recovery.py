@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _files as files
 from xzcache._errors import Busy, CacheFault
 from xzcache._index import Index
-from xzcache._keys import END, Entry, relative_path
+from xzcache._keys import END, Entry, namespace_slot, relative_path, write_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm)?")
 _UNBOUNDED: Final = "none"
+_EVERYTHING: Final = -1
 
 
 def recover(books: Books) -> None:
@@ -37,13 +38,28 @@ def recover(books: Books) -> None:
         for owner in index.owners():
             if owner != member.owner and member.owners.try_lock(owner):
                 try:
+                    _forget_written(books, member, index, owner)
                     _bury_owner(books, index, owner)
                     index.commit()
                     index.begin()
                 finally:
                     member.owners.unlock(owner)
                 shutil.rmtree(f"{books.meta}/tmp/{owner}", ignore_errors=True)
+        left = index.dying_of_nobody()
+        finish(books, index, left)
+        index.drop_dying(item.id for item in left)
         _sweep(books, member, index)
+
+
+def _forget_written(books: Books, member: Membership, index: Index, owner: int) -> None:
+    """Forget what a process was writing at the source when it died: nobody knows how far it got."""
+    for key, beneath in index.writing_of(owner):
+        member.writes.bump(namespace_slot(f"{key}/") if beneath else write_slot(key))
+        rows = index.beneath(key, _EVERYTHING) if beneath else index.of_key(key)
+        for row in rows:
+            files.discard_ours(f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
+            index.remove(row.id)
+    index.drop_writings_of(owner)
 
 
 def _bury_owner(books: Books, index: Index, owner: int) -> None:
@@ -86,6 +102,10 @@ def _sweep(books: Books, member: Membership, index: Index) -> None:
     for number in _generations(books):
         if number != member.generation:
             _remove_index(books, number)
+    dying = index.dying_ids()
+    for name in os.listdir(f"{books.meta}/trash"):
+        if not name.isdecimal() or int(name) not in dying:
+            files.discard(f"{books.meta}/trash/{name}")
     known = {str(owner) for owner in index.owners()}
     for name in os.listdir(f"{books.meta}/tmp"):
         if name not in known and (not name.isdecimal() or member.owners.try_lock(int(name))):
@@ -94,7 +114,7 @@ def _sweep(books: Books, member: Membership, index: Index) -> None:
                 member.owners.unlock(int(name))
 
 
-def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
+def rebuild(books: Books, damaged: int, max_size: int | None) -> bool:
     """Make a new index from the entry files, unless another process has done so already.
 
     Parameters
@@ -105,6 +125,11 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
     max_size : int or None
         The bound of a directory that does not remember its own.
 
+    Returns
+    -------
+    bool
+        Whether this process did it.
+
     Raises
     ------
     Busy
@@ -112,13 +137,13 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
     """
     with books.guarded() as member:
         if member.read_generation() != damaged:
-            return
+            return False
     if not member.storing.exclude(books.timeout):
         raise Busy("an entry is being written, so the index cannot be rebuilt now")
     try:
         with books.guarded() as current:
             if current is not member or member.read_generation() != damaged:
-                return
+                return False
             old = _generations(books)
             # drawn, not counted: a process that holds an index whose files are all gone must not take this for its own
             generation = secrets.randbits(48) | 1
@@ -132,6 +157,7 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> None:
             member.begin_generation(generation)
             for number in old:
                 _remove_index(books, number)
+            return True
     finally:
         member.storing.readmit()
 
@@ -159,16 +185,18 @@ def _remove_index(books: Books, generation: int) -> None:
 
 
 def _build(books: Books, member: Membership, generation: int, max_size: int | None) -> None:
-    # a name that was used before might meet a stale log of that name
-    _remove_index(books, generation)
     last = max([0, member.owner, *_numbers_in(f"{books.meta}/tmp")])
-    files.empty(f"{books.meta}/tmp")
-    files.empty(f"{books.meta}/trash")
     index = Index(member.index_path(generation), create=True)
     try:
         index.begin()
-        index.number_owners_from(last)
+        index.number_from("owner", last)
+        # a process that does not know of this index yet may still settle what it condemned under another
+        index.number_from("dying", secrets.randbits(40))
         index.set_max_size(max_size)
+        files.empty(f"{books.meta}/tmp")
+        files.empty(f"{books.meta}/trash")
+        if not books.has_stamps:
+            _remove_unknowable(books)
         for path, entry, stamp, odd in _stamped(books):
             status = os.stat(path)
             if status.st_size == stamp.size and index.find(entry) is None:
@@ -180,6 +208,13 @@ def _build(books: Books, member: Membership, generation: int, max_size: int | No
         index.checkpoint(0)
     finally:
         index.close()
+
+
+def _remove_unknowable(books: Books) -> None:
+    """Without stamps, nothing tells our files from others': remove the namespaces that we made, and only those."""
+    for name in books.made_namespaces():
+        shutil.rmtree(f"{books.root}/{name}", ignore_errors=True)
+    files.empty(f"{books.meta}/made")
 
 
 def _stamped(books: Books) -> Iterator[tuple[str, Entry, files.Stamp, bool]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Unset, config, parse_min_free, parse_seconds, parse_size
 from xzcache._directory import CacheDirectory
+from xzcache._sources import identify
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -56,28 +57,27 @@ def open_directory(
 
 
 class _Binding(NamedTuple):
-    """What a cache store is used for, for as long as it lives."""
+    """What a cache store is used for."""
 
-    store: weakref.ref[Store]
     source: str
     backend: weakref.ref[StoreBackend]
 
 
-_bindings: Final[dict[int, _Binding]] = {}
+_bindings: Final[dict[str, _Binding]] = {}
 
 
 def store_backend(cache_store: Store, source: str) -> StoreBackend:
-    """The books of a cache store: the same ones, for every store that caches in it.
+    """The books of a cache store: the same ones, for every store that caches in the same place.
 
     Raises
     ------
     ValueError
         It caches another source already: with bare keys, the two would be mixed.
     """
-    number = id(cache_store)
+    place = identify(cache_store).namespace
     with _lock:
-        known = _bindings.get(number)
-        if known is not None and known.store() is cache_store:
+        known = _bindings.get(place)
+        if known is not None:
             if known.source != source:
                 raise ValueError(
                     f"cache_store={type(cache_store).__name__} caches {known.source} already and cannot cache "
@@ -87,9 +87,7 @@ def store_backend(cache_store: Store, source: str) -> StoreBackend:
             if (backend := known.backend()) is not None:
                 return backend
         backend = StoreBackend(cache_store, source)
-        # the binding goes with the store, whose number may be given to another then
-        reference = weakref.ref(cache_store, lambda _: _bindings.pop(number, None))
-        _bindings[number] = _Binding(reference, source, weakref.ref(backend))
+        _bindings[place] = _Binding(source, weakref.ref(backend))
         return backend
 
 

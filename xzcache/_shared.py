@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _pool as pool
 from xzcache._flights import Flights
+from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, clip, is_cacheable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
     from xzcache._publisher import Ticket
+    from xzcache._writes import Begun
 
 _INLINE: Final = 1 << 20
 """Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
@@ -31,13 +34,21 @@ class SharedBackend:
     directory : CacheDirectory
     namespace : str
         The one path component under which the entries of this source lie.
+    lasting : bool
+        Whether the source is the same one in another process.
     """
 
     flights = _flights
 
-    def __init__(self, directory: CacheDirectory, namespace: str) -> None:
+    def __init__(self, directory: CacheDirectory, namespace: str, *, lasting: bool = True) -> None:
         self.directory = directory
         self.namespace = namespace
+        if not lasting:
+            renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """A source in memory is another one in the child: what either writes, the other does not have."""
+        self.namespace = f"{self.namespace}-{os.getpid()}"
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
         """The entry of a span of an object; None for a key that cannot be cached."""
@@ -96,17 +107,25 @@ class SharedBackend:
         """Store an entry, unless it was written since the ticket was taken."""
         return await pool.run(self.directory.publisher.publish, entry, data, ticket)
 
-    async def begin(self, key: str, since: Any = None) -> Ticket | None:
-        """Before the source of a key is written, or when it was found to have been written."""
-        return await pool.run(self.directory.writes.begin, f"{self.namespace}/{key}", since)
+    async def begin(self, keys: Sequence[str]) -> list[Begun]:
+        """Before the source of some keys is written."""
+        return await pool.run(self.directory.writes.begin, [f"{self.namespace}/{key}" for key in keys])
 
-    async def end(self, key: str, begun: Any, value: Data | None, max_size: int | None) -> None:
-        """After the source of a key was written."""
-        await pool.run(self.directory.writes.end, f"{self.namespace}/{key}", begun, value)
+    async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+        """After the source of some keys was written."""
+        await pool.run(self.directory.writes.end, writes, values)
 
-    async def drop(self, prefix: str) -> None:
-        """Before and after all keys beneath a prefix are deleted at the source."""
-        await pool.run(self.directory.writes.drop, f"{self.namespace}/{prefix}".rstrip("/"))
+    async def forget(self, key: str, since: Any) -> Ticket | None:
+        """Forget a key whose value turned out to be another; a ticket to store it with."""
+        return await pool.run(self.directory.writes.forget, f"{self.namespace}/{key}", since)
+
+    async def begin_drop(self, prefix: str) -> Begun:
+        """Before all keys beneath a prefix are deleted at the source."""
+        return await pool.run(self.directory.writes.begin_drop, f"{self.namespace}/{prefix}".rstrip("/"))
+
+    async def end_drop(self, begun: Any) -> None:
+        """After all keys beneath a prefix were deleted at the source."""
+        await pool.run(self.directory.writes.end_drop, begun)
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
@@ -122,7 +141,7 @@ class SharedBackend:
 
     async def clear(self) -> None:
         """Forget all entries of this source, and no other's."""
-        await self.drop("")
+        await pool.run(self.directory.writes.drop, self.namespace)
 
     def info(self) -> dict[str, Any]:
         """What is cached of this source, and in all; sizes in bytes."""

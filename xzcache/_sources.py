@@ -6,14 +6,16 @@ and no setting that leaves the bytes alone, so that it is the same in every proc
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import threading
 import uuid
 import weakref
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from zarr.abc.store import Store
@@ -21,12 +23,10 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath, Wrappe
 
 from xzcache._fork import renew_after_fork
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
 _SECRET: Final = re.compile(r"key|secret|token|passw|credential|sas|auth|signature|session|cert|cookie|header", re.I)
 _TRANSPARENT: Final = ("zarr.storage", "zarr.testing")
+_NOT_LOCATING: Final = ("asynchronous", "loop", "max_concurrency", "anon", "skip_instance_cache", "use_listings_cache")
 
 
 class Identity(NamedTuple):
@@ -56,6 +56,10 @@ def open_source(store: Any, storage_options: Mapping[str, Any] | None, *, read_o
         Naming the parameter, the value and what is accepted.
     """
     if isinstance(store, str) and ("://" in store or "::" in store) and not store.startswith("file://"):
+        if storage_options is not None and not isinstance(storage_options, Mapping):
+            # never with its value, which may be a secret
+            kind = type(storage_options).__name__
+            raise TypeError(f"storage_options is a {kind}, which is not accepted: give a mapping of options")
         options = dict(storage_options or {})
         if urlsplit(store).scheme in ("s3", "s3a"):
             # s3fs asks for the size of every object first, unless it is told not to split them
@@ -146,25 +150,22 @@ def remember(store: Store, identity: Identity) -> None:
 
 
 def _identify(store: Store) -> Identity:
-    source = getattr(store, "source", None)
-    if isinstance(source, Identity):
-        # a cache over a cache: what is read is what the inner one reads
-        return source
-    if isinstance(store, WrapperStore):
-        return _of_wrapper(store)
-    if isinstance(store, ZipStore):
-        return _of_zip(store)
-    if isinstance(store, LocalStore):
-        path = os.path.realpath(store.root)
-        return Identity(path, ("file", path), lasting=True)
-    if isinstance(store, MemoryStore):
-        return _of_lifetime(store, store._store_dict)
-    if isinstance(store, FsspecStore):
-        return _of_fsspec(store)
+    inner = getattr(store, "source", None)
+    if isinstance(inner, Identity):
+        # a cache over a cache, which may be the same one: each keeps its own, lest one wait for the other
+        return Identity(inner.label, ("through a cache", *inner.parts), inner.lasting)
+    if (describe := _KINDS.get(type(store))) is not None:
+        return describe(store)
+    if isinstance(store, MemoryStore) and type(store).__module__.startswith(_TRANSPARENT):
+        return _of_memory(store)
+    if type(store).__module__.startswith(_TRANSPARENT) and isinstance(store, WrapperStore):
+        return identify(store._store)
     if type(store).__name__ == "ObjectStore" and hasattr(store, "store"):
         return _of_obstore(store)
     if type(store).__module__.partition(".")[0] == "icechunk" and hasattr(store, "session"):
         return _of_icechunk(store)
+    if isinstance(store, WrapperStore | LocalStore | FsspecStore):
+        return _of_variant(store)
     return _of_lifetime(store, store)
 
 
@@ -173,18 +174,70 @@ def _of_lifetime(store: Store, contents: object) -> Identity:
     return Identity(type(store).__name__, ("lifetime", token), lasting=False)
 
 
-def _of_wrapper(store: WrapperStore[Any]) -> Identity:
-    inner = identify(store._store)
-    if type(store).__module__.startswith(_TRANSPARENT):
-        return inner
-    # it may change what passes through it, and its plain attributes may say how
-    scalars = [
-        f"{name}={value!r}"
-        for name, value in sorted(vars(store).items())
-        if name not in ("_is_open", "_read_only") and isinstance(value, str | bytes | int | float | Path)
-    ]
+def _of_variant(store: Store) -> Identity:
+    """Of a user's own wrapper or subclass, which may change what passes through it: its attributes may say how."""
+    attributes = {name: value for name, value in vars(store).items() if name not in ("_is_open", "_read_only")}
+    try:
+        described = tuple(described_value(attributes))
+    except _Indescribable:
+        return _of_lifetime(store, store)
+    if isinstance(store, WrapperStore):
+        inner = identify(store._store)
+    else:
+        inner = _of_local(store) if isinstance(store, LocalStore) else _of_fsspec(store)
     kind = f"{type(store).__module__}.{type(store).__qualname__}"
-    return Identity(inner.label, ("wrapper", kind, *scalars, *inner.parts), lasting=inner.lasting)
+    return Identity(inner.label, ("variant", kind, *described, *inner.parts), lasting=inner.lasting)
+
+
+class _Indescribable(Exception):
+    """Nobody can tell from the outside what an object does."""
+
+
+_BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
+
+
+def described_value(value: Any) -> Iterator[str]:
+    """A value as text that is the same in every process, without what might be a credential.
+
+    Locks, events and loggers are nothing but their type: they change when bytes arrive, not which.
+
+    Raises
+    ------
+    _Indescribable
+        It holds an object that could be anything.
+    """
+    if isinstance(value, str | bytes | int | float | bool | os.PathLike) or value is None:
+        yield repr(value)
+    elif isinstance(value, Mapping):
+        for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
+            if not _SECRET.search(str(name)):
+                yield f"{name}="
+                yield from described_value(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield "["
+        for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
+            yield from described_value(item)
+        yield "]"
+    elif isinstance(value, Store):
+        yield from identify(value).parts
+    elif hasattr(value, "storage_options") and hasattr(value, "protocol"):
+        yield from _filesystem_parts(value)
+    elif type(value).__module__.startswith(_BOOKKEEPING):
+        yield type(value).__qualname__
+    elif getattr(value, "__qualname__", "<").isidentifier() and getattr(value, "__closure__", None) is None:
+        # a function or class that can be imported
+        yield f"{value.__module__}.{value.__qualname__}"
+    else:
+        raise _Indescribable
+
+
+def _of_local(store: LocalStore) -> Identity:
+    path = os.path.realpath(store.root)
+    return Identity(path, ("file", path), lasting=True)
+
+
+def _of_memory(store: MemoryStore) -> Identity:
+    return _of_lifetime(store, store._store_dict)
 
 
 def _of_zip(store: ZipStore) -> Identity:
@@ -199,31 +252,44 @@ def _of_zip(store: ZipStore) -> Identity:
 
 
 def _of_fsspec(store: FsspecStore) -> Identity:
-    fs = store.fs
-    while hasattr(fs, "sync_fs"):
-        fs = fs.sync_fs
-    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    options = dict(getattr(fs, "storage_options", {}) or {})
+    protocol = _protocol(store.fs)
     if protocol == "memory":
         return Identity(f"memory {store.path}", ("memory", str(os.getpid()), store.path), lasting=False)
-    where = _locating(options)
-    path = _without_secrets(str(store.path))
-    return Identity(f"{protocol} {path}", (protocol, str(store.path), *where), lasting=True)
+    try:
+        where = tuple(_filesystem_parts(store.fs))
+    except _Indescribable:
+        return _of_lifetime(store, store)
+    return Identity(f"{protocol} {_without_secrets(str(store.path))}", (str(store.path), *where), lasting=True)
 
 
-def _locating(options: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Options that may tell one source from another, each as text; whatever might be a credential is left out."""
-    found = []
-    for name, value in sorted(options.items()):
-        if name in ("asynchronous", "loop", "max_concurrency", "use_listings_cache", "anon", "skip_instance_cache"):
-            continue
-        if _SECRET.search(name):
-            continue
-        if isinstance(value, dict):
-            found += _locating(value, f"{prefix}{name}.")
-        elif isinstance(value, str | int | float | bool):
-            found.append(f"{prefix}{name}={value}")
-    return found
+def _protocol(fs: Any) -> str:
+    while hasattr(fs, "sync_fs"):
+        fs = fs.sync_fs
+    return str(fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
+
+
+def _filesystem_parts(fs: Any) -> Iterator[str]:
+    """What tells an fsspec file system from others of its kind."""
+    while hasattr(fs, "sync_fs"):
+        fs = fs.sync_fs
+    yield f"{type(fs).__module__}.{type(fs).__qualname__}"
+    names = list(inspect.signature(type(fs).__init__).parameters)[1:]
+    given = dict(zip(names, getattr(fs, "storage_args", ()), strict=False))
+    options = {**given, **(getattr(fs, "storage_options", None) or {})}
+    # references are data, and any of their keys may look like a credential's name
+    references = options.pop("fo", None)
+    if isinstance(references, Mapping):
+        yield blake2b(repr(sorted(references.items())).encode(), digest_size=16).hexdigest()
+    elif references is not None:
+        yield from described_value(references)
+    yield from described_value({name: value for name, value in options.items() if name not in _NOT_LOCATING})
+    if _protocol(fs) in ("s3", "s3a") and "endpoint_url" not in str(options):
+        yield from _endpoint_of_environment()
+
+
+def _endpoint_of_environment() -> Iterator[str]:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    yield next((f"endpoint_url={_without_secrets(os.environ[name])}" for name in names if os.environ.get(name)), "")
 
 
 def _of_obstore(store: Any) -> Identity:
@@ -239,7 +305,10 @@ def _of_obstore(store: Any) -> Identity:
     url = str(getattr(inner, "url", "") or "")
     bucket = str(config.get("bucket") or config.get("container_name") or _without_secrets(url))
     label = f"{kind.removesuffix('Store')} {bucket} {prefix}".strip()
-    return Identity(label, (kind, url, prefix, *_locating(config)), lasting=True)
+    where = list(described_value(config))
+    if kind == "S3Store" and not any("endpoint" in name for name in config):
+        where += _endpoint_of_environment()
+    return Identity(label, (kind, url, prefix, *where), lasting=True)
 
 
 def _of_icechunk(store: Any) -> Identity:
@@ -258,3 +327,11 @@ def _without_secrets(url: str) -> str:
     if not parts.scheme or not parts.netloc:
         return url.partition("?")[0]
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+_KINDS: Final[Mapping[type, Callable[[Any], Identity]]] = {
+    LocalStore: _of_local,
+    MemoryStore: _of_memory,
+    ZipStore: _of_zip,
+    FsspecStore: _of_fsspec,
+}

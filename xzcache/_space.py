@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
@@ -86,7 +85,7 @@ class Space:
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
-        self._unsettled: list[int] = []
+        self._unreleased: list[Dying] = []
 
     # -- taking
 
@@ -99,9 +98,18 @@ class Space:
             Nothing was taken.
         """
         with member.lease_lock:
-            if member.free >= size:
-                member.free -= size
-                return
+            # other threads take from the same lease: what there is is taken first, and only the rest asked for
+            had = min(member.free, size)
+            member.free -= had
+        if had == size:
+            return
+        try:
+            self._take_more(member, size - had)
+        except BaseException:
+            member.give_back(had)
+            raise
+
+    def _take_more(self, member: Membership, size: int) -> None:
         for attempt in range(_ATTEMPTS):
             short = self._enlarge(member, size)
             if short <= 0:
@@ -121,23 +129,20 @@ class Space:
             if totals.max_size is not None and size > totals.max_size:
                 raise NoRoom(f"{size} bytes are more than the bound of {totals.max_size}")
             chunk = self._lease_size(totals, len(index.owners()))
-            with member.lease_lock:
-                need = size - member.free
             room = totals.room
-            if room is not None and room < need:
-                return need - room + chunk
-            grant = need + chunk if room is None else max(need, min(need + chunk, room))
+            if room is not None and room < size:
+                return size - room + chunk
+            grant = size + chunk if room is None else min(size + chunk, room)
             if (short := self._short_of_disk(grant)) > 0:
                 # what is leased in advance must not cost an entry
-                grant, short = need, self._short_of_disk(need)
+                grant, short = size, self._short_of_disk(size)
             if short > totals.size:
                 raise NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
             if short > 0:
                 return short
             index.change_lease(member.owner, grant)
             index.commit()
-            with member.lease_lock:
-                member.free += grant - size
+            member.give_back(grant - size)
             return 0
 
     @staticmethod
@@ -149,6 +154,9 @@ class Space:
 
     def _short_of_disk(self, grant: int) -> int:
         free, total = files.free_bytes(self.books.root)
+        if total == 0:
+            # some file systems do not say
+            return 0
         reserve = int(self.min_free * total) if isinstance(self.min_free, float) else self.min_free
         # without any room for itself, the index could not even record what leaves
         return max(reserve, min(_INDEX_RESERVE, total // 20)) + grant - free
@@ -196,24 +204,45 @@ class Space:
         return []
 
     def condemn(self, member: Membership, index: Index, rows: Iterable[Row]) -> list[Dying]:
-        """Take entries out of the index, then their files out of sight; within a section, which is committed."""
+        """Take entries out of the index, then their files out of sight; within a section, which is committed.
+
+        Raises
+        ------
+        OSError
+            A file could be neither moved nor unlinked. It stays counted.
+        """
         dying = []
         for row in rows:
             index.remove(row.id)
             dying.append(index.add_dying(row, member.owner))
         index.commit()
-        for item in dying:
-            path = f"{self.books.root}/{relative_path(item.entry, odd=item.odd)}"
-            # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large
-            # one, and the guard is held
-            if files.ours(path) is not False:
-                with suppress(OSError):
-                    os.replace(path, f"{self.books.meta}/trash/{item.id}")
-                    files.prune(path, self.books.root)
-        return dying
+        hidden: list[Dying] = []
+        try:
+            for item in dying:
+                self._hide(item)
+                hidden.append(item)
+        except OSError:
+            self._unreleased += hidden
+            raise
+        return hidden
+
+    def _hide(self, item: Dying) -> None:
+        path = f"{self.books.root}/{relative_path(item.entry, odd=item.odd)}"
+        # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
+        # and the guard is held
+        if not os.path.lexists(path) or files.ours(path) is False:
+            return
+        try:
+            files.move(path, f"{self.books.meta}/trash/{item.id}")
+        except FileNotFoundError:
+            return
+        except OSError:
+            os.unlink(path)
+        files.prune(path, self.books.root)
 
     def release(self, dying: list[Dying]) -> None:
         """Unlink, and only then give the bytes back."""
+        dying, self._unreleased = dying + self._unreleased, []
         if dying:
             self.erase(dying)
             self.settle(dying)
@@ -224,11 +253,13 @@ class Space:
             files.discard(f"{self.books.meta}/trash/{item.id}")
 
     def settle(self, dying: list[Dying]) -> None:
-        """Give back the bytes of files that were unlinked, and of those for which that could not be done before."""
-        self._unsettled += [item.id for item in dying]
-        with self.books.section() as (_, index):
-            settled, self._unsettled = self._unsettled, []
-            index.drop_dying(settled)
+        """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""
+        try:
+            with self.books.section() as (_, index):
+                index.drop_dying(item.id for item in dying)
+        except BaseException:
+            self._unreleased += dying
+            raise
 
 
 def recovery_due(member: Membership) -> bool:

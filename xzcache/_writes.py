@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING, Final, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import _documents as documents
 from xzcache import _files as files
-from xzcache._errors import CacheFault
-from xzcache._keys import META, Entry, namespace_of, range_directory, relative_path
-from xzcache._publisher import Ticket, current_ticket, namespace_slot, slot
+from xzcache._keys import META, Entry, namespace_of, namespace_slot, range_directory, relative_path, write_slot
+from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
     from xzcache._index import Index
     from xzcache._keeper import Keeper
@@ -28,17 +28,27 @@ _BATCH: Final = 128
 T = TypeVar("T")
 
 
+class Begun(NamedTuple):
+    """A write that has begun: what the counters said then, and the row that says so in the index."""
+
+    key: str
+    ticket: Ticket | None = None
+    row: int = 0
+    owner: int = 0
+
+
 class Writes:
     """Makes what is no longer true invisible to every process.
 
-    A write has two ends. `begin` makes the old value invisible before the source changes, so that a process that dies
-    in between leaves nothing false; `end` does so again, for what was filled meanwhile, and stores the new value if
-    nobody else was writing the key. Each end counts the write, so that no fill that began before it publishes after it.
+    A write has two ends. `begin` makes the old value invisible before the source changes, and says in the index that
+    the key is being written: until `end`, nobody stores anything for it, and if this process dies before, the next one
+    forgets the key. `end` stores the new value if nobody else was writing the key. Each end counts the write, so that
+    no fill that began before it publishes after it.
 
     Notes
     -----
     Where the index cannot be used, files are unlinked by their paths; where even that fails, this process reads
-    nothing more of that source from the cache.
+    nothing more of that key's source from the cache until it could be made up for.
     """
 
     def __init__(self, keeper: Keeper, space: Space, publisher: Publisher, reader: Reader) -> None:
@@ -47,41 +57,103 @@ class Writes:
         self._space = space
         self._publisher = publisher
         self._reader = reader
+        self._owed: list[tuple[set[str], Callable[[], object]]] = []
 
-    # -- one key
+    # -- keys
 
-    def begin(self, key: str, since: Ticket | None = None) -> Ticket | None:
-        """Before the source is written: forget the key, and take note of the writes so far.
+    def begin(self, keys: Sequence[str]) -> list[Begun]:
+        """Before the source is written: forget the keys, and say that they are being written."""
+        return [begun for batch in _batches(keys) for begun in self._begin(batch)]
 
-        None where that could not be done properly, or where somebody wrote the key after the ticket `since` was taken.
-        """
-        return self._surely(key, lambda: self._forget(key, since), lambda: self._unlink_key(key))
+    def _begin(self, keys: Sequence[str]) -> list[Begun]:
+        def act() -> list[Begun]:
+            with self._books.section() as (member, index):
+                begun = []
+                for key in keys:
+                    ticket = self._count(member, index, key)
+                    row = index.add_writing(key, member.owner, beneath=False)
+                    begun.append(Begun(key, ticket, row, member.owner))
+                dying = self._condemn_keys(member, index, keys)
+            self._space.release(dying)
+            return begun
 
-    def end(self, key: str, begun: Ticket | None, value: files.Data | None = None) -> None:
-        """After the source was written: forget what was filled meanwhile, and store the new value."""
-        ticket = self._surely(key, lambda: self._forget(key, begun), lambda: self._unlink_key(key))
-        if value is not None and ticket is not None:
-            self._publisher.publish(Entry(key), value, ticket)
+        return self._surely(keys, act, lambda: self._unlink_keys(keys)) or [Begun(key) for key in keys]
 
-    def _forget(self, key: str, begun: Ticket | None = None) -> Ticket | None:
-        """Count a write and remove the key; the ticket to publish with, None where others write at the same time."""
-        with self._books.section() as (member, index):
-            undisturbed = begun is None or begun == current_ticket(member, key)
-            member.writes.bump(slot(key))
-            index.drop_absent(key)
-            ticket = current_ticket(member, key)
-            dying = self._space.condemn(member, index, index.of_key(key))
-        self._space.release(dying)
-        return ticket if undisturbed else None
+    def end(self, writes: Sequence[Begun], values: Sequence[files.Data | None]) -> None:
+        """After the source was written: forget what was filled meanwhile, and store the new values."""
+        tickets = [ticket for batch in _batches(writes) for ticket in self._end(batch)]
+        for write, ticket, value in zip(writes, tickets, values, strict=True):
+            if value is not None and ticket is not None:
+                self._publisher.publish(Entry(write.key), value, ticket)
+
+    def _end(self, writes: Sequence[Begun]) -> list[Ticket | None]:
+        keys = [write.key for write in writes]
+
+        def act() -> list[Ticket | None]:
+            tickets: list[Ticket | None] = []
+            with self._books.section() as (member, index):
+                for write in writes:
+                    # a write whose beginning could not be told may have met others that nobody knows of
+                    alone = write.ticket is not None and write.ticket == current_ticket(member, write.key)
+                    ticket = self._count(member, index, write.key)
+                    tickets.append(ticket if alone else None)
+                    index.drop_writing(write.row, write.owner)
+                dying = self._condemn_keys(member, index, keys)
+            self._space.release(dying)
+            return tickets
+
+        return self._surely(keys, act, lambda: self._unlink_keys(keys)) or [None] * len(writes)
+
+    def forget(self, key: str, since: Ticket | None) -> Ticket | None:
+        """Forget a key whose value turned out to be another; a ticket to store that, None if it was written since."""
+
+        def act() -> Ticket | None:
+            with self._books.section() as (member, index):
+                alone = since is not None and since == current_ticket(member, key)
+                ticket = self._count(member, index, key)
+                dying = self._condemn_keys(member, index, [key])
+            self._space.release(dying)
+            return ticket if alone else None
+
+        return self._surely([key], act, lambda: self._unlink_keys([key]))
+
+    @staticmethod
+    def _count(member: Membership, index: Index, key: str) -> Ticket:
+        """Count a write; returns what the counters say now."""
+        member.writes.bump(write_slot(key))
+        index.drop_absent(key)
+        return current_ticket(member, key)
+
+    def _condemn_keys(self, member: Membership, index: Index, keys: Sequence[str]) -> list[Dying]:
+        return self._space.condemn(member, index, [row for key in keys for row in index.of_key(key)])
 
     # -- everything beneath a prefix
 
-    def drop(self, prefix: str) -> None:
-        """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there.
+    def begin_drop(self, prefix: str) -> Begun:
+        """Before everything beneath a prefix is deleted at the source: forget it, and say that it is being written."""
 
-        Called before and after the source deletes them.
-        """
-        self._surely(f"{prefix}/", lambda: self._drop(prefix), lambda: self._unlink_beneath(prefix))
+        def act() -> Begun:
+            with self._books.section() as (member, index):
+                row = index.add_writing(prefix, member.owner, beneath=True)
+                begun = Begun(prefix, None, row, member.owner)
+            self._drop(prefix)
+            return begun
+
+        return self._surely([f"{prefix}/"], act, lambda: self._unlink_beneath(prefix)) or Begun(prefix)
+
+    def end_drop(self, begun: Begun) -> None:
+        """After everything beneath a prefix was deleted at the source."""
+
+        def act() -> None:
+            self._drop(begun.key)
+            with self._books.section() as (_, index):
+                index.drop_writing(begun.row, begun.owner)
+
+        self._surely([f"{begun.key}/"], act, lambda: self._unlink_beneath(begun.key))
+
+    def drop(self, prefix: str) -> None:
+        """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there."""
+        self._surely([f"{prefix}/"], lambda: self._drop(prefix), lambda: self._unlink_beneath(prefix))
 
     def _drop(self, prefix: str, *, counted: bool = False) -> None:
         with self._books.section() as (member, index):
@@ -89,18 +161,12 @@ class Writes:
                 member.writes.bump(namespace_slot(f"{prefix}/"))
             index.drop_nodes(prefix)
             index.drop_absent_beneath(prefix)
-            dying = self._condemn_batch(member, index, prefix)
-        self._release_all(prefix, dying)
-
-    def _condemn_batch(self, member: Membership, index: Index, prefix: str) -> list[Dying]:
-        return self._space.condemn(member, index, index.beneath(prefix, _BATCH))
-
-    def _release_all(self, prefix: str, dying: list[Dying]) -> None:
-        self._space.release(dying)
-        while len(dying) == _BATCH:
+        while True:
             with self._books.section() as (member, index):
-                dying = self._condemn_batch(member, index, prefix)
+                dying = self._space.condemn(member, index, index.beneath(prefix, _BATCH))
             self._space.release(dying)
+            if not dying:
+                return
 
     # -- metadata documents
 
@@ -129,11 +195,10 @@ class Writes:
             changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
             for path in changed:
                 self._drop_array(namespace, path, described.arrays.get(path))
-            self._reader.distrusted.difference_update(affected)
             return valid
 
         # other processes find out for themselves, so nothing is unlinked for this one's sake
-        return self._surely(f"{namespace}/{key}", act, lambda: self._reader.distrusted.update(affected))
+        return self._surely(affected, act, None)
 
     def is_absent(self, namespace: str, key: str) -> bool:
         """Whether the source is known not to have a document, of a node that it does have.
@@ -198,39 +263,65 @@ class Writes:
 
     # -- when the index is of no use
 
-    def _surely(self, key: str, action: Callable[[], T], by_hand: Callable[[], None]) -> T | None:
-        """Do something that must not be left undone."""
-        done, failed = [], object()
+    def _surely(self, about: Collection[str], action: Callable[[], T], by_hand: Callable[[], None] | None) -> T | None:
+        """Do something that must not be left undone: by the index, else by hand, else later and in doubt until then.
 
-        def act() -> object:
-            done.append(action())
-            return None
-
-        if self._keeper.attempt(act, failed) is not failed:
+        Parameters
+        ----------
+        about : collection of str
+            The keys, or the paths of nodes, that are in doubt if it fails.
+        action, by_hand : callable
+            What to do, and how without the index.
+        """
+        done: list[T] = []
+        if self._keeper.attempt(lambda: _into(done, action), False):
+            self.make_up()
             return done[-1]
         if self._reader.distrusts_all:
             # the directory is not of our making: nothing in it is read, and nothing touched
             return None
         try:
-            by_hand()
-        except (CacheFault, OSError) as error:
+            if by_hand is not None:
+                by_hand()
+                return None
+        except Exception as error:
             self._keeper.trouble(error)
-            self._reader.distrusted.add(namespace_of(key))
+        doubts = set(about) if by_hand is None else {namespace_of(key) for key in about}
+        self._reader.distrusted.update(doubts)
+        self._owed.append((doubts, action))
         return None
 
-    def _bump_by_hand(self, key: str, of: Callable[[str], int]) -> None:
+    @property
+    def owes(self) -> bool:
+        """Whether something is in doubt that could be made up for."""
+        return bool(self._owed)
+
+    def make_up(self) -> None:
+        """Do what could not be done before."""
+        owed, self._owed = self._owed, []
+        for number, (doubts, action) in enumerate(owed):
+            if not self._keeper.attempt(partial(_into, [], action), False):
+                self._owed += owed[number:]
+                return
+            self._reader.distrusted.difference_update(doubts)
+
+    def _bump_by_hand(self, number: int) -> None:
         # not under the guard: two bumps may become one, which is still a change
         if (member := self._books.current) is not None:
-            member.writes.bump(of(key))
+            member.writes.bump(number)
 
-    def _unlink_key(self, key: str) -> None:
-        self._bump_by_hand(key, slot)
-        for odd in (False, True):
-            files.discard_ours(f"{self._books.root}/{relative_path(Entry(key), odd=odd)}")
-        _remove_tree(f"{self._books.root}/{range_directory(key)}")
+    def _unlink_keys(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            # counted first: whoever publishes meanwhile looks at the counters after he has given a file its name
+            self._bump_by_hand(write_slot(key))
+            for odd in (False, True):
+                files.discard_ours(f"{self._books.root}/{relative_path(Entry(key), odd=odd)}")
+            ranges = f"{self._books.root}/{range_directory(key)}"
+            if os.path.isdir(ranges):
+                shutil.rmtree(ranges)
 
     def _unlink_beneath(self, prefix: str) -> None:
-        self._bump_by_hand(f"{prefix}/", namespace_slot)
+        self._bump_by_hand(namespace_slot(f"{prefix}/"))
         for path in files.walk(f"{self._books.root}/{prefix}"):
             files.discard_ours(path)
         for place in ("odd", "ranges"):
@@ -240,9 +331,13 @@ class Writes:
                     files.discard(path)
 
 
-def _remove_tree(directory: str) -> None:
-    if os.path.isdir(directory):
-        shutil.rmtree(directory)
+def _into(results: list[T], action: Callable[[], T]) -> bool:
+    results.append(action())
+    return True
+
+
+def _batches(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
 
 
 def _join(namespace: str, path: str) -> str:

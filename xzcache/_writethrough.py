@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from xzcache._documents import is_document
+from xzcache._flights import through
 from xzcache._readthrough import contents, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from zarr.core.buffer import Buffer
 
@@ -57,41 +59,56 @@ class WriteThrough:
         certain : bool
             Whether the source has these values once `write` returns.
         """
-        begun = [await self._begin(key) for key, _ in pairs]
+        pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
+        begun: Sequence[Any]
+        begun, cancelled = await through(self._backend.begin([key for key, _ in pairs]))
         done = False
         try:
+            _honour(cancelled)
             await write()
             done = True
         finally:
-            for (key, value), ticket in zip(pairs, begun, strict=True):
-                if self._is_cacheable(key):
-                    data = contents(value) if keep and done and ticket is not None else None
-                    await self._backend.end(key, ticket, data, self._max_size)
-                    if done and certain and is_document(key):
-                        await self._backend.note(key, value.to_bytes())
-                        self._freshness.note(key)
+            values = [contents(value) if keep and done else None for _, value in pairs]
+            _, cancelled = await through(self._end(begun, values, pairs if done and certain else []))
+            _honour(cancelled and done)
+
+    async def _end(
+        self, begun: Sequence[Any], values: list[memoryview | None], certain: list[tuple[str, Buffer]]
+    ) -> None:
+        await self._backend.end(begun, values, self._max_size)
+        for key, value in certain:
+            if is_document(key):
+                await self._backend.note(key, value.to_bytes())
+                self._freshness.note(key)
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete a key, and what a store of files deletes with it: everything beneath."""
-        begun = await self._begin(key)
-        try:
+        if not self._is_cacheable(key):
             await delete()
+            return
+        begun: Sequence[Any]
+        begun, cancelled = await through(self._backend.begin([key]))
+        try:
+            _honour(cancelled)
+            await self.deletion_beneath(key, delete)
         finally:
-            if self._is_cacheable(key):
-                await self._backend.end(key, begun, None, None)
-                await self._backend.drop(key)
+            _, cancelled = await through(self._backend.end(begun, [None], None))
+        _honour(cancelled)
 
     async def deletion_beneath(self, prefix: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete everything beneath a prefix."""
-        prefix = prefix.rstrip("/")
-        await self._backend.drop(prefix)
+        begun, cancelled = await through(self._backend.begin_drop(prefix.rstrip("/")))
         try:
+            _honour(cancelled)
             await delete()
         finally:
-            await self._backend.drop(prefix)
+            _, cancelled = await through(self._backend.end_drop(begun))
+        _honour(cancelled)
 
     def _is_cacheable(self, key: str) -> bool:
         return self._backend.entry(key, *whole()) is not None
 
-    async def _begin(self, key: str) -> Any:
-        return await self._backend.begin(key) if self._is_cacheable(key) else None
+
+def _honour(cancelled: bool) -> None:
+    if cancelled:
+        raise asyncio.CancelledError

@@ -20,10 +20,12 @@ from xzcache._config import (
     UNSET,
     Unset,
     config,
+    parse_flag,
     parse_min_free,
     parse_policy,
     parse_root,
     parse_size,
+    parse_threads,
 )
 from xzcache._errors import CacheFault, NoRoom
 from xzcache._keys import META, Entry, clip, is_cacheable, is_plain, span
@@ -78,7 +80,8 @@ class LockedLocalStore(LocalStore):
         min_free: float | int | str | Unset = UNSET,
         policy: str | Unset = UNSET,
     ) -> None:
-        super().__init__(parse_root(root), read_only=read_only)
+        super().__init__(parse_root(root), read_only=parse_flag("read_only", read_only))
+        parse_threads("threads", config.get("threads"))
         self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
         self.policy = parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
@@ -234,10 +237,11 @@ class LockedLocalStore(LocalStore):
         if prefix and not is_plain(prefix):
             return
         top = os.path.join(self.root, prefix) if prefix else os.fspath(self.root)
-        # what is deleted through the store goes, whoever wrote it
+        # what is deleted through the store goes, whoever wrote it; the cache's own files are the index's business
         for path in [top] if os.path.isfile(top) else files.walk(top):
-            files.discard(path)
-            files.prune(path, os.fspath(self.root))
+            if self._directory.reader.is_foreign_file(path, os.path.relpath(path, self.root).replace(os.sep, "/")):
+                files.discard(path)
+                files.prune(path, os.fspath(self.root))
 
     # -- listing
 

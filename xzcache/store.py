@@ -107,13 +107,14 @@ class CacheStore(SourceView):
         self._store = open_source(store, storage_options, read_only=read_only)
         self.source: Identity = identify(self._store)
         super().__init__(read_only=read_only or self._store.read_only)
-        self.namespace = namespace or self.source.namespace
         self._cache = cache_store_of(cache_store, self._asked_max_size)
         self._stats = Stats()
         self._read_through(Freshness(self.revalidate))
 
     def _read_through(self, freshness: Freshness) -> None:
-        backend = backend_of(self._cache, self.namespace)
+        lasting = self._given_namespace is not None or self.source.lasting
+        namespace = self._given_namespace or self.source.namespace
+        backend = backend_of(self._cache, namespace, lasting=lasting)
         self._reads = ReadThrough(
             self._store,
             backend,
@@ -124,6 +125,11 @@ class CacheStore(SourceView):
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
         )
         self._writes = WriteThrough(backend, freshness, self._reads.max_size)
+
+    @property
+    def namespace(self) -> str:
+        """The name under which the entries of this source are kept."""
+        return self._reads.backend.namespace
 
     @property
     def max_size(self) -> int | None:
@@ -148,10 +154,9 @@ class CacheStore(SourceView):
         source = self._store
         if not read_only and source.read_only:
             source = source.with_read_only(False)
-        given = {**self._settings(), "read_only": read_only, "namespace": self.namespace}
-        copy = type(self)(source, cache_store=self._cache, **given)
-        copy._given_namespace, copy._given_cache = self._given_namespace, self._given_cache
-        copy.source, copy._stats = self.source, self._stats
+        remember(source, self.source)
+        copy = type(self)(source, cache_store=self._cache, **{**self._settings(), "read_only": read_only})
+        copy._given_cache, copy._stats = self._given_cache, self._stats
         copy._read_through(self._reads.freshness)
         return copy
 
