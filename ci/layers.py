@@ -10,24 +10,26 @@ from pathlib import Path
 # Every module of the package and its floor; subpackages as `folder`, their modules as `folder.module`.
 FLOORS = {
     # the front door
-    "__init__": 16,
+    "__init__": 18,
     # what users hold: the store that reads through a cache
-    "store": 15,
+    "store": 17,
     # between it and its cache: reading, writing, and everything that only the source can say
-    "_writethrough": 14,
-    "_readthrough": 13,
-    "_sourceview": 13,
-    "_places": 13,
+    "_writethrough": 16,
+    "_readthrough": 15,
+    "_sourceview": 15,
+    "_places": 15,
     # the cache directory as a Zarr store by itself
-    "local": 12,
+    "local": 14,
     # what a process has of caches
-    "_registry": 11,
+    "_registry": 13,
     # the two kinds of cache, behind one interface
-    "_shared": 10,
-    "_anystore": 10,
+    "_shared": 12,
+    "_anystore": 12,
     # the cache directory that processes share, blocking: whole, then part by part
-    "_directory": 9,
-    "_writes": 8,
+    "_directory": 11,
+    "_arrays": 10,
+    "_writes": 9,
+    "_doubts": 8,
     "_publisher": 7,
     "_reader": 7,
     "_space": 6,
@@ -37,14 +39,16 @@ FLOORS = {
     "_membership": 3,
     "_index": 2,
     # parts that do not know each other
-    "_schema": 1,
     "_files": 1,
-    "_locks": 1,
-    "_sources": 1,
-    "_ledger": 1,
-    "_stats": 1,
     "_flights": 1,
+    "_identity": 1,
+    "_ledger": 1,
+    "_locks": 1,
+    "_notes": 1,
     "_pool": 1,
+    "_schema": 1,
+    "_sources": 1,
+    "_stats": 1,
     # values and exceptions
     "_config": 0,
     "_documents": 0,

@@ -91,8 +91,7 @@ class StoreBackend:
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
         ticket = self._ledger.ticket(entry.key)
-        distrusted = self._distrusts_all or entry.key in self._distrusted
-        if distrusted or not self._ledger.may_serve(entry, max_age):
+        if self._distrusts_all or entry.key in self._distrusted or not self._ledger.may_serve(entry, max_age):
             return None
         try:
             value = await self.cache_store.get(entry.key, default_buffer_prototype())
@@ -105,8 +104,7 @@ class StoreBackend:
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
         """The size of an entry that `find` would find, in bytes."""
-        data = await self.find(entry, max_age)
-        return None if data is None else len(data)
+        return None if (data := await self.find(entry, max_age)) is None else len(data)
 
     # -- fetching once, publishing
 
@@ -231,6 +229,10 @@ class StoreBackend:
             return None
         return ticket
 
+    async def clear(self) -> None:
+        """Forget everything."""
+        await self.drop("")
+
     async def drop(self, prefix: str) -> None:
         """Forget everything beneath a prefix; everything there is for an empty one."""
         self._ledger.count_drop()
@@ -245,10 +247,6 @@ class StoreBackend:
         except Exception as error:
             self._distrusts_all = True
             self._trouble(error)
-
-    async def clear(self) -> None:
-        """Forget everything."""
-        await self.drop("")
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
@@ -281,12 +279,8 @@ class StoreBackend:
         size, count = self._ledger.size, len(self._ledger)
         return {
             "cache_store_type": type(self.cache_store).__name__,
-            "current_size": size,
-            "tracked_keys": count,
-            "cached_keys": count,
-            "total_size": size,
-            "total_keys": count,
-            "cache_directory": None,
+            **{"current_size": size, "tracked_keys": count, "cached_keys": count},
+            **{"total_size": size, "total_keys": count, "cache_directory": None},
         }
 
     @property

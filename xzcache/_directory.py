@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
+from xzcache._arrays import Arrays
 from xzcache._books import Books
+from xzcache._doubts import Doubts
 from xzcache._errors import ForeignFormat
 from xzcache._keeper import Keeper
 from xzcache._publisher import Publisher
@@ -50,7 +52,7 @@ class CacheDirectory:
 
     Attributes
     ----------
-    reader, publisher, writes, space
+    reader, publisher, writes, arrays, space
         The parts: what they do with the directory they do for all processes.
     """
 
@@ -75,7 +77,9 @@ class CacheDirectory:
         folds = files.folds_case(self.books.meta)
         self.reader = Reader(self.keeper, folds=folds)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
-        self.writes = Writes(self.keeper, self.space, self.publisher, self.reader)
+        self.doubts = Doubts(self.keeper, self.reader)
+        self.writes = Writes(self.doubts, self.space, self.publisher)
+        self.arrays = Arrays(self.keeper, self.writes, self.doubts)
         self._prepared: Membership | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
@@ -88,7 +92,7 @@ class CacheDirectory:
     @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
-        return (not self.is_prepared or self.writes.owes) and time.monotonic() >= self._prepare_after
+        return (not self.is_prepared or self.doubts.owes) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
         """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
@@ -96,8 +100,8 @@ class CacheDirectory:
             if not self.is_prepared and not self.keeper.attempt(self._prepare, False):
                 self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
                 return False
-            self.writes.make_up()
-            if self.writes.owes:
+            self.doubts.make_up()
+            if self.doubts.owes:
                 self._prepare_after = time.monotonic() + _PAUSE_WHILE_IN_DOUBT
             return True
 

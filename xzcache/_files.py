@@ -99,7 +99,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        _attach(fd, stamp)
+        attach(fd, stamp)
     except BaseException:
         with suppress(OSError):
             os.unlink(path)
@@ -108,12 +108,8 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
         os.close(fd)
 
 
-def restamp(path: str, stamp: Stamp) -> None:
-    """Replace the stamp of a file in flight."""
-    _attach(path, stamp)
-
-
-def _attach(file: int | str, stamp: Stamp) -> None:
+def attach(file: int | str, stamp: Stamp) -> None:
+    """Set the stamp of a file in flight."""
     if not hasattr(os, "setxattr"):
         return
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache._documents import is_document
 from xzcache._errors import CacheFault, Damaged, NoRoom
 from xzcache._keys import Entry, namespace_of
+from xzcache._notes import Notes, range_of
 from xzcache._schema import SCHEMA, VERSION, Dying, Row, Totals
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Index:
             self.connection.close()
             raise
         self._do = self.connection.execute
+        self.notes = Notes(self.connection)
 
     # -- transactions
 
@@ -197,12 +199,12 @@ class Index:
 
     def beneath(self, prefix: str, limit: int) -> list[Row]:
         """Entries whose key begins with ``prefix + "/"``; every entry for an empty prefix."""
-        where, bounds = _range_of(prefix)
+        where, bounds = range_of(prefix)
         return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry{where} LIMIT ?", (*bounds, limit))]
 
     def has_data_beneath(self, prefix: str) -> bool:
         """Whether anything but metadata documents is beneath a prefix."""
-        where, bounds = _range_of(prefix)
+        where, bounds = range_of(prefix)
         return any(not is_document(key) for (key,) in self._do(f"SELECT DISTINCT key FROM entry{where}", bounds))
 
     def in_flight(self, owner: int, numbers: Iterable[int]) -> list[Row]:
@@ -216,7 +218,7 @@ class Index:
 
     def odd_keys(self, prefix: str) -> list[str]:
         """Whole objects beneath a prefix that do not lie at their own key."""
-        where, bounds = _range_of(prefix)
+        where, bounds = range_of(prefix)
         where = f"{where} AND" if where else " WHERE"
         query = f"SELECT key FROM entry{where} odd = 1 AND start = 0 AND stop = -1"
         return [key for (key,) in self._do(query, bounds)]
@@ -252,66 +254,6 @@ class Index:
     def drop_dying(self, ids: Iterable[int]) -> None:
         self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
 
-    # -- the documents under which the entries of an array were filled
-
-    def node(self, path: str) -> bytes | None:
-        row = self._do("SELECT digest FROM node WHERE path = ?", (path,)).fetchone()
-        return None if row is None else bytes(row[0])
-
-    def set_node(self, path: str, digest: bytes) -> None:
-        self._do("INSERT OR REPLACE INTO node(path, digest) VALUES(?, ?)", (path, digest))
-
-    def nodes_beneath(self, prefix: str) -> list[str]:
-        """Paths of the nodes beneath a path."""
-        where, bounds = _range_of(prefix, column="path")
-        return [path for (path,) in self._do(f"SELECT path FROM node{where}", bounds)]
-
-    def drop_nodes(self, prefix: str) -> None:
-        """Forget the node at a path and all nodes beneath it."""
-        where, bounds = _range_of(prefix, column="path")
-        self._do(f"DELETE FROM node{where}", bounds)
-        self._do("DELETE FROM node WHERE path = ?", (prefix,))
-
-    # -- writes that have begun and not ended
-
-    def add_writing(self, key: str, owner: int, *, beneath: bool) -> int:
-        cursor = self._do("INSERT INTO writing(key, beneath, owner) VALUES(?, ?, ?)", (key, beneath, owner))
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
-
-    def drop_writing(self, id_: int, owner: int) -> None:
-        self._do("DELETE FROM writing WHERE id = ? AND owner = ?", (id_, owner))
-
-    def is_written(self, key: str) -> bool:
-        """Whether somebody is writing a key, or something above it."""
-        if self._do("SELECT 1 FROM writing WHERE beneath = 0 AND key = ?", (key,)).fetchone():
-            return True
-        prefixes = self._do("SELECT key FROM writing WHERE beneath = 1").fetchall()
-        return any(key.startswith(f"{prefix}/") for (prefix,) in prefixes)
-
-    def writing_of(self, owner: int) -> list[tuple[str, bool]]:
-        """Keys, and prefixes of keys, that an owner is writing."""
-        rows = self._do("SELECT key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
-        return [(key, bool(beneath)) for key, beneath in rows]
-
-    def drop_writings_of(self, owner: int) -> None:
-        self._do("DELETE FROM writing WHERE owner = ?", (owner,))
-
-    # -- documents that the source does not have
-
-    def set_absent(self, key: str) -> None:
-        self._do("INSERT OR IGNORE INTO absent(key) VALUES(?)", (key,))
-
-    def is_absent(self, key: str) -> bool:
-        return self._do("SELECT 1 FROM absent WHERE key = ?", (key,)).fetchone() is not None
-
-    def drop_absent(self, key: str) -> None:
-        self._do("DELETE FROM absent WHERE key = ?", (key,))
-
-    def drop_absent_beneath(self, prefix: str) -> None:
-        where, bounds = _range_of(prefix)
-        self._do(f"DELETE FROM absent{where}", bounds)
-
 
 def _check_magic(path: str) -> None:
     """Tell damage from the outside: SQLite would wait for locks on a file that others have open and take it for new."""
@@ -322,8 +264,3 @@ def _check_magic(path: str) -> None:
     except FileNotFoundError:
         pass
     raise Damaged(f"{path} is no SQLite file")
-
-
-def _range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
-    # "0" is the character after "/": together they enclose whatever begins with the prefix and a slash
-    return (f" WHERE {column} >= ? AND {column} < ?", (prefix + "/", prefix + "0")) if prefix else ("", ())

@@ -176,7 +176,7 @@ class Publisher:
     @staticmethod
     def _may_enter(member: Membership, index: Index, entry: Entry, ticket: Ticket) -> bool:
         """Whether nobody has written the key since the ticket was taken, or is writing it now."""
-        return ticket == current_ticket(member, entry.key) and not index.is_written(entry.key)
+        return ticket == current_ticket(member, entry.key) and not index.notes.is_written(entry.key)
 
     def _is_there(self, entry: Entry) -> bool:
         return any(os.path.lexists(self._path(entry, odd=odd)) for odd in (False, True))
@@ -217,7 +217,7 @@ class Publisher:
         odd = self._is_odd(entry)
         if not odd and entry.is_whole and files.blocked(self._path(entry, odd=False), foreign=not over_foreign):
             odd = True
-            files.restamp(temporary, self._for_place(stamp, entry, odd=True))
+            files.attach(temporary, self._for_place(stamp, entry, odd=True))
         old = index.find(entry)
         replaced = [] if old is None else [index.add_dying(old, member.owner)]
         if old is not None:

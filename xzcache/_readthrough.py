@@ -240,7 +240,7 @@ class ReadThrough:
         while True:
             ticket = began = self.backend.ticket(entry)
             if began is None:
-                flight = Flight()
+                flight: Flight[memoryview | None] = Flight()
                 break
             flight, leads = self.backend.flights.join((id(self.freshness), key, began))
             if leads:

@@ -53,13 +53,13 @@ def recover(books: Books) -> None:
 
 def _forget_written(books: Books, member: Membership, index: Index, owner: int) -> None:
     """Forget what a process was writing at the source when it died: nobody knows how far it got."""
-    for key, beneath in index.writing_of(owner):
+    for key, beneath in index.notes.writing_of(owner):
         member.writes.bump(namespace_slot(f"{key}/") if beneath else write_slot(key))
         rows = index.beneath(key, _EVERYTHING) if beneath else index.of_key(key)
         for row in rows:
             files.discard_ours(f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
             index.remove(row.id)
-    index.drop_writings_of(owner)
+    index.notes.drop_writings_of(owner)
 
 
 def _bury_owner(books: Books, index: Index, owner: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Unset, config, parse_min_free, parse_seconds, parse_size
 from xzcache._directory import CacheDirectory
-from xzcache._sources import identify
+from xzcache._identity import identify
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store

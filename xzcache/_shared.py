@@ -129,15 +129,15 @@ class SharedBackend:
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
-        return await pool.run(self.directory.writes.compare, self.namespace, key, document, ticket)
+        return await pool.run(self.directory.arrays.compare, self.namespace, key, document, ticket)
 
     async def is_absent(self, key: str) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
-        return await pool.run(self.directory.writes.is_absent, self.namespace, key)
+        return await pool.run(self.directory.arrays.is_absent, self.namespace, key)
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
-        await pool.run(self.directory.writes.note, self.namespace, key, document)
+        await pool.run(self.directory.arrays.note, self.namespace, key, document)
 
     async def clear(self) -> None:
         """Forget all entries of this source, and no other's."""

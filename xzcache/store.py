@@ -14,9 +14,10 @@ from zarr.storage import MemoryStore
 from xzcache import _config as settings
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Age, Revalidate, Unset, config
+from xzcache._identity import Identity, identify, remember
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._readthrough import Freshness, ReadThrough
-from xzcache._sources import Identity, identify, open_source, remember
+from xzcache._sources import open_source
 from xzcache._sourceview import SourceView
 from xzcache._stats import Stats
 from xzcache._writethrough import WriteThrough
@@ -112,9 +113,8 @@ class CacheStore(SourceView):
         self._read_through(Freshness(self.revalidate))
 
     def _read_through(self, freshness: Freshness) -> None:
-        lasting = self._given_namespace is not None or self.source.lasting
-        namespace = self._given_namespace or self.source.namespace
-        backend = backend_of(self._cache, namespace, lasting=lasting)
+        given = self._given_namespace
+        backend = backend_of(self._cache, given or self.source.namespace, lasting=bool(given) or self.source.lasting)
         self._reads = ReadThrough(
             self._store,
             backend,

@@ -1,0 +1,126 @@
+"""Keeping the cache true when its source is written behind its back: as far as metadata documents show it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xzcache import _documents as documents
+from xzcache._keys import Entry, namespace_slot
+from xzcache._publisher import Ticket, current_ticket
+
+if TYPE_CHECKING:
+    from xzcache._doubts import Doubts
+    from xzcache._keeper import Keeper
+    from xzcache._writes import Writes
+
+
+class Arrays:
+    """What is known of the arrays of sources: under which documents their entries were filled.
+
+    Parameters
+    ----------
+    keeper : Keeper
+    writes : Writes
+    doubts : Doubts
+    """
+
+    def __init__(self, keeper: Keeper, writes: Writes, doubts: Doubts) -> None:
+        self._keeper = keeper
+        self._books = keeper.books
+        self._writes = writes
+        self._doubts = doubts
+
+    def compare(self, namespace: str, key: str, document: bytes | None, ticket: Ticket | None) -> Ticket | None:
+        """Drop what is beneath every array that a document of the source shows to have changed.
+
+        Parameters
+        ----------
+        namespace : str
+        key : str
+            The document's key in its source.
+        document : bytes or None
+            As the source has it now; None where it has none.
+        ticket : Ticket or None
+            From before the document was fetched.
+
+        Returns
+        -------
+        Ticket or None
+            What to publish the document with; None if it was written meanwhile.
+        """
+        described = documents.describe(key, document)
+        affected = {_join(namespace, path) for path in described.arrays or (key.rpartition("/")[0],)}
+
+        def act() -> Ticket | None:
+            changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
+            for path in changed:
+                self._drop_array(namespace, path, described.arrays.get(path))
+            return valid
+
+        # other processes find out for themselves, so nothing is unlinked for this one's sake
+        return self._doubts.surely(affected, act, None)
+
+    def is_absent(self, namespace: str, key: str) -> bool:
+        """Whether the source is known not to have a document, of a node that it does have.
+
+        A node of which nothing is cached may have been made since.
+        """
+        return self._keeper.attempt(lambda: self._is_absent(namespace, key), False)
+
+    def _is_absent(self, namespace: str, key: str) -> bool:
+        with self._books.section() as (_, index):
+            return index.notes.is_absent(f"{namespace}/{key}") and any(
+                index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key)
+            )
+
+    def note(self, namespace: str, key: str, document: bytes) -> None:
+        """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
+        described = documents.describe(key, document)
+        if described.arrays:
+            self._keeper.attempt(lambda: self._set_nodes(namespace, described.arrays), None)
+
+    def _set_nodes(self, namespace: str, arrays: dict[str, bytes]) -> None:
+        with self._books.section() as (_, index):
+            for path, digest in arrays.items():
+                index.notes.set_node(_join(namespace, path), digest)
+
+    def _changed(
+        self, namespace: str, key: str, described: documents.Description, ticket: Ticket | None, *, absent: bool
+    ) -> tuple[list[str], Ticket | None]:
+        """Paths of the arrays that are not as they were, and a ticket that their drop leaves valid.
+
+        Arrays that nothing is cached of are noted right away.
+        """
+
+        def beneath(path: str) -> list[str]:
+            return [node.partition("/")[2] for node in index.notes.nodes_beneath(_join(namespace, path))]
+
+        full = f"{namespace}/{key}"
+        with self._books.section() as (member, index):
+            changed = []
+            for path in documents.changed_arrays(
+                key, described, lambda path: index.notes.node(_join(namespace, path)), beneath
+            ):
+                node = _join(namespace, path)
+                if index.notes.node(node) is None and not index.has_data_beneath(node):
+                    index.notes.set_node(node, described.arrays[path])
+                else:
+                    changed.append(path)
+            valid = ticket is not None and ticket == current_ticket(member, full)
+            if valid and absent:
+                index.notes.set_absent(full)
+            elif not absent:
+                index.notes.drop_absent(full)
+            if changed:
+                member.writes.bump(namespace_slot(full))
+            return changed, current_ticket(member, full) if valid else None
+
+    def _drop_array(self, namespace: str, path: str, digest: bytes | None) -> None:
+        # the drop was counted when the change was found
+        self._writes.drop_now(_join(namespace, path), counted=True)
+        if digest is not None:
+            self._set_nodes(namespace, {path: digest})
+
+
+def _join(namespace: str, path: str) -> str:
+    return f"{namespace}/{path}" if path else namespace

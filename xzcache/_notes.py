@@ -1,0 +1,81 @@
+"""The small tables of the index: what is known of the arrays of a source, and which keys are being written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import sqlite3
+
+
+class Notes:
+    """The small tables of one open index; within a section only, as all of the index."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._do = connection.execute
+
+    # -- the documents under which the entries of an array were filled
+
+    def node(self, path: str) -> bytes | None:
+        row = self._do("SELECT digest FROM node WHERE path = ?", (path,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def set_node(self, path: str, digest: bytes) -> None:
+        self._do("INSERT OR REPLACE INTO node(path, digest) VALUES(?, ?)", (path, digest))
+
+    def nodes_beneath(self, prefix: str) -> list[str]:
+        """Paths of the nodes beneath a path."""
+        where, bounds = range_of(prefix, column="path")
+        return [path for (path,) in self._do(f"SELECT path FROM node{where}", bounds)]
+
+    def drop_nodes(self, prefix: str) -> None:
+        """Forget the node at a path and all nodes beneath it."""
+        where, bounds = range_of(prefix, column="path")
+        self._do(f"DELETE FROM node{where}", bounds)
+        self._do("DELETE FROM node WHERE path = ?", (prefix,))
+
+    # -- writes that have begun and not ended
+
+    def add_writing(self, key: str, owner: int, *, beneath: bool) -> int:
+        cursor = self._do("INSERT INTO writing(key, beneath, owner) VALUES(?, ?, ?)", (key, beneath, owner))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def drop_writing(self, id_: int, owner: int) -> None:
+        self._do("DELETE FROM writing WHERE id = ? AND owner = ?", (id_, owner))
+
+    def is_written(self, key: str) -> bool:
+        """Whether somebody is writing a key, or something above it."""
+        if self._do("SELECT 1 FROM writing WHERE beneath = 0 AND key = ?", (key,)).fetchone():
+            return True
+        prefixes = self._do("SELECT key FROM writing WHERE beneath = 1").fetchall()
+        return any(key.startswith(f"{prefix}/") for (prefix,) in prefixes)
+
+    def writing_of(self, owner: int) -> list[tuple[str, bool]]:
+        """Keys, and prefixes of keys, that an owner is writing."""
+        rows = self._do("SELECT key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
+        return [(key, bool(beneath)) for key, beneath in rows]
+
+    def drop_writings_of(self, owner: int) -> None:
+        self._do("DELETE FROM writing WHERE owner = ?", (owner,))
+
+    # -- documents that the source does not have
+
+    def set_absent(self, key: str) -> None:
+        self._do("INSERT OR IGNORE INTO absent(key) VALUES(?)", (key,))
+
+    def is_absent(self, key: str) -> bool:
+        return self._do("SELECT 1 FROM absent WHERE key = ?", (key,)).fetchone() is not None
+
+    def drop_absent(self, key: str) -> None:
+        self._do("DELETE FROM absent WHERE key = ?", (key,))
+
+    def drop_absent_beneath(self, prefix: str) -> None:
+        where, bounds = range_of(prefix)
+        self._do(f"DELETE FROM absent{where}", bounds)
+
+
+def range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
+    """The condition, and its values, of lying beneath a prefix."""
+    # "0" is the character after "/": together they enclose whatever begins with the prefix and a slash
+    return (f" WHERE {column} >= ? AND {column} < ?", (prefix + "/", prefix + "0")) if prefix else ("", ())
