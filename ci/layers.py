@@ -39,6 +39,7 @@ FLOORS = {
     "_membership": 3,
     "_index": 2,
     # parts that do not know each other
+    "_disk": 1,
     "_files": 1,
     "_flights": 1,
     "_identity": 1,

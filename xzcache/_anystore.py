@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -63,7 +64,7 @@ class StoreBackend:
         self.troubles = 0
         self._ledger = Ledger()
         self._nodes: dict[str, bytes] = {}
-        self._absent: set[str] = set()
+        self._absent: dict[str, float] = {}
         self._told: set[type[Exception]] = set()
         self._distrusted: set[str] = set()
         self._distrusts_all = False
@@ -216,7 +217,7 @@ class StoreBackend:
 
     async def _forget(self, key: str) -> Ticket | None:
         ticket = self._ledger.count_write(key)
-        self._absent.discard(key)
+        self._absent.pop(key, None)
         try:
             await self._remove(self._ledger.of_key(key))
             # an earlier process may have left it, unknown to our books
@@ -238,7 +239,7 @@ class StoreBackend:
         self._ledger.count_drop()
         for node in [n for n in self._nodes if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
             del self._nodes[node]
-        self._absent = {key for key in self._absent if prefix and not key.startswith(f"{prefix}/")}
+        self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}
         try:
             await self._remove(self._ledger.beneath(prefix))
             with suppress(NotImplementedError, FileNotFoundError):
@@ -250,23 +251,29 @@ class StoreBackend:
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
-        valid = ticket == self._ledger.ticket(key)
+        expected: Ticket | None = ticket
         described = documents.describe(key, document)
         for path in documents.changed_arrays(key, described, self._nodes.get, self._known_beneath):
             cached = self._ledger.beneath(path)
             if path in self._nodes or any(not documents.is_document(entry.key) for entry in cached):
+                # our own drop is not somebody else's write
+                expected = None if expected is None else (expected[0], expected[1] + 1)
                 await self.drop(path)
+        if expected is None or expected != self._ledger.ticket(key):
+            return None
         self._nodes.update(described.arrays)
-        if valid and document is None:
-            self._absent.add(key)
-        return self._ledger.ticket(key) if valid else None
+        if document is None:
+            self._absent[key] = time.time()
+        return expected
 
     def _known_beneath(self, path: str) -> list[str]:
         return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]
 
-    async def is_absent(self, key: str) -> bool:
+    async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
-        return key in self._absent and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
+        noted = self._absent.get(key)
+        fresh = noted is not None and (max_age == "infinity" or time.time() - noted < max_age)
+        return fresh and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
@@ -279,8 +286,12 @@ class StoreBackend:
         size, count = self._ledger.size, len(self._ledger)
         return {
             "cache_store_type": type(self.cache_store).__name__,
-            **{"current_size": size, "tracked_keys": count, "cached_keys": count},
-            **{"total_size": size, "total_keys": count, "cache_directory": None},
+            "current_size": size,
+            "tracked_keys": count,
+            "cached_keys": count,
+            "total_size": size,
+            "total_keys": count,
+            "cache_directory": None,
         }
 
     @property

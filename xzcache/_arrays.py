@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from xzcache import _documents as documents
-from xzcache._keys import Entry, namespace_slot
+from xzcache._keys import Entry, prefix_slot
 from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
+    from xzcache._config import Age
     from xzcache._doubts import Doubts
     from xzcache._keeper import Keeper
     from xzcache._writes import Writes
@@ -60,18 +62,18 @@ class Arrays:
         # other processes find out for themselves, so nothing is unlinked for this one's sake
         return self._doubts.surely(affected, act, None)
 
-    def is_absent(self, namespace: str, key: str) -> bool:
+    def is_absent(self, namespace: str, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document, of a node that it does have.
 
         A node of which nothing is cached may have been made since.
         """
-        return self._keeper.attempt(lambda: self._is_absent(namespace, key), False)
+        return self._keeper.attempt(lambda: self._is_absent(namespace, key, max_age), False)
 
-    def _is_absent(self, namespace: str, key: str) -> bool:
+    def _is_absent(self, namespace: str, key: str, max_age: Age) -> bool:
         with self._books.section() as (_, index):
-            return index.notes.is_absent(f"{namespace}/{key}") and any(
-                index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key)
-            )
+            noted = index.notes.absent_since(f"{namespace}/{key}")
+            fresh = noted is not None and (max_age == "infinity" or 0 <= time.time() - noted < max_age)
+            return fresh and any(index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key))
 
     def note(self, namespace: str, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
@@ -108,11 +110,11 @@ class Arrays:
                     changed.append(path)
             valid = ticket is not None and ticket == current_ticket(member, full)
             if valid and absent:
-                index.notes.set_absent(full)
+                index.notes.set_absent(full, time.time())
             elif not absent:
                 index.notes.drop_absent(full)
-            if changed:
-                member.writes.bump(namespace_slot(full))
+            for path in changed:
+                member.writes.bump(prefix_slot(_join(namespace, path)))
             return changed, current_ticket(member, full) if valid else None
 
     def _drop_array(self, namespace: str, path: str, digest: bytes | None) -> None:

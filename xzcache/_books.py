@@ -13,8 +13,9 @@ import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
+from xzcache import _disk as disk
 from xzcache import _files as files
-from xzcache._errors import Busy, CacheFault, ForeignFormat, Unusable
+from xzcache._errors import Busy, CacheFault, Damaged, Foreign, Unusable
 from xzcache._index import translated
 from xzcache._keys import META
 from xzcache._membership import Membership
@@ -83,10 +84,14 @@ class Books:
         found = self.read_note("format")
         # garbage is damage, and mended; a number is somebody who knows better
         if found and found.isdecimal() and found != str(FORMAT):
-            raise ForeignFormat(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
-        files.make_private(self.root)
+            raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
+        disk.make_private(self.root)
         for name in ("", "tmp", "trash"):
             os.makedirs(f"{self.meta}/{name}", mode=0o700, exist_ok=True)
+        for place in (self.root, self.meta):
+            # whoever owns it could plant entries
+            if not disk.is_own_directory(place):
+                raise Foreign(f"{place} is a link or belongs to another user")
         member = Membership(self.meta, self.timeout)
         with member.guard:
             if self.read_note("format") != str(FORMAT):
@@ -103,7 +108,7 @@ class Books:
     @property
     def has_stamps(self) -> bool:
         """Whether the file system can tell which files are ours."""
-        return files.ours(f"{self.meta}/guard.lock") is not None
+        return files.has_stamps(f"{self.meta}/guard.lock")
 
     def note_made(self, namespace: str) -> None:
         """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
@@ -174,9 +179,12 @@ class Books:
                     with suppress(sqlite3.Error):
                         index.rollback()
                     index.forget_uncommitted()
-                if isinstance(error, sqlite3.Error):
-                    raise translated(error) from error
-                raise
+                fault = translated(error) if isinstance(error, sqlite3.Error) else error
+                if isinstance(fault, Damaged):
+                    fault.generation = member.generation
+                if fault is error:
+                    raise
+                raise fault from error
             finally:
                 self._inside.yes = False
 

@@ -10,12 +10,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from xzcache import _files as files
+from xzcache import _disk as disk
 from xzcache import _recovery as recovery
 from xzcache._arrays import Arrays
 from xzcache._books import Books
 from xzcache._doubts import Doubts
-from xzcache._errors import ForeignFormat
+from xzcache._errors import Foreign
 from xzcache._keeper import Keeper
 from xzcache._publisher import Publisher
 from xzcache._reader import Reader
@@ -74,20 +74,20 @@ class CacheDirectory:
         self.recency = Recency()
         self.keeper = Keeper(self.books, max_size, default_max_size)
         self.space = Space(self.books, self.recency, self._min_free)
-        folds = files.folds_case(self.books.meta)
+        folds = disk.folds_case(self.books.meta)
         self.reader = Reader(self.keeper, folds=folds)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
         self.doubts = Doubts(self.keeper, self.reader)
         self.writes = Writes(self.doubts, self.space, self.publisher)
         self.arrays = Arrays(self.keeper, self.writes, self.doubts)
-        self._prepared: Membership | None = None
+        self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
 
     @property
     def is_prepared(self) -> bool:
         """Whether `prepare` has nothing to do; never waits."""
-        return self._prepared is not None and self._prepared is self.books.current
+        return self._prepared is not None and self._prepared == (self.books.current, self.keeper.bound)
 
     @property
     def wants_preparing(self) -> bool:
@@ -106,21 +106,21 @@ class CacheDirectory:
             return True
 
     def _prepare(self) -> bool:
+        bound = self.keeper.bound
         try:
             recovery.recover(self.books)
-        except ForeignFormat:
+        except Foreign:
             self.reader.distrust_all()
             raise
         self.keeper.apply_bound()
         self.space.fit()
-        self._prepared = self.books.current
+        self._prepared = self.books.current, bound
         return True
 
     def set_bound(self, max_size: int | None) -> None:
         """Ask for another bound, for all processes; a smaller one evicts at the next use."""
         if self.keeper.bound != max_size:
             self.keeper.bound = max_size
-            self._prepared = None
             self._prepare_after = 0.0
 
     def set_min_free(self, min_free: float | int) -> None:

@@ -106,7 +106,7 @@ def changed_arrays(
 def _parse(document: bytes | None) -> dict[str, Any]:
     try:
         return _mapping(json.loads(document)) if document is not None else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from xzcache import _files as files
-from xzcache._keys import META, Entry, namespace_of, namespace_slot, range_directory, relative_path, write_slot
+from xzcache._errors import Unusable
+from xzcache._keys import META, Entry, is_plain, namespace_of, prefix_slot, range_directory, relative_path, write_slot
+from xzcache._locks import WriteCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -77,29 +79,48 @@ class Doubts:
             self._reader.distrusted.difference_update(doubts)
 
     def _bump_by_hand(self, number: int) -> None:
-        # not under the guard: two bumps may become one, which is still a change
+        """Count a write without the guard: two such counts may become one, which is still a change."""
         if (member := self._books.current) is not None:
             member.writes.bump(number)
+        elif os.path.exists(self._books.meta):
+            counters = WriteCounters(f"{self._books.meta}/writes")
+            try:
+                counters.bump(number)
+            finally:
+                counters.close()
 
     def unlink_keys(self, keys: Sequence[str]) -> None:
+        """Make keys invisible without the index."""
         for key in keys:
             # counted first: whoever publishes meanwhile looks at the counters after he has given a file its name
             self._bump_by_hand(write_slot(key))
-            for odd in (False, True):
-                files.discard_ours(f"{self._books.root}/{relative_path(Entry(key), odd=odd)}")
+            entry = Entry(key)
+            if is_plain(key):
+                self._unlink(key, entry)
+            self._unlink(relative_path(entry, odd=True), entry)
             ranges = f"{self._books.root}/{range_directory(key)}"
             if os.path.isdir(ranges):
                 shutil.rmtree(ranges)
 
     def unlink_beneath(self, prefix: str) -> None:
-        self._bump_by_hand(namespace_slot(f"{prefix}/"))
-        for path in files.walk(f"{self._books.root}/{prefix}"):
-            files.discard_ours(path)
+        """Make everything beneath a prefix invisible without the index."""
+        self._bump_by_hand(prefix_slot(prefix))
+        if is_plain(prefix):
+            for path in files.walk(f"{self._books.root}/{prefix}"):
+                key = os.path.relpath(path, self._books.root).replace(os.sep, "/")
+                self._unlink(key, Entry(key))
         for place in ("odd", "ranges"):
             for path in files.walk(f"{self._books.root}/{META}/{place}"):
                 stamp = files.read_stamp(path)
                 if stamp is None or stamp.key.startswith(f"{prefix}/"):
                     files.discard(path)
+
+    def _unlink(self, relative: str, entry: Entry) -> None:
+        path = f"{self._books.root}/{relative}"
+        if os.path.lexists(path):
+            if files.ours(path, entry) is None:
+                raise Unusable(f"nobody can tell whether {path} is ours")
+            files.discard_ours(path, entry)
 
 
 def _into(results: list[T], action: Callable[[], T]) -> bool:

@@ -7,7 +7,7 @@ None of these reaches somebody who reads data: a read that meets one is served f
     ├── Damaged    the index is not ours, not whole, or gone
     ├── NoRoom     the bound, the free-disk reserve or the disk itself leaves no space
     └── Unusable   the directory cannot be opened for writing
-        └── ForeignFormat   it was written by another version of this package
+        └── Foreign   it was made by another version of this package, or by another user
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Busy(CacheFault):
 class Damaged(CacheFault):
     """The index cannot be trusted; it has to be rebuilt."""
 
+    generation: int | None = None
+    """Which index it was."""
+
 
 class NoRoom(CacheFault):
     """There is no space that this entry may take."""
@@ -33,5 +36,5 @@ class Unusable(CacheFault):
     """The cache directory cannot be opened for writing."""
 
 
-class ForeignFormat(Unusable):
-    """The cache directory was written by a version that lays it out in another way."""
+class Foreign(Unusable):
+    """The cache directory was made by a version that lays it out in another way, or by another user."""

@@ -116,16 +116,19 @@ def attach(file: int | str, stamp: Stamp) -> None:
         os.setxattr(file, _ATTRIBUTE, stamp.encode())
     except OSError as error:
         # a file system that has no stamps at all goes without; on any other, a file without one would not be ours
-        if not (error.errno == errno.ENOTSUP and _has_no_stamps(file)):
+        if error.errno != errno.ENOTSUP or has_stamps(file):
             raise
 
 
-def _has_no_stamps(file: int | str) -> bool:
+def has_stamps(file: int | str) -> bool:
+    """Whether the file system of a file has extended attributes."""
     try:
         _attribute(file)
+    except AttributeError:
+        return False
     except OSError as error:
-        return error.errno == errno.ENOTSUP
-    return False
+        return error.errno != errno.ENOTSUP
+    return True
 
 
 def move(source: str, target: str) -> None:
@@ -154,32 +157,31 @@ def prune(path: str, root: str) -> None:
         directory = os.path.dirname(directory)
 
 
-def ours(path: str) -> bool | None:
-    """Whether the file at a path is one that we wrote; None where its file system cannot tell us."""
-    try:
-        _attribute(path)
-    except AttributeError:
-        return None
-    except OSError as error:
-        return None if error.errno == errno.ENOTSUP and not os.path.islink(path) else False
-    return True
+def ours(path: str, entry: Entry) -> bool | None:
+    """Whether the file at a path is the one that we wrote for an entry; None where its file system cannot tell us.
+
+    A copy of one of our files that lies elsewhere is its maker's.
+    """
+    if (stamp := read_stamp(path)) is not None:
+        return stamp.digest == entry.digest()
+    return None if not has_stamps(path) and not os.path.islink(path) else False
 
 
-def discard_ours(path: str) -> None:
-    """Unlink a file if it is one that we wrote, as far as its file system can tell."""
-    if os.path.lexists(path) and ours(path) is not False:
+def discard_ours(path: str, entry: Entry) -> None:
+    """Unlink a file if it is the one that we wrote for an entry, as far as its file system can tell."""
+    if os.path.lexists(path) and ours(path, entry) is not False:
         discard(path)
 
 
-def blocked(path: str, *, foreign: bool = True) -> bool:
-    """Whether something keeps an entry from `path`: what is no regular file, or, if `foreign`, not a file of ours."""
+def blocked(path: str, entry: Entry | None) -> bool:
+    """Whether something keeps an entry from `path`: what is no regular file, or, given the entry, is not its file."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return not stat.S_ISREG(status.st_mode) or (foreign and not ours(path))
+    return not stat.S_ISREG(status.st_mode) or (entry is not None and not ours(path, entry))
 
 
 def walk(directory: str) -> Iterator[str]:
@@ -197,32 +199,6 @@ def walk(directory: str) -> Iterator[str]:
                         yield item.path
         except (FileNotFoundError, NotADirectoryError):
             continue
-
-
-def folds_case(directory: str) -> bool:
-    """Whether a file system takes names that differ in case for the same."""
-    head, tail = os.path.split(directory)
-    return os.path.exists(os.path.join(head, tail.swapcase()))
-
-
-def make_private(path: str) -> None:
-    """Make a directory that only this user can enter, with whatever is missing above it.
-
-    An existing directory is left as it is, unless it is empty: then nobody relies on its mode yet.
-    """
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        with suppress(OSError):
-            if not os.listdir(path):
-                os.chmod(path, 0o700)
-
-
-def free_bytes(path: str) -> tuple[int, int]:
-    """Bytes that are free to this user on the file system of `path`, and bytes in all."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
 def empty(directory: str) -> None:
@@ -267,7 +243,11 @@ def open_file(path: str) -> Opened | None:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise IsADirectoryError(error.errno, error.strerror, path) from None
         raise
-    status = os.fstat(fd)
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        os.close(fd)
+        raise
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)

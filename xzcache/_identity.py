@@ -107,8 +107,8 @@ def remember(store: Store, identity: Identity) -> None:
 def _identify(store: Store) -> Identity:
     inner = getattr(store, "source", None)
     if isinstance(inner, Identity):
-        # a cache over a cache, which may be the same one: each keeps its own, lest one wait for the other
-        return Identity(inner.label, ("through a cache", *inner.parts), inner.lasting)
+        # a cache over a cache: what is read is what the inner one reads
+        return inner
     if (describe := _KINDS.get(type(store))) is not None:
         return describe(store)
     if isinstance(store, MemoryStore) and type(store).__module__.startswith(_TRANSPARENT):
@@ -208,6 +208,9 @@ def _of_zip(store: ZipStore) -> Identity:
 
 def _of_fsspec(store: FsspecStore) -> Identity:
     protocol = _protocol(store.fs)
+    if protocol in ("file", "local"):
+        path = os.path.realpath(store.path)
+        return Identity(path, ("file", path), lasting=True)
     if protocol == "memory":
         return Identity(f"memory {store.path}", ("memory", str(os.getpid()), store.path), lasting=False)
     try:
@@ -280,7 +283,8 @@ def _without_secrets(url: str) -> str:
     """A URL without user, password and query."""
     parts = urlsplit(url)
     if not parts.scheme or not parts.netloc:
-        return url.partition("?")[0]
+        first, slash, rest = url.partition("?")[0].partition("/")
+        return first.rpartition("@")[2] + slash + rest
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

@@ -66,19 +66,19 @@ class Keeper:
         """
         try:
             return action()
-        except Damaged:
+        except Damaged as damage:
             if time.monotonic() < self._rebuild_after:
                 raise
             try:
-                self._rebuild()
+                self._rebuild(damage)
                 return action()
             except CacheFault:
                 # a rebuild empties directories and keeps everybody waiting: not again at each read
                 self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
                 raise
 
-    def _rebuild(self) -> None:
-        generation = self.books.member().generation
+    def _rebuild(self, damage: Damaged) -> None:
+        generation = self.books.member().generation if damage.generation is None else damage.generation
         bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
         if recovery.rebuild(self.books, generation, bound) and generation:
             logger.warning("the index of the cache in %s was damaged and made anew", self.books.root)

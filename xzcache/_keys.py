@@ -134,6 +134,12 @@ def write_slot(key: str) -> int:
     return Entry(key).lock_offset()
 
 
-def namespace_slot(key: str) -> int:
-    """The number of the counter of writes that concern all keys of a source."""
-    return Entry("\0" + namespace_of(key)).lock_offset()
+def prefix_slot(prefix: str) -> int:
+    """The number of the counter of writes that concern everything beneath a prefix."""
+    return Entry(prefix + "/").lock_offset()
+
+
+def all_slots(key: str) -> list[int]:
+    """The numbers of all counters that a write of a key, or of anything above it, raises."""
+    parts = key.split("/")
+    return [write_slot(key), *(prefix_slot("/".join(parts[:depth])) for depth in range(1, len(parts)))]

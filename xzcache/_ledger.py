@@ -34,18 +34,18 @@ class Ledger:
     """
 
     def __init__(self) -> None:
+        self._records: OrderedDict[Entry, Record] = OrderedDict()
         self.after_fork_in_child()
         renew_after_fork(self)
-        self.size = 0
         self.in_memory = 0
-        self._records: OrderedDict[Entry, Record] = OrderedDict()
-        self._arriving: set[str] = set()
         self._writes: Counter[str] = Counter()
         self._drops = 0
 
     def after_fork_in_child(self) -> None:
-        """Let go of a lock that a thread of the parent may hold."""
+        """Let go of a lock that a thread of the parent may hold, and of what only the parent's tasks would finish."""
         self._lock = threading.Lock()
+        self._arriving: set[str] = set()
+        self.size = sum(record.size for record in self._records.values())
 
     def __len__(self) -> int:
         return len(self._records)

@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from xzcache._errors import Busy
@@ -58,6 +59,7 @@ class Guard:
         self._timeout = timeout
         self._mutex = threading.Lock()
         self._impatient_until = 0.0
+        self._kept_out = False
 
     def __enter__(self) -> None:
         now = time.monotonic()
@@ -98,11 +100,13 @@ class Guard:
         return os.path.samestat(there, os.fstat(self.fd))
 
     def before_fork(self) -> None:
-        """Keep every thread out, so that the child does not inherit a guard that is held."""
-        self._mutex.acquire()
+        """Keep every thread out, so that the child does not inherit a guard that is held; but do not wait for long."""
+        self._kept_out = self._mutex.acquire(timeout=_IMPATIENT_WAIT)
 
     def after_fork_in_parent(self) -> None:
-        self._mutex.release()
+        """Undo `before_fork`."""
+        if self._kept_out:
+            self._mutex.release()
 
     def close(self) -> None:
         os.close(self.fd)
@@ -201,17 +205,31 @@ class ByteLocks:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._fds = [open_lock_file(path) for path in paths]
+        self._mutex = threading.Lock()
+        self._held: Counter[int] = Counter()
 
     def try_lock(self, offset: int) -> bool:
-        """Take a lock; False while somebody else has it."""
-        try:
-            self._control(offset, fcntl.F_WRLCK)
-        except BlockingIOError:
-            return False
-        return True
+        """Take a lock; False while another process has it. The same process may take it several times."""
+        with self._mutex:
+            if not self._held[offset]:
+                try:
+                    self._control(offset, fcntl.F_WRLCK)
+                except BlockingIOError:
+                    del self._held[offset]
+                    return False
+                except BaseException:
+                    del self._held[offset]
+                    raise
+            self._held[offset] += 1
+            return True
 
     def unlock(self, offset: int) -> None:
-        self._control(offset, fcntl.F_UNLCK)
+        """Undo one `try_lock`."""
+        with self._mutex:
+            self._held[offset] -= 1
+            if self._held[offset] <= 0:
+                del self._held[offset]
+                self._control(offset, fcntl.F_UNLCK)
 
     def _control(self, offset: int, kind: int) -> None:
         fd = self._fds[offset % len(self._fds)]

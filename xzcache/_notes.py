@@ -61,11 +61,12 @@ class Notes:
 
     # -- documents that the source does not have
 
-    def set_absent(self, key: str) -> None:
-        self._do("INSERT OR IGNORE INTO absent(key) VALUES(?)", (key,))
+    def set_absent(self, key: str, noted: float) -> None:
+        self._do("INSERT OR REPLACE INTO absent(key, noted) VALUES(?, ?)", (key, noted))
 
-    def is_absent(self, key: str) -> bool:
-        return self._do("SELECT 1 FROM absent WHERE key = ?", (key,)).fetchone() is not None
+    def absent_since(self, key: str) -> float | None:
+        row = self._do("SELECT noted FROM absent WHERE key = ?", (key,)).fetchone()
+        return None if row is None else float(row[0])
 
     def drop_absent(self, key: str) -> None:
         self._do("DELETE FROM absent WHERE key = ?", (key,))

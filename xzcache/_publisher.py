@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._errors import Damaged, NoRoom
-from xzcache._keys import Entry, is_plain, namespace_of, namespace_slot, relative_path, write_slot
+from xzcache._keys import Entry, all_slots, is_plain, namespace_of, relative_path
 from xzcache._space import recovery_due
 
 if TYPE_CHECKING:
@@ -31,14 +31,13 @@ class Ticket(NamedTuple):
 
     member: int
     generation: int
-    key: int
-    namespace: int
+    counts: tuple[int, ...]
 
 
 def current_ticket(member: Membership, key: str) -> Ticket:
     """What the write counters say now."""
-    counts = member.writes.read(write_slot(key)), member.writes.read(namespace_slot(key))
-    return Ticket(id(member), member.generation, *counts)
+    counts = tuple(member.writes.read(number) for number in all_slots(key))
+    return Ticket(id(member), member.generation, counts)
 
 
 @dataclass
@@ -170,7 +169,8 @@ class Publisher:
                     member.give_back(size)
         self._space.release(overtaken)
         if recovery_due(member):
-            recovery.recover(self._books)
+            # whatever comes of that, this entry is stored
+            self._keeper.attempt(lambda: recovery.recover(self._books), None)
         return not overtaken
 
     @staticmethod
@@ -179,7 +179,8 @@ class Publisher:
         return ticket == current_ticket(member, entry.key) and not index.notes.is_written(entry.key)
 
     def _is_there(self, entry: Entry) -> bool:
-        return any(os.path.lexists(self._path(entry, odd=odd)) for odd in (False, True))
+        places = (True,) if self._is_odd(entry) else (False, True)
+        return any(os.path.lexists(self._path(entry, odd=odd)) for odd in places)
 
     def _write(self, temporary: str, entry: Entry, data: files.Data) -> files.Stamp:
         stamp = files.stamp_of(entry, data)
@@ -215,7 +216,7 @@ class Publisher:
     ) -> tuple[list[Dying], bool]:
         """Give an entry its row, then its file its name; what it replaced, and whether it lies at an odd place."""
         odd = self._is_odd(entry)
-        if not odd and entry.is_whole and files.blocked(self._path(entry, odd=False), foreign=not over_foreign):
+        if not odd and entry.is_whole and files.blocked(self._path(entry, odd=False), None if over_foreign else entry):
             odd = True
             files.attach(temporary, self._for_place(stamp, entry, odd=True))
         old = index.find(entry)
@@ -248,7 +249,7 @@ class Publisher:
             # what cannot be unlinked stays counted
             with suppress(OSError):
                 if item.odd != renamed_over:
-                    files.discard_ours(self._path(item.entry, odd=item.odd))
+                    files.discard_ours(self._path(item.entry, odd=item.odd), item.entry)
                 index.drop_dying([item.id])
 
     @staticmethod

@@ -102,7 +102,11 @@ class Reader:
         known = self._checked.get(path) == opened.signature
         if not known and not odd and entry.is_whole and files.read_stamp(opened.fd) is None:
             # a file of somebody else's keeps ours from its place, or this file system has no stamps
-            elsewhere = files.open_file(self._path(entry, odd=True))
+            try:
+                elsewhere = files.open_file(self._path(entry, odd=True))
+            except BaseException:
+                os.close(opened.fd)
+                raise
             if elsewhere is not None:
                 os.close(opened.fd)
                 path, opened = self._path(entry, odd=True), elsewhere
@@ -158,7 +162,7 @@ class Reader:
         if stamp is not None:
             sound = stamp.size == found.size and stamp.digest == found.entry.digest()
             expected = stamp.crc
-        elif files.ours(found.path) is False:
+        elif files.ours(found.path, found.entry) is False:
             return False
         else:
             row = self._keeper.attempt(lambda: self._row(found.entry), None)
@@ -175,7 +179,7 @@ class Reader:
 
     def is_foreign_file(self, path: str, key: str) -> bool:
         """Whether the file at a path is not one of the cache's."""
-        ours = files.ours(path)
+        ours = files.ours(path, Entry(key))
         if ours is None:
             return self._keeper.attempt(lambda: self._row(Entry(key)), None) is None
         return not ours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -116,7 +117,7 @@ class ReadThrough:
         if self.freshness.must_ask(key):
             return await self._ask(key, entry, prototype, byte_range, started)
         data = await self.backend.find(entry, self._max_age)
-        if data is None and is_document(key) and await self.backend.is_absent(key):
+        if data is None and is_document(key) and await self.backend.is_absent(key, self._max_age):
             self.stats.hit(0, time.perf_counter() - started)
             return None
         if data is None:
@@ -196,9 +197,11 @@ class ReadThrough:
             flight.fail(error)
             raise
         finally:
-            if unlock is not None:
-                unlock()
             self.backend.flights.leave((entry, began), flight)
+            if unlock is not None:
+                # a lock that cannot be given back goes with the process
+                with suppress(OSError):
+                    unlock()
 
     async def _win(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
         """Become the one process that fetches, or get what another one fetched.

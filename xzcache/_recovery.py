@@ -6,14 +6,13 @@ import os
 import re
 import secrets
 import shutil
-import sqlite3
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
 from xzcache._errors import Busy, CacheFault
 from xzcache._index import Index
-from xzcache._keys import END, Entry, namespace_slot, relative_path, write_slot
+from xzcache._keys import END, Entry, prefix_slot, relative_path, write_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -54,10 +53,10 @@ def recover(books: Books) -> None:
 def _forget_written(books: Books, member: Membership, index: Index, owner: int) -> None:
     """Forget what a process was writing at the source when it died: nobody knows how far it got."""
     for key, beneath in index.notes.writing_of(owner):
-        member.writes.bump(namespace_slot(f"{key}/") if beneath else write_slot(key))
+        member.writes.bump(prefix_slot(key) if beneath else write_slot(key))
         rows = index.beneath(key, _EVERYTHING) if beneath else index.of_key(key)
         for row in rows:
-            files.discard_ours(f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
+            files.discard_ours(f"{books.root}/{relative_path(row.entry, odd=row.odd)}", row.entry)
             index.remove(row.id)
     index.notes.drop_writings_of(owner)
 
@@ -90,11 +89,9 @@ def finish(books: Books, index: Index, dying: Iterable[Dying]) -> None:
             files.discard(trash)
         elif index.find(item.entry) is None:
             path = f"{books.root}/{relative_path(item.entry, odd=item.odd)}"
-            stamp = files.read_stamp(path)
-            # a file without our stamp at that path may have come later, from somebody else
-            if stamp is not None and stamp.digest == item.entry.digest():
-                files.discard(path)
-                files.prune(path, books.root)
+            # what is not ours at that path may have come later, from somebody else
+            files.discard_ours(path, item.entry)
+            files.prune(path, books.root)
 
 
 def _sweep(books: Books, member: Membership, index: Index) -> None:
@@ -151,7 +148,7 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> bool:
             try:
                 _build(books, member, generation, bound)
                 remember_bound(books, bound)
-            except (sqlite3.Error, OSError) as error:
+            except Exception as error:
                 _remove_index(books, generation)
                 raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
             member.begin_generation(generation)
@@ -198,7 +195,11 @@ def _build(books: Books, member: Membership, generation: int, max_size: int | No
         if not books.has_stamps:
             _remove_unknowable(books)
         for path, entry, stamp, odd in _stamped(books):
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                # unlinked by hand while we walk
+                continue
             if status.st_size == stamp.size and index.find(entry) is None:
                 index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=status.st_mtime_ns, owner=0, seq=0)
             else:

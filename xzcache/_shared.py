@@ -131,9 +131,9 @@ class SharedBackend:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
         return await pool.run(self.directory.arrays.compare, self.namespace, key, document, ticket)
 
-    async def is_absent(self, key: str) -> bool:
+    async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
-        return await pool.run(self.directory.arrays.is_absent, self.namespace, key)
+        return await pool.run(self.directory.arrays.is_absent, self.namespace, key, max_age)
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""

@@ -54,4 +54,5 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool) -> Store:
         return FsspecStore.from_upath(store, read_only=read_only)
     if isinstance(store, os.PathLike):
         return LocalStore(Path(store), read_only=read_only)
-    raise TypeError(f"store={store!r} is not accepted: give {_ACCEPTED}")
+    # never with its value, which may be a secret
+    raise TypeError(f"store is a {type(store).__name__}, which is not accepted: give {_ACCEPTED}")

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from xzcache import _disk as disk
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._errors import NoRoom
@@ -63,7 +64,8 @@ class Recency:
         with self._lock:
             uses, self._uses = self._uses, {}
         if uses:
-            index.touch(uses)
+            # a copy: a hit that began before may still add to it
+            index.touch(dict(uses))
 
     def __bool__(self) -> bool:
         return bool(self._uses)
@@ -153,7 +155,7 @@ class Space:
         return min(_LARGEST_LEASE, totals.max_size // max(256, 32 * owners))
 
     def _short_of_disk(self, grant: int) -> int:
-        free, total = files.free_bytes(self.books.root)
+        free, total = disk.free_bytes(self.books.root)
         if total == 0:
             # some file systems do not say
             return 0
@@ -230,7 +232,7 @@ class Space:
         path = f"{self.books.root}/{relative_path(item.entry, odd=item.odd)}"
         # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
         # and the guard is held
-        if not os.path.lexists(path) or files.ours(path) is False:
+        if not os.path.lexists(path) or files.ours(path, item.entry) is False:
             return
         try:
             files.move(path, f"{self.books.meta}/trash/{item.id}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from xzcache._keys import Entry, namespace_slot, write_slot
+from xzcache._keys import Entry, prefix_slot, write_slot
 from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Writes:
         """As `drop`, where trouble is the caller's; `counted` if the counter of writes was raised already."""
         with self._books.section() as (member, index):
             if not counted:
-                member.writes.bump(namespace_slot(f"{prefix}/"))
+                member.writes.bump(prefix_slot(prefix))
             index.notes.drop_nodes(prefix)
             index.notes.drop_absent_beneath(prefix)
         while True:

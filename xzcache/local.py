@@ -216,7 +216,7 @@ class LockedLocalStore(LocalStore):
         """Remove a key, and, where it is a directory, everything beneath it."""
         self._check_writable()
         if is_cacheable(key):
-            self._directory.writes.begin(key)
+            self._directory.writes.forget(key, None)
             self._delete_beneath(key)
 
     async def delete(self, key: str) -> None:

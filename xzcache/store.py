@@ -101,6 +101,7 @@ class CacheStore(SourceView):
         self.cache_set_data: bool = chosen("cache_set_data", cache_set_data, settings.parse_flag)
         self.revalidate: Revalidate = chosen("revalidate", revalidate, settings.parse_revalidate)
         self.policy: str = chosen("policy", policy, settings.parse_policy)
+        settings.parse_threads("threads", config.get("threads"))
         self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
         settings.parse_flag("read_only", read_only)
         self._given_namespace = checked_namespace(namespace)
@@ -111,6 +112,18 @@ class CacheStore(SourceView):
         self._cache = cache_store_of(cache_store, self._asked_max_size)
         self._stats = Stats()
         self._read_through(Freshness(self.revalidate))
+        self._avoid_oneself()
+
+    def _avoid_oneself(self) -> None:
+        """A cache over a cache in the same place would wait for its own fetch: read past the inner one."""
+        inner = self._store
+        while (beneath := getattr(inner, "_store", None)) is not None:
+            if isinstance(inner, CacheStore) and inner._reads.backend.is_same_cache(self._reads.backend):
+                if inner is not self._store:
+                    raise ValueError("store reads through the same cache already: give what lies beneath it")
+                self._store = beneath
+                self._read_through(self._reads.freshness)
+            inner = beneath
 
     def _read_through(self, freshness: Freshness) -> None:
         given = self._given_namespace

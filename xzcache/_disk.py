@@ -1,0 +1,39 @@
+"""What a file system and a directory on it are like: whose, how full, how names compare."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+
+
+def folds_case(directory: str) -> bool:
+    """Whether a file system takes names that differ in case for the same."""
+    head, tail = os.path.split(directory)
+    return os.path.exists(os.path.join(head, tail.swapcase()))
+
+
+def make_private(path: str) -> None:
+    """Make a directory that only this user can enter, with whatever is missing above it.
+
+    An existing directory is left as it is, unless it is empty: then nobody relies on its mode yet.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        with suppress(OSError):
+            if not os.listdir(path):
+                os.chmod(path, 0o700)
+
+
+def is_own_directory(path: str) -> bool:
+    """Whether a path is a directory, and no link, of this user's."""
+    status = os.lstat(path)
+    return stat.S_ISDIR(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())
+
+
+def free_bytes(path: str) -> tuple[int, int]:
+    """Bytes that are free to this user on the file system of `path`, and bytes in all."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
