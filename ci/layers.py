@@ -41,6 +41,7 @@ FLOORS = {
     # parts that do not know each other
     "_disk": 1,
     "_files": 1,
+    "_opened": 1,
     "_flights": 1,
     "_identity": 1,
     "_ledger": 1,

@@ -55,6 +55,8 @@ class StoreBackend:
     deleted.
     """
 
+    bound: int | None = None  # the store that caches here says how much it may
+
     def __init__(self, cache_store: Store, source: str) -> None:
         self.cache_store = cache_store
         self.token = uuid.uuid4().hex
@@ -99,9 +101,8 @@ class StoreBackend:
         except Exception as error:
             self._trouble(error)
             return None
-        if value is None or not self._ledger.used(entry, len(value), ticket):
-            return None
-        return memoryview(value.to_bytes())
+        is_good = value is not None and self._ledger.used(entry, len(value), ticket)
+        return memoryview(value.to_bytes()) if value is not None and is_good else None
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
         """The size of an entry that `find` would find, in bytes."""
@@ -161,13 +162,11 @@ class StoreBackend:
         return stored
 
     async def _take(self, size: int, limit: int | None) -> bool:
-        while True:
-            taken, oldest = self._ledger.take(size, limit)
-            if taken:
-                return True
-            if oldest is None or not await self._remove([oldest]):
+        while not (answer := self._ledger.take(size, limit)).taken:
+            if answer.oldest is None or not await self._remove([answer.oldest]):
                 return False
             self.evictions += 1
+        return True
 
     async def _remove(self, entries: list[Entry]) -> int:
         """Delete entries, and only then give their bytes back; returns how many there were."""
@@ -293,11 +292,6 @@ class StoreBackend:
             "total_keys": count,
             "cache_directory": None,
         }
-
-    @property
-    def bound(self) -> int | None:
-        """The store that caches here says how much it may."""
-        return None
 
     def _trouble(self, error: Exception) -> None:
         self.troubles += 1

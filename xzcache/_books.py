@@ -227,7 +227,8 @@ class Books:
         if member is None:
             return
         try:
-            if member.index is not None:
+            # a directory that was removed is not made again to sign off from it
+            if member.index is not None and member.guard.is_current():
                 with self.section() as (current, index):
                     if current is member:
                         index.drop_owner(member.owner)

@@ -19,7 +19,7 @@ from donfig import Config
 from platformdirs import user_cache_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     # where the default cache of this node is; None: the platform's user cache directory
@@ -226,6 +226,11 @@ def parse_root(root: Any) -> Path:
     if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
         raise ValueError(f"root={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
     return path
+
+
+def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
+    """What was given for a setting, or else configured, as `parse` reads it."""
+    return parse(name, config.get(name) if isinstance(value, Unset) else value)
 
 
 def default_directory() -> Path:

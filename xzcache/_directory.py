@@ -162,8 +162,9 @@ class CacheDirectory:
 
     def close(self) -> None:
         """Tell the index of the latest uses and give the lease back. The next use joins again."""
-        if self.books.current is not None:
-            self.flush()
+        if (member := self.books.current) is not None:
+            if member.guard.is_current():
+                self.flush()
             self.books.close()
         self._prepared = None
 

@@ -27,7 +27,6 @@ _ATTRIBUTE: Final = "user.xzcache"
 _STAMP: Final = struct.Struct("<B16sIQqq")
 _VERSION: Final = 1
 
-_READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 Data = bytes | bytearray | memoryview
@@ -93,7 +92,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
     try:
         fd = os.open(path, _WRITE, 0o600)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        make_directories(os.path.dirname(path))
         fd = os.open(path, _WRITE, 0o600)
     try:
         view = memoryview(data)
@@ -136,7 +135,7 @@ def move(source: str, target: str) -> None:
     try:
         os.replace(source, target)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        make_directories(os.path.dirname(target))
         os.replace(source, target)
 
 
@@ -157,14 +156,23 @@ def prune(path: str, root: str) -> None:
         directory = os.path.dirname(directory)
 
 
+def marked(path: str) -> bool | None:
+    """Whether the file at a path bears a mark of ours, whosever it is by now; None where nothing can bear one."""
+    try:
+        _attribute(path)
+    except (OSError, AttributeError):
+        return None if not has_stamps(path) and not os.path.islink(path) else False
+    return True
+
+
 def ours(path: str, entry: Entry) -> bool | None:
-    """Whether the file at a path is the one that we wrote for an entry; None where its file system cannot tell us.
+    """Whether the file at a path is the one that we wrote for an entry; None where only the index can tell.
 
     A copy of one of our files that lies elsewhere is its maker's.
     """
     if (stamp := read_stamp(path)) is not None:
         return stamp.digest == entry.digest()
-    return None if not has_stamps(path) and not os.path.islink(path) else False
+    return None if marked(path) is not False else False
 
 
 def discard_ours(path: str, entry: Entry) -> None:
@@ -173,15 +181,47 @@ def discard_ours(path: str, entry: Entry) -> None:
         discard(path)
 
 
-def blocked(path: str, entry: Entry | None) -> bool:
-    """Whether something keeps an entry from `path`: what is no regular file, or, given the entry, is not its file."""
+def blocked(path: str, entry: Entry, *, known: bool) -> bool:
+    """Whether something keeps an entry from lying at `path`.
+
+    Parameters
+    ----------
+    path : str
+    entry : Entry
+    known : bool
+        Whether the index has the entry there: then any file with a mark of ours is in its place, however damaged.
+    """
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return not stat.S_ISREG(status.st_mode) or (entry is not None and not ours(path, entry))
+    if not stat.S_ISREG(status.st_mode):
+        return True
+    return marked(path) is False if known else not ours(path, entry)
+
+
+def is_regular(path: str) -> bool:
+    """Whether there is nothing at a path but perhaps a file."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def make_directories(path: str) -> None:
+    """Make a directory and all that is missing above it, for this user only."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    except FileNotFoundError:
+        make_directories(os.path.dirname(path))
+        make_directories(path)
 
 
 def walk(directory: str) -> Iterator[str]:
@@ -209,71 +249,3 @@ def empty(directory: str) -> None:
                 shutil.rmtree(item.path, ignore_errors=True)
             else:
                 discard(item.path)
-
-
-class Opened(NamedTuple):
-    """A file that was found and is open: whoever holds it closes the descriptor."""
-
-    fd: int
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @property
-    def signature(self) -> tuple[int, int, int]:
-        """What stays the same for as long as nobody replaces or writes the file."""
-        return self.inode, self.mtime_ns, self.size
-
-
-def open_file(path: str) -> Opened | None:
-    """Open a regular file; None where there is no file of that name.
-
-    Raises
-    ------
-    NotADirectoryError, IsADirectoryError
-        Something else is there: a file where the path has a directory, a directory, a link, a pipe.
-    OSError
-        Anything but absence: EIO, EACCES, EMFILE, ESTALE, ...
-    """
-    try:
-        fd = os.open(path, _READ)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise IsADirectoryError(error.errno, error.strerror, path) from None
-        raise
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        os.close(fd)
-        raise
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    return Opened(fd, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def read(fd: int, first: int, last: int) -> memoryview | None:
-    """Bytes `first` up to `last` of a file; None where it turns out to be shorter."""
-    data = os.pread(fd, last - first, first)
-    while len(data) < last - first:
-        more = os.pread(fd, last - first - len(data), first + len(data))
-        if not more:
-            return None
-        data += more
-    return memoryview(data)
-
-
-def read_resident(fd: int, first: int, last: int) -> memoryview | None:
-    """Bytes of a file if they are in memory, so that reading them cannot block; else None."""
-    data = np.empty(last - first, dtype=np.uint8)
-    try:
-        if os.preadv(fd, [data], first, os.RWF_NOWAIT) != last - first:
-            return None
-    except AttributeError:
-        return None
-    except OSError as error:
-        # a file system that is memory does not know the flag
-        return read(fd, first, last) if error.errno == errno.EOPNOTSUPP else None
-    return memoryview(data).toreadonly()

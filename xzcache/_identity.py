@@ -12,10 +12,9 @@ import re
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
 
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
@@ -32,8 +31,8 @@ class Identity(NamedTuple):
 
     label: str
     """Readable, without credentials."""
-    parts: tuple[str, ...]
-    """What tells it from all others."""
+    digest: str
+    """What tells it from all others, told to nobody: there may be a credential in it after all."""
     lasting: bool
     """Whether another process, or a later one, would find the same bytes under it."""
 
@@ -41,8 +40,13 @@ class Identity(NamedTuple):
     def namespace(self) -> str:
         """A directory name that a person recognizes and no other source has."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[-80:].strip("-") or "source"
-        digest = blake2b("\0".join(self.parts).encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
-        return f"{slug}-{digest}"
+        return f"{slug}-{self.digest}"
+
+
+def identity(label: str, parts: Iterable[str], *, lasting: bool) -> Identity:
+    """An identity from a readable label and all that tells a source from others."""
+    text = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return Identity(label, blake2b(text, digest_size=10).hexdigest(), lasting)
 
 
 class _Remembered:
@@ -99,16 +103,16 @@ def identify(store: Store) -> Identity:
     return _remembered.of(store, _identify)
 
 
-def remember(store: Store, identity: Identity) -> None:
+def remember(store: Store, known: Identity) -> None:
     """Give a store the identity of the one that it is a copy of."""
-    _remembered.of(store, lambda _: identity)
+    _remembered.of(store, lambda _: known)
 
 
 def _identify(store: Store) -> Identity:
     inner = getattr(store, "source", None)
     if isinstance(inner, Identity):
-        # a cache over a cache: what is read is what the inner one reads
-        return inner
+        # what the inner one holds may be older than what the source has
+        return identity(inner.label, ("through a cache", inner.digest), lasting=inner.lasting)
     if (describe := _KINDS.get(type(store))) is not None:
         return describe(store)
     if isinstance(store, MemoryStore) and type(store).__module__.startswith(_TRANSPARENT):
@@ -126,7 +130,7 @@ def _identify(store: Store) -> Identity:
 
 def _of_lifetime(store: Store, contents: object) -> Identity:
     token = _remembered.lifetime(store, contents)
-    return Identity(type(store).__name__, ("lifetime", token), lasting=False)
+    return identity(type(store).__name__, ("lifetime", token), lasting=False)
 
 
 def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity:
@@ -141,7 +145,7 @@ def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity
     else:
         inner = _of_fsspec(store) if isinstance(store, FsspecStore) else _of_local(store)
     kind = f"{type(store).__module__}.{type(store).__qualname__}"
-    return Identity(inner.label, ("variant", kind, *described, *inner.parts), lasting=inner.lasting)
+    return identity(inner.label, ("variant", kind, *described, inner.digest), lasting=inner.lasting)
 
 
 class _Indescribable(Exception):
@@ -161,7 +165,9 @@ def described_value(value: Any) -> Iterator[str]:
     _Indescribable
         It holds an object that could be anything.
     """
-    if isinstance(value, str | bytes | int | float | bool | os.PathLike) or value is None:
+    if isinstance(value, str):
+        yield repr(_without_user(value))
+    elif isinstance(value, bytes | int | float | bool | os.PathLike) or value is None:
         yield repr(value)
     elif isinstance(value, Mapping):
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
@@ -174,7 +180,7 @@ def described_value(value: Any) -> Iterator[str]:
             yield from described_value(item)
         yield "]"
     elif isinstance(value, Store):
-        yield from identify(value).parts
+        yield identify(value).digest
     elif hasattr(value, "storage_options") and hasattr(value, "protocol"):
         yield from _filesystem_parts(value)
     elif type(value).__module__.startswith(_BOOKKEEPING):
@@ -188,7 +194,7 @@ def described_value(value: Any) -> Iterator[str]:
 
 def _of_local(store: LocalStore) -> Identity:
     path = os.path.realpath(store.root)
-    return Identity(path, ("file", path), lasting=True)
+    return identity(path, ("file", path), lasting=True)
 
 
 def _of_memory(store: MemoryStore) -> Identity:
@@ -203,21 +209,22 @@ def _of_zip(store: ZipStore) -> Identity:
         return _of_lifetime(store, store)
     if not store.read_only:
         return _of_lifetime(store, store)
-    return Identity(path, ("zip", path, str(status.st_size), str(status.st_mtime_ns)), lasting=True)
+    return identity(path, ("zip", path, str(status.st_size), str(status.st_mtime_ns)), lasting=True)
 
 
 def _of_fsspec(store: FsspecStore) -> Identity:
     protocol = _protocol(store.fs)
     if protocol in ("file", "local"):
         path = os.path.realpath(store.path)
-        return Identity(path, ("file", path), lasting=True)
+        return identity(path, ("file", path), lasting=True)
     if protocol == "memory":
-        return Identity(f"memory {store.path}", ("memory", str(os.getpid()), store.path), lasting=False)
+        return identity(f"memory {store.path}", ("memory", str(os.getpid()), store.path), lasting=False)
     try:
         where = tuple(_filesystem_parts(store.fs))
     except _Indescribable:
         return _of_lifetime(store, store)
-    return Identity(f"{protocol} {_without_secrets(str(store.path))}", (str(store.path), *where), lasting=True)
+    path = _without_user(str(store.path))
+    return identity(f"{protocol} {_without_secrets(path)}", (path, *where), lasting=True)
 
 
 def _protocol(fs: Any) -> str:
@@ -246,8 +253,8 @@ def _filesystem_parts(fs: Any) -> Iterator[str]:
 
 
 def _endpoint_of_environment() -> Iterator[str]:
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    yield next((f"endpoint_url={_without_secrets(os.environ[name])}" for name in names if os.environ.get(name)), "")
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        yield f"{name}={_without_secrets(os.environ.get(name, ''))}"
 
 
 def _of_obstore(store: Any) -> Identity:
@@ -259,14 +266,14 @@ def _of_obstore(store: Any) -> Identity:
     prefix = str(getattr(inner, "prefix", None) or "")
     if kind == "LocalStore":
         path = os.path.realpath(prefix or "/")
-        return Identity(path, ("file", path), lasting=True)
-    url = str(getattr(inner, "url", "") or "")
+        return identity(path, ("file", path), lasting=True)
+    url = _without_user(str(getattr(inner, "url", "") or ""))
     bucket = str(config.get("bucket") or config.get("container_name") or _without_secrets(url))
     label = f"{kind.removesuffix('Store')} {bucket} {prefix}".strip()
     where = list(described_value(config))
     if kind == "S3Store" and not any("endpoint" in name for name in config):
         where += _endpoint_of_environment()
-    return Identity(label, (kind, url, prefix, *where), lasting=True)
+    return identity(label, (kind, url, prefix, *where), lasting=True)
 
 
 def _of_icechunk(store: Any) -> Identity:
@@ -276,16 +283,19 @@ def _of_icechunk(store: Any) -> Identity:
         return _of_lifetime(store, store)
     snapshot = str(session.snapshot_id)
     # snapshot ids are random, but for the first, empty one of every repository
-    return Identity(f"icechunk {snapshot}", ("icechunk", snapshot), lasting=True)
+    return identity(f"icechunk {snapshot}", ("icechunk", snapshot), lasting=True)
+
+
+def _without_user(url: str) -> str:
+    """A URL, or the path of one, without user and password."""
+    scheme, separator, rest = url.rpartition("://") if "://" in url else ("", "", url)
+    first, slash, path = rest.partition("/")
+    return scheme + separator + first.rpartition("@")[2] + slash + path
 
 
 def _without_secrets(url: str) -> str:
-    """A URL without user, password and query."""
-    parts = urlsplit(url)
-    if not parts.scheme or not parts.netloc:
-        first, slash, rest = url.partition("?")[0].partition("/")
-        return first.rpartition("@")[2] + slash + rest
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """A URL, or the path of one, without user, password and query."""
+    return _without_user(url).partition("?")[0]
 
 
 _KINDS: Final[Mapping[type, Callable[[Any], Identity]]] = {

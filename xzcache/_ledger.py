@@ -24,6 +24,13 @@ class Record(NamedTuple):
     data: memoryview | None
 
 
+class Taken(NamedTuple):
+    """Whether space was promised, and if not, which entry has to go first."""
+
+    taken: bool
+    oldest: Entry | None
+
+
 class Ledger:
     """What a cache holds, least recently used first. Safe for threads; every method is one step.
 
@@ -110,13 +117,13 @@ class Ledger:
 
     # -- space
 
-    def take(self, size: int, limit: int | None) -> tuple[bool, Entry | None]:
-        """Promise space: whether that was possible, and if not, which entry has to go first."""
+    def take(self, size: int, limit: int | None) -> Taken:
+        """Promise space, or say which entry has to go first."""
         with self._lock:
             if limit is None or self.size + size <= limit:
                 self.size += size
-                return True, None
-            return False, next(iter(self._records), None)
+                return Taken(True, None)
+            return Taken(False, next(iter(self._records), None))
 
     def give(self, size: int) -> None:
         """Give space back, after what took it is gone."""

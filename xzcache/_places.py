@@ -44,6 +44,9 @@ def cache_store_of(given: Store | str | Path | None, max_size: int | Unset | Non
             # as with Zarr; a directory that is a cache already keeps its bound
             max_size = None
         given = given.root
+    if isinstance(given, str) and "://" in given:
+        # never with its value, which may hold a password
+        raise ValueError(f"cache_store is a URL, which is not accepted: give {accepted}")
     if isinstance(given, str | os.PathLike):
         try:
             return LockedLocalStore(given, max_size=max_size)

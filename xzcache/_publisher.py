@@ -215,11 +215,14 @@ class Publisher:
         over_foreign: bool,
     ) -> tuple[list[Dying], bool]:
         """Give an entry its row, then its file its name; what it replaced, and whether it lies at an odd place."""
-        odd = self._is_odd(entry)
-        if not odd and entry.is_whole and files.blocked(self._path(entry, odd=False), None if over_foreign else entry):
-            odd = True
-            files.attach(temporary, self._for_place(stamp, entry, odd=True))
         old = index.find(entry)
+        odd = self._is_odd(entry)
+        if not odd and entry.is_whole:
+            path = self._path(entry, odd=False)
+            known = old is not None and not old.odd
+            odd = not files.is_regular(path) if over_foreign else files.blocked(path, entry, known=known)
+            if odd:
+                files.attach(temporary, self._for_place(stamp, entry, odd=True))
         replaced = [] if old is None else [index.add_dying(old, member.owner)]
         if old is not None:
             index.remove(old.id)

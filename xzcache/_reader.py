@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache import _files as files
+from xzcache import _opened as opening
 from xzcache._errors import Damaged
 from xzcache._keys import Entry, is_plain, relative_path
 
@@ -24,7 +25,7 @@ class Found(NamedTuple):
 
     entry: Entry
     path: str
-    opened: files.Opened
+    opened: opening.Opened
     known: bool
     """Whether this process has checked this very file before."""
 
@@ -92,18 +93,18 @@ class Reader:
         odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
         path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
         try:
-            opened = files.open_file(path)
+            opened = opening.open_file(path)
         except (NotADirectoryError, IsADirectoryError):
             # the path is taken by something else, so the entry may lie under its digest
             path = self._path(entry, odd=True)
-            opened = files.open_file(path)
+            opened = opening.open_file(path)
         if opened is None:
             return None
         known = self._checked.get(path) == opened.signature
         if not known and not odd and entry.is_whole and files.read_stamp(opened.fd) is None:
             # a file of somebody else's keeps ours from its place, or this file system has no stamps
             try:
-                elsewhere = files.open_file(self._path(entry, odd=True))
+                elsewhere = opening.open_file(self._path(entry, odd=True))
             except BaseException:
                 os.close(opened.fd)
                 raise
@@ -126,8 +127,8 @@ class Reader:
         """
         try:
             if found.known:
-                return files.read(found.opened.fd, first, last)
-            data = files.read(found.opened.fd, 0, found.size)
+                return opening.read(found.opened.fd, first, last)
+            data = opening.read(found.opened.fd, 0, found.size)
             return self._checked_part(found, data, first, last)
         except OSError as error:
             self._keeper.trouble(error)
@@ -140,9 +141,9 @@ class Reader:
         if not found.known:
             if files.read_stamp(found.opened.fd) is None:
                 return False, None
-            data = files.read_resident(found.opened.fd, 0, found.size)
+            data = opening.read_resident(found.opened.fd, 0, found.size)
         else:
-            data = files.read_resident(found.opened.fd, first, last)
+            data = opening.read_resident(found.opened.fd, first, last)
         if data is None:
             return False, None
         try:
@@ -187,7 +188,7 @@ class Reader:
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
         """Bytes of somebody else's file, as they are; it is closed."""
         try:
-            return files.read(found.opened.fd, first, last)
+            return opening.read(found.opened.fd, first, last)
         finally:
             os.close(found.opened.fd)
 

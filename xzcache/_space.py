@@ -232,7 +232,7 @@ class Space:
         path = f"{self.books.root}/{relative_path(item.entry, odd=item.odd)}"
         # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
         # and the guard is held
-        if not os.path.lexists(path) or files.ours(path, item.entry) is False:
+        if not os.path.lexists(path) or files.marked(path) is False:
             return
         try:
             files.move(path, f"{self.books.meta}/trash/{item.id}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,13 +94,10 @@ class CacheStore(SourceView):
         policy: str | Unset = UNSET,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
-            return parse(name, config.get(name) if isinstance(value, Unset) else value)
-
-        self.max_age_seconds: Age = chosen("max_age_seconds", max_age_seconds, settings.parse_age)
-        self.cache_set_data: bool = chosen("cache_set_data", cache_set_data, settings.parse_flag)
-        self.revalidate: Revalidate = chosen("revalidate", revalidate, settings.parse_revalidate)
-        self.policy: str = chosen("policy", policy, settings.parse_policy)
+        self.max_age_seconds: Age = settings.chosen("max_age_seconds", max_age_seconds, settings.parse_age)
+        self.cache_set_data: bool = settings.chosen("cache_set_data", cache_set_data, settings.parse_flag)
+        self.revalidate: Revalidate = settings.chosen("revalidate", revalidate, settings.parse_revalidate)
+        self.policy: str = settings.chosen("policy", policy, settings.parse_policy)
         settings.parse_threads("threads", config.get("threads"))
         self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
         settings.parse_flag("read_only", read_only)
@@ -121,7 +118,7 @@ class CacheStore(SourceView):
             if isinstance(inner, CacheStore) and inner._reads.backend.is_same_cache(self._reads.backend):
                 if inner is not self._store:
                     raise ValueError("store reads through the same cache already: give what lies beneath it")
-                self._store = beneath
+                self._store, self.source = beneath, identify(beneath)
                 self._read_through(self._reads.freshness)
             inner = beneath
 
@@ -174,12 +171,11 @@ class CacheStore(SourceView):
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cache, token = self._given_cache, None
-        if isinstance(cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
+        state = {"source": self._store, "cache": self._given_cache, "settings": self._settings(), "token": None}
+        if isinstance(self._given_cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
             # a copy gets a cache of its own: what is in this one stays here
-            cache, token = type(cache)(), self._reads.backend.token
-        source = self.source if self.source.lasting else None
-        return _restore, (type(self), self._store, cache, self._settings(), source, token)
+            state |= {"cache": type(self._given_cache)(), "token": self._reads.backend.token}
+        return _restore, (type(self), state | {"identity": self.source if self.source.lasting else None})
 
     def __dask_tokenize__(self) -> tuple[str, str, str]:
         return "xzcache", self.namespace, type(self).__name__
@@ -270,17 +266,12 @@ class CacheStore(SourceView):
         Returns
         -------
         dict
-            ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; ``current_size`` (bytes),
-            ``tracked_keys`` and ``cached_keys`` of this source; ``total_size`` and ``total_keys`` of the whole cache,
-            which `max_size` bounds; ``cache_directory``.
+            ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; of this source ``current_size``
+            (bytes), ``tracked_keys``, ``cached_keys``; of the whole, which `max_size` bounds, ``total_size`` and
+            ``total_keys``; ``cache_directory``.
         """
-        info = self._reads.backend.info()
-        return {
-            **info,
-            "max_age_seconds": self.max_age_seconds,
-            "max_size": self.max_size,
-            "cache_set_data": self.cache_set_data,
-        }
+        mine = {name: getattr(self, name) for name in ("max_age_seconds", "max_size", "cache_set_data")}
+        return self._reads.backend.info() | mine
 
     def cache_stats(self) -> dict[str, Any]:
         """What this store, with its `with_read_only` copies, read in this process.
@@ -300,19 +291,12 @@ class CacheStore(SourceView):
         await self._reads.backend.clear()
 
 
-def _restore(
-    kind: type[CacheStore],
-    source: Store,
-    cache: Any,
-    given: dict[str, Any],
-    identity: Identity | None,
-    token: str | None,
-) -> CacheStore:
+def _restore(kind: type[CacheStore], state: dict[str, Any]) -> CacheStore:
     """A copy in another process: it takes the documents for fresh, as the store that it is a copy of did."""
-    if identity is not None:
-        remember(source, identity)
-    store = kind(source, cache_store=cache, **given)
+    if state["identity"] is not None:
+        remember(state["source"], state["identity"])
+    store = kind(state["source"], cache_store=state["cache"], **state["settings"])
     store._read_through(Freshness(store.revalidate, inherited=True))
-    if token is not None and isinstance(store._reads.backend, StoreBackend):
-        store._reads.backend.token = token
+    if isinstance(store._reads.backend, StoreBackend):
+        store._reads.backend.token = state["token"] or store._reads.backend.token
     return store
