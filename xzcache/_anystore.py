@@ -51,8 +51,7 @@ class StoreBackend:
 
     Notes
     -----
-    Safe for threads and event loops. Space is taken in the books before a value is written, and given back after it is
-    deleted.
+    Safe for threads and event loops. Space is taken before a value is written, and given back after it is deleted.
     """
 
     bound: int | None = None  # the store that caches here says how much it may
@@ -101,8 +100,9 @@ class StoreBackend:
         except Exception as error:
             self._trouble(error)
             return None
-        is_good = value is not None and self._ledger.used(entry, len(value), ticket)
-        return memoryview(value.to_bytes()) if value is not None and is_good else None
+        if value is None or not self._ledger.used(entry, len(value), ticket):
+            return None
+        return memoryview(value.to_bytes())
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
         """The size of an entry that `find` would find, in bytes."""
@@ -194,9 +194,8 @@ class StoreBackend:
     async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """After the source of some keys was written: forget what was filled meanwhile, and store the new values."""
         for (key, begun), value in zip(writes, values, strict=True):
-            alone = begun is not None and begun == self._ledger.ticket(key)
-            ticket = await self._forget(key)
-            if value is not None and alone and ticket is not None:
+            ticket = await self.forget(key, begun)
+            if value is not None and ticket is not None:
                 await self.publish(Entry(key), value, ticket, max_size)
 
     async def forget(self, key: str, since: Any) -> Ticket | None:
@@ -211,7 +210,7 @@ class StoreBackend:
         return prefix
 
     async def end_drop(self, begun: Any) -> None:
-        """After all keys beneath a prefix were deleted at the source."""
+        """After they were deleted."""
         await self.drop(begun)
 
     async def _forget(self, key: str) -> Ticket | None:
@@ -219,7 +218,7 @@ class StoreBackend:
         self._absent.pop(key, None)
         try:
             await self._remove(self._ledger.of_key(key))
-            # an earlier process may have left it, unknown to our books
+            # an earlier process may have left it
             await self.cache_store.delete(key)
             self._distrusted.discard(key)
         except Exception as error:
@@ -250,9 +249,13 @@ class StoreBackend:
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+
+        def known_beneath(path: str) -> list[str]:
+            return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]
+
         expected: Ticket | None = ticket
         described = documents.describe(key, document)
-        for path in documents.changed_arrays(key, described, self._nodes.get, self._known_beneath):
+        for path in documents.changed_arrays(key, described, self._nodes.get, known_beneath):
             cached = self._ledger.beneath(path)
             if path in self._nodes or any(not documents.is_document(entry.key) for entry in cached):
                 # our own drop is not somebody else's write
@@ -264,9 +267,6 @@ class StoreBackend:
         if document is None:
             self._absent[key] = time.time()
         return expected
-
-    def _known_beneath(self, path: str) -> list[str]:
-        return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]
 
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""

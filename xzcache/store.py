@@ -50,9 +50,9 @@ class CacheStore(SourceView):
         The name under which the entries of this source are kept, instead of one made of what it is: one path component.
         Stores that are given the same name are taken for the same source.
     revalidate : {"open", True, False} or float, optional
-        When the source is asked whether a metadata document changed: at its first use by a newly opened store; at each
-        read, chunks included; never; or once it is so many seconds old. Where an array's document changed, everything
-        cached of that array is dropped, for every process.
+        When the source is asked for metadata documents again: at their first use by a newly opened store; at each read,
+        chunks included; never; or after so many seconds. Where an array's document changed, what is cached of the array
+        is dropped.
     policy : str, optional
         Which entries leave first: ``"lru"``.
     storage_options : mapping, optional
@@ -67,9 +67,8 @@ class CacheStore(SourceView):
     -----
     Safe for threads, event loops, processes and after a fork. However many of them want an object that is not cached,
     the source is asked once. Trouble with the cache never fails a read; an exception of the source is raised as it is.
-    After a write through any `CacheStore` over the same directory, no process reads the old value.
-    A pickled copy carries the settings. Without a `cache_store` it uses the default cache of the process that unpickles
-    it; it does not ask again for metadata documents.
+    After a write through any `CacheStore` over the same directory, no process reads the old value. A pickled copy
+    carries the settings, and does not ask again for documents.
 
     Examples
     --------
