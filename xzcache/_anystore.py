@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache")
 
-_RANGES_WITHOUT_BOUND: Final = 256 << 20
-"""What byte ranges may take of memory, in bytes, where the cache has no bound."""
+_RANGES_WITHOUT_BOUND: Final = 256 << 20  # bytes that byte ranges may take of memory where the cache has no bound
 
 
 class StoreBackend:
@@ -44,11 +43,6 @@ class StoreBackend:
     source : str
         The namespace of the one source that it caches, though its keys do not carry it.
 
-    Attributes
-    ----------
-    token : str
-        What makes a pickled copy of a store equal to it, where the cache is in memory.
-
     Notes
     -----
     Safe for threads and event loops. Space is taken before a value is written, and given back after it is deleted.
@@ -58,6 +52,7 @@ class StoreBackend:
 
     def __init__(self, cache_store: Store, source: str) -> None:
         self.cache_store = cache_store
+        # what makes a pickled copy of a store equal to it, where the cache is in memory
         self.token = uuid.uuid4().hex
         self.namespace = source
         self.flights: Flights[memoryview | None] = Flights()
@@ -303,6 +298,5 @@ class StoreBackend:
         """Whether another backend keeps its entries in the same place."""
         if not isinstance(other, StoreBackend) or type(self.cache_store) is not type(other.cache_store):
             return False
-        if isinstance(self.cache_store, MemoryStore):
-            return self.token == other.token
-        return bool(self.cache_store == other.cache_store)
+        in_memory = isinstance(self.cache_store, MemoryStore)
+        return self.token == other.token if in_memory else bool(self.cache_store == other.cache_store)

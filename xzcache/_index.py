@@ -61,10 +61,12 @@ class Index:
     def __init__(self, path: str, *, create: bool = False) -> None:
         self._wal = path + "-wal"
         self._namespaces: dict[str, int] = {}
-        if not create:
+        if create:
+            # SQLite gives its other files the mode of this one
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        else:
             _check_magic(path)
-        mode = "rwc" if create else "rw"
-        uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
+        uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + "?mode=rw"
         self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
         try:
             for pragma in ("synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-8000"):

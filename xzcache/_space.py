@@ -106,14 +106,14 @@ class Space:
         if had == size:
             return
         try:
-            self._take_more(member, size - had)
+            self._take_more(member, size - had, size)
         except BaseException:
             member.give_back(had)
             raise
 
-    def _take_more(self, member: Membership, size: int) -> None:
+    def _take_more(self, member: Membership, size: int, whole: int) -> None:
         for attempt in range(_ATTEMPTS):
-            short = self._enlarge(member, size)
+            short = self._enlarge(member, size, whole)
             if short <= 0:
                 return
             if self.evict(short) == 0:
@@ -122,14 +122,14 @@ class Space:
                 recovery.recover(self.books)
         raise NoRoom(f"no room for {size} bytes in {self.books.root}")
 
-    def _enlarge(self, member: Membership, size: int) -> int:
-        """Lease enough to take `size` bytes; returns how many bytes are missing, 0 when they were taken."""
+    def _enlarge(self, member: Membership, size: int, whole: int) -> int:
+        """Lease `size` bytes more, for a file of `whole` bytes; returns how many are missing, 0 when they were taken."""
         with self.books.section() as (current, index):
             if current is not member:
                 raise NoRoom("the directory was removed meanwhile")
             totals = index.totals()
-            if totals.max_size is not None and size > totals.max_size:
-                raise NoRoom(f"{size} bytes are more than the bound of {totals.max_size}")
+            if totals.max_size is not None and whole > totals.max_size:
+                raise NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
             chunk = self._lease_size(totals, len(index.owners()))
             room = totals.room
             if room is not None and room < size:

@@ -47,8 +47,8 @@ class CacheStore(SourceView):
     read_only : bool, optional
         Whether this object refuses writes.
     namespace : str, optional
-        The name under which the entries of this source are kept, instead of one made of what it is: one path component.
-        Stores that are given the same name are taken for the same source.
+        The name, one path component, under which the entries of this source are kept, instead of one made of what it
+        is. Stores that are given the same name are taken for the same source.
     revalidate : {"open", True, False} or float, optional
         When the source is asked for metadata documents again: at their first use by a newly opened store; at each read,
         chunks included; never; or after so many seconds. Where an array's document changed, what is cached of the array
@@ -72,7 +72,6 @@ class CacheStore(SourceView):
 
     Examples
     --------
-    >>> import zarr, xzcache
     >>> store = xzcache.CacheStore(zarr.storage.MemoryStore(), cache_store=zarr.storage.MemoryStore())
     >>> array = zarr.create_array(store, name="x", shape=4, dtype="i4")
     >>> store.cache_info()["cached_keys"]
@@ -257,7 +256,7 @@ class CacheStore(SourceView):
         self._check_writable()
         await self._writes.deletion_beneath("", self._store.clear)
 
-    # -- the cache itself
+    # -- the cache
 
     def cache_info(self) -> dict[str, Any]:
         """The state of the cache, under Zarr's names and ours.
@@ -269,8 +268,8 @@ class CacheStore(SourceView):
             (bytes), ``tracked_keys``, ``cached_keys``; of the whole, which `max_size` bounds, ``total_size`` and
             ``total_keys``; ``cache_directory``.
         """
-        mine = {name: getattr(self, name) for name in ("max_age_seconds", "max_size", "cache_set_data")}
-        return self._reads.backend.info() | mine
+        names = ("max_age_seconds", "max_size", "cache_set_data")
+        return self._reads.backend.info() | {name: getattr(self, name) for name in names}
 
     def cache_stats(self) -> dict[str, Any]:
         """What this store, with its `with_read_only` copies, read in this process.
