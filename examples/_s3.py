@@ -140,6 +140,10 @@ def s3_server(directory: str | os.PathLike[str], *, latency: float = 0.0) -> Ite
     latency
         Seconds that every request waits, as it would for an object store that is not on this machine.
     """
+    if not latency >= 0:
+        raise ValueError(f"latency={latency!r}: seconds are expected, 0 or more")
+    if not os.path.isdir(directory):
+        raise NotADirectoryError(f"directory={os.fspath(directory)!r}: an existing directory is expected")
     _bypass_proxies()
     access_key, secret_key = secrets.token_hex(10).upper(), secrets.token_hex(20)
     # Whatever the user has set up for an rclone of their own is no business of this one.
@@ -244,14 +248,16 @@ class _Relay(BaseHTTPRequestHandler):
         self._upstream.endheaders(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         response = self._upstream.getresponse()
         body = response.read()
-        # rclone answers a range with 200, though header and body are right; obstore insists on 206.
+        # To a request for a range rclone answers 200, and with the whole object's checksum if it knows that.
+        # Body and Content-Range are right, but obstore insists on 206, and botocore checks the checksum.
         partial = response.status == 200 and response.headers["Content-Range"] is not None
         status = 206 if partial else response.status
+        dropped = r"connection|transfer-encoding|content-length" + (r"|x-amz-checksum-.*" if partial else "")
         # Counted before it is sent: who has the answer finds it in the counts.
         self.front.record(*_describe(self.command, self.path), status, len(body))
         self.send_response_only(status)
         for name, value in response.getheaders():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+            if not re.fullmatch(dropped, name, re.IGNORECASE):
                 self.send_header(name, value)
         head_length = response.headers["Content-Length"] if self.command == "HEAD" else None
         self.send_header("Content-Length", head_length or str(len(body)))

@@ -1,27 +1,28 @@
 """See what xzcache saves: two statistics of a dataset in S3, computed on a Dask cluster, with and without it.
 
-Everything is made here and thrown away at the end: a real S3 server, some 200 MB of weather in it, the cluster and
-the cache. Run it with ``python examples/quickstart.py``.
+Everything is made here and thrown away at the end: a real S3 server, some 200 MB of weather in it, the
+cluster and the cache. Run it with ``python examples/quickstart.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-import zarr
 from _s3 import Counts, S3Server, s3_server
 from distributed import Client, LocalCluster
 from rich.console import Console
@@ -32,7 +33,7 @@ from zarr.abc.store import Store
 
 import xzcache
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What you would write yourself. The cache is one line; no other line knows of it.
 
 
@@ -40,13 +41,14 @@ def open_dataset(remote: Store, cache: Path | None) -> xr.Dataset:
     """Open the dataset, through a cache on this machine's disk if there is to be one."""
     if cache is not None:
         remote = xzcache.CacheStore(remote, cache_store=cache, max_size="2 GB")
-    return xr.open_zarr(remote, consolidated=False, chunks={})
+    ds: xr.Dataset = xr.open_zarr(remote, consolidated=False, chunks={})
+    return ds
 
 
-def mean_daily_range(ds: xr.Dataset) -> xr.Dataset:
-    """Map how far apart the highest and the lowest value of a day are, in the mean of all days."""
-    days = ds.coarsen(time=24)
-    return (days.max() - days.min()).mean("time")
+def mean_anomaly(ds: xr.Dataset) -> xr.Dataset:
+    """Map how far the mean over time of each place is from that of the globe."""
+    mean = ds.mean("time")
+    return mean - mean.mean()
 
 
 def spread_of_daily_maxima(ds: xr.Dataset) -> xr.Dataset:
@@ -54,10 +56,10 @@ def spread_of_daily_maxima(ds: xr.Dataset) -> xr.Dataset:
     return ds.coarsen(time=24).max().std("time").coarsen(lat=30).mean().mean("lon")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The rest sets the scene and reports.
 
-STATISTICS = {"mean daily range": mean_daily_range, "spread of daily maxima": spread_of_daily_maxima}
+STATISTICS = {"mean anomaly": mean_anomaly, "spread of daily maxima": spread_of_daily_maxima}
 BUCKET, DATASET, WARM_UP = "climate", "surface.zarr", "warm-up.zarr"
 MEGABYTES_PER_DAY = 8.3  # as stored, compressed
 
@@ -69,7 +71,9 @@ def temperature(hour: Array, lat: Array, lon: Array, noise: Array) -> Array:
     """Warm at the equator and in the afternoon, with a wave that travels east; kelvin, to 1/1024."""
     day = np.cos(2 * np.pi * (hour / 24 + lon / 360 - 0.6))
     wave = np.sin(np.radians(4 * lon - 3 * hour)) * np.cos(np.radians(lat))
-    return np.round((255 + 45 * np.cos(np.radians(lat)) + 5 * day + 4 * wave + 0.7 * noise) * 1024) / 1024
+    kelvin = 255 + 45 * np.cos(np.radians(lat)) + 5 * day + 4 * wave + 0.7 * noise
+    rounded: Array = np.rint(kelvin * 1024) / 1024
+    return rounded
 
 
 def precipitation(hour: Array, lat: Array, lon: Array, noise: Array) -> Array:
@@ -92,7 +96,7 @@ def make_dataset(days: int) -> xr.Dataset:
     def variable(
         field: Field, seed: int, units: str, standard_name: str, long_name: str
     ) -> tuple[tuple[str, ...], da.Array, dict[str, str]]:
-        data = da.map_blocks(
+        data = da.map_blocks(  # type: ignore[no-untyped-call]  # Dask's arrays are not typed
             partial(chunk, field, seed), chunks=((24,) * days, (90, 90), (180, 180)), dtype=np.float32
         )
         attributes = {"units": units, "standard_name": standard_name, "long_name": long_name}
@@ -114,22 +118,22 @@ def make_dataset(days: int) -> xr.Dataset:
 
 
 @contextmanager
-def dask_cluster(workers: int, scratch: Path, s3: S3Server) -> Iterator[Client]:
+def dask_cluster(workers: int, scratch: Path, s3: S3Server, progress: Progress) -> Iterator[None]:
     """Start worker processes, and have them load all that they will need before the first clock starts."""
-    with (
-        LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            local_directory=str(scratch),
-        ) as cluster,
-        Client(cluster) as client,  # type: ignore[no-untyped-call]
-    ):
-        ds = open_dataset(s3.store(BUCKET, WARM_UP, read_only=True), cache=None)
-        for statistic in STATISTICS.values():
-            statistic(ds).compute()
-        yield client
+    with dask.config.set({"temporary-directory": str(scratch)}), ExitStack() as stack:
+        with shown(progress, "Starting a Dask cluster"):
+            cluster = LocalCluster(  # type: ignore[no-untyped-call]  # nor is distributed
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+            )
+            stack.enter_context(cluster)
+            stack.enter_context(Client(cluster))  # type: ignore[no-untyped-call]  # nor is this
+            ds = open_dataset(s3.store(BUCKET, WARM_UP, read_only=True), cache=None)
+            for statistic in STATISTICS.values():
+                statistic(ds).compute()
+        yield
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Session:
 
     @property
     def total(self) -> Step:
+        """All steps as one, under the name of the session."""
         tallies = tuple(tally for step in self.steps for tally in step.counts.tallies)
         return Step(self.name, Counts(tallies), sum(step.seconds for step in self.steps))
 
@@ -160,16 +165,23 @@ class FromS3(ProgressColumn):
 
     max_refresh = 0.2
 
-    def __init__(self, s3: S3Server) -> None:
-        super().__init__()
-        self._s3 = s3
-
     def render(self, task: Task) -> Text:
-        return Text(describe(self._s3.counts()), style="cyan")
+        s3: S3Server | None = task.fields["s3"]
+        return Text(describe(s3.counts()) if s3 else "", style="cyan")
+
+
+@contextmanager
+def shown(progress: Progress, text: str, s3: S3Server | None = None) -> Iterator[None]:
+    """Show that something is going on, for as long as it is."""
+    task = progress.add_task(text, total=None, s3=s3)
+    try:
+        yield
+    finally:
+        progress.remove_task(task)
 
 
 def describe(counts: Counts) -> str:
-    return f"{counts.objects:4} objects, {counts.bytes / 1e6:5.1f} MB from S3"
+    return f"{counts.objects:4} objects {counts.bytes / 1e6:6.1f} MB from S3"
 
 
 def run_session(name: str, s3: S3Server, cache: Path | None, progress: Progress) -> Session:
@@ -177,19 +189,19 @@ def run_session(name: str, s3: S3Server, cache: Path | None, progress: Progress)
     steps: list[Step] = []
 
     def measure(step: str, function: Callable[[], xr.Dataset]) -> xr.Dataset:
+        label = f"{name:<18}{step:<23}"
         s3.reset()
-        task = progress.add_task(f"{name}: {step}", total=None)
-        started = time.perf_counter()
-        result = function()
-        steps.append(Step(step, s3.counts(), time.perf_counter() - started))
-        progress.remove_task(task)
-        report = f"{describe(steps[-1].counts)} in {steps[-1].seconds:4.1f} s"
-        progress.console.print(f"{name + ': ' + step:<46}{report}")
+        with shown(progress, label, s3):
+            started = time.perf_counter()
+            result = function()
+            seconds = time.perf_counter() - started
+        steps.append(Step(step, s3.counts(), seconds))
+        progress.console.print(f"{label}{describe(steps[-1].counts)} {seconds:5.1f} s")
         return result
 
     remote = s3.store(BUCKET, DATASET, read_only=True)
-    ds = measure("open", lambda: open_dataset(remote, cache))
-    results = [measure(step, lambda f=f: f(ds).compute()) for step, f in STATISTICS.items()]
+    ds = measure("open", partial(open_dataset, remote, cache))
+    results = [measure(step, statistic(ds).compute) for step, statistic in STATISTICS.items()]
     return Session(name, steps, results)
 
 
@@ -202,27 +214,28 @@ def check_equal(sessions: list[Session]) -> None:
                 np.testing.assert_array_equal(result[name], expected[name])
 
 
-def tabulate(sessions: list[Session], latency: float) -> Table:
+def tabulate(sessions: list[Session]) -> Table:
     table = Table(
-        title="What each session asked of S3",
-        caption="Counted at the S3 server, metadata included. Hit rate: of the objects that the same step needs "
-        f"without the cache, those not asked of S3. Every request waits {1000 * latency:.0f} ms, as if S3 were "
-        "far away.",
+        title="What each session took",
+        caption="Objects and MB as counted by the S3 server. The hit rate is the share of the objects needed "
+        "(those asked for without the cache) that S3 was not asked for. Metadata counts too: it is read anew "
+        "at each open, so that changes are seen.",
         caption_justify="left",
     )
     table.add_column("session")
-    for column in ("objects", "MB", "seconds", "hit rate"):
+    for column in ("objects from S3", "MB from S3", "seconds", "hit rate"):
         table.add_column(column, justify="right")
     needed = [sessions[0].total, *sessions[0].steps]
     for session in sessions:
         table.add_section()
         for step, base in zip([session.total, *session.steps], needed, strict=True):
+            hit_rate = 1 - step.counts.objects / base.counts.objects
             table.add_row(
                 session.name if step.name == session.name else f"  {step.name}",
                 str(step.counts.objects),
                 f"{step.counts.bytes / 1e6:.1f}",
                 f"{step.seconds:.1f}",
-                f"{1 - step.counts.objects / base.counts.objects:.0%}" if session is not sessions[0] else "",
+                f"{hit_rate:.0%}" if session is not sessions[0] else "-",
                 style="bold" if step.name == session.name else "",
             )
     return table
@@ -233,63 +246,70 @@ def conclude(sessions: list[Session], workers: int) -> str:
     without, cold, warm, later = (session.total for session in sessions)
     chunks = cold.counts.only("GET", "*/c/*")
     return (
-        f"Without the cache, two statistics took {without.counts.objects} objects "
-        f"({without.counts.bytes / 1e6:.0f} MB) from S3. With it, the {workers} workers together asked for each "
-        f"chunk {chunks.objects / chunks.distinct_objects:.2f} times ({cold.counts.bytes / 1e6:.0f} MB); "
-        f"the same again took {warm.counts.bytes / 1e6:.2f} MB and {warm.seconds:.1f} s instead of "
-        f"{without.seconds:.1f} s, and so it did in new processes "
-        f"({later.counts.bytes / 1e6:.2f} MB, {later.seconds:.1f} s)."
+        f"With the cache, {workers} workers fetched each of {chunks.distinct_objects} chunks "
+        f"{chunks.objects / chunks.distinct_objects:.2f} times ({cold.counts.bytes / 1e6:.0f} MB instead of "
+        f"{without.counts.bytes / 1e6:.0f} MB); the same work again moved {warm.counts.bytes / 1e6:.2f} MB "
+        f"and ran {without.seconds / warm.seconds:.1f} times as fast as without the cache, in a new cluster "
+        f"{later.counts.bytes / 1e6:.2f} MB and {without.seconds / later.seconds:.1f} times as fast."
     )
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency-ms", type=float, default=20, help="wait of every request to S3 (default: 20)")
-    parser.add_argument("--megabytes", type=float, default=200, help="size of the dataset in S3 (default: 200)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--latency-ms", type=float, default=20, help="wait of every S3 request (default: 20)")
+    parser.add_argument("--megabytes", type=float, default=200, help="size of the dataset (default: 200)")
     parser.add_argument("--workers", type=int, default=4, help="Dask worker processes (default: 4)")
     parser.add_argument("--keep", action="store_true", help="leave the bucket and the cache behind")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 <= arguments.latency_ms <= 10_000:
+        parser.error("--latency-ms: 0 to 10000 is expected")
+    if not 1 <= arguments.megabytes <= 1900:
+        parser.error("--megabytes: 1 to 1900 is expected, what the cache of 2 GB can hold")
+    if arguments.workers < 1:
+        parser.error("--workers: 1 or more is expected")
+    return arguments
 
 
-def demonstrate(arguments: argparse.Namespace, folder: Path, console: Console) -> None:
-    latency, workers = arguments.latency_ms / 1000, arguments.workers
-    days = max(1, round(arguments.megabytes / MEGABYTES_PER_DAY))
+def demonstrate(arguments: argparse.Namespace, folder: Path, progress: Progress) -> None:
+    say, workers = progress.console.print, arguments.workers
     buckets, cache, scratch = folder / "s3", folder / "cache", folder / "dask"
-    buckets.mkdir()
+    days = max(1, round(arguments.megabytes / MEGABYTES_PER_DAY))
 
-    started = time.perf_counter()
-    for name, length in ((WARM_UP, 4), (DATASET, days)):
-        make_dataset(length).to_zarr(buckets / BUCKET / name, zarr_format=3, consolidated=False)
+    with shown(progress, "Writing the dataset into a bucket's directory"):
+        for name, length in ((WARM_UP, 2), (DATASET, days)):
+            make_dataset(length).to_zarr(buckets / BUCKET / name, zarr_format=3, consolidated=False)
     sizes = [file.stat().st_size for file in (buckets / BUCKET / DATASET).rglob("*") if file.is_file()]
-    console.print(
-        f"Wrote {days} days of hourly weather into the bucket's directory: {len(sizes)} objects, "
-        f"{sum(sizes) / 1e6:.0f} MB, {time.perf_counter() - started:.1f} s."
-    )
-    with s3_server(buckets, latency=latency) as s3:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), FromS3(s3), TimeElapsedColumn())
-        # A log has no use for a bar that moves: there, the line printed at the end of each step is all.
-        with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as progress:
-            with dask_cluster(workers, scratch, s3):
-                sessions = [
-                    run_session("no cache", s3, None, progress),
-                    run_session("xzcache, cold", s3, cache, progress),
-                    run_session("xzcache, warm", s3, cache, progress),
-                ]
-            console.print("A new cluster, as if tomorrow: nothing is left of the old one but the cache on disk.")
-            with dask_cluster(workers, scratch, s3):
-                sessions.append(run_session("xzcache, next day", s3, cache, progress))
+    say(f"Dataset: {days} days of hourly weather in {len(sizes)} objects, {sum(sizes) / 1e6:.0f} MB.")
+
+    with s3_server(buckets, latency=arguments.latency_ms / 1000) as s3:
+        say(f"S3: rclone on this machine; a request waits {arguments.latency_ms:g} ms, as if it were remote.")
+        say(f"Dask: {workers} worker processes.\n")
+        with dask_cluster(workers, scratch, s3, progress):
+            sessions = [
+                run_session("no cache", s3, None, progress),
+                run_session("xzcache, cold", s3, cache, progress),
+                run_session("xzcache, warm", s3, cache, progress),
+            ]
+        # As if tomorrow: nothing is left of the first cluster but the cache on disk.
+        with dask_cluster(workers, scratch, s3, progress):
+            sessions.append(run_session("xzcache, next day", s3, cache, progress))
+
     check_equal(sessions)
-    console.print("The results of all four sessions are equal, bit for bit.\n")
-    console.print(tabulate(sessions, latency))
-    console.print(conclude(sessions, workers))
+    say("\nThe results of all four sessions are equal, bit for bit.\n")
+    say(tabulate(sessions))
+    say(conclude(sessions, workers))
 
 
 def main() -> None:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
     console = Console(highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), FromS3(), TimeElapsedColumn())
     folder = Path(tempfile.mkdtemp(prefix="xzcache-quickstart-"))
     try:
-        demonstrate(arguments, folder, console)
+        # In a log, which has no use for a line that moves, what is printed after each step is all.
+        with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as progress:
+            demonstrate(arguments, folder, progress)
     finally:
         if arguments.keep:
             console.print(f"Kept: {folder}")

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 import uuid
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
@@ -235,8 +234,7 @@ class StoreBackend:
         self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}
         try:
             await self._remove(self._ledger.beneath(prefix))
-            with suppress(NotImplementedError, FileNotFoundError):
-                await self.cache_store.delete_dir(prefix)
+            await self.cache_store.delete_dir(prefix)
             self._distrusts_all = self._distrusts_all and bool(prefix)
         except Exception as error:
             self._distrusts_all = True

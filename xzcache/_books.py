@@ -54,7 +54,7 @@ class Books:
         self._member: Membership | None = None
         self._forking: Membership | None = None
         self._inside = threading.local()
-        self._made: set[str] = set()
+        self._stamps: bool | None = None
 
     @property
     def current(self) -> Membership | None:
@@ -112,10 +112,10 @@ class Books:
 
     def note_made(self, namespace: str) -> None:
         """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
-        if namespace and namespace not in self._made and not os.path.exists(f"{self.root}/{namespace}"):
-            if not self.has_stamps:
-                os.makedirs(f"{self.meta}/made/{namespace}", mode=0o700, exist_ok=True)
-            self._made.add(namespace)
+        if self._stamps is None:
+            self._stamps = self.has_stamps
+        if not self._stamps and namespace and not os.path.exists(f"{self.root}/{namespace}"):
+            files.make_directories(f"{self.meta}/made/{namespace}")
 
     def made_namespaces(self) -> list[str]:
         """The directories that `note_made` remembers."""
@@ -236,6 +236,8 @@ class Books:
                     with suppress(OSError):
                         os.rmdir(f"{self.meta}/tmp/{member.owner}")
                     member.leave_index()
+            else:
+                member.leave_index()
         except (CacheFault, OSError):
             # what cannot be closed under the guard is not closed at all: the last one to close folds the log in
             _inherited.append(member)

@@ -130,10 +130,17 @@ class StoringLock:
         self._mutex = threading.Lock()
         self._sharers = 0
         self._closing = False
+        self._impatient_until = 0.0
 
     def share(self, timeout: float) -> bool:
-        """Join; False if somebody was alone for too long."""
-        return _poll(self._try_share, timeout)
+        """Join; False if somebody was alone for too long. After that, one does not wait again for a while."""
+        now = time.monotonic()
+        patient = now >= self._impatient_until
+        if _poll(self._try_share, timeout if patient else min(_IMPATIENT_WAIT, timeout)):
+            return True
+        if patient:
+            self._impatient_until = time.monotonic() + _IMPATIENCE * timeout
+        return False
 
     def _try_share(self) -> bool:
         with self._mutex:
@@ -158,12 +165,14 @@ class StoringLock:
                 return False
             self._closing = True
         deadline = time.monotonic() + timeout
-        if _poll(lambda: _flock(self._door, fcntl.LOCK_EX), timeout) and _poll(
-            self._try_alone, deadline - time.monotonic()
-        ):
-            return True
-        self.readmit()
-        return False
+        alone = False
+        try:
+            if _poll(lambda: _flock(self._door, fcntl.LOCK_EX), timeout):
+                alone = _poll(self._try_alone, deadline - time.monotonic())
+        finally:
+            if not alone:
+                self.readmit()
+        return alone
 
     def _try_alone(self) -> bool:
         with self._mutex:

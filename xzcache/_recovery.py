@@ -212,9 +212,15 @@ def _build(books: Books, member: Membership, generation: int, max_size: int | No
 
 
 def _remove_unknowable(books: Books) -> None:
-    """Without stamps, nothing tells our files from others': remove the namespaces that we made, and only those."""
+    """Remove entries that no index knows any more, where files have no stamps to tell that they are ours.
+
+    Ours are those in directories of our making that nobody but this user may read.
+    """
     for name in books.made_namespaces():
-        shutil.rmtree(f"{books.root}/{name}", ignore_errors=True)
+        for path in files.walk(f"{books.root}/{name}"):
+            if stat.S_IMODE(os.lstat(path).st_mode) == 0o600:
+                files.discard(path)
+                files.prune(path, books.root)
     files.empty(f"{books.meta}/made")
 
 

@@ -123,7 +123,7 @@ class Space:
         raise NoRoom(f"no room for {size} bytes in {self.books.root}")
 
     def _enlarge(self, member: Membership, size: int, whole: int) -> int:
-        """Lease `size` bytes more, for a file of `whole` bytes; returns how many are missing, 0 when they were taken."""
+        """Lease `size` bytes more, for a file of `whole` bytes; returns how many are missing, 0 if they were taken."""
         with self.books.section() as (current, index):
             if current is not member:
                 raise NoRoom("the directory was removed meanwhile")
@@ -141,6 +141,8 @@ class Space:
             if short > totals.size:
                 raise NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
             if short > 0:
+                index.commit()
+                index.checkpoint(0)
                 return short
             index.change_lease(member.owner, grant)
             index.commit()
@@ -161,7 +163,7 @@ class Space:
             return 0
         reserve = int(self.min_free * total) if isinstance(self.min_free, float) else self.min_free
         # without any room for itself, the index could not even record what leaves
-        return max(reserve, min(_INDEX_RESERVE, total // 20)) + grant - free
+        return max(reserve, min(_INDEX_RESERVE, total // 8)) + grant - free
 
     def trim_lease(self, member: Membership, index: Index) -> None:
         """Return what a failed write left over; within a section."""

@@ -1,0 +1,40 @@
+"""A cache that is the same on every machine, and an end to all that a test leaves open."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before xzcache is imported, and for every process that a test starts: a machine whose disk is nearly full must not
+# turn caching off, and no test may touch the cache of whoever runs it.
+_default_cache = tempfile.TemporaryDirectory(prefix="xzcache-tests-", ignore_cleanup_errors=True)
+os.environ["XZCACHE_MIN_FREE"] = "0"
+os.environ["XZCACHE_DIRECTORY"] = _default_cache.name
+
+from sources import neighbours  # noqa: E402
+
+import xzcache  # noqa: E402
+from xzcache import _registry as registry  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate() -> Iterator[None]:
+    """Close the directories that a test opened, and undo what it configured."""
+    yield
+    xzcache.config.refresh()
+    for directory in list(registry._directories.values()):
+        directory.close()
+
+
+@pytest.fixture(params=["directory", "memory"])
+def cache_kind(request: pytest.FixtureRequest) -> str:
+    """Both kinds of cache store."""
+    return str(request.param)
+
+
+def pytest_unconfigure() -> None:
+    neighbours.shut_down()
+    _default_cache.cleanup()

@@ -1,0 +1,411 @@
+"""After a write returned, nobody reads the old value nor does the cache hold it, whatever was under way meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from sources import (
+    PATIENCE,
+    CountingStore,
+    again,
+    buffer,
+    cached,
+    fill,
+    local_source,
+    memory_source,
+    neighbours,
+    read,
+    read_now,
+    write_now,
+)
+from zarr.abc.store import RangeByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
+
+import xzcache
+
+Write = Callable[[xzcache.CacheStore], Awaitable[None]]
+
+KEY = "x/c/0"
+
+WRITES: dict[str, tuple[Write, bytes | None]] = {
+    "set": (lambda store: store.set(KEY, buffer(b"new")), b"new"),
+    "_set_many": (lambda store: store._set_many([("other", buffer(b"")), (KEY, buffer(b"new"))]), b"new"),
+    "set_if_not_exists": (lambda store: store.set_if_not_exists(KEY, buffer(b"new")), b"new"),
+    "delete": (lambda store: store.delete(KEY), None),
+    "delete_dir": (lambda store: store.delete_dir("x"), None),
+    "clear": (lambda store: store.clear(), None),
+}
+ALL = pytest.mark.parametrize("name", sorted(WRITES))
+KEEP = pytest.mark.parametrize("keep", [True, False], ids=["keep", "drop"])
+
+
+async def prepare(source: CountingStore, name: str) -> tuple[Write, bytes | None]:
+    """An old value at the source; a write, and what is there after it."""
+    await fill(source, x__c__0=b"old")
+    source.forget()
+    return WRITES[name]
+
+
+async def prevent(source: CountingStore, name: str) -> None:
+    """Somebody else deletes the key, so that `set_if_not_exists` has something to do."""
+    if name == "set_if_not_exists":
+        await source._store.delete(KEY)
+
+
+async def check(store: xzcache.CacheStore, expected: bytes | None, *, at: str = KEY) -> None:
+    """What is read now, by this store and by others, is the new value; and so is what the cache holds."""
+    source = store._store
+    assert await read(store, at) == expected
+    assert await read(store, at, RangeByteRequest(0, 2)) == (None if expected is None else expected[:2])
+    assert await read(again(store, revalidate=False), at) == expected
+    offline = CountingStore(source._store)
+    offline.errors["get"] = LookupError("the cache does not hold it")
+    try:
+        held = await read(again(store, offline, namespace=store.namespace, revalidate=False), at)
+    except LookupError:
+        return
+    assert held == expected
+
+
+@ALL
+@KEEP
+@pytest.mark.parametrize("part", [None, RangeByteRequest(0, 2)], ids=["whole", "range"])
+async def test_a_fill_that_began_before_a_write_does_not_outlive_it(
+    name: str, keep: bool, part: Any, cache_kind: str, tmp_path: Path
+) -> None:
+    source = memory_source()
+    write, expected = await prepare(source, name)
+    store = cached(cache_kind, source, tmp_path, cache_set_data=keep)
+    source.hold("get", KEY)
+    reading = asyncio.create_task(read(store, KEY, part))
+    await source._gates["get", KEY].arrived()
+    await prevent(source, name)
+    await write(store)
+    # whoever asks from now on does not get what the earlier reader waits for
+    asking = asyncio.create_task(read(store, KEY, part))
+    source.let_go("get", KEY)
+    assert await reading == (b"old" if part is None else b"ol")
+    assert await asking == (expected if part is None or expected is None else expected[:2])
+    await check(store, expected)
+
+
+@ALL
+@KEEP
+async def test_a_fill_that_began_during_a_write_does_not_outlive_it(
+    name: str, keep: bool, cache_kind: str, tmp_path: Path
+) -> None:
+    source = memory_source()
+    write, expected = await prepare(source, name)
+    store = cached(cache_kind, source, tmp_path, cache_set_data=keep)
+    await prevent(source, name)
+    # the source has not been told yet: readers get the old value, and must not keep it
+    at = {"_set_many": "", "delete_dir": "x", "clear": ""}.get(name, KEY)
+    gate = source.hold(name, at, after=False)
+    writing = asyncio.ensure_future(write(store))
+    await gate.arrived()
+    assert await read(store, KEY) == (None if name == "set_if_not_exists" else b"old")
+    assert await read(store, KEY, RangeByteRequest(0, 2)) == (None if name == "set_if_not_exists" else b"ol")
+    source.let_go(name, at)
+    await writing
+    await check(store, expected)
+
+
+@ALL
+async def test_a_fill_that_ends_before_a_write_does(name: str, cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    write, expected = await prepare(source, name)
+    store = cached(cache_kind, source, tmp_path)
+    reading = source.hold("get", KEY)
+    fetching = asyncio.create_task(read(store, KEY))
+    await reading.arrived()
+    await prevent(source, name)
+    at = {"_set_many": "", "delete_dir": "x", "clear": ""}.get(name, KEY)
+    writing = source.hold(name, at, after=True)
+    task = asyncio.ensure_future(write(store))
+    await writing.arrived()
+    source.let_go("get", KEY)
+    assert await fetching == b"old"
+    source.let_go(name, at)
+    await task
+    await check(store, expected)
+
+
+@ALL
+async def test_a_write_through_one_store_is_seen_by_all_others(name: str, cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    write, expected = await prepare(source, name)
+    store = cached(cache_kind, source, tmp_path)
+    others = [again(store), again(store, revalidate=False), store.with_read_only(True)]
+    for other in others:
+        assert await read(other, KEY) == b"old"
+    await prevent(source, name)
+    await write(store)
+    assert [await read(other, KEY) for other in others] == [expected] * 3
+
+
+async def test_a_write_that_failed_half_way_leaves_no_old_value(cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    await fill(source, x__c__0=b"old")
+    store = cached(cache_kind, source, tmp_path)
+    assert await read(store, KEY) == b"old"
+    gate = source.hold("set", KEY)
+    writing = asyncio.create_task(store.set(KEY, buffer(b"new")))
+    await gate.arrived()
+    # the source has it, whatever becomes of the call
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    await check(store, b"new")
+
+
+@pytest.mark.parametrize("first_to_return", ["one", "two"])
+async def test_two_writers_of_one_key(first_to_return: str, cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    await fill(source, x__c__0=b"old")
+    store, other = (one := cached(cache_kind, source, tmp_path)), again(one)
+    gates = {"one": source.hold("set", KEY)}
+    tasks = {"one": asyncio.create_task(store.set(KEY, buffer(b"one")))}
+    await gates["one"].arrived()
+    gates["two"] = source.hold("set", KEY)
+    tasks["two"] = asyncio.create_task(other.set(KEY, buffer(b"two")))
+    await gates["two"].arrived()
+    # the source has "two" now, and "one" may return later
+    source._gates.clear()
+    for name in (first_to_return, "two" if first_to_return == "one" else "one"):
+        gates[name].open()
+        await tasks[name]
+    assert await read(source._store, KEY) == b"two"
+    await check(store, b"two")
+
+
+async def test_a_writer_and_a_deleter_of_one_key(cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    await fill(source, x__c__0=b"old")
+    store, other = (one := cached(cache_kind, source, tmp_path)), again(one)
+    written = source.hold("set", KEY)
+    writing = asyncio.create_task(store.set(KEY, buffer(b"new")))
+    await written.arrived()
+    await other.delete_dir("x")
+    source.let_go("set", KEY)
+    await writing
+    assert await read(source._store, KEY) is None
+    await check(store, None)
+
+
+def test_an_overwritten_array_while_it_is_read(cache_kind: str, tmp_path: Path) -> None:
+    async def overwrite(store: xzcache.CacheStore, source: CountingStore) -> None:
+        gate = source.hold("get", KEY)
+        reading = asyncio.create_task(read(store, KEY))
+        await gate.arrived()
+        await asyncio.to_thread(create, store, overwrite=True)
+        source.let_go("get", KEY)
+        assert await reading is not None
+
+    def create(store: Any, **options: Any) -> zarr.Array[Any]:
+        return zarr.create_array(store, name="x", shape=4, chunks=4, dtype="i4", **options)
+
+    source = memory_source()
+    create(source)[:] = [1, 2, 3, 4]
+    store = cached(cache_kind, source, tmp_path)
+    asyncio.run(overwrite(store, source))
+    assert zarr.open_array(store, path="x", mode="r")[:].tolist() == [0, 0, 0, 0]
+    assert zarr.open_array(again(store), path="x", mode="r")[:].tolist() == [0, 0, 0, 0]
+
+
+async def test_a_document_that_was_asked_for_before_it_was_written(cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    await fill(source, **{"x__zarr.json": b'{"old": 1}'})
+    store = cached(cache_kind, source, tmp_path)
+    gate = source.hold("get", "x/zarr.json")
+    asking = asyncio.create_task(read(store, "x/zarr.json"))
+    await gate.arrived()
+    await store.set("x/zarr.json", buffer(b'{"new": 1}'))
+    source.let_go("get", "x/zarr.json")
+    assert await asking == b'{"old": 1}'
+    await check(store, b'{"new": 1}', at="x/zarr.json")
+
+
+async def test_a_changed_document_keeps_a_running_fill_out(cache_kind: str, tmp_path: Path) -> None:
+    source = memory_source()
+    old = b'{"node_type": "array", "shape": [1]}'
+    await fill(source, x__c__0=b"old", x__c__1=b"old", **{"x__zarr.json": old})
+    store = cached(cache_kind, source, tmp_path)
+    await read(store, "x/zarr.json")
+    await read(store, "x/c/1")
+    gate = source.hold("get", KEY)
+    reading = asyncio.create_task(read(store, KEY))
+    await gate.arrived()
+    await source._store.set("x/zarr.json", buffer(b'{"node_type": "array", "shape": [2]}'))
+    await source._store.set(KEY, buffer(b"new"))
+    await read(again(store), "x/zarr.json")
+    source.let_go("get", KEY)
+    assert await reading == b"old"
+    await check(store, b"new")
+
+
+# -- seen from another process
+
+
+def do(store: xzcache.CacheStore, name: str) -> None:
+    asyncio.run(as_coroutine(WRITES[name][0], store))
+
+
+async def as_coroutine(write: Write, store: xzcache.CacheStore) -> None:
+    await write(store)
+
+
+@ALL
+async def test_a_write_in_another_process_keeps_a_running_fill_out(name: str, tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    _, expected = await prepare(source, name)
+    store = cached("directory", source, tmp_path)
+    gate = source.hold("get", KEY)
+    reading = asyncio.create_task(read(store, KEY))
+    await gate.arrived()
+    await prevent(source, name)
+    await asyncio.to_thread(neighbours.run, do, store, name)
+    source.let_go("get", KEY)
+    assert await reading == b"old"
+    await check(store, expected)
+    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY) == expected
+
+
+@ALL
+async def test_a_write_here_is_seen_in_another_process(name: str, tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    write, expected = await prepare(source, name)
+    store = cached("directory", source, tmp_path)
+    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY) == b"old"
+    await prevent(source, name)
+    await write(store)
+    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY) == expected
+
+
+class Fatal(CountingStore):
+    """A source that does as it is told, and ends the process before it can say so."""
+
+    async def _through(self, method: str, key: str, act: Callable[[], Any]) -> Any:
+        result = await super()._through(method, key, act)
+        if method in WRITES:
+            os._exit(7)
+        return result
+
+
+@ALL
+async def test_a_writer_that_dies_half_way_leaves_no_old_value(name: str, tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    _, expected = await prepare(source, name)
+    store = cached("directory", source, tmp_path, namespace="shared")
+    assert await read(store, KEY) == b"old"
+    await prevent(source, name)
+    writer = cached("directory", Fatal(source._store), tmp_path, namespace="shared")
+    process = multiprocessing.get_context("spawn").Process(target=do, args=(writer, name))
+    process.start()
+    await asyncio.to_thread(process.join, PATIENCE)
+    assert process.exitcode == 7
+    # the source has it, and the dead process had nobody to tell
+    await check(store, expected)
+
+
+class Pipes(WrapperStore[LocalStore]):
+    """A source that holds each `get` back in whatever process it is, by a pair of named pipes."""
+
+    def __init__(self, store: LocalStore, pipes: Path) -> None:
+        super().__init__(store)
+        self.pipes = pipes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pipes, (self._store, self.pipes)
+
+    @classmethod
+    def over(cls, source: LocalStore, pipes: Path) -> Pipes:
+        for name in ("arrived", "go"):
+            os.mkfifo(pipes / name)
+        return cls(source, pipes)
+
+    async def get(self, key: str, prototype: BufferPrototype | None = None, byte_range: Any = None) -> Buffer | None:
+        value = await self._store.get(key, prototype or default_buffer_prototype(), byte_range)
+        (self.pipes / "arrived").write_text("here")
+        (self.pipes / "go").read_text()
+        return value
+
+
+@ALL
+async def test_a_write_here_keeps_out_a_fill_that_runs_in_another_process(name: str, tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    write, expected = await prepare(source, name)
+    store = cached("directory", source, tmp_path, namespace="shared")
+    held = cached("directory", Pipes.over(source._store, tmp_path), tmp_path, namespace="shared")
+    reading = neighbours.start(read_now, held, KEY)
+    await asyncio.to_thread((tmp_path / "arrived").read_text)
+    await prevent(source, name)
+    await write(store)
+    await asyncio.to_thread((tmp_path / "go").write_text, "on")
+    assert await asyncio.wrap_future(reading) == b"old"
+    await check(store, expected)
+
+
+def append(store: xzcache.CacheStore, values: list[int]) -> None:
+    zarr.open_array(store, path="x", mode="a").append(np.array(values, dtype="i4"))
+
+
+def values(store: xzcache.CacheStore) -> list[int]:
+    return zarr.open_array(store, path="x", mode="r")[:].tolist()
+
+
+def test_an_append_in_another_process_is_seen_by_an_array_that_is_opened_again(tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    zarr.create_array(source, name="x", data=np.array([0, 1, 2], dtype="i4"), chunks=(2,))
+    store = cached("directory", source, tmp_path)
+    assert values(store) == [0, 1, 2]
+    neighbours.run(append, store, [3, 4])
+    # it went through the cache, so that even this store need not be opened anew
+    assert values(store) == [0, 1, 2, 3, 4]
+
+
+def test_a_source_found_changed_by_one_process_is_changed_for_all(tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    zarr.create_array(source, name="x", data=np.array([0, 1, 2], dtype="i4"), chunks=(2,))
+    store = cached("directory", source, tmp_path)
+    assert values(store) == neighbours.run(values, store) == [0, 1, 2]
+    # behind the back of every cache
+    zarr.open_array(source._store, path="x", mode="a").append(np.array([3, 4], dtype="i4"))
+    fresh = again(store)
+    assert values(fresh) == [0, 1, 2, 3, 4]
+    assert neighbours.run(values, fresh) == [0, 1, 2, 3, 4]
+
+
+def test_writers_in_two_processes_and_readers_agree_in_the_end(tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    store = cached("directory", source, tmp_path)
+    for turn in range(6):
+        write_now(store, KEY, b"here %d" % turn)
+        assert neighbours.run(read_now, store, KEY) == b"here %d" % turn
+        neighbours.run(write_now, store, KEY, b"there %d" % turn)
+        assert read_now(store, KEY) == b"there %d" % turn
+
+
+def test_the_old_value_is_nowhere_on_disk(tmp_path: Path) -> None:
+    store = cached("directory", LocalStore(tmp_path / "source"), tmp_path)
+    for data in (b"first value", b"second value"):
+        write_now(store, KEY, data)
+    found = [p.read_bytes() for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert sum(b"second value" in data for data in found) == 1
+    assert not any(b"first value" in data for data in found)
+
+
+def test_a_generic_cache_store_holds_the_new_value_only() -> None:
+    cache = MemoryStore()
+    store = xzcache.CacheStore(MemoryStore(), cache_store=cache)
+    for data in (b"first value", b"second value"):
+        write_now(store, KEY, data)
+    assert {key: value.to_bytes() for key, value in cache._store_dict.items()} == {KEY: b"second value"}
