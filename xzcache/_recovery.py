@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
