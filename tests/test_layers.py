@@ -34,9 +34,7 @@ SOUND = {
 }
 
 
-def check(
-    tmp_path: Path, changed: Mapping[str, str] = SOUND, floors: Mapping[str, int] = FLOORS
-) -> list[str]:
+def check(tmp_path: Path, changed: Mapping[str, str] = SOUND, floors: Mapping[str, int] = FLOORS) -> list[str]:
     """Return the offences of the sound tree with some of its files replaced or added."""
     package = tmp_path / "pkg"
     for name, source in {**SOUND, **changed}.items():
