@@ -290,7 +290,9 @@ class Gate:
     def arrival(self, timeout: float = PATIENCE) -> Request:
         """The next request of a chunk that reached the source."""
         while b"\n" not in self._waiting:
-            assert select.select([self._arrivals], [], [], timeout)[0], "no request reached the source"
+            poll = select.poll()
+            poll.register(self._arrivals, select.POLLIN)
+            assert poll.poll(1000 * timeout), "no request reached the source"
             self._waiting += os.read(self._arrivals, 4096)
         line, _, self._waiting = self._waiting.partition(b"\n")
         return Request.parse(line.decode())

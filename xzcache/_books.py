@@ -179,12 +179,10 @@ class Books:
                     with suppress(sqlite3.Error):
                         index.rollback()
                     index.forget_uncommitted()
-                fault = translated(error) if isinstance(error, sqlite3.Error) else error
-                if isinstance(fault, Damaged):
-                    fault.generation = member.generation
-                if fault is error:
-                    raise
-                raise fault from error
+                if isinstance(error, sqlite3.Error):
+                    raise _blamed(translated(error), member) from error
+                _blamed(error, member)
+                raise
             finally:
                 self._inside.yes = False
 
@@ -269,3 +267,10 @@ class Books:
         self._member = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
+
+
+def _blamed(error: BaseException, member: Membership) -> BaseException:
+    """The same exception; damage says which index it was."""
+    if isinstance(error, Damaged):
+        error.generation = member.generation
+    return error
