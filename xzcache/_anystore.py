@@ -40,7 +40,7 @@ class StoreBackend:
     ----------
     cache_store : Store
     source : str
-        The namespace of the one source that it caches, though its keys do not carry it.
+        The namespace of the one source that it caches; its keys do not carry it.
 
     Notes
     -----
@@ -48,6 +48,7 @@ class StoreBackend:
     """
 
     bound: int | None = None  # the store that caches here says how much it may
+    is_open = True
 
     def __init__(self, cache_store: Store, source: str) -> None:
         self.cache_store = cache_store
@@ -55,8 +56,7 @@ class StoreBackend:
         self.token = uuid.uuid4().hex
         self.namespace = source
         self.flights: Flights[memoryview | None] = Flights()
-        self.evictions = 0
-        self.troubles = 0
+        self.evictions = self.troubles = 0
         self._ledger = Ledger()
         self._nodes: dict[str, bytes] = {}
         self._absent: dict[str, float] = {}
@@ -77,8 +77,7 @@ class StoreBackend:
         """The bytes of an entry, or of a span of the whole object, no older than `max_age` seconds."""
         data = await self._find_whole(entry.whole, max_age)
         if data is not None:
-            first, last = clip(entry.start, entry.stop, len(data))
-            return data[first:last]
+            return data[slice(*clip(entry.start, entry.stop, len(data)))]
         ticket = self._ledger.ticket(entry.key)
         if entry.is_whole or not self._ledger.may_serve(entry, max_age):
             return None
@@ -296,5 +295,6 @@ class StoreBackend:
         """Whether another backend keeps its entries in the same place."""
         if not isinstance(other, StoreBackend) or type(self.cache_store) is not type(other.cache_store):
             return False
-        in_memory = isinstance(self.cache_store, MemoryStore)
-        return self.token == other.token if in_memory else bool(self.cache_store == other.cache_store)
+        if isinstance(self.cache_store, MemoryStore):
+            return self.token == other.token
+        return bool(self.cache_store == other.cache_store)

@@ -52,8 +52,10 @@ class Unset(Enum):
 
     UNSET = "unset"
 
-    def __repr__(self) -> str:
-        return "UNSET"
+    def __str__(self) -> str:
+        return "unset"
+
+    __repr__ = __str__
 
 
 UNSET: Final = Unset.UNSET

@@ -160,6 +160,11 @@ class SharedBackend:
         }
 
     @property
+    def is_open(self) -> bool:
+        """Whether the directory was opened already, so that it can be looked at without making it."""
+        return self.directory.is_prepared
+
+    @property
     def bound(self) -> int | None:
         """The bound of the whole directory, in bytes."""
         return self.directory.totals().max_size

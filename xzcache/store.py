@@ -189,12 +189,12 @@ class CacheStore(SourceView):
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 
     def __repr__(self) -> str:
-        info = self.cache_info()
-        return (
-            f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r}, "
-            f"max_age_seconds={self.max_age_seconds}, max_size={self.max_size}, "
-            f"current_size={info['current_size']}, cached_keys={info['cached_keys']})"
-        )
+        # what is only looked at is neither made nor waited for
+        info = self.cache_info() if self._reads.backend.is_open else {"max_size": self._asked_max_size}
+        names = ("max_size", "current_size", "cached_keys")
+        facts = ", ".join(f"{name}={info.get(name, 0)}" for name in names)
+        where = f"store={self.source.label!r}, cache_store={label_of(self._cache)!r}"
+        return f"{type(self).__name__}({where}, max_age_seconds={self.max_age_seconds}, {facts})"
 
     def __str__(self) -> str:
         return f"xzcache({self.source.label})"
