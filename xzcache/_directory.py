@@ -133,6 +133,9 @@ class CacheDirectory:
             self.keeper.attempt(self._flush, None)
 
     def _flush(self) -> None:
+        if self.books.current is None:
+            # closed meanwhile: not opened again for this
+            return
         with self.books.section() as (_, index):
             self.recency.tell(index)
 

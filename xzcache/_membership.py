@@ -14,6 +14,7 @@ from xzcache._locks import ByteLocks, Guard, StoringLock, WriteCounters
 
 _KEY_LOCK_FILES: Final = 16
 _MOST_OWNERS: Final = 10_000
+_left_open: Final[list[object]] = []
 
 
 class Membership:
@@ -151,3 +152,6 @@ class Membership:
         # other threads may still be using the locks of a directory that was left: they go with the last of them
         if hasattr(self, "writes"):
             self.close_descriptors()
+        if getattr(self, "index", None) is not None:
+            # not closed here, where nobody holds the guard: the last one to close an index folds its log in
+            _left_open.append(self.index)
