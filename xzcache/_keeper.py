@@ -20,6 +20,7 @@ logger = logging.getLogger("xzcache")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
+_MOST_REPAIRS: Final = 5
 
 
 class Keeper:
@@ -64,24 +65,32 @@ class Keeper:
         CacheFault, OSError
             It cannot be done.
         """
-        try:
-            return action()
-        except Damaged as damage:
-            if time.monotonic() < self._rebuild_after:
-                raise
+        mended, tries = False, 0
+        while True:
             try:
-                self._rebuild(damage)
                 return action()
-            except CacheFault:
-                # a rebuild empties directories and keeps everybody waiting: not again at each read
-                self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
-                raise
+            except Damaged as damage:
+                if time.monotonic() < self._rebuild_after:
+                    raise
+                tries += 1
+                if mended or tries > _MOST_REPAIRS:
+                    # a rebuild empties directories and keeps everybody waiting: not again at each read
+                    self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                    raise
+                try:
+                    # where somebody else did it, or the directory is another one by now, it may be needed again
+                    mended = self._rebuild(damage)
+                except CacheFault:
+                    self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                    raise
 
-    def _rebuild(self, damage: Damaged) -> None:
+    def _rebuild(self, damage: Damaged) -> bool:
         generation = self.books.member().generation if damage.generation is None else damage.generation
         bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
-        if recovery.rebuild(self.books, generation, bound) and generation:
+        mended = recovery.rebuild(self.books, generation, bound)
+        if mended and generation:
             logger.warning("the index of the cache in %s was damaged and made anew", self.books.root)
+        return mended
 
     def apply_bound(self) -> None:
         """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""

@@ -160,11 +160,9 @@ class StoringLock:
 
     def exclude(self, timeout: float) -> bool:
         """Keep all sharers out; False if they did not leave in time."""
-        with self._mutex:
-            if self._closing:
-                return False
-            self._closing = True
         deadline = time.monotonic() + timeout
+        if not _poll(self._try_close, timeout):
+            return False
         alone = False
         try:
             if _poll(lambda: _flock(self._door, fcntl.LOCK_EX), timeout):
@@ -173,6 +171,13 @@ class StoringLock:
             if not alone:
                 self.readmit()
         return alone
+
+    def _try_close(self) -> bool:
+        with self._mutex:
+            if self._closing:
+                return False
+            self._closing = True
+            return True
 
     def _try_alone(self) -> bool:
         with self._mutex:
