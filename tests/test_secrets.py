@@ -91,7 +91,8 @@ def s3_endpoint_userinfo(server: str) -> Store:
 
 def s3_obstore(server: str) -> Store:
     obstore = pytest.importorskip("obstore")
-    store = obstore.store.S3Store(
+    made = partial(
+        obstore.store.S3Store,
         "bucket",
         prefix="data.zarr",
         access_key_id=KEY,
@@ -100,8 +101,12 @@ def s3_obstore(server: str) -> Store:
         endpoint=f"http://{server}",
         region="us-east-1",
         virtual_hosted_style_request=False,
-        client_options={"allow_http": True, "default_headers": {"x-api-key": PASSWORD}},
     )
+    try:
+        store = made(client_options={"allow_http": True, "default_headers": {"x-api-key": PASSWORD}})
+    except TypeError:
+        # obstore before 0.6 takes no headers
+        store = made(client_options={"allow_http": True})
     return ObjectStore(store, read_only=True)
 
 
