@@ -1,11 +1,35 @@
 """xzcache: a node-local, persistent, size-bounded cache of Zarr chunks, shared safely by every process on a machine."""
 
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
 
 from xzcache._config import config
+from xzcache._open_zarr import install
 from xzcache.local import LockedLocalStore
 from xzcache.store import CacheStore
 
+if TYPE_CHECKING:
+    from xzcache.xarray import open_mfdataset, open_zarr
+
 __version__ = version("xzcache")
 
-__all__ = ["CacheStore", "LockedLocalStore", "__version__", "config"]
+__all__ = ["CacheStore", "LockedLocalStore", "__version__", "config", "open_mfdataset", "open_zarr"]
+
+_LATE: Final = {"open_mfdataset": "xzcache.xarray", "open_zarr": "xzcache.xarray"}
+"""What takes a large package to import, and where it is."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})
+
+
+install(lambda *args, **kwargs: __getattr__("open_zarr")(*args, **kwargs))

@@ -36,6 +36,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "cache_set_data": True,
     # which entries leave first
     "policy": "lru",
+    # the library that reads URLs: "obstore", "fsspec", or "auto", obstore where it can
+    "upstream": "auto",
     # seconds to wait for another process's fetch of the same object before fetching it ourselves
     "fetch_timeout": 30.0,
     # seconds to wait for the lock on the index before doing without the cache
@@ -159,6 +161,14 @@ def parse_policy(name: str, value: Any) -> str:
         error = ValueError if isinstance(value, str) else TypeError
         raise _refuse(name, value, '"lru" (least recently used)', error)
     return "lru"
+
+
+def parse_upstream(name: str, value: Any) -> str:
+    """The name of a library that reads URLs."""
+    if not isinstance(value, str) or value not in ("auto", "obstore", "fsspec"):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise _refuse(name, value, '"auto" (obstore where it can, else fsspec), "obstore" or "fsspec"', error)
+    return value
 
 
 def parse_min_free(name: str, value: Any) -> float | int:

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import zarr.storage
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore, StorePath
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
+
+from xzcache._objectstores import SCHEMES, Untranslatable, object_store
 
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
 
 
-def open_source(store: Any, storage_options: Any, *, read_only: bool) -> Store:
+def is_url(store: object) -> bool:
+    """Whether something is a URL, or a chain of them, and not a path."""
+    return isinstance(store, str) and ("://" in store or "::" in store) and not store.startswith("file://")
+
+
+def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:
     """A Zarr store from anything that names one.
+
+    Parameters
+    ----------
+    store : Any
+    storage_options : mapping or None
+        For a URL only.
+    read_only : bool
+    upstream : {"auto", "obstore", "fsspec"}
+        The library that reads a URL.
 
     Raises
     ------
     TypeError, ValueError
         Naming the parameter, the value and what is accepted.
+    ImportError
+        A URL needs a package that is not installed.
     """
-    if isinstance(store, str) and ("://" in store or "::" in store) and not store.startswith("file://"):
+    if is_url(store):
         if storage_options is not None and not isinstance(storage_options, Mapping):
             # never with its value, which may be a secret
             kind = type(storage_options).__name__
             raise TypeError(f"storage_options is a {kind}, which is not accepted: give a mapping of options")
-        options = dict(storage_options or {})
-        if urlsplit(store).scheme in ("s3", "s3a"):
-            # s3fs asks for the size of every object first, unless it is told not to split them
-            options.setdefault("max_concurrency", 1)
-        return FsspecStore.from_url(store, storage_options=options, read_only=read_only)
+        return _from_url(store, dict(storage_options or {}), read_only=read_only, upstream=upstream)
     if storage_options is not None:
         raise TypeError(
             f"storage_options goes with a URL only: store is a {type(store).__name__}, which has its options already"
@@ -42,10 +58,12 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool) -> Store:
         return store.store
     if isinstance(store, Store):
         return store
+    if isinstance(store, dict):
+        return MemoryStore(store, read_only=read_only)
     if isinstance(store, str):
         if not store:
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
-        return LocalStore(Path(store.removeprefix("file://")), read_only=read_only)
+        return LocalStore(Path(store.removeprefix("file://")).expanduser(), read_only=read_only)
     if type(store).__name__ == "FSMap":
         return FsspecStore.from_mapper(store, read_only=read_only)
     if hasattr(store, "protocol") and hasattr(store, "fs") and hasattr(store, "path"):
@@ -56,3 +74,88 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool) -> Store:
         return LocalStore(Path(store), read_only=read_only)
     # never with its value, which may be a secret
     raise TypeError(f"store is a {type(store).__name__}, which is not accepted: give {_ACCEPTED}")
+
+
+def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: str) -> Store:
+    scheme = urlsplit(url).scheme if "::" not in url else ""
+    if upstream != "fsspec":
+        try:
+            if scheme not in SCHEMES:
+                raise Untranslatable(f"obstore does not read the scheme {scheme!r}: {', '.join(SCHEMES)}")
+            return _over_obstore(url, options, read_only=read_only, sure=upstream == "obstore")
+        except Untranslatable as reason:
+            if upstream == "obstore":
+                raise ValueError(f"upstream='obstore' cannot read this: {reason}. Give 'auto' or 'fsspec'") from None
+        except ImportError:
+            if upstream == "obstore":
+                raise
+    try:
+        return _over_fsspec(url, options, read_only=read_only)
+    except ImportError as missing:
+        if upstream == "auto" and scheme in SCHEMES:
+            try:
+                # where there is no other, it has to find its credentials itself
+                return _over_obstore(url, options, read_only=read_only, sure=True)
+            except (Untranslatable, ImportError) as reason:
+                raise ImportError(f"{missing}; or install obstore, as 'xzcache[remote]' does ({reason})") from missing
+        raise
+
+
+def _over_obstore(url: str, options: Mapping[str, Any], *, read_only: bool, sure: bool) -> Store:
+    remote = object_store(url, options, sure=sure)
+    if urlsplit(url).scheme in ("http", "https"):
+        return WebStore(remote, url, read_only=read_only)
+    return zarr.storage.ObjectStore(remote, read_only=read_only)
+
+
+def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store:
+    import fsspec
+
+    outermost = url.partition("::")[0].partition("://")[0]
+    try:
+        kind = fsspec.get_filesystem_class(outermost)
+    except ValueError:
+        known = ", ".join(sorted(set(fsspec.available_protocols()) - set(SCHEMES)))
+        raise ValueError(
+            f"store is a URL of the scheme {outermost!r}, which nothing here reads. obstore (in 'xzcache[remote]') "
+            f"reads {', '.join(SCHEMES)}; fsspec knows {known}, most of them with a package of their own"
+        ) from None
+    if outermost in ("s3", "s3a") and "max_concurrency" in inspect.signature(kind.__init__).parameters:
+        # s3fs asks for the size of every object first, unless it is told not to split them
+        options = {"max_concurrency": 1, **options}
+    return FsspecStore.from_url(url, storage_options=options, read_only=read_only)
+
+
+class WebStore(zarr.storage.ObjectStore[Any]):
+    """A web server: obstore reads from it, and fsspec lists it by the links of its pages, where it has any.
+
+    Parameters
+    ----------
+    store : obstore.store.HTTPStore
+    url : str
+    read_only : bool
+    """
+
+    def __init__(self, store: Any, url: str, *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
+        self.url = url
+
+    def with_read_only(self, read_only: bool = False) -> WebStore:
+        return type(self)(self.store, self.url, read_only=read_only)
+
+    def _linked(self) -> Store:
+        headers = (self.store.client_options or {}).get("default_headers")
+        options = {"client_kwargs": {"headers": dict(headers)}} if headers else {}
+        return FsspecStore.from_url(self.url, storage_options=options, read_only=True)
+
+    def list(self) -> AsyncIterator[str]:  # type: ignore[override]
+        return self._linked().list()
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
+        return self._linked().list_prefix(prefix)
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
+        return self._linked().list_dir(prefix)
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        return await self._linked().getsize_prefix(prefix)

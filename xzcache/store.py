@@ -15,15 +15,16 @@ from xzcache import _config as settings
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Age, Revalidate, Unset, config
 from xzcache._identity import Identity, identify, remember
+from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._readthrough import Freshness, ReadThrough
 from xzcache._sources import open_source
-from xzcache._sourceview import SourceView
 from xzcache._stats import Stats
+from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
 
 
-class CacheStore(SourceView):
+class CacheStore(WritableView):
     """A Zarr store that keeps what it reads from another one, for every process on this machine.
 
     Code written for `zarr.experimental.cache_store.CacheStore` runs unchanged.
@@ -56,7 +57,10 @@ class CacheStore(SourceView):
     policy : str, optional
         Which entries leave first: ``"lru"``.
     storage_options : mapping, optional
-        Options for a `store` that is a URL.
+        Options for a `store` that is a URL, in the words of fsspec's clients or of obstore.
+    upstream : {"auto", "obstore", "fsspec"}, optional
+        The library that reads a `store` that is a URL: obstore where scheme and options can be said in its words, else
+        fsspec; or the one that is named.
 
     Raises
     ------
@@ -91,6 +95,7 @@ class CacheStore(SourceView):
         revalidate: Revalidate | str | Unset = UNSET,
         policy: str | Unset = UNSET,
         storage_options: Mapping[str, Any] | None = None,
+        upstream: str | Unset = UNSET,
     ) -> None:
         self.max_age_seconds: Age = settings.chosen("max_age_seconds", max_age_seconds, settings.parse_age)
         self.cache_set_data: bool = settings.chosen("cache_set_data", cache_set_data, settings.parse_flag)
@@ -101,7 +106,8 @@ class CacheStore(SourceView):
         settings.parse_flag("read_only", read_only)
         self._given_namespace = checked_namespace(namespace)
         self._given_cache = cache_store
-        self._store = open_source(store, storage_options, read_only=read_only)
+        chosen = settings.chosen("upstream", upstream, settings.parse_upstream)
+        self._store = open_source(store, storage_options, read_only=read_only, upstream=chosen)
         self.source: Identity = identify(self._store)
         super().__init__(read_only=read_only or self._store.read_only)
         self._cache = cache_store_of(cache_store, self._asked_max_size)
@@ -138,6 +144,11 @@ class CacheStore(SourceView):
     def namespace(self) -> str:
         """The name under which the entries of this source are kept."""
         return self._reads.backend.namespace
+
+    @property
+    def path(self) -> str | None:
+        """The URL or path of the source, without credentials; None where it has none."""
+        return self.source.url
 
     @property
     def max_size(self) -> int | None:
@@ -188,13 +199,19 @@ class CacheStore(SourceView):
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 
-    def __repr__(self) -> str:
+    def _looks(self) -> Looks:
         # what is only looked at is neither made nor waited for
         info = self.cache_info() if self._reads.backend.is_open else {"max_size": self._asked_max_size}
-        names = ("max_size", "current_size", "cached_keys")
-        facts = ", ".join(f"{name}={info.get(name, 0)}" for name in names)
-        where = f"store={self.source.label!r}, cache_store={label_of(self._cache)!r}"
-        return f"{type(self).__name__}({where}, max_age_seconds={self.max_age_seconds}, {facts})"
+        if isinstance(info["max_size"], Unset):
+            info["max_size"] = config.get("max_size")
+        where = self.source.label, label_of(self._cache)
+        return Looks(type(self).__name__, *where, self.max_age_seconds, info, self.cache_stats())
+
+    def __repr__(self) -> str:
+        return self._looks().text()
+
+    def _repr_html_(self) -> str:
+        return self._looks().html()
 
     def __str__(self) -> str:
         return f"xzcache({self.source.label})"
@@ -221,40 +238,6 @@ class CacheStore(SourceView):
         """The size of a value, in bytes: from the cache, or else by the source's own means."""
         size = await self._reads.cached_size(key)
         return await self._store.getsize(key) if size is None else size
-
-    # -- writing: the source first and last, the cache never ahead of it
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Write a value to the source, and, where so configured, to the cache."""
-        self._check_writable()
-        await self._writes.values([(key, value)], lambda: self._store.set(key, value), keep=self.cache_set_data)
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write a value unless the key has one, by the source's own means."""
-        self._check_writable()
-        await self._writes.values(
-            [(key, value)], lambda: self._store.set_if_not_exists(key, value), keep=False, certain=False
-        )
-
-    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
-        self._check_writable()
-        pairs = list(values)
-        await self._writes.values(pairs, lambda: self._store._set_many(pairs), keep=self.cache_set_data)
-
-    async def delete(self, key: str) -> None:
-        """Delete a key at the source and in the cache."""
-        self._check_writable()
-        await self._writes.deletion(key, lambda: self._store.delete(key))
-
-    async def delete_dir(self, prefix: str) -> None:
-        """Delete everything beneath a prefix, at the source and in the cache."""
-        self._check_writable()
-        await self._writes.deletion_beneath(prefix, lambda: self._store.delete_dir(prefix))
-
-    async def clear(self) -> None:
-        """Delete everything at the source, and what is cached of it."""
-        self._check_writable()
-        await self._writes.deletion_beneath("", self._store.clear)
 
     # -- the cache
 

@@ -1,0 +1,68 @@
+"""Objects as text that is the same in every process, without what might be a credential."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+_SECRET: Final = re.compile(r"key|secret|token|passw|credential|sas|auth|signature|session|cert|cookie|header", re.I)
+_BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
+
+
+class Indescribable(Exception):
+    """Nobody can tell from the outside what an object does."""
+
+
+def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Iterator[str]:
+    """A value as text.
+
+    Locks, events and loggers are nothing but their type: they change when bytes arrive, not which.
+
+    Parameters
+    ----------
+    value : Any
+    known : callable
+        The text of a store or file system; None for anything else.
+
+    Raises
+    ------
+    Indescribable
+        It holds an object that could be anything.
+    """
+    if isinstance(value, str):
+        yield repr(without_user(value))
+    elif isinstance(value, bytes | int | float | bool | os.PathLike) or value is None:
+        yield repr(value)
+    elif isinstance(value, Mapping):
+        for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
+            if not _SECRET.search(str(name)):
+                yield f"{name}="
+                yield from described(item, known)
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield "["
+        for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
+            yield from described(item, known)
+        yield "]"
+    elif (text := known(value)) is not None:
+        yield from text
+    elif type(value).__module__.startswith(_BOOKKEEPING):
+        yield type(value).__qualname__
+    elif getattr(value, "__qualname__", "<").isidentifier() and getattr(value, "__closure__", None) is None:
+        # a function or class that can be imported
+        yield f"{value.__module__}.{value.__qualname__}"
+    else:
+        raise Indescribable
+
+
+def without_user(url: str) -> str:
+    """A URL, or the path of one, without user and password."""
+    scheme, separator, rest = url.rpartition("://") if "://" in url else ("", "", url)
+    first, slash, path = rest.partition("/")
+    return scheme + separator + first.rpartition("@")[2] + slash + path
+
+
+def without_secrets(url: str) -> str:
+    """A URL, or the path of one, without user, password and query."""
+    return without_user(url).partition("?")[0]

@@ -1,0 +1,72 @@
+"""What people see of a store: in a console and in a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from dask.utils import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_STYLE: Final = (
+    "display:inline-grid;grid-template-columns:auto auto;gap:.15em 1.2em;padding:.5em .8em;"
+    "border:1px solid color-mix(in srgb,currentColor 25%,transparent);border-radius:4px"
+)
+_QUIET: Final = "opacity:.65"
+_BAR: Final = "display:inline-block;width:8em;height:.6em;vertical-align:middle;margin-right:.6em;"
+_GROOVE: Final = "background:color-mix(in srgb,currentColor 15%,transparent);border-radius:3px;overflow:hidden"
+
+
+class Looks(NamedTuple):
+    """What there is to see."""
+
+    name: str
+    source: str
+    cache: str
+    max_age: object
+    info: Mapping[str, Any]
+    """As `CacheStore.cache_info`; without its sizes where the cache was not opened yet."""
+    stats: Mapping[str, Any]
+    """As `CacheStore.cache_stats`."""
+
+    def _rows(self) -> dict[str, str]:
+        info, stats = self.info, self.stats
+        bound = info["max_size"]
+        used = info.get("total_size", 0)
+        limit = "without bound" if bound is None else f"of {_bytes(bound)}"
+        return {
+            "source": self.source,
+            "cache": self.cache,
+            "used": f"{_bytes(used)} {limit}, {_bytes(info.get('current_size', 0))} by this source",
+            "hits": f"{stats['hits']:,} ({stats['hit_rate']:.0%} of reads), {_bytes(stats['bytes_from_cache'])} saved",
+            "misses": f"{stats['misses']:,}, {_bytes(stats['bytes_from_source'])} from the source",
+        }
+
+    def text(self) -> str:
+        """A line as Zarr's own cache has it, and what people ask for beneath."""
+        facts = {name: self.info.get(name, 0) for name in ("max_size", "current_size", "cached_keys")}
+        shown = {"store": self.source, "cache_store": self.cache, "max_age_seconds": self.max_age, **facts}
+        head = ", ".join(f"{k}={v!r}" if k.endswith("store") else f"{k}={v}" for k, v in shown.items())
+        rows = [f"    {name:<8}{value}" for name, value in self._rows().items() if name not in ("source", "cache")]
+        return "\n".join([f"{self.name}({head})", *rows])
+
+    def html(self) -> str:
+        """A table for notebooks, in whatever colours they have."""
+        rows = self._rows()
+        bound = self.info["max_size"]
+        share = min(1.0, self.info.get("total_size", 0) / bound) if bound else 0.0
+        bar = (
+            f"<span style='{_BAR}{_GROOVE}'>"
+            f"<span style='display:block;height:100%;width:{share:.1%};background:currentColor'></span></span>"
+        )
+        cells = "".join(
+            f"<div style='{_QUIET}'>{name}</div><div>{bar if name == 'used' and bound else ''}{escape(value)}</div>"
+            for name, value in rows.items()
+        )
+        return f"<div class='xzcache'><div><b>xzcache.{self.name}</b></div><div style='{_STYLE}'>{cells}</div></div>"
+
+
+def _bytes(size: int) -> str:
+    return str(format_bytes(size))

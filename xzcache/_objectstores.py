@@ -1,0 +1,196 @@
+"""Object stores by URL, read with obstore: options in fsspec's words, said in obstore's.
+
+An option that obstore has no word for is never left out: `Untranslatable` says so, and the caller reads with fsspec.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import SplitResult, urlsplit
+
+from xzcache._buckets import region_of
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Remote
+
+_RETRY: Final = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
+"""A server that cannot be reached is given up after some seconds, as fsspec does, not after obstore's three minutes."""
+
+_TIMEOUT: Final = "5 minutes"
+"""For one whole object: obstore's 30 seconds are too few for a large one over a slow line."""
+
+_BOTH: Final = frozenset({"client_options", "retry_config"})
+_S3: Final = {
+    "key": "access_key_id",
+    "username": "access_key_id",
+    "secret": "secret_access_key",
+    "password": "secret_access_key",
+    "token": "session_token",
+    "endpoint_url": "endpoint",
+    "anon": "skip_signature",
+    "requester_pays": "request_payer",
+    # of client_kwargs
+    "region_name": "region",
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+}
+_S3_NATIVE: Final = frozenset(
+    {
+        *("access_key_id", "secret_access_key", "session_token", "endpoint", "region", "skip_signature"),
+        *("request_payer", "virtual_hosted_style_request", "unsigned_payload", "imdsv1_fallback", "s3_express"),
+        *("metadata_endpoint", "container_credentials_relative_uri", "sse_customer_key_base64"),
+    }
+)
+_GCS_NATIVE: Final = frozenset(
+    {"service_account", "service_account_path", "service_account_key", "application_credentials", "skip_signature"}
+)
+_AZURE: Final = {"anon": "skip_signature", "sas_token": "sas_key", "tenant_id": "authority_id"}
+_AZURE_NATIVE: Final = frozenset(
+    {
+        *("account_name", "account_key", "sas_key", "client_id", "client_secret", "authority_id", "skip_signature"),
+        *("endpoint", "use_emulator", "use_azure_cli", "federated_token_file", "msi_endpoint"),
+    }
+)
+_AWS_ENVIRONMENT: Final = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+_AZURE_CREDENTIALS: Final = ("account_key", "sas_key", "client_secret", "federated_token_file", "use_azure_cli")
+
+SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
+"""What obstore can read by URL."""
+
+
+class Untranslatable(ValueError):
+    """A URL or an option that cannot be said in obstore's words."""
+
+
+def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
+    """An obstore store for a URL.
+
+    Parameters
+    ----------
+    url : str
+        Of one of `SCHEMES`.
+    options : mapping
+        In fsspec's words or obstore's.
+    sure : bool
+        Whether obstore was asked for: it finds credentials in fewer places than fsspec's clients do, so that it is only
+        taken unasked where they are in sight.
+
+    Raises
+    ------
+    Untranslatable
+        Naming the option.
+    ImportError
+        There is no obstore.
+    """
+    import obstore.store as stores
+
+    parts = urlsplit(url, allow_fragments=False)
+    given = {name: value for name, value in options.items() if value is not None}
+    common: dict[str, Any] = {name: given.pop(name) for name in _BOTH if name in given}
+    common["client_options"] = {"timeout": _TIMEOUT, **common.get("client_options", {})}
+    common.setdefault("retry_config", _RETRY)
+    if parts.scheme in ("http", "https"):
+        common["client_options"] |= _of_web(parts, given)
+        return stores.HTTPStore.from_url(url, **common)
+    # a question mark is a character like any other in the name of an object
+    prefix = (parts.path + (f"?{parts.query}" if parts.query else "")).strip("/")
+    if "//" in prefix or not parts.netloc:
+        raise Untranslatable("the URL has an empty part, which obstore does not take")
+    if parts.scheme in ("s3", "s3a"):
+        config = dict(_of_s3(parts.netloc, given, sure=sure))
+        if str(config.get("endpoint", "")).startswith("http://"):
+            common["client_options"].setdefault("allow_http", True)
+        return stores.S3Store(parts.netloc, prefix=prefix or None, **config, **common)
+    if parts.scheme in ("gs", "gcs"):
+        return stores.GCSStore(parts.netloc, prefix=prefix or None, **dict(_of_gcs(given, sure=sure)), **common)
+    config = dict(_of_azure(parts, given, sure=sure))
+    if str(config.get("endpoint", "")).startswith("http://"):
+        common["client_options"].setdefault("allow_http", True)
+    container = parts.netloc.partition("@")[0]
+    return stores.AzureStore(container, prefix=prefix or None, **config, **common)
+
+
+def _renamed(given: Mapping[str, Any], names: Mapping[str, str], native: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    for name, value in given.items():
+        if (word := names.get(name, name)) not in native:
+            raise Untranslatable(f"obstore has no word for the option {name!r}")
+        yield word, value
+
+
+def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
+    client = given.pop("client_kwargs", {})
+    if not isinstance(client, Mapping):
+        raise Untranslatable("the option 'client_kwargs' is no mapping")
+    if not given.pop("use_ssl", True):
+        raise Untranslatable("obstore has no word for the option 'use_ssl'")
+    config = dict(_renamed({**given, **{k: v for k, v in client.items() if v is not None}}, _S3, _S3_NATIVE))
+    if not config.get("skip_signature", False):
+        config.pop("skip_signature", None)
+        in_environment = any(os.environ.get(name) for name in _AWS_ENVIRONMENT)
+        if not sure and "access_key_id" not in config and not in_environment:
+            raise Untranslatable("obstore may not find the credentials that s3fs finds")
+        if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
+            # obstore would send it along with somebody else's key
+            raise Untranslatable("AWS_SESSION_TOKEN in the environment does not belong to the key that was given")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if "endpoint" not in config and endpoint:
+        config["endpoint"] = endpoint
+    if "endpoint" not in config and "region" not in config:
+        # other clients follow Amazon's redirection to the right region, obstore does not
+        if (region := region_of(bucket)) is None:
+            raise Untranslatable("the region of the bucket could not be found out: give region_name")
+        config["region"] = region
+    yield from config.items()
+
+
+def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
+    token = given.pop("token", None)
+    if token == "anon":
+        given["skip_signature"] = True
+    elif isinstance(token, Mapping) and token.get("type") == "service_account":
+        given["service_account_key"] = json.dumps(dict(token))
+    elif isinstance(token, str) and token.endswith(".json"):
+        given["application_credentials"] = os.path.expanduser(token)
+    elif token not in (None, "google_default"):
+        raise Untranslatable("obstore has no word for this kind of the option 'token'")
+    elif not sure and not (given.keys() & _GCS_NATIVE or os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")):
+        raise Untranslatable("obstore may not find the credentials that gcsfs finds")
+    yield from _renamed(given, {}, _GCS_NATIVE)
+
+
+def _of_azure(parts: SplitResult, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
+    _, at, host = parts.netloc.partition("@")
+    config = dict(_renamed(given, _AZURE, _AZURE_NATIVE))
+    if at:
+        config.setdefault("account_name", host.partition(".")[0])
+    named = config.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if not named and not config.get("use_emulator"):
+        raise Untranslatable("obstore needs the option 'account_name'")
+    if not config.get("skip_signature", False):
+        config.pop("skip_signature", None)
+        signs = config.keys() & set(_AZURE_CREDENTIALS) or any(name.startswith("AZURE_STORAGE_") for name in os.environ)
+        if not sure and not signs:
+            raise Untranslatable("obstore may not find the credentials that adlfs finds")
+    yield from config.items()
+
+
+def _of_web(parts: SplitResult, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the HTTP client."""
+    if parts.query or "@" in parts.netloc:
+        raise Untranslatable("the URL has a query or a user, which obstore would not send with every request")
+    client = given.pop("client_kwargs", {})
+    headers = client.get("headers") if isinstance(client, Mapping) else None
+    if given or (client and (headers is None or len(client) > 1)):
+        name = next(iter(given), "client_kwargs")
+        raise Untranslatable(f"obstore has no word for the option {name!r}")
+    return {"allow_http": parts.scheme == "http"} | ({"default_headers": dict(headers)} if headers else {})

@@ -1,0 +1,190 @@
+"""xarray's ways in: the engine ``"zcache"``, and `open_zarr` and `open_mfdataset` through the cache.
+
+Everything but the store is xarray's own: a path, URL or store becomes a `CacheStore`, and xarray's Zarr backend opens
+that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from glob import glob
+from typing import TYPE_CHECKING, Any, Final
+
+import xarray
+from xarray.backends.zarr import ZarrBackendEntrypoint
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, StorePath
+
+from xzcache._open_zarr import is_ours, original
+from xzcache._sources import is_url
+from xzcache.store import CacheStore
+
+if TYPE_CHECKING:
+    from xarray import Dataset, DataTree
+
+SETTINGS: Final = tuple(
+    name for name in inspect.signature(CacheStore).parameters if name not in ("store", "storage_options")
+)
+"""What `CacheStore` can be told, by keywords of the same names."""
+
+_OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
+
+
+class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
+    """The engine ``"zcache"``: Zarr, read through this machine's cache.
+
+    Takes all that the engine ``"zarr"`` takes, and all keywords of `xzcache.CacheStore`.
+    """
+
+    description = "Open Zarr through a cache that all processes on this machine share, using xzcache"
+    url = ""
+    # xarray reads them from here: without the decoders among them, `decode_cf=False` would do nothing
+    open_dataset_parameters = (*_OWN, *SETTINGS)
+    is_zcache = True
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Never: a cache is asked for by its name."""
+        return False
+
+    def open_dataset(self, filename_or_obj: Any, *, drop_variables: Any = None, **kwargs: Any) -> Dataset:
+        if kwargs.get("store") is not None:
+            # open already: there is nothing to put a cache before
+            return super().open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
+        with _through_cache(filename_or_obj, kwargs) as (store, rest):
+            return super().open_dataset(store, drop_variables=drop_variables, **rest)
+
+    def open_datatree(self, filename_or_obj: Any, **kwargs: Any) -> DataTree:
+        with _through_cache(filename_or_obj, kwargs) as (store, rest):
+            return super().open_datatree(store, **rest)
+
+    def open_groups_as_dict(self, filename_or_obj: Any, **kwargs: Any) -> dict[str, Dataset]:
+        with _through_cache(filename_or_obj, kwargs) as (store, rest):
+            return super().open_groups_as_dict(store, **rest)
+
+
+def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
+    """Open a Zarr dataset through this machine's cache.
+
+    Parameters
+    ----------
+    store : Store, str, Path, UPath or FSMap
+        As `xarray.open_zarr`, or as `xzcache.CacheStore`.
+    *args, **kwargs
+        All parameters of `xarray.open_zarr`, and all keywords of `xzcache.CacheStore`.
+
+    Returns
+    -------
+    xarray.Dataset
+        With Dask arrays whose names depend on what is read, and not on the cache.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such dataset.
+    ValueError, TypeError
+        A parameter makes no sense; the message names it, its value and what is accepted.
+    """
+    _check_engine(kwargs.pop("engine", None))
+    theirs = original()
+    settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+    bound = inspect.signature(theirs).bind(store, *args, **kwargs)
+    settings["storage_options"] = bound.arguments.pop("storage_options", None)
+    with _through_cache(store, settings) as (cached, rest):
+        bound.arguments["store"] = cached
+        opened: Dataset = theirs(*bound.args, **bound.kwargs, **rest)
+    given = getattr(store, "path", store)
+    if isinstance(given, str | os.PathLike) and not isinstance(store, CacheStore):
+        opened.encoding["source"] = os.fspath(given) if is_url(given) else os.path.abspath(os.path.expanduser(given))
+    return opened
+
+
+def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) -> Dataset:
+    """Open several Zarr datasets as one, through this machine's cache.
+
+    Parameters
+    ----------
+    paths : str, or nested list of Store, str, Path, UPath or FSMap
+        A pattern such as ``"s3://bucket/*.zarr"``, local or remote, or the datasets themselves.
+    storage_options : mapping, optional
+        Options for paths that are URLs.
+    **kwargs
+        All other parameters of `xarray.open_mfdataset`, and all keywords of `xzcache.CacheStore`.
+
+    Returns
+    -------
+    xarray.Dataset
+
+    Raises
+    ------
+    OSError
+        Nothing is there.
+    """
+    _check_engine(kwargs.pop("engine", None))
+    settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+    stores: dict[str, Any] = {}
+
+    def cached(item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return [cached(each) for each in item]
+        if isinstance(item, CacheStore):
+            return item
+        name = os.fspath(item) if isinstance(item, str | os.PathLike) else None
+        store = CacheStore(item, storage_options=storage_options if is_url(item) else None, **settings)
+        return stores.setdefault(name, store) if name is not None else store
+
+    if isinstance(paths, str):
+        paths = _expanded(paths, storage_options)
+    given = cached([paths] if isinstance(paths, os.PathLike | Store) else paths)
+    if (first := kwargs.get("attrs_file")) is not None:
+        kwargs["attrs_file"] = stores.get(os.fspath(first), first)
+    return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+
+
+def _expanded(pattern: str, storage_options: Any) -> list[str]:
+    """What a pattern stands for, in order."""
+    if not is_url(pattern):
+        return sorted(glob(os.path.abspath(os.path.expanduser(pattern.removeprefix("file://")))))
+    if not any(sign in pattern for sign in "*?["):
+        return [pattern]
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(pattern, **(storage_options or {}))
+    # what was listed before may have grown
+    fs.invalidate_cache()
+    return sorted(fs.unstrip_protocol(each) for each in fs.glob(path))
+
+
+def _check_engine(engine: object) -> None:
+    if engine is not None and not is_ours(engine):
+        raise ValueError(f"engine={engine!r} is not accepted: this function reads with 'zcache'")
+
+
+@contextmanager
+def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What xarray opens instead of what was given, and the keywords that are left for it."""
+    rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
+    settings = {name: value for name, value in keywords.items() if name in SETTINGS}
+    path = given.path if isinstance(given, StorePath) else ""
+    source = given.store if isinstance(given, StorePath) else given
+    options = rest.pop("storage_options", None)
+    if rest.get("mode", "r") == "r":
+        # a path that is opened for writing is made
+        settings.setdefault("read_only", True)
+    if isinstance(source, CacheStore) and not settings.keys() - {"read_only"}:
+        store = source
+    else:
+        store = CacheStore(source, storage_options=options, **settings)
+    try:
+        yield StorePath(store, path) if path else store, rest
+    except FileNotFoundError as missing:
+        if isinstance(store._store, LocalStore) and not store._store.root.exists():
+            raise FileNotFoundError(f"{store._store.root} does not exist") from None
+        # it names what the user gave
+        missing.args = tuple(
+            part.replace(repr(store), repr(given)).replace(str(store), str(given)) if isinstance(part, str) else part
+            for part in missing.args
+        )
+        raise
