@@ -18,7 +18,9 @@ FLOORS = {
     # between it and its cache: reading, writing, and everything that only the source can say
     "_writable": 17,
     "_writethrough": 16,
-    "_readthrough": 15,
+    "_readthrough": 17,
+    "_revalidation": 16,
+    "_reading": 15,
     "_sourceview": 15,
     "_places": 15,
     # the cache directory as a Zarr store by itself
@@ -43,6 +45,7 @@ FLOORS = {
     "_index": 2,
     # what a source is, and how it is read
     "_identity": 4,
+    "_upstream": 4,
     "_sources": 3,
     "_filesystems": 2,
     "_objectstores": 2,
@@ -56,7 +59,9 @@ FLOORS = {
     "_looks": 0,
     "_opened": 1,
     "_flights": 1,
+    "_nodes": 2,
     "_ledger": 1,
+    "_freshness": 1,
     "_locks": 1,
     "_notes": 1,
     "_pool": 1,

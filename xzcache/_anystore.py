@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from xzcache import _documents as documents
 from xzcache._flights import Flights, through
 from xzcache._keys import Entry, clip
 from xzcache._ledger import Ledger, Ticket
+from xzcache._nodes import Nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from zarr.abc.store import Store
 
@@ -58,8 +57,7 @@ class StoreBackend:
         self.flights: Flights[memoryview | None] = Flights()
         self.evictions = self.troubles = 0
         self._ledger = Ledger()
-        self._nodes: dict[str, bytes] = {}
-        self._absent: dict[str, float] = {}
+        self._nodes = Nodes(self._ledger)
         self._told: set[type[Exception]] = set()
         self._distrusted: set[str] = set()
         self._distrusts_all = False
@@ -101,6 +99,14 @@ class StoreBackend:
         """The size of an entry that `find` would find, in bytes."""
         return None if (data := await self.find(entry, max_age)) is None else len(data)
 
+    async def validator(self, entry: Entry) -> str:
+        """What tells the cached state of an entry from others; empty where nothing does."""
+        return self._ledger.validator(entry)
+
+    async def renew(self, entry: Entry, max_age: Age) -> None:
+        """Let the age of an entry begin anew."""
+        self._ledger.renew(entry)
+
     # -- fetching once, publishing
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
@@ -111,7 +117,7 @@ class StoreBackend:
         """Take note of the writes so far, before a fetch begins."""
         return self._ledger.ticket(entry.key)
 
-    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None) -> bool:
+    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
         size, limit = len(data), max_size
         if limit is None and not entry.is_whole:
@@ -119,15 +125,15 @@ class StoreBackend:
         if (limit is not None and size > limit) or not self._ledger.arrive(entry.key):
             return False
         # once begun, it comes to its end: half a store would be taken for what an earlier process left
-        stored, cancelled = await through(self._publish(entry, data, ticket, limit))
+        stored, cancelled = await through(self._publish(entry, data, ticket, limit, validator))
         if cancelled:
             raise asyncio.CancelledError
         return stored
 
-    async def _publish(self, entry: Entry, data: Data, ticket: Ticket, limit: int | None) -> bool:
+    async def _publish(self, entry: Entry, data: Data, ticket: Ticket, limit: int | None, validator: str) -> bool:
         try:
             await self._remove([entry])
-            return await self._take(len(data), limit) and await self._put(entry, data, ticket)
+            return await self._take(len(data), limit) and await self._put(entry, data, ticket, validator)
         except Exception as error:
             # nobody knows what the cache store holds now
             self._distrusted.add(entry.key)
@@ -136,7 +142,7 @@ class StoreBackend:
         finally:
             self._ledger.arrived(entry.key)
 
-    async def _put(self, entry: Entry, data: Data, ticket: Ticket) -> bool:
+    async def _put(self, entry: Entry, data: Data, ticket: Ticket, validator: str) -> bool:
         """Write an entry whose space was taken, and record it."""
         stored = False
         try:
@@ -144,7 +150,7 @@ class StoreBackend:
                 buffer = default_buffer_prototype().buffer.from_bytes(bytes(data))
                 await self.cache_store.set(entry.key, buffer)
             in_memory = None if entry.is_whole else memoryview(bytes(data))
-            stored = self._ledger.enter(entry, len(data), in_memory, ticket)
+            stored = self._ledger.enter(entry, len(data), in_memory, ticket, validator)
             if stored:
                 self._distrusted.discard(entry.key)
             if not stored and entry.is_whole and entry not in self._ledger:
@@ -208,7 +214,7 @@ class StoreBackend:
 
     async def _forget(self, key: str) -> Ticket | None:
         ticket = self._ledger.count_write(key)
-        self._absent.pop(key, None)
+        self._nodes.forget_absence(key)
         try:
             await self._remove(self._ledger.of_key(key))
             # an earlier process may have left it
@@ -228,9 +234,7 @@ class StoreBackend:
     async def drop(self, prefix: str) -> None:
         """Forget everything beneath a prefix; everything there is for an empty one."""
         self._ledger.count_drop()
-        for node in [n for n in self._nodes if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
-            del self._nodes[node]
-        self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}
+        self._nodes.forget(prefix)
         try:
             await self._remove(self._ledger.beneath(prefix))
             await self.cache_store.delete_dir(prefix)
@@ -241,34 +245,22 @@ class StoreBackend:
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
-
-        def known_beneath(path: str) -> list[str]:
-            return [node for node in self._nodes if node.startswith(f"{path}/" if path else "")]
-
-        expected: Ticket | None = ticket
-        described = documents.describe(key, document)
-        for path in documents.changed_arrays(key, described, self._nodes.get, known_beneath):
-            cached = self._ledger.beneath(path)
-            if path in self._nodes or any(not documents.is_document(entry.key) for entry in cached):
-                # our own drop is not somebody else's write
-                expected = None if expected is None else (expected[0], expected[1] + 1)
-                await self.drop(path)
-        if expected is None or expected != self._ledger.ticket(key):
-            return None
-        self._nodes.update(described.arrays)
-        if document is None:
-            self._absent[key] = time.time()
-        return expected
+        return await self._nodes.compare(key, document, ticket, self.drop)
 
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
-        noted = self._absent.get(key)
-        fresh = noted is not None and (max_age == "infinity" or time.time() - noted < max_age)
-        return fresh and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
+        return self._nodes.is_absent(key, max_age)
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
-        self._nodes.update(documents.describe(key, document).arrays)
+        self._nodes.note(key, document)
+
+    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
+        """No other process shares these books, so there is nothing that it could not know of."""
+        return []
+
+    async def settled(self, seen: Mapping[str, bytes]) -> None:
+        """There were no doubts."""
 
     # -- looking
 

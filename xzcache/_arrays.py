@@ -10,6 +10,8 @@ from xzcache._keys import Entry, prefix_slot
 from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from xzcache._config import Age
     from xzcache._doubts import Doubts
     from xzcache._keeper import Keeper
@@ -31,6 +33,7 @@ class Arrays:
         self._books = keeper.books
         self._writes = writes
         self._doubts = doubts
+        self._settled: set[tuple[str, str, bytes]] = set()
 
     def compare(self, namespace: str, key: str, document: bytes | None, ticket: Ticket | None) -> Ticket | None:
         """Drop what is beneath every array that a document of the source shows to have changed.
@@ -57,6 +60,8 @@ class Arrays:
             changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
             for path in changed:
                 self._drop_array(namespace, path, described.arrays.get(path))
+            if document is not None and (state := documents.state_of(key, document)):
+                self._set_seen(f"{namespace}/{key}", state)
             return valid
 
         # other processes find out for themselves, so nothing is unlinked for this one's sake
@@ -80,6 +85,36 @@ class Arrays:
         described = documents.describe(key, document)
         if described.arrays:
             self._keeper.attempt(lambda: self._set_nodes(namespace, described.arrays), None)
+            state = documents.state_of(key, document)
+            self._keeper.attempt(lambda: self._set_seen(f"{namespace}/{key}", state), None)
+
+    def doubtful(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
+        """Documents whose state, as somebody elsewhere has seen it, may not be the one that entries here are of.
+
+        Where nothing is cached that a document describes, its state is noted, and nothing is in doubt.
+        """
+        unsettled = {key: state for key, state in seen.items() if (namespace, key, state) not in self._settled}
+        return self._keeper.attempt(lambda: self._doubtful(namespace, unsettled), []) if unsettled else []
+
+    def _doubtful(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
+        doubtful = []
+        with self._books.section() as (_, index):
+            for key, state in seen.items():
+                full = f"{namespace}/{key}"
+                known = index.notes.seen(full)
+                if known is None and not index.has_data_beneath(full.rpartition("/")[0]):
+                    index.notes.set_seen(full, state)
+                elif known != state:
+                    doubtful.append(key)
+        return doubtful
+
+    def settled(self, namespace: str, seen: Mapping[str, bytes]) -> None:
+        """Remember, in this process, that the doubts about some documents are settled."""
+        self._settled.update((namespace, key, state) for key, state in seen.items())
+
+    def _set_seen(self, document: str, state: bytes) -> None:
+        with self._books.section() as (_, index):
+            index.notes.set_seen(document, state)
 
     def _set_nodes(self, namespace: str, arrays: dict[str, bytes]) -> None:
         with self._books.section() as (_, index):

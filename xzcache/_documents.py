@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
+_TELLING: Final = ("zarr.json", ".zarray", ".zmetadata")
+
 _FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
 """The Zarr format whose arrays are described by a document of this name."""
 
@@ -24,6 +26,25 @@ def siblings(key: str) -> list[str]:
     """The keys of all other documents that the node of a document may have."""
     path, slash, own = key.rpartition("/")
     return [f"{path}{slash}{name}" for name in sorted(DOCUMENTS) if name != own]
+
+
+def ruling(key: str) -> str | None:
+    """The key of the document that, where it is there, makes another one not matter to who takes any format."""
+    path, slash, name = key.rpartition("/")
+    return f"{path}{slash}zarr.json" if name in DOCUMENTS and name != "zarr.json" else None
+
+
+def state_of(key: str, document: bytes | memoryview) -> bytes:
+    """A digest of a document that may describe arrays; empty for one that describes none."""
+    name = key.rpartition("/")[2]
+    tells = name in _TELLING and (name != "zarr.json" or b'"array"' in bytes(document))
+    return blake2b(document, digest_size=8).digest() if tells else b""
+
+
+def telling(path: str) -> list[str]:
+    """The keys of the documents of a node that may describe arrays."""
+    slash = "/" if path else ""
+    return [f"{path}{slash}{name}" for name in _TELLING]
 
 
 class Description(NamedTuple):

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE: Final = "user.xzcache"
 _STAMP: Final = struct.Struct("<B16sIQqq")
-_VERSION: Final = 1
+_VERSION: Final = 2
+_WITHOUT_VALIDATOR: Final = 1
+_LONGEST_VALIDATOR: Final = 200
 
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
@@ -48,18 +50,23 @@ class Stamp(NamedTuple):
     stop: int
     key: str
     """The key of an entry whose path does not tell it; else empty."""
+    validator: str = ""
+    """What tells this state of the object from others, as its source has it; may be empty."""
 
     def encode(self) -> bytes:
-        return _STAMP.pack(_VERSION, self.digest, self.crc, self.size, self.start, self.stop) + self.key.encode()
+        head = _STAMP.pack(_VERSION, self.digest, self.crc, self.size, self.start, self.stop)
+        return head + f"{self.key}\0{self.validator}".encode()
 
     @property
     def entry(self) -> Entry:
         return Entry(self.key, self.start, self.stop)
 
 
-def stamp_of(entry: Entry, data: Data) -> Stamp:
+def stamp_of(entry: Entry, data: Data, validator: str = "") -> Stamp:
     """The stamp of a file that will hold `data` at the entry's own key."""
-    return Stamp(entry.digest(), checksum(data), len(data), entry.start, entry.stop, "")
+    if len(validator) > _LONGEST_VALIDATOR or "\0" in validator or not validator.isascii():
+        validator = ""
+    return Stamp(entry.digest(), checksum(data), len(data), entry.start, entry.stop, "", validator)
 
 
 def _attribute(file: int | str) -> bytes:
@@ -74,9 +81,11 @@ def read_stamp(file: int | str) -> Stamp | None:
     try:
         raw = _attribute(file)
         version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
-        if version != _VERSION:
-            return None
-        return Stamp(digest, crc, size, start, stop, raw[_STAMP.size :].decode())
+        text = raw[_STAMP.size :].decode()
+        if version == _WITHOUT_VALIDATOR:
+            return Stamp(digest, crc, size, start, stop, text)
+        key, _, validator = text.rpartition("\0")
+        return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
     except (OSError, AttributeError, struct.error, UnicodeDecodeError):
         return None
 

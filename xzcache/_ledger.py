@@ -22,6 +22,7 @@ class Record(NamedTuple):
     size: int
     inserted: float
     data: memoryview | None
+    validator: str = ""
 
 
 class Taken(NamedTuple):
@@ -93,6 +94,18 @@ class Ledger:
             record = self._records.get(entry)
             return None if record is None else record.data
 
+    def validator(self, entry: Entry) -> str:
+        """What tells the state of an entry from others; empty where nothing does."""
+        with self._lock:
+            record = self._records.get(entry)
+            return "" if record is None else record.validator
+
+    def renew(self, entry: Entry) -> None:
+        """Let the age of an entry begin now."""
+        with self._lock:
+            if (record := self._records.get(entry)) is not None:
+                self._records[entry] = record._replace(inserted=time.time())
+
     def used(self, entry: Entry, size: int, ticket: Ticket) -> bool:
         """Note a use, recording what an earlier process left; False if it was written since the ticket was taken."""
         with self._lock:
@@ -146,12 +159,12 @@ class Ledger:
         with self._lock:
             self._arriving.discard(key)
 
-    def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket) -> bool:
+    def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket, validator: str) -> bool:
         """Record an entry whose space was taken; False if its key was written since the ticket was taken."""
         with self._lock:
             if ticket != self.ticket(entry.key) or entry in self._records:
                 return False
-            self._records[entry] = Record(size, time.time(), data)
+            self._records[entry] = Record(size, time.time(), data, validator)
             self.in_memory += size if data is not None else 0
             return True
 

@@ -23,6 +23,14 @@ class Notes:
     def set_node(self, path: str, digest: bytes) -> None:
         self._do("INSERT OR REPLACE INTO node(path, digest) VALUES(?, ?)", (path, digest))
 
+    def seen(self, document: str) -> bytes | None:
+        """The state of a document under which what it describes was filled."""
+        row = self._do("SELECT state FROM seen WHERE document = ?", (document,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def set_seen(self, document: str, state: bytes) -> None:
+        self._do("INSERT OR REPLACE INTO seen(document, state) VALUES(?, ?)", (document, state))
+
     def nodes_beneath(self, prefix: str) -> list[str]:
         """Paths of the nodes beneath a path."""
         where, bounds = range_of(prefix, column="path")
@@ -33,6 +41,8 @@ class Notes:
         where, bounds = range_of(prefix, column="path")
         self._do(f"DELETE FROM node{where}", bounds)
         self._do("DELETE FROM node WHERE path = ?", (prefix,))
+        where, bounds = range_of(prefix, column="document")
+        self._do(f"DELETE FROM seen{where}", bounds)
 
     # -- writes that have begun and not ended
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +17,8 @@ from xzcache._buckets import region_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Remote
+
+_OLDEST: Final = (0, 8, 2)
 
 _RETRY: Final = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
 """A server that cannot be reached is given up after some seconds, as fsspec does, not after obstore's three minutes."""
@@ -92,6 +95,20 @@ def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
     ImportError
         There is no obstore.
     """
+    import obstore.exceptions
+
+    if tuple(int(part) for part in re.findall(r"\d+", obstore.__version__)[:3]) < _OLDEST:
+        raise Untranslatable(f"obstore {obstore.__version__} is too old: it misspells the names of some objects")
+    try:
+        return _made(url, options, sure=sure)
+    except Untranslatable:
+        raise
+    except (TypeError, ValueError, OSError, obstore.exceptions.BaseError) as refusal:
+        # never with its text, which may hold a value
+        raise Untranslatable(f"obstore refuses the URL or one of the options ({type(refusal).__name__})") from None
+
+
+def _made(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
     import obstore.store as stores
 
     parts = urlsplit(url, allow_fragments=False)

@@ -99,7 +99,7 @@ class Publisher:
 
     # -- publishing
 
-    def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None) -> bool:
+    def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, validator: str = "") -> bool:
         """Store an entry for every process, unless it was written since the ticket was taken.
 
         Parameters
@@ -108,6 +108,8 @@ class Publisher:
         data : bytes-like
         ticket : Ticket or None
             From before the bytes were fetched; None stores nothing.
+        validator : str
+            What tells this state of the object from others, as its source has it.
 
         Returns
         -------
@@ -116,7 +118,7 @@ class Publisher:
         """
         if ticket is None:
             return False
-        return self._keeper.attempt(lambda: self._publish(entry, data, ticket), False)
+        return self._keeper.attempt(lambda: self._publish(entry, data, ticket, validator=validator), False)
 
     def store(self, entry: Entry, data: files.Data, *, exclusive: bool = False) -> bool:
         """Store an entry that has no source, over whatever file lies at its key.
@@ -140,7 +142,9 @@ class Publisher:
         """
         return self._keeper.insist(lambda: self._publish(entry, data, None, exclusive=exclusive))
 
-    def _publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False) -> bool:
+    def _publish(
+        self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False, validator: str = ""
+    ) -> bool:
         size = len(data)
         overtaken: list[Dying] = []
         with self._books.storing() as member:
@@ -148,7 +152,7 @@ class Publisher:
             sequence, temporary = member.next_temporary()
             spending = _Spending()
             try:
-                stamp = self._write(temporary, entry, data)
+                stamp = self._write(temporary, entry, data, validator)
                 with self._books.section() as (current, index):
                     if current is not member or (
                         ticket is not None and not self._may_enter(member, index, entry, ticket)
@@ -182,8 +186,8 @@ class Publisher:
         places = (True,) if self._is_odd(entry) else (False, True)
         return any(os.path.lexists(self._path(entry, odd=odd)) for odd in places)
 
-    def _write(self, temporary: str, entry: Entry, data: files.Data) -> files.Stamp:
-        stamp = files.stamp_of(entry, data)
+    def _write(self, temporary: str, entry: Entry, data: files.Data, validator: str) -> files.Stamp:
+        stamp = files.stamp_of(entry, data, validator)
         try:
             files.write(temporary, data, self._for_place(stamp, entry, odd=self._is_odd(entry)))
         except OSError as error:

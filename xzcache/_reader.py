@@ -192,6 +192,22 @@ class Reader:
         finally:
             os.close(found.opened.fd)
 
+    def validator(self, entry: Entry) -> str:
+        """What tells the state of an entry that would be found from others; empty where nothing does."""
+        found = self.find(entry)
+        if found is None:
+            return ""
+        stamp = files.read_stamp(found.opened.fd)
+        self.close(found)
+        return stamp.validator if stamp is not None and stamp.digest == entry.digest() else ""
+
+    def renew(self, entry: Entry) -> None:
+        """Let the age of an entry begin now."""
+        if (found := self.find(entry)) is not None:
+            with suppress(OSError):
+                os.utime(found.opened.fd)
+            self.close(found)
+
     def close(self, found: Found) -> None:
         """Let go of a file that is not to be read."""
         os.close(found.opened.fd)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from xzcache._keys import Entry
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 SCHEMA: Final = """
 CREATE TABLE ns(
@@ -27,6 +27,7 @@ CREATE TABLE dying(
 CREATE TABLE owner(
   id INTEGER PRIMARY KEY AUTOINCREMENT, lease INTEGER NOT NULL DEFAULT 0 CHECK(lease >= 0), pid INTEGER NOT NULL);
 CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE seen(document TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE writing(id INTEGER PRIMARY KEY, key TEXT NOT NULL, beneath INTEGER NOT NULL, owner INTEGER NOT NULL);
 CREATE INDEX writing_key ON writing(beneath, key);
 CREATE TABLE absent(key TEXT PRIMARY KEY, noted REAL NOT NULL) WITHOUT ROWID;

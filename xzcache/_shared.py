@@ -12,7 +12,7 @@ from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, clip, is_cacheable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
@@ -103,9 +103,18 @@ class SharedBackend:
         """Take note of the writes so far, before a fetch begins."""
         return self.directory.publisher.ticket(entry)
 
-    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None) -> bool:
-        """Store an entry, unless it was written since the ticket was taken."""
-        return await pool.run(self.directory.publisher.publish, entry, data, ticket)
+    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
+        """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
+        return await pool.run(self.directory.publisher.publish, entry, data, ticket, validator)
+
+    async def validator(self, entry: Entry) -> str:
+        """What tells the cached state of an entry from others; empty where nothing does."""
+        return self.directory.reader.validator(entry)
+
+    async def renew(self, entry: Entry, max_age: Age) -> None:
+        """Let the age of an entry begin anew, where ages matter."""
+        if max_age != "infinity":
+            self.directory.reader.renew(entry)
 
     async def begin(self, keys: Sequence[str]) -> list[Begun]:
         """Before the source of some keys is written."""
@@ -130,6 +139,14 @@ class SharedBackend:
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
         return await pool.run(self.directory.arrays.compare, self.namespace, key, document, ticket)
+
+    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
+        """Documents whose state, as somebody has seen it, may not be the one that this machine's entries are of."""
+        return await pool.run(self.directory.arrays.doubtful, self.namespace, seen)
+
+    async def settled(self, seen: Mapping[str, bytes]) -> None:
+        """Remember, in this process, that the doubts about some documents are settled."""
+        self.directory.arrays.settled(self.namespace, seen)
 
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""

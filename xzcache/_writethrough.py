@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from xzcache._documents import is_document
+from xzcache._documents import is_document, state_of
 from xzcache._flights import through
-from xzcache._readthrough import contents, whole
+from xzcache._reading import contents, whole
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from xzcache._anystore import StoreBackend
-    from xzcache._readthrough import Freshness
+    from xzcache._freshness import Freshness
     from xzcache._shared import SharedBackend
 
 
@@ -78,8 +78,9 @@ class WriteThrough:
         await self._backend.end(begun, values, self._max_size)
         for key, value in certain:
             if is_document(key):
-                await self._backend.note(key, value.to_bytes())
-                self._freshness.note(key)
+                document = value.to_bytes()
+                await self._backend.note(key, document)
+                self._freshness.note(key, state_of(key, document))
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete a key, and what a store of files deletes with it: everything beneath."""

@@ -14,10 +14,12 @@ from zarr.storage import MemoryStore
 from xzcache import _config as settings
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Age, Revalidate, Unset, config
+from xzcache._freshness import Freshness, Seen
 from xzcache._identity import Identity, identify, remember
 from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
-from xzcache._readthrough import Freshness, ReadThrough
+from xzcache._reading import Reading
+from xzcache._readthrough import ReadThrough
 from xzcache._sources import open_source
 from xzcache._stats import Stats
 from xzcache._writable import WritableView
@@ -112,7 +114,7 @@ class CacheStore(WritableView):
         super().__init__(read_only=read_only or self._store.read_only)
         self._cache = cache_store_of(cache_store, self._asked_max_size)
         self._stats = Stats()
-        self._read_through(Freshness(self.revalidate))
+        self._read_through(self._fresh(Seen()))
         self._avoid_oneself()
 
     def _avoid_oneself(self) -> None:
@@ -126,10 +128,13 @@ class CacheStore(WritableView):
                 self._read_through(self._reads.freshness)
             inner = beneath
 
+    def _fresh(self, seen: Seen) -> Freshness:
+        return Freshness(self.revalidate, immutable=self.source.immutable, inherited=seen)
+
     def _read_through(self, freshness: Freshness) -> None:
         given = self._given_namespace
         backend = backend_of(self._cache, given or self.source.namespace, lasting=bool(given) or self.source.lasting)
-        self._reads = ReadThrough(
+        reading = Reading(
             self._store,
             backend,
             freshness=freshness,
@@ -138,7 +143,8 @@ class CacheStore(WritableView):
             max_size=None if isinstance(self._asked_max_size, Unset) else self._asked_max_size,
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
         )
-        self._writes = WriteThrough(backend, freshness, self._reads.max_size)
+        self._reads = ReadThrough(reading)
+        self._writes = WriteThrough(backend, freshness, reading.max_size)
 
     @property
     def namespace(self) -> str:
@@ -180,11 +186,12 @@ class CacheStore(WritableView):
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {"source": self._store, "cache": self._given_cache, "settings": self._settings(), "token": None}
+        state: dict[str, Any] = {"source": self._store, "cache": self._given_cache, "settings": self._settings()}
         if isinstance(self._given_cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
             # a copy gets a cache of its own: what is in this one stays here
             state |= {"cache": type(self._given_cache)(), "token": self._reads.backend.token}
-        return _restore, (type(self), state | {"identity": self.source if self.source.lasting else None})
+        state |= {"identity": self.source if self.source.lasting else None, "seen": self._reads.freshness.seen().packed}
+        return _restore, (type(self), state)
 
     def __dask_tokenize__(self) -> tuple[str, str, str]:
         return "xzcache", self.namespace, type(self).__name__
@@ -273,11 +280,11 @@ class CacheStore(WritableView):
 
 
 def _restore(kind: type[CacheStore], state: dict[str, Any]) -> CacheStore:
-    """A copy in another process: it takes the documents for fresh, as the store that it is a copy of did."""
+    """A copy in another process: what the store that it is a copy of has asked for, it need not ask for again."""
     if state["identity"] is not None:
         remember(state["source"], state["identity"])
     store = kind(state["source"], cache_store=state["cache"], **state["settings"])
-    store._read_through(Freshness(store.revalidate, inherited=True))
+    store._read_through(store._fresh(Seen(state["seen"])))
     if isinstance(store._reads.backend, StoreBackend):
-        store._reads.backend.token = state["token"] or store._reads.backend.token
+        store._reads.backend.token = state.get("token") or store._reads.backend.token
     return store

@@ -1,0 +1,71 @@
+"""What a cache whose books are kept in one process knows of the arrays of its source."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from xzcache import _documents as documents
+from xzcache._keys import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from xzcache._config import Age
+    from xzcache._ledger import Ledger, Ticket
+
+
+class Nodes:
+    """The documents under which entries were filled, and those that the source does not have.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._digests: dict[str, bytes] = {}
+        self._absent: dict[str, float] = {}
+
+    async def compare(
+        self, key: str, document: bytes | None, ticket: Ticket | None, drop: Callable[[str], Awaitable[None]]
+    ) -> Ticket | None:
+        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+
+        def known_beneath(path: str) -> list[str]:
+            return [node for node in self._digests if node.startswith(f"{path}/" if path else "")]
+
+        expected = ticket
+        described = documents.describe(key, document)
+        for path in documents.changed_arrays(key, described, self._digests.get, known_beneath):
+            cached = self._ledger.beneath(path)
+            if path in self._digests or any(not documents.is_document(entry.key) for entry in cached):
+                # our own drop is not somebody else's write
+                expected = None if expected is None else (expected[0], expected[1] + 1)
+                await drop(path)
+        if expected is None or expected != self._ledger.ticket(key):
+            return None
+        self._digests.update(described.arrays)
+        if document is None:
+            self._absent[key] = time.time()
+        return expected
+
+    def is_absent(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a document of a node that it has."""
+        noted = self._absent.get(key)
+        fresh = noted is not None and (max_age == "infinity" or time.time() - noted < max_age)
+        return fresh and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
+
+    def note(self, key: str, document: bytes) -> None:
+        """Remember the arrays of a document that was written through the cache."""
+        self._digests.update(documents.describe(key, document).arrays)
+
+    def forget_absence(self, key: str) -> None:
+        self._absent.pop(key, None)
+
+    def forget(self, prefix: str) -> None:
+        """Forget what is at a path and beneath it; everything for an empty one."""
+        for node in [n for n in self._digests if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
+            del self._digests[node]
+        self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}

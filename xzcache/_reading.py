@@ -1,0 +1,114 @@
+"""One read, and what all reads of one source through one backend have in common."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from xzcache import _upstream as upstream
+from xzcache._keys import span
+
+if TYPE_CHECKING:
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from xzcache._anystore import StoreBackend
+    from xzcache._config import Age
+    from xzcache._freshness import Freshness
+    from xzcache._keys import Entry
+    from xzcache._shared import SharedBackend
+    from xzcache._stats import Stats
+
+
+class Request(NamedTuple):
+    """What somebody wants to read."""
+
+    key: str
+    entry: Entry
+    prototype: BufferPrototype
+    byte_range: ByteRequest | None
+    started: float
+    """When it was asked for, by `time.perf_counter`."""
+
+
+@dataclass
+class Reading:
+    """What reads of one source through one backend have in common.
+
+    Parameters
+    ----------
+    source : Store
+    backend : SharedBackend or StoreBackend
+    freshness : Freshness
+    stats : Stats
+    max_age : float or "infinity"
+        Seconds for which an entry is served.
+    max_size : int or None
+        The bound of a backend that is not bounded by itself, in bytes.
+    timeout : float
+        Seconds to wait for somebody else's fetch.
+    """
+
+    source: Store
+    backend: SharedBackend | StoreBackend
+    freshness: Freshness
+    stats: Stats
+    max_age: Age
+    max_size: int | None
+    timeout: float
+
+    async def find(self, entry: Entry) -> memoryview | None:
+        """What is cached and not too old."""
+        return await self.backend.find(entry, self.max_age)
+
+    def hit(self, request: Request, data: memoryview | None) -> Buffer | None:
+        """Count a read that the source was not asked for, and answer it."""
+        self.stats.hit(0 if data is None else len(data), time.perf_counter() - request.started)
+        return None if data is None else request.prototype.buffer.from_bytes(data)
+
+    async def ask(self, request: Request, *, known: str = "") -> upstream.Answer:
+        """Ask the source, and count it, unless it says that what is known is what it has."""
+        certain = self.freshness.revalidate is True
+        answer = await upstream.ask(
+            self.source, request.key, request.prototype, request.byte_range, known=known, certain=certain
+        )
+        if not answer.unchanged:
+            size = 0 if answer.value is None else len(answer.value)
+            self.stats.miss(size, time.perf_counter() - request.started)
+        return answer
+
+    async def ask_again(self, request: Request) -> tuple[upstream.Answer, memoryview | None]:
+        """Ask the source whether it has something else than what is cached.
+
+        Returns
+        -------
+        Answer
+        memoryview or None
+            What is cached, where the source has the same; else None.
+        """
+        known = await self.backend.validator(request.entry)
+        answer = await self.ask(request, known=known)
+        if not answer.unchanged:
+            return answer, None
+        if (data := await self.backend.find(request.entry, "infinity")) is not None:
+            await self.backend.renew(request.entry, self.max_age)
+            return answer, data
+        # it was evicted while we asked, or is damaged
+        return await self.ask(request), None
+
+
+def whole() -> tuple[int, int]:
+    """The span of a whole object."""
+    wanted = span(None)
+    assert wanted is not None
+    return wanted
+
+
+def contents(value: Buffer) -> memoryview:
+    """The bytes of a buffer, without a copy where they are in main memory; nobody may change them."""
+    array = np.ascontiguousarray(value.as_numpy_array())
+    # an empty view cannot be cast
+    return memoryview(array).toreadonly().cast("B") if array.size else memoryview(b"")

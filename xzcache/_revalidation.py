@@ -1,0 +1,181 @@
+"""Reading what the source has to be asked for whatever is cached, and making the cache agree with it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from zarr.core.buffer import default_buffer_prototype
+
+from xzcache._documents import is_document, ruling, state_of, telling
+from xzcache._flights import Flight, HandedOver
+from xzcache._reading import Request, contents, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zarr.core.buffer import Buffer
+
+    from xzcache._reading import Reading
+
+
+_REMEMBERED: Final = 4096
+
+
+class Revalidation:
+    """Reads that ask.
+
+    Parameters
+    ----------
+    reading : Reading
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._backend = reading.backend
+        self._freshness = reading.freshness
+        self._seen = self._freshness.inherited
+        self.may_settle = self._seen.tells and self._freshness.revalidate not in (True, False)
+        self._settled: set[str] = set()
+
+    async def read(self, request: Request) -> Buffer | None:
+        """Read from the source, and make the cache agree with it."""
+        if is_document(request.key):
+            if await self._goes_without_saying(request):
+                self._freshness.note(request.key, b"")
+                return self._reading.hit(request, None)
+            data = await self._document(request)
+            return None if data is None else request.prototype.buffer.from_bytes(data)
+        ticket = self._backend.ticket(request.entry)
+        answer, data = await self._reading.ask_again(request)
+        if data is not None:
+            return self._reading.hit(request, data)
+        value = None if answer.value is None else contents(answer.value)
+        await self._agree(request, value, ticket, answer.validator)
+        return answer.value
+
+    async def _goes_without_saying(self, request: Request) -> bool:
+        """Whether a document is known to be missing from a node whose ruling document somebody is asking for now.
+
+        Who opens a node of unknown format asks for the documents of both, all at once. If the one that comes first in
+        the order of formats is still there, those that were not there before do not matter.
+        """
+        rules = ruling(request.key)
+        if rules is None or not self._freshness.is_asking(rules) or not await self._is_known_absent(request.key):
+            return False
+        entry = self._backend.entry(rules, *whole())
+        if entry is None:
+            return False
+        if self._freshness.must_ask(rules):
+            other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
+            return await self._document(other) is not None
+        return await self._backend.find(entry, "infinity") is not None
+
+    async def _is_known_absent(self, key: str) -> bool:
+        return await self._backend.is_absent(key, self._reading.max_age)
+
+    async def _document(self, request: Request) -> memoryview | None:
+        """A metadata document from the source, asked for once by all tasks that want it now."""
+        key, entry = request.key, request.entry
+        while True:
+            ticket = began = self._backend.ticket(entry)
+            if began is None:
+                flight: Flight[memoryview | None] = Flight()
+                break
+            flight, leads = self._backend.flights.join((id(self._freshness), key, began))
+            if leads:
+                break
+            try:
+                data = await asyncio.wait_for(flight.outcome(), self._reading.timeout)
+            except HandedOver:
+                continue
+            except TimeoutError:
+                flight = Flight()
+                break
+            self._reading.hit(request, data)
+            return data
+        try:
+            answer, data = await self._reading.ask_again(request._replace(prototype=default_buffer_prototype()))
+            if data is not None:
+                self._reading.hit(request, data)
+            elif answer.value is not None:
+                data = contents(answer.value)
+            if data is None or await self._backend.find(entry, "infinity") != data:
+                ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
+            if not answer.unchanged:
+                await self._agree(request, data, ticket, answer.validator)
+            self._freshness.note(key, b"" if data is None else state_of(key, data))
+            flight.land(data)
+            return data
+        except BaseException as error:
+            flight.fail(error)
+            raise
+        finally:
+            self._backend.flights.leave((id(self._freshness), key, began), flight)
+
+    async def _agree(self, request: Request, data: memoryview | None, ticket: Any, validator: str) -> None:
+        """Store what the source has now, where the cache has something else."""
+        key, entry = request.key, request.entry
+        cached = await self._backend.find(entry, "infinity")
+        if data is not None and cached == data:
+            told = validator in ("", await self._backend.validator(entry))
+            if told and await self._reading.find(entry) is not None:
+                return
+        if cached is not None:
+            ticket = await self._backend.forget(key, ticket)
+        if data is not None and ticket is not None:
+            await self._backend.publish(entry, data, ticket, self._reading.max_size, validator)
+
+    # -- what a copy was told by the store that it is a copy of
+
+    async def settle(self, key: str) -> None:
+        """See that what this machine has cached of an array was filled under the documents that the original has seen.
+
+        Another machine may not have noticed a change that the one of the original has. Where it is in doubt, the source
+        is asked for the document, once in a process.
+        """
+        nodes = [path for path in _nodes_above(key) if path not in self._settled]
+        vouched = {
+            document: state for path in nodes for document in telling(path) if (state := self._seen.state(document))
+        }
+        if vouched:
+            await self._settle(vouched)
+        if len(self._settled) > _REMEMBERED:
+            self._settled.clear()
+        self._settled.update(nodes)
+
+    async def _settle(self, vouched: dict[str, bytes]) -> None:
+        name = ("settle", self._backend.namespace, tuple(sorted(vouched.items())))
+        while True:
+            flight, leads = self._backend.flights.join(name)
+            if leads:
+                break
+            try:
+                await asyncio.wait_for(flight.outcome(), self._reading.timeout)
+            except HandedOver:
+                continue
+            except TimeoutError:
+                flight = Flight()
+                break
+            return
+        try:
+            for key in await self._backend.doubtful(vouched):
+                if (entry := self._backend.entry(key, *whole())) is not None:
+                    await self._document(Request(key, entry, default_buffer_prototype(), None, time.perf_counter()))
+            await self._backend.settled(vouched)
+            flight.land(None)
+        except BaseException as error:
+            flight.fail(error)
+            raise
+        finally:
+            self._backend.flights.leave(name, flight)
+
+
+def _nodes_above(key: str) -> Iterator[str]:
+    """Paths of all nodes in which a key may lie, the root's included."""
+    at = key.find("/")
+    while at >= 0:
+        yield key[:at]
+        at = key.find("/", at + 1)
+    yield ""
