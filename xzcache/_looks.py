@@ -33,16 +33,20 @@ class Looks(NamedTuple):
 
     def _rows(self) -> dict[str, str]:
         info, stats = self.info, self.stats
-        bound = info["max_size"]
-        used = info.get("total_size", 0)
-        limit = "without bound" if bound is None else f"of {_bytes(bound)}"
         return {
             "source": self.source,
             "cache": self.cache,
-            "used": f"{_bytes(used)} {limit}, {_bytes(info.get('current_size', 0))} by this source",
+            "used": self._used(),
             "hits": f"{stats['hits']:,} ({stats['hit_rate']:.0%} of reads), {_bytes(stats['bytes_from_cache'])} saved",
             "misses": f"{stats['misses']:,}, {_bytes(stats['bytes_from_source'])} from the source",
         }
+
+    def _used(self) -> str:
+        if "total_size" not in self.info:
+            return "not opened yet"
+        bound = self.info["max_size"]
+        limit = "without bound" if bound is None else f"of {_bytes(bound)}"
+        return f"{_bytes(self.info['total_size'])} {limit}, {_bytes(self.info['current_size'])} by this source"
 
     def text(self) -> str:
         """A line as Zarr's own cache has it, and what people ask for beneath."""
@@ -55,8 +59,8 @@ class Looks(NamedTuple):
     def html(self) -> str:
         """A table for notebooks, in whatever colours they have."""
         rows = self._rows()
-        bound = self.info["max_size"]
-        share = min(1.0, self.info.get("total_size", 0) / bound) if bound else 0.0
+        bound = self.info["max_size"] if "total_size" in self.info else None
+        share = min(1.0, self.info["total_size"] / bound) if bound else 0.0
         bar = (
             f"<span style='{_BAR}{_GROOVE}'>"
             f"<span style='display:block;height:100%;width:{share:.1%};background:currentColor'></span></span>"

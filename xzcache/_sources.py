@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import zarr.storage
 from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
 from xzcache._objectstores import SCHEMES, Untranslatable, object_store
@@ -58,7 +59,7 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         return store.store
     if isinstance(store, Store):
         return store
-    if isinstance(store, dict):
+    if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):
         return MemoryStore(store, read_only=read_only)
     if isinstance(store, str):
         if not store:

@@ -209,8 +209,6 @@ class CacheStore(WritableView):
     def _looks(self) -> Looks:
         # what is only looked at is neither made nor waited for
         info = self.cache_info() if self._reads.backend.is_open else {"max_size": self._asked_max_size}
-        if isinstance(info["max_size"], Unset):
-            info["max_size"] = config.get("max_size")
         where = self.source.label, label_of(self._cache)
         return Looks(type(self).__name__, *where, self.max_age_seconds, info, self.cache_stats())
 
