@@ -32,7 +32,7 @@ class Looks(NamedTuple):
     """As `CacheStore.cache_stats`."""
 
     def _rows(self) -> dict[str, str]:
-        info, stats = self.info, self.stats
+        stats = self.stats
         return {
             "source": self.source,
             "cache": self.cache,
