@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from xzcache._alone import Alone
 from xzcache._flights import Flights, through
 from xzcache._keys import Entry, clip
 from xzcache._ledger import Ledger, Ticket
 from xzcache._nodes import Nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from zarr.abc.store import Store
 
@@ -32,7 +33,7 @@ logger = logging.getLogger("xzcache")
 _RANGES_WITHOUT_BOUND: Final = 256 << 20  # bytes that byte ranges may take of memory where the cache has no bound
 
 
-class StoreBackend:
+class StoreBackend(Alone):
     """A generic cache store and its books.
 
     Parameters
@@ -47,7 +48,6 @@ class StoreBackend:
     """
 
     bound: int | None = None  # the store that caches here says how much it may
-    is_open = True
 
     def __init__(self, cache_store: Store, source: str) -> None:
         self.cache_store = cache_store
@@ -65,9 +65,6 @@ class StoreBackend:
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
         """The entry of a span of an object."""
         return Entry(key, start, stop)
-
-    async def prepare(self) -> None:
-        """Nothing has to be opened."""
 
     # -- finding
 
@@ -109,10 +106,6 @@ class StoreBackend:
 
     # -- fetching once, publishing
 
-    def lead(self, entry: Entry) -> Callable[[], None] | None:
-        """No other process shares these books."""
-        return lambda: None
-
     def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""
         return self._ledger.ticket(entry.key)
@@ -129,6 +122,15 @@ class StoreBackend:
         if cancelled:
             raise asyncio.CancelledError
         return stored
+
+    async def publish_soon(
+        self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
+    ) -> None:
+        """As `publish`: a cache store has to be written by the event loop that it belongs to."""
+        try:
+            await self.publish(entry, data, ticket, max_size, validator)
+        finally:
+            done()
 
     async def _publish(self, entry: Entry, data: Data, ticket: Ticket, limit: int | None, validator: str) -> bool:
         try:
@@ -254,13 +256,6 @@ class StoreBackend:
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
         self._nodes.note(key, document)
-
-    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
-        """No other process shares these books, so there is nothing that it could not know of."""
-        return []
-
-    async def settled(self, seen: Mapping[str, bytes]) -> None:
-        """There were no doubts."""
 
     # -- looking
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _disk as disk
 from xzcache import _recovery as recovery
 from xzcache._arrays import Arrays
+from xzcache._background import Background
 from xzcache._books import Books
 from xzcache._doubts import Doubts
 from xzcache._errors import Foreign
@@ -67,6 +68,7 @@ class CacheDirectory:
     ) -> None:
         self.root = root
         self.books = Books(root, lock_timeout)
+        self.background = Background()
         self._min_free = min_free
         self._start(max_size, default_max_size)
 
@@ -164,7 +166,8 @@ class CacheDirectory:
             return index.odd_keys(prefix)
 
     def close(self) -> None:
-        """Tell the index of the latest uses and give the lease back. The next use joins again."""
+        """Finish what is being stored, tell the index of the latest uses, give the lease back. The next use joins again."""
+        self.background.wait()
         if (member := self.books.current) is not None:
             if member.guard.is_current():
                 self.flush()

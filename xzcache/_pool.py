@@ -23,9 +23,16 @@ T = TypeVar("T")
 
 
 class _Pool:
-    """An executor that is made at its first use."""
+    """An executor that is made at its first use.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    threads : int or None
+        None for as many as are configured.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
         self.after_fork_in_child()
         renew_after_fork(self)
 
@@ -36,12 +43,13 @@ class _Pool:
     def executor(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._executor is None:
-                threads = parse_threads("threads", config.get("threads"))
+                threads = self._threads or parse_threads("threads", config.get("threads"))
                 self._executor = ThreadPoolExecutor(threads, thread_name_prefix="xzcache")
             return self._executor
 
 
 _pool: Final = _Pool()
+_queue: Final = _Pool(threads=1)
 
 
 class _Once(Generic[T]):
@@ -63,9 +71,18 @@ class _Once(Generic[T]):
 
 def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """Run a function in a thread of ours; where there are none to be had, as at the end of the process, right here."""
-    once = _Once(partial(function, *args, **kwargs))
+    return _submit(_pool, partial(function, *args, **kwargs))
+
+
+def submit_in_order(function: Callable[[], T]) -> Future[T]:
+    """Run a function in one thread of ours, after all that was submitted in this way before."""
+    return _submit(_queue, function)
+
+
+def _submit(pool: _Pool, call: Callable[[], T]) -> Future[T]:
+    once = _Once(call)
     try:
-        _pool.executor().submit(once)
+        pool.executor().submit(once)
     except RuntimeError:
         once()
     return once.future

@@ -116,9 +116,22 @@ class ReadThrough:
 
     async def _lead(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
         """Fetch for all who wait in this process, unless another process does or has done so."""
+        with self.backend.fetching():
+            return await self._take_off(flight, ticket, request)
+
+    async def _take_off(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
         key, entry = request.key, request.entry
         unlock: Callable[[], None] | None = None
         began = ticket
+
+        def done() -> None:
+            self.backend.flights.leave((entry, began), flight)
+            if unlock is not None:
+                # a lock that cannot be given back goes with the process
+                with suppress(OSError):
+                    unlock()
+
+        publishing = False
         try:
             unlock, data = await self._win(entry)
             if data is None:
@@ -133,17 +146,16 @@ class ReadThrough:
             # those who wait need not wait for the disk
             flight.land(data)
             if data is not None:
-                await self.backend.publish(entry, data, ticket, self.reading.max_size, answer.validator)
+                publishing = True
+                max_size, validator = self.reading.max_size, answer.validator
+                await self.backend.publish_soon(entry, data, ticket, max_size, validator, done)
             return answer.value
         except BaseException as error:
             flight.fail(error)
             raise
         finally:
-            self.backend.flights.leave((entry, began), flight)
-            if unlock is not None:
-                # a lock that cannot be given back goes with the process
-                with suppress(OSError):
-                    unlock()
+            if not publishing:
+                done()
 
     async def _ask(self, request: Request) -> tuple[Answer, memoryview | None]:
         """Ask the source; what is cached, where that is only too old and the source still has it."""

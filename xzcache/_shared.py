@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _pool as pool
@@ -12,7 +13,7 @@ from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, clip, is_cacheable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
@@ -107,6 +108,29 @@ class SharedBackend:
         """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
         return await pool.run(self.directory.publisher.publish, entry, data, ticket, validator)
 
+    async def publish_soon(
+        self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
+    ) -> None:
+        """As `publish`, but without waiting for it, as long as others are fetching as well."""
+
+        def work() -> None:
+            try:
+                self.directory.publisher.publish(entry, data, ticket, validator)
+            finally:
+                done()
+
+        self.directory.background.add(work, len(data))
+        await self.directory.background.pause()
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """While somebody fetches what is not cached."""
+        self.directory.background.enter()
+        try:
+            yield
+        finally:
+            self.directory.background.leave()
+
     async def validator(self, entry: Entry) -> str:
         """What tells the cached state of an entry from others; empty where nothing does."""
         return self.directory.reader.validator(entry)
@@ -163,6 +187,7 @@ class SharedBackend:
     def info(self) -> dict[str, Any]:
         """What is cached of this source, and in all; sizes in bytes."""
         self.directory.prepare()
+        self.directory.background.wait()
         self.directory.flush()
         totals = self.directory.totals()
         count, size = self.directory.share(self.namespace)
