@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
 from typing import Any, Final
 
 _SECRET: Final = re.compile(r"key|secret|token|passw|credential|sas|auth|signature|session|cert|cookie|header", re.I)
+_WHOSE: Final = ("key", "username", "user", "access_key_id", "aws_access_key_id")
+"""Names of options that say in whose name something is read: what is there may depend on it."""
+_PASSING: Final = ("token", "session_token", "aws_session_token")
+"""With one of these, the name is another one the next hour."""
+_USER: Final = re.compile(r"://[^/?#]*@")
 _BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
 
 
@@ -36,8 +42,11 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
     elif isinstance(value, bytes | int | float | bool | os.PathLike) or value is None:
         yield repr(value)
     elif isinstance(value, Mapping):
+        passing = any(value.get(name) for name in _PASSING)
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
-            if not _SECRET.search(str(name)):
+            if name in _WHOSE and isinstance(item, str) and not passing:
+                yield f"{name}={blake2b(item.encode(), digest_size=16).hexdigest()}"
+            elif not _SECRET.search(str(name)):
                 yield f"{name}="
                 yield from described(item, known)
     elif isinstance(value, list | tuple | set | frozenset):
@@ -57,12 +66,10 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
 
 
 def without_user(url: str) -> str:
-    """A URL, or the path of one, without user and password."""
-    scheme, separator, rest = url.rpartition("://") if "://" in url else ("", "", url)
-    first, slash, path = rest.partition("/")
-    return scheme + separator + first.rpartition("@")[2] + slash + path
+    """A URL, or a chain of them, without users and passwords."""
+    return _USER.sub("://", url)
 
 
 def without_secrets(url: str) -> str:
-    """A URL, or the path of one, without user, password and query."""
+    """A URL, or a chain of them, without users, passwords and queries."""
     return without_user(url).partition("?")[0]

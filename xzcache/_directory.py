@@ -166,7 +166,7 @@ class CacheDirectory:
             return index.odd_keys(prefix)
 
     def close(self) -> None:
-        """Finish what is being stored, tell the index of the latest uses, give the lease back. The next use joins again."""
+        """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
         self.background.wait()
         if (member := self.books.current) is not None:
             if member.guard.is_current():

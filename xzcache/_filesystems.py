@@ -16,7 +16,7 @@ _NOT_LOCATING: Final = (
     *("asynchronous", "loop", "max_concurrency", "anon", "skip_instance_cache", "use_listings_cache"),
     *("listings_expiry_time", "max_paths", "default_block_size", "default_cache_type", "default_fill_cache"),
 )
-_OBJECT_STORES: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Location]]] = {
+_OBJECT_STORES: Final[Mapping[str, Callable[[str, dict[str, Any]], Location]]] = {
     **dict.fromkeys(("s3", "s3a"), locations.of_s3),
     **dict.fromkeys(("gs", "gcs"), locations.of_google),
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), locations.of_azure),

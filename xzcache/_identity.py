@@ -181,7 +181,9 @@ def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
     if describe is None:
         label = f"{kind} {bucket} {without_secrets(prefix)}".strip()
         return label, (kind, bucket, prefix, *described(config, _known))
-    location = describe(f"{bucket}/{prefix}", config)
+    location = describe(f"{bucket}/{prefix}", config, boto=False)
+    if location.server and (provider := getattr(store, "credential_provider", None)) is not None:
+        return location.label, (*location, *described(provider, _known))
     return location.label, location
 
 

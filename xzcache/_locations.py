@@ -7,11 +7,14 @@ each have a bucket of the same name, so that both are part of the location.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-_AMAZON: Final = ".amazonaws.com"
+_AMAZON: Final = re.compile(r"([^.]+\.)*s3([.-][^.]+)*\.amazonaws\.com(\.cn)?")
+_AZURE: Final = re.compile(r"(?P<account>[^.]+)\.(blob|dfs)\.core\.windows\.net")
 _KEYS: Final = ("key", "username", "access_key_id", "aws_access_key_id")
 _TOKENS: Final = ("token", "session_token", "aws_session_token")
 
@@ -34,38 +37,75 @@ class Location(NamedTuple):
         return f"{self.scheme}://{path}"
 
 
-def of_s3(path: str, options: Mapping[str, Any]) -> Location:
-    """Of an S3 bucket and prefix, with options in s3fs's or obstore's words."""
+def of_s3(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Location:
+    """Of an S3 bucket and prefix.
+
+    Parameters
+    ----------
+    path : str
+    options : mapping
+        In s3fs's or obstore's words.
+    boto : bool
+        Whether a client reads it that finds endpoints where boto does, and not where obstore does.
+    """
     given = {**options, **_mapping(options.get("client_kwargs"))}
-    endpoint = given.get("endpoint_url") or given.get("endpoint") or _environment("AWS_ENDPOINT_URL_S3")
-    server = _server(str(endpoint or _environment("AWS_ENDPOINT_URL") or _environment("AWS_ENDPOINT")))
-    return Location("s3", server, _account(given) if server else "", path.strip("/"))
+    profile = str(given.get("profile") or _environment("AWS_PROFILE") or _environment("AWS_DEFAULT_PROFILE"))
+    endpoint = str(given.get("endpoint_url") or given.get("endpoint") or "")
+    if boto:
+        endpoint = endpoint or configured_endpoint(profile)
+    else:
+        # one wins over what is given, the others do not
+        endpoint = _environment("AWS_ENDPOINT_URL_S3") or endpoint
+        endpoint = endpoint or _environment("AWS_ENDPOINT_URL") or _environment("AWS_ENDPOINT")
+    region = given.get("region_name") or given.get("region") or _environment("AWS_REGION")
+    server = _server(endpoint) or _partition(str(region or _environment("AWS_DEFAULT_REGION")))
+    return Location("s3", server, _account(given, profile) if server and endpoint else "", path.strip("/"))
 
 
-def _account(given: Mapping[str, Any]) -> str:
+def configured_endpoint(profile: str) -> str:
+    """The endpoint that boto finds when none is given; something that stands for it where only boto can tell."""
+    if _true(_environment("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")):
+        return ""
+    if endpoint := _environment("AWS_ENDPOINT_URL_S3") or _environment("AWS_ENDPOINT_URL"):
+        return endpoint
+    try:
+        with open(os.path.expanduser(_environment("AWS_CONFIG_FILE") or "~/.aws/config"), "rb") as file:
+            text = file.read()
+    except OSError:
+        return ""
+    if b"endpoint_url" not in text:
+        return ""
+    return f"{blake2b(text + profile.encode(), digest_size=8).hexdigest()}.configured"
+
+
+def _account(given: Mapping[str, Any], profile: str) -> str:
     if _true(given.get("anon")) or _true(given.get("skip_signature")):
         return "anonymous"
     key = next((given[name] for name in _KEYS if given.get(name)), None)
     token = next((given[name] for name in _TOKENS if given.get(name)), None)
-    if key is None:
+    if key is None and not given.get("profile"):
         key, token = _environment("AWS_ACCESS_KEY_ID"), _environment("AWS_SESSION_TOKEN")
     # the key of a session is another one the next hour
-    return "a session" if token else f"key {key}" if key else ""
+    return "a session" if token else f"key {key}" if key else f"profile {profile}"
 
 
-def of_google(path: str, options: Mapping[str, Any]) -> Location:
+def of_google(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Location:
     """Of a bucket and prefix of Google Cloud Storage."""
-    endpoint = options.get("endpoint_url") or _environment("STORAGE_EMULATOR_HOST")
+    endpoint = options.get("endpoint_url") or (_environment("STORAGE_EMULATOR_HOST") if boto else "")
     return Location("gs", _server(str(endpoint or "")), "", path.strip("/"))
 
 
-def of_azure(path: str, options: Mapping[str, Any]) -> Location:
+def of_azure(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Location:
     """Of a container and prefix of Azure Blob Storage."""
-    account = options.get("account_name") or options.get("account_host") or _environment("AZURE_STORAGE_ACCOUNT_NAME")
-    said = dict(part.partition("=")[::2] for part in str(options.get("connection_string") or "").split(";"))
-    endpoint = options.get("endpoint") or said.get("BlobEndpoint") or ""
-    account = str(account or said.get("AccountName") or "").partition(".")[0]
-    return Location("az", _server(str(endpoint)), account, path.strip("/"))
+    string = options.get("connection_string") or (_environment("AZURE_STORAGE_CONNECTION_STRING") if boto else "")
+    said = dict(part.partition("=")[::2] for part in str(string or "").split(";"))
+    endpoint = str(options.get("endpoint") or said.get("BlobEndpoint") or "")
+    account = options.get("account_name") or said.get("AccountName") or _environment("AZURE_STORAGE_ACCOUNT_NAME")
+    host = str(options.get("account_host") or urlsplit(endpoint).hostname or "").lower()
+    server = "emulator" if _true(options.get("use_emulator")) else _server(endpoint) or host
+    if known := _AZURE.fullmatch(host):
+        account, server = account or known["account"], ""
+    return Location("az", server, str(account or "").partition(".")[0].lower(), path.strip("/"))
 
 
 def of_web(url: str) -> Location:
@@ -73,18 +113,26 @@ def of_web(url: str) -> Location:
     parts = urlsplit(url, allow_fragments=False)
     user, at, host = parts.netloc.rpartition("@")
     usual = {"https": ":443", "http": ":80"}.get(parts.scheme, ":")
-    path = host.lower().removesuffix(usual) + parts.path.rstrip("/") + (f"?{parts.query}" if parts.query else "")
-    return Location(parts.scheme, "", user.partition(":")[0] if at else "", path)
+    # libraries differ in whether they say a space, or %20
+    path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+    where = host.lower().removesuffix(usual) + path + (f"?{parts.query}" if parts.query else "")
+    return Location(parts.scheme, "", user.partition(":")[0] if at else "", where)
 
 
 def _server(endpoint: str) -> str:
-    """Scheme, host and port; empty for Amazon's own."""
+    """Host, port and path; of Amazon's own the part of the world whose names of buckets are its own."""
     parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     host = (parts.hostname or "").lower()
-    if not host or host.endswith(_AMAZON):
-        return ""
+    if not host or _AMAZON.fullmatch(host):
+        return _partition(host)
     port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
     return f"{host}:{port}{parts.path.rstrip('/')}"
+
+
+def _partition(region: str) -> str:
+    """The part of Amazon's world that a region or host of it belongs to; empty for the large one."""
+    found = re.search(r"us-gov|us-iso|eusc|\.cn$|(^|[.-])cn-", region)
+    return f"amazon {found[0].strip('.-')[:6]}" if found else ""
 
 
 def _environment(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 from xzcache._buckets import region_of
+from xzcache._locations import configured_endpoint
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Remote
@@ -59,12 +60,11 @@ _AZURE_NATIVE: Final = frozenset(
         *("endpoint", "use_emulator", "use_azure_cli", "federated_token_file", "msi_endpoint"),
     }
 )
-_AWS_ENVIRONMENT: Final = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+_AWS_TAKEN_IN_TWO_WAYS: Final = (
+    *("AWS_ENDPOINT", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_SKIP_SIGNATURE", "AWS_TOKEN", "AWS_S3_EXPRESS"),
+    *("AWS_BUCKET", "AWS_BUCKET_NAME", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"),
 )
+"""Variables of the environment that obstore and s3fs do not read alike."""
 _AZURE_CREDENTIALS: Final = ("account_key", "sas_key", "client_secret", "federated_token_file", "use_azure_cli")
 
 SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
@@ -118,7 +118,7 @@ def _made(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
     common.setdefault("retry_config", _RETRY)
     if parts.scheme in ("http", "https"):
         common["client_options"] |= _of_web(parts, given)
-        return stores.HTTPStore.from_url(url, **common)
+        return stores.HTTPStore.from_url(url.rstrip("/"), **common)
     # a question mark is a character like any other in the name of an object
     prefix = (parts.path + (f"?{parts.query}" if parts.query else "")).strip("/")
     if "//" in prefix or not parts.netloc:
@@ -153,15 +153,20 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
     config = dict(_renamed({**given, **{k: v for k, v in client.items() if v is not None}}, _S3, _S3_NATIVE))
     if not config.get("skip_signature", False):
         config.pop("skip_signature", None)
-        in_environment = any(os.environ.get(name) for name in _AWS_ENVIRONMENT)
-        if not sure and "access_key_id" not in config and not in_environment:
+        if not sure and "access_key_id" not in config and not _signs():
             raise Untranslatable("obstore may not find the credentials that s3fs finds")
         if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
             # obstore would send it along with somebody else's key
             raise Untranslatable("AWS_SESSION_TOKEN in the environment does not belong to the key that was given")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if "endpoint" not in config and endpoint:
+    if ambiguous := next((name for name in _AWS_TAKEN_IN_TWO_WAYS if os.environ.get(name)), None):
+        raise Untranslatable(f"obstore and s3fs do not take {ambiguous} of the environment alike")
+    if "endpoint" not in config and (endpoint := configured_endpoint("")):
+        if "://" not in endpoint:
+            raise Untranslatable("the configuration of the AWS tools names an endpoint, which obstore does not look at")
         config["endpoint"] = endpoint
+    if os.environ.get("AWS_ENDPOINT_URL_S3", config.get("endpoint")) != config.get("endpoint"):
+        # obstore would take it before the one that was given
+        raise Untranslatable("AWS_ENDPOINT_URL_S3 in the environment is not the endpoint that was given")
     if "endpoint" not in config and "region" not in config:
         # other clients follow Amazon's redirection to the right region, obstore does not
         if (region := region_of(bucket)) is None:
@@ -170,8 +175,19 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
     yield from config.items()
 
 
+def _signs() -> bool:
+    """Whether there are credentials in the environment that obstore and boto both find first."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        return True
+    file = os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials")
+    role = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and os.environ.get("AWS_ROLE_ARN")
+    return bool(role) and not os.path.exists(file)
+
+
 def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
     token = given.pop("token", None)
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        raise Untranslatable("obstore does not look at STORAGE_EMULATOR_HOST of the environment")
     if token == "anon":
         given["skip_signature"] = True
     elif isinstance(token, Mapping) and token.get("type") == "service_account":
@@ -189,7 +205,11 @@ def _of_azure(parts: SplitResult, given: dict[str, Any], *, sure: bool) -> Itera
     _, at, host = parts.netloc.partition("@")
     config = dict(_renamed(given, _AZURE, _AZURE_NATIVE))
     if at:
-        config.setdefault("account_name", host.partition(".")[0])
+        if not re.fullmatch(r"[^.]+\.(blob|dfs)\.core\.windows\.net", host, re.IGNORECASE):
+            raise Untranslatable("obstore would not read from the host of the URL")
+        config.setdefault("account_name", host.partition(".")[0].lower())
+    if os.environ.get("AZURE_STORAGE_CONNECTION_STRING"):
+        raise Untranslatable("obstore does not look at AZURE_STORAGE_CONNECTION_STRING of the environment")
     named = config.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not named and not config.get("use_emulator"):
         raise Untranslatable("obstore needs the option 'account_name'")

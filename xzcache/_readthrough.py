@@ -145,7 +145,7 @@ class ReadThrough:
                 self.freshness.note(key, b"" if data is None else state_of(key, data))
             # those who wait need not wait for the disk
             flight.land(data)
-            if data is not None:
+            if data is not None and (entry.stop < 0 or len(data) <= entry.stop - entry.start):
                 publishing = True
                 max_size, validator = self.reading.max_size, answer.validator
                 await self.backend.publish_soon(entry, data, ticket, max_size, validator, done)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
+from html import unescape
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import zarr.storage
 from zarr.abc.store import Store
@@ -16,12 +18,15 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
 from xzcache._objectstores import SCHEMES, Untranslatable, object_store
 
+_ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
 
 
 def is_url(store: object) -> bool:
     """Whether something is a URL, or a chain of them, and not a path."""
-    return isinstance(store, str) and ("://" in store or "::" in store) and not store.startswith("file://")
+    if not isinstance(store, str) or store.startswith(("file://", "/", ".", "~")):
+        return False
+    return "://" in store or "::" in store
 
 
 def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:
@@ -57,6 +62,10 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         if store.path:
             raise ValueError(f"store={store.path!r} is a path within a store: give the store itself")
         return store.store
+    if type(store) is LocalStore:
+        return (
+            store if os.path.realpath(store.root) == str(store.root) else _local(store.root, read_only=store.read_only)
+        )
     if isinstance(store, Store):
         return store
     if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):
@@ -64,26 +73,35 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
     if isinstance(store, str):
         if not store:
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
-        return LocalStore(Path(store.removeprefix("file://")).expanduser(), read_only=read_only)
+        return _local(store.removeprefix("file://"), read_only=read_only)
     if type(store).__name__ == "FSMap":
         return FsspecStore.from_mapper(store, read_only=read_only)
     if hasattr(store, "protocol") and hasattr(store, "fs") and hasattr(store, "path"):
         if store.protocol in ("", "file", "local"):
-            return LocalStore(Path(store.path), read_only=read_only)
+            return _local(store.path, read_only=read_only)
         return FsspecStore.from_upath(store, read_only=read_only)
     if isinstance(store, os.PathLike):
-        return LocalStore(Path(store), read_only=read_only)
+        return _local(store, read_only=read_only)
     # never with its value, which may be a secret
     raise TypeError(f"store is a {type(store).__name__}, which is not accepted: give {_ACCEPTED}")
 
 
+def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
+    # where it is now: neither the working directory nor a link may lead elsewhere later on
+    return LocalStore(Path(os.path.realpath(os.path.expanduser(path))), read_only=read_only)
+
+
 def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: str) -> Store:
     scheme = urlsplit(url).scheme if "::" not in url else ""
+    if scheme in SCHEMES and scheme not in ("http", "https") and re.match(r"\w+://[^/]*:[^/]*@", url):
+        # never with the URL: this is a secret
+        raise ValueError(f"store is a {scheme} URL with a user and a password: give them as storage_options")
     if upstream != "fsspec":
         try:
             if scheme not in SCHEMES:
                 raise Untranslatable(f"obstore does not read the scheme {scheme!r}: {', '.join(SCHEMES)}")
-            return _over_obstore(url, options, read_only=read_only, sure=upstream == "obstore")
+            configured = {**_configured(scheme), **options}
+            return _over_obstore(url, configured, read_only=read_only, sure=upstream == "obstore")
         except Untranslatable as reason:
             if upstream == "obstore":
                 raise ValueError(f"upstream='obstore' cannot read this: {reason}. Give 'auto' or 'fsspec'") from None
@@ -107,6 +125,14 @@ def _over_obstore(url: str, options: Mapping[str, Any], *, read_only: bool, sure
     if urlsplit(url).scheme in ("http", "https"):
         return WebStore(remote, url, read_only=read_only)
     return zarr.storage.ObjectStore(remote, read_only=read_only)
+
+
+def _configured(scheme: str) -> dict[str, Any]:
+    """What fsspec's own configuration says of a scheme: options as well."""
+    from fsspec.config import conf
+
+    names = next((names for names in _ALIASES if scheme in names), (scheme,))
+    return {option: value for name in names for option, value in conf.get(name, {}).items()}
 
 
 def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store:
@@ -144,19 +170,26 @@ class WebStore(zarr.storage.ObjectStore[Any]):
     def with_read_only(self, read_only: bool = False) -> WebStore:
         return type(self)(self.store, self.url, read_only=read_only)
 
-    def _linked(self) -> Store:
+    def linked(self) -> Store:
+        """The same server through fsspec."""
         headers = (self.store.client_options or {}).get("default_headers")
         options = {"client_kwargs": {"headers": dict(headers)}} if headers else {}
         return FsspecStore.from_url(self.url, storage_options=options, read_only=True)
 
     def list(self) -> AsyncIterator[str]:  # type: ignore[override]
-        return self._linked().list()
+        return _named(self.linked().list())
 
     def list_prefix(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
-        return self._linked().list_prefix(prefix)
+        return _named(self.linked().list_prefix(prefix))
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
-        return self._linked().list_dir(prefix)
+        return _named(self.linked().list_dir(prefix))
 
     async def getsize_prefix(self, prefix: str) -> int:
-        return await self._linked().getsize_prefix(prefix)
+        return await self.linked().getsize_prefix(prefix)
+
+
+async def _named(links: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Keys, from how pages spell them in links."""
+    async for link in links:
+        yield unquote(unescape(link))
