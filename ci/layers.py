@@ -45,6 +45,7 @@ FLOORS = {
     "_index": 2,
     # what a source is, and how it is read
     "_identity": 4,
+    "_globs": 4,
     "_upstream": 4,
     "_sources": 3,
     "_filesystems": 2,

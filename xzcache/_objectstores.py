@@ -62,7 +62,7 @@ _AZURE_NATIVE: Final = frozenset(
 )
 _AWS_TAKEN_IN_TWO_WAYS: Final = (
     *("AWS_ENDPOINT", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_SKIP_SIGNATURE", "AWS_TOKEN", "AWS_S3_EXPRESS"),
-    *("AWS_BUCKET", "AWS_BUCKET_NAME", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"),
+    *("AWS_BUCKET", "AWS_BUCKET_NAME", "AWS_CA_BUNDLE", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"),
 )
 """Variables of the environment that obstore and s3fs do not read alike."""
 _AZURE_CREDENTIALS: Final = ("account_key", "sas_key", "client_secret", "federated_token_file", "use_azure_cli")

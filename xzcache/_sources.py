@@ -53,7 +53,7 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
             # never with its value, which may be a secret
             kind = type(storage_options).__name__
             raise TypeError(f"storage_options is a {kind}, which is not accepted: give a mapping of options")
-        return _from_url(store, dict(storage_options or {}), read_only=read_only, upstream=upstream)
+        return _from_url(store, _copied(storage_options or {}), read_only=read_only, upstream=upstream)
     if storage_options is not None:
         raise TypeError(
             f"storage_options goes with a URL only: store is a {type(store).__name__}, which has its options already"
@@ -84,6 +84,11 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         return _local(store, read_only=read_only)
     # never with its value, which may be a secret
     raise TypeError(f"store is a {type(store).__name__}, which is not accepted: give {_ACCEPTED}")
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    # fsspec writes into what it is given
+    return {name: _copied(value) if type(value) is dict else value for name, value in options.items()}
 
 
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:

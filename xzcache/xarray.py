@@ -18,6 +18,9 @@ from xarray.backends.zarr import ZarrBackendEntrypoint
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
+from xzcache._config import config
+from xzcache._described import without_secrets
+from xzcache._globs import expanded, is_pattern
 from xzcache._open_zarr import is_ours, original
 from xzcache._sources import is_url
 from xzcache.store import CacheStore
@@ -54,7 +57,10 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
             # open already: there is nothing to put a cache before
             return super().open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
-            return super().open_dataset(store, drop_variables=drop_variables, **rest)
+            opened = super().open_dataset(store, drop_variables=drop_variables, **rest)
+        if is_url(filename_or_obj):
+            opened.encoding["source"] = _shown(filename_or_obj)
+        return opened
 
     def open_datatree(self, filename_or_obj: Any, **kwargs: Any) -> DataTree:
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
@@ -97,7 +103,7 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
         opened: Dataset = theirs(*bound.args, **bound.kwargs, **rest)
     given = getattr(store, "path", store)
     if isinstance(given, str | os.PathLike) and not isinstance(store, CacheStore):
-        opened.encoding["source"] = os.fspath(given) if is_url(given) else os.path.abspath(os.path.expanduser(given))
+        opened.encoding["source"] = _shown(given)
     return opened
 
 
@@ -136,25 +142,29 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         return stores.setdefault(name, store) if name is not None else store
 
     if isinstance(paths, str):
-        paths = _expanded(paths, storage_options)
+        paths = _expanded(paths, storage_options, settings.get("upstream", config.get("upstream")))
     given = cached([paths] if isinstance(paths, os.PathLike | Store) else paths)
     if (first := kwargs.get("attrs_file")) is not None:
         kwargs["attrs_file"] = stores.get(os.fspath(first), first)
-    return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+    try:
+        return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+    except FileNotFoundError as missing:
+        for name, store in stores.items():
+            _say(missing, store, name)
+        raise
 
 
-def _expanded(pattern: str, storage_options: Any) -> list[str]:
+def _expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
     """What a pattern stands for, in order."""
     if not is_url(pattern):
         return sorted(glob(os.path.abspath(os.path.expanduser(pattern.removeprefix("file://")))))
-    if not any(sign in pattern for sign in "*?["):
-        return [pattern]
-    import fsspec
+    return expanded(pattern, storage_options, upstream) if is_pattern(pattern) else [pattern]
 
-    fs, path = fsspec.core.url_to_fs(pattern, **(storage_options or {}))
-    # what was listed before may have grown
-    fs.invalidate_cache()
-    return sorted(fs.unstrip_protocol(each) for each in fs.glob(path))
+
+def _shown(given: str | os.PathLike[str]) -> str:
+    """What was given, as xarray notes it, but without credentials."""
+    name = os.fspath(given)
+    return without_secrets(name) if is_url(name) else os.path.abspath(os.path.expanduser(name))
 
 
 def _check_engine(engine: object) -> None:
@@ -182,9 +192,14 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
     except FileNotFoundError as missing:
         if isinstance(store._store, LocalStore) and not store._store.root.exists():
             raise FileNotFoundError(f"{store._store.root} does not exist") from None
-        # it names what the user gave
-        missing.args = tuple(
-            part.replace(repr(store), repr(given)).replace(str(store), str(given)) if isinstance(part, str) else part
-            for part in missing.args
-        )
+        _say(missing, store, given)
         raise
+
+
+def _say(missing: FileNotFoundError, store: CacheStore, given: object) -> None:
+    """Let an error name what the user gave."""
+    name = without_secrets(given) if isinstance(given, str) and is_url(given) else given
+    missing.args = tuple(
+        part.replace(repr(store), repr(name)).replace(str(store), str(name)) if isinstance(part, str) else part
+        for part in missing.args
+    )
