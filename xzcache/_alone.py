@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from xzcache._keys import Entry
 
@@ -27,7 +27,7 @@ class Alone:
         """No other process shares these books, so there is nothing that it could not know of."""
         return []
 
-    async def settled(self, seen: Mapping[str, bytes]) -> None:
+    async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
         """There were no doubts."""
 
     def fetching(self) -> AbstractContextManager[None]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
 from xzcache._keys import Entry, prefix_slot
 from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from xzcache._config import Age
     from xzcache._doubts import Doubts
     from xzcache._keeper import Keeper
     from xzcache._writes import Writes
+
+
+_NEVER: Final = b"never"
 
 
 class Arrays:
@@ -33,7 +36,7 @@ class Arrays:
         self._books = keeper.books
         self._writes = writes
         self._doubts = doubts
-        self._settled: set[tuple[str, str, bytes]] = set()
+        self._settled: dict[tuple[str, str, bytes], bytes | None] = {}
 
     def compare(self, namespace: str, key: str, document: bytes | None, ticket: Ticket | None) -> Ticket | None:
         """Drop what is beneath every array that a document of the source shows to have changed.
@@ -59,9 +62,8 @@ class Arrays:
         def act() -> Ticket | None:
             changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
             for path in changed:
-                self._drop_array(namespace, path, described.arrays.get(path))
-            if document is not None and (state := documents.state_of(key, document)):
-                self._set_seen(f"{namespace}/{key}", state)
+                self._drop_array(namespace, path, described)
+            self._set_seen(f"{namespace}/{key}", documents.state_of(document))
             return valid
 
         # other processes find out for themselves, so nothing is unlinked for this one's sake
@@ -83,18 +85,23 @@ class Arrays:
     def note(self, namespace: str, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
         described = documents.describe(key, document)
-        if described.arrays:
-            self._keeper.attempt(lambda: self._set_nodes(namespace, described.arrays), None)
-            state = documents.state_of(key, document)
+        if told := described.arrays | described.attributes:
+            self._keeper.attempt(lambda: self._set_nodes(namespace, told), None)
+            state = documents.state_of(document)
             self._keeper.attempt(lambda: self._set_seen(f"{namespace}/{key}", state), None)
 
     def doubtful(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
         """Documents whose state, as somebody elsewhere has seen it, may not be the one that entries here are of.
 
         Where nothing is cached that a document describes, its state is noted, and nothing is in doubt.
+
+        Parameters
+        ----------
+        namespace : str
+        seen : mapping of str to bytes
+            The beginnings of states; empty where somebody had no room to tell.
         """
-        unsettled = {key: state for key, state in seen.items() if (namespace, key, state) not in self._settled}
-        return self._keeper.attempt(lambda: self._doubtful(namespace, unsettled), []) if unsettled else []
+        return self._keeper.attempt(lambda: self._doubtful(namespace, seen), [])
 
     def _doubtful(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
         doubtful = []
@@ -103,14 +110,23 @@ class Arrays:
                 full = f"{namespace}/{key}"
                 known = index.notes.seen(full)
                 if known is None and not index.has_data_beneath(full.rpartition("/")[0]):
-                    index.notes.set_seen(full, state)
-                elif known != state:
-                    doubtful.append(key)
+                    if state:
+                        index.notes.set_seen(full, state)
+                elif not (state and known is not None and known.startswith(state[: len(known)])):
+                    settled = self._settled.get((namespace, key, state), _NEVER)
+                    if settled != known:
+                        doubtful.append(key)
         return doubtful
 
-    def settled(self, namespace: str, seen: Mapping[str, bytes]) -> None:
-        """Remember, in this process, that the doubts about some documents are settled."""
-        self._settled.update((namespace, key, state) for key, state in seen.items())
+    def settled(self, namespace: str, seen: Mapping[str, bytes], asked: Collection[str]) -> None:
+        """Remember, in this process, of which documents the source was asked in doubt, until they change here."""
+        if asked:
+            self._keeper.attempt(lambda: self._remember(namespace, {key: seen[key] for key in asked}), None)
+
+    def _remember(self, namespace: str, seen: Mapping[str, bytes]) -> None:
+        with self._books.section() as (_, index):
+            for key, state in seen.items():
+                self._settled[namespace, key, state] = index.notes.seen(f"{namespace}/{key}")
 
     def _set_seen(self, document: str, state: bytes) -> None:
         with self._books.section() as (_, index):
@@ -135,8 +151,10 @@ class Arrays:
         full = f"{namespace}/{key}"
         with self._books.section() as (member, index):
             changed = []
+            before = index.notes.seen(full) or (b"cached" if index.find(Entry(full)) is not None else None)
+            gone = absent and before not in (None, documents.state_of(None))
             for path in documents.changed_arrays(
-                key, described, lambda path: index.notes.node(_join(namespace, path)), beneath
+                key, described, lambda path: index.notes.node(_join(namespace, path)), beneath, gone=gone
             ):
                 node = _join(namespace, path)
                 if index.notes.node(node) is None and not index.has_data_beneath(node):
@@ -148,15 +166,19 @@ class Arrays:
                 index.notes.set_absent(full, time.time())
             elif not absent:
                 index.notes.drop_absent(full)
+            for attributes, digest in described.attributes.items():
+                index.notes.set_node(_join(namespace, attributes), digest)
             for path in changed:
                 member.writes.bump(prefix_slot(_join(namespace, path)))
             return changed, current_ticket(member, full) if valid else None
 
-    def _drop_array(self, namespace: str, path: str, digest: bytes | None) -> None:
+    def _drop_array(self, namespace: str, path: str, described: documents.Description) -> None:
         # the drop was counted when the change was found
         self._writes.drop_now(_join(namespace, path), counted=True)
-        if digest is not None:
-            self._set_nodes(namespace, {path: digest})
+        told = {node: digest for node, digest in described.arrays.items() if node == path}
+        told |= {node: digest for node, digest in described.attributes.items() if node.rpartition("/")[0] == path}
+        if told:
+            self._set_nodes(namespace, told)
 
 
 def _join(namespace: str, path: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
 DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
 _TELLING: Final = ("zarr.json", ".zarray", ".zmetadata")
+
+_CHUNK: Final = re.compile(r"(?P<v3>.*?)/?\bc(/\d+)*|(?P<v2>(.*/)?)\d+([./]\d+)*")
+_SALT: Final = {True: b"absent", False: b""}
+_ATTRIBUTES: Final = ".zattrs"
+
+_NODES: Final = {"zarr.json": b"3", ".zarray": b"2", ".zgroup": b"2"}
+"""The Zarr format of the nodes that a document of this name makes."""
 
 _FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
 """The Zarr format whose arrays are described by a document of this name."""
@@ -34,11 +42,15 @@ def ruling(key: str) -> str | None:
     return f"{path}{slash}zarr.json" if name in DOCUMENTS and name != "zarr.json" else None
 
 
-def state_of(key: str, document: bytes | memoryview) -> bytes:
-    """A digest of a document that may describe arrays; empty for one that describes none."""
-    name = key.rpartition("/")[2]
-    tells = name in _TELLING and (name != "zarr.json" or b'"array"' in bytes(document))
-    return blake2b(document, digest_size=8).digest() if tells else b""
+def state_of(document: bytes | memoryview | None) -> bytes:
+    """A digest of a document, or of its absence."""
+    return blake2b(b"absent" if document is None else document, digest_size=8, salt=_SALT[document is None]).digest()
+
+
+def array_of(key: str) -> str | None:
+    """The path of the array that a chunk belongs to, as far as its key tells."""
+    found = _CHUNK.fullmatch(key)
+    return None if found is None else (found["v3"] or found["v2"] or "").strip("/")
 
 
 def telling(path: str) -> list[str]:
@@ -54,6 +66,8 @@ class Description(NamedTuple):
     """For each array, by its path, the Zarr format and a digest of its description."""
     complete_beneath: str | None
     """The path beneath which there are no other arrays (the document is consolidated); None where it does not say."""
+    attributes: dict[str, bytes]
+    """Of Zarr format 2, for each node whose attributes are told, by the path of their document, a digest of them."""
 
 
 def describe(key: str, document: bytes | None) -> Description:
@@ -68,22 +82,22 @@ def describe(key: str, document: bytes | None) -> Description:
 
     Notes
     -----
-    The attributes of a Zarr format 3 array are part of its document: changing them counts as a change of the array,
-    because a writer that appends commonly does both. Consolidated and single documents of an array give one digest, so
+    Attributes are part of an array, as they are part of its document in Zarr format 3: a writer that changes a scale
+    changes the values. Consolidated and single documents of an array give one digest, so
     that opening a dataset either way does not look like a change.
     """
     path, _, name = key.rpartition("/")
     content = _parse(document)
     if name == "zarr.json":
         if content.get("node_type") == "array":
-            return Description({path: _FORMAT_OF[name] + _digest(content)}, None)
+            return Description({path: _FORMAT_OF[name] + _digest(content)}, None, {})
         consolidated = _mapping(content.get("consolidated_metadata")).get("metadata")
         if isinstance(consolidated, dict):
             nodes = {_join(path, child): doc for child, doc in consolidated.items() if isinstance(doc, dict)}
             arrays = {node: b"3" + _digest(doc) for node, doc in nodes.items() if doc.get("node_type") == "array"}
-            return Description(arrays, path)
+            return Description(arrays, path, {})
     elif name == ".zarray" and content:
-        return Description({path: _FORMAT_OF[name] + _digest(content)}, None)
+        return Description({path: _FORMAT_OF[name] + _digest(content)}, None, {})
     elif name == ".zmetadata" and content:
         nodes = _mapping(content.get("metadata"))
         arrays = {
@@ -91,8 +105,14 @@ def describe(key: str, document: bytes | None) -> Description:
             for child, doc in nodes.items()
             if child.rpartition("/")[2] == ".zarray"
         }
-        return Description(arrays, path)
-    return Description({}, None)
+        told = {
+            _attributes_of(node): _digest(nodes.get(_attributes_of(node.removeprefix(path).strip("/")), {}))
+            for node in arrays
+        }
+        return Description(arrays, path, told)
+    elif name == _ATTRIBUTES:
+        return Description({}, None, {key: _digest(content)})
+    return Description({}, None, {})
 
 
 def changed_arrays(
@@ -100,6 +120,8 @@ def changed_arrays(
     described: Description,
     known: Callable[[str], bytes | None],
     beneath: Callable[[str], Iterable[str]],
+    *,
+    gone: bool,
 ) -> list[str]:
     """Paths of the arrays that a document shows not to be as they were known, gone ones included.
 
@@ -113,15 +135,26 @@ def changed_arrays(
         What is known of the array at a path; None where nothing is.
     beneath : callable
         The paths of all known arrays beneath a path.
+    gone : bool
+        Whether the document was there before, and is not any more.
     """
     changed = [path for path, digest in described.arrays.items() if known(path) != digest]
     if described.complete_beneath is not None:
         changed += [path for path in beneath(described.complete_beneath) if path not in described.arrays]
+    for document, digest in described.attributes.items():
+        path = document.rpartition("/")[0]
+        # a group's attributes are nobody else's
+        if path not in changed and known(document) not in (None, digest) and known(path) is not None:
+            changed.append(path)
     own, _, name = key.rpartition("/")
     # an array of the other format is not gone because it has no document of this name
     if not described.arrays and (known(own) or b"").startswith(_FORMAT_OF.get(name, b"none")):
         changed.append(own)
-    return changed
+    if gone and name in _NODES:
+        # and with the node what lies beneath it, though it may be made again
+        kind = _NODES[name]
+        changed += [path for path in beneath(own) if path not in changed and (known(path) or b"").startswith(kind)]
+    return [path for path in changed if path.rpartition("/")[2] != _ATTRIBUTES]
 
 
 def _parse(document: bytes | None) -> dict[str, Any]:
@@ -133,6 +166,10 @@ def _parse(document: bytes | None) -> dict[str, Any]:
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _attributes_of(path: str) -> str:
+    return f"{path}/{_ATTRIBUTES}".lstrip("/")
 
 
 def _join(path: str, child: str) -> str:

@@ -38,7 +38,8 @@ class Nodes:
 
         expected = ticket
         described = documents.describe(key, document)
-        for path in documents.changed_arrays(key, described, self._digests.get, known_beneath):
+        gone = document is None and Entry(key) in self._ledger
+        for path in documents.changed_arrays(key, described, self._digests.get, known_beneath, gone=gone):
             cached = self._ledger.beneath(path)
             if path in self._digests or any(not documents.is_document(entry.key) for entry in cached):
                 # our own drop is not somebody else's write
@@ -46,7 +47,7 @@ class Nodes:
                 await drop(path)
         if expected is None or expected != self._ledger.ticket(key):
             return None
-        self._digests.update(described.arrays)
+        self._digests.update(described.arrays | described.attributes)
         if document is None:
             self._absent[key] = time.time()
         return expected
@@ -59,7 +60,8 @@ class Nodes:
 
     def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache."""
-        self._digests.update(documents.describe(key, document).arrays)
+        described = documents.describe(key, document)
+        self._digests.update(described.arrays | described.attributes)
 
     def forget_absence(self, key: str) -> None:
         self._absent.pop(key, None)

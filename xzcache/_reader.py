@@ -78,6 +78,14 @@ class Reader:
             return None
         return found
 
+    def find_part(self, entry: Entry) -> Found | None:
+        """Open the file that holds an entry, and not the one that holds the whole object."""
+        try:
+            return None if self.distrusted and self._distrusts(entry.key) else self._open(entry)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
+
     def distrust_all(self) -> None:
         """Read nothing more from this directory."""
         self.distrusted.add(_ALL)

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from xzcache._documents import is_document, state_of
+from xzcache._documents import is_document
 from xzcache._flights import Flight, HandedOver
 from xzcache._keys import clip, span
 from xzcache._reading import Request, contents, whole
@@ -67,7 +67,7 @@ class ReadThrough:
         if self._revalidation.may_settle:
             await self._revalidation.settle(key)
         request = Request(key, entry, prototype, byte_range, started)
-        if self.freshness.must_ask(key):
+        if self.freshness.must_ask(key) and not await self._is_vouched_for(request):
             return await self._revalidation.read(request)
         data = await self.reading.find(entry)
         if data is not None:
@@ -76,12 +76,23 @@ class ReadThrough:
             return self.reading.hit(request, None)
         return await self._fetch(request)
 
+    async def _is_vouched_for(self, request: Request) -> bool:
+        """Whether a document is cached as the store that this one is a copy of has seen it."""
+        key = request.key
+        if self.freshness.inherited.state(key) is None or not is_document(key):
+            return False
+        data = await self.reading.find(request.entry)
+        absent = data is None and await self.backend.is_absent(key, self.reading.max_age)
+        return (data is not None or absent) and self.freshness.vouches(key, data)
+
     async def cached_size(self, key: str) -> int | None:
         """The size of a value, in bytes, if it is cached and may be served; else None."""
         entry = self.backend.entry(key, *whole())
         if entry is None or self.freshness.must_ask(key):
             return None
         await self.backend.prepare()
+        if self._revalidation.may_settle:
+            await self._revalidation.settle(key)
         return await self.backend.size(entry, self.reading.max_age)
 
     async def _past_the_cache(
@@ -142,7 +153,7 @@ class ReadThrough:
             data = None if answer.value is None else contents(answer.value)
             if is_document(key):
                 ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
-                self.freshness.note(key, b"" if data is None else state_of(key, data))
+                self.freshness.note(key, data)
             # those who wait need not wait for the disk
             flight.land(data)
             if data is not None and (entry.stop < 0 or len(data) <= entry.stop - entry.start):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
 
-from xzcache._documents import is_document, ruling, state_of, telling
+from xzcache._documents import array_of, is_document, ruling, telling
 from xzcache._flights import Flight, HandedOver
 from xzcache._reading import Request, contents, whole
 
@@ -36,14 +36,13 @@ class Revalidation:
         self._backend = reading.backend
         self._freshness = reading.freshness
         self._seen = self._freshness.inherited
-        self.may_settle = self._seen.tells and self._freshness.revalidate not in (True, False)
+        self.may_settle = bool(self._seen) and self._freshness.revalidate not in (True, False)
         self._settled: set[str] = set()
 
     async def read(self, request: Request) -> Buffer | None:
         """Read from the source, and make the cache agree with it."""
         if is_document(request.key):
             if await self._goes_without_saying(request):
-                self._freshness.note(request.key, b"")
                 return self._reading.hit(request, None)
             data = await self._document(request)
             return None if data is None else request.prototype.buffer.from_bytes(data)
@@ -105,7 +104,7 @@ class Revalidation:
                 ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
             if not answer.unchanged:
                 await self._agree(request, data, ticket, answer.validator)
-            self._freshness.note(key, b"" if data is None else state_of(key, data))
+            self._freshness.note(key, data)
             flight.land(data)
             return data
         except BaseException as error:
@@ -139,6 +138,9 @@ class Revalidation:
         vouched = {
             document: state for path in nodes for document in telling(path) if (state := self._seen.state(document))
         }
+        if self._seen.more and not vouched and nodes and (array := array_of(key)) is not None:
+            # there was no room to tell of it
+            vouched = dict.fromkeys(telling(array)[:2], b"")
         if vouched:
             await self._settle(vouched)
         if len(self._settled) > _REMEMBERED:
@@ -160,10 +162,11 @@ class Revalidation:
                 break
             return
         try:
-            for key in await self._backend.doubtful(vouched):
+            asked = await self._backend.doubtful(vouched)
+            for key in asked:
                 if (entry := self._backend.entry(key, *whole())) is not None:
                     await self._document(Request(key, entry, default_buffer_prototype(), None, time.perf_counter()))
-            await self._backend.settled(vouched)
+            await self._backend.settled(vouched, asked)
             flight.land(None)
         except BaseException as error:
             flight.fail(error)

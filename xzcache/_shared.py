@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
     from xzcache._publisher import Ticket
+    from xzcache._reader import Found
     from xzcache._writes import Begun
 
 _INLINE: Final = 1 << 20
@@ -65,10 +66,14 @@ class SharedBackend:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader
         found = reader.find(entry)
-        if found is None:
-            return None
-        if max_age != "infinity" and not 0 <= time.time() - found.opened.mtime_ns / 1e9 < max_age:
+        if found is not None and _is_too_old(found, max_age):
             reader.close(found)
+            # a part may be younger than the whole
+            found = reader.find_part(entry) if found.entry != entry else None
+            if found is not None and _is_too_old(found, max_age):
+                reader.close(found)
+                found = None
+        if found is None:
             return None
         first, last = 0, found.size
         if found.entry != entry:
@@ -168,9 +173,9 @@ class SharedBackend:
         """Documents whose state, as somebody has seen it, may not be the one that this machine's entries are of."""
         return await pool.run(self.directory.arrays.doubtful, self.namespace, seen)
 
-    async def settled(self, seen: Mapping[str, bytes]) -> None:
-        """Remember, in this process, that the doubts about some documents are settled."""
-        self.directory.arrays.settled(self.namespace, seen)
+    async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
+        """Remember, in this process, of which documents the source was asked in doubt."""
+        await pool.run(self.directory.arrays.settled, self.namespace, seen, asked)
 
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
@@ -222,3 +227,7 @@ class SharedBackend:
     def is_same_cache(self, other: object) -> bool:
         """Whether another backend keeps its entries in the same place."""
         return isinstance(other, SharedBackend) and self.directory is other.directory
+
+
+def _is_too_old(found: Found, max_age: Age) -> bool:
+    return max_age != "infinity" and not 0 <= time.time() - found.opened.mtime_ns / 1e9 < max_age

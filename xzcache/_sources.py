@@ -152,6 +152,9 @@ def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store
             f"store is a URL of the scheme {outermost!r}, which nothing here reads. obstore (in 'xzcache[remote]') "
             f"reads {', '.join(SCHEMES)}; fsspec knows {known}, most of them with a package of their own"
         ) from None
+    if outermost in SCHEMES:
+        # what was listed before may have changed
+        options = {"use_listings_cache": False, **options}
     if outermost in ("s3", "s3a") and "max_concurrency" in inspect.signature(kind.__init__).parameters:
         # s3fs asks for the size of every object first, unless it is told not to split them
         options = {"max_concurrency": 1, **options}

@@ -7,6 +7,7 @@ comes with the bytes where the source says it unasked, and for one more request 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
 _ABSENT: Final = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_BY_CONTENT: Final = ("S3Store", "GCSStore", "AzureStore")
+"""Stores whose ETags are of the content, or of the version."""
+_ETAG: Final = re.compile(r'"[^"]+"|[0-9A-Fa-fx-]{8,}')
+"""A strong one: a weak one promises the same meaning, not the same bytes."""
 _SETTLED_SECONDS: Final = 60.0
 """A time of modification tells states apart only once it is as old as this: clocks differ, and tick in seconds."""
 
@@ -81,9 +86,10 @@ async def _of_obstore(source: Any, key: str, prototype: BufferPrototype, known: 
     options: dict[str, Any] = {}
     if known.startswith("etag "):
         options["if_none_match"] = known.removeprefix("etag ")
-    elif known.startswith("since "):
-        options["if_modified_since"] = datetime.fromisoformat(known.removeprefix("since "))
     try:
+        if known.startswith("time ") and _validator(source, dict(await obstore.head_async(source.store, key))) == known:
+            # asked for anything newer, a server would not tell of something older
+            return Answer(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
         # older versions let go of it with the bytes
         meta = dict(got.meta)
@@ -95,17 +101,20 @@ async def _of_obstore(source: Any, key: str, prototype: BufferPrototype, known: 
         return Answer(None, known, unchanged=True)
     except _ABSENT:
         return Answer(None)
-    return Answer(prototype.buffer.from_bytes(data), _validator(meta))  # type: ignore[arg-type]
+    return Answer(prototype.buffer.from_bytes(data), _validator(source, meta))  # type: ignore[arg-type]
 
 
-def _validator(meta: dict[str, Any]) -> str:
-    etag, modified = meta.get("e_tag"), meta.get("last_modified")
-    if etag:
-        # a weak one promises the same meaning, not the same bytes
-        return "" if etag.startswith("W/") else f"etag {etag}"
-    if isinstance(modified, datetime) and datetime.now(UTC).timestamp() - modified.timestamp() > _SETTLED_SECONDS:
-        return f"since {modified.isoformat()}"
-    return ""
+def _validator(source: Any, meta: dict[str, Any]) -> str:
+    etag, modified = meta.get("e_tag") or "", meta.get("last_modified")
+    if type(source.store).__name__ in _BY_CONTENT:
+        return f"etag {etag}" if _ETAG.fullmatch(etag) else ""
+    # elsewhere, ETags are often made of the time; a time of the epoch is what obstore makes of none
+    dated = isinstance(modified, datetime) and modified.timestamp() > 0
+    if dated and datetime.now(UTC).timestamp() - modified.timestamp() <= _SETTLED_SECONDS:  # type: ignore[union-attr]
+        return ""
+    if _ETAG.fullmatch(etag):
+        return f"etag {etag}"
+    return f"time {modified} {meta.get('size')}" if dated else ""
 
 
 async def _looked_at(

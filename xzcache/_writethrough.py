@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from xzcache._documents import is_document, state_of
+from xzcache._documents import is_document
 from xzcache._flights import through
 from xzcache._reading import contents, whole
 
@@ -80,7 +80,7 @@ class WriteThrough:
             if is_document(key):
                 document = value.to_bytes()
                 await self._backend.note(key, document)
-                self._freshness.note(key, state_of(key, document))
+                self._freshness.note(key, document)
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete a key, and what a store of files deletes with it: everything beneath."""
