@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +30,6 @@ class Alone:
     async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
         """There were no doubts."""
 
-    def fetching(self) -> AbstractContextManager[None]:
+    def fetching(self) -> AbstractAsyncContextManager[None]:
         """While somebody fetches what is not cached."""
         return nullcontext()

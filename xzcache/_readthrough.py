@@ -127,7 +127,7 @@ class ReadThrough:
 
     async def _lead(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
         """Fetch for all who wait in this process, unless another process does or has done so."""
-        with self.backend.fetching():
+        async with self.backend.fetching():
             return await self._take_off(flight, ticket, request)
 
     async def _take_off(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _pool as pool
@@ -13,7 +13,7 @@ from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, clip, is_cacheable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
@@ -116,7 +116,7 @@ class SharedBackend:
     async def publish_soon(
         self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
-        """As `publish`, but without waiting for it, as long as others are fetching as well."""
+        """As `publish`, but without waiting for it: the last to leave `fetching` does."""
 
         def work() -> None:
             try:
@@ -125,14 +125,14 @@ class SharedBackend:
                 done()
 
         self.directory.background.add(work, len(data))
-        await self.directory.background.pause()
 
-    @contextmanager
-    def fetching(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def fetching(self) -> AsyncIterator[None]:
         """While somebody fetches what is not cached."""
         self.directory.background.enter()
         try:
             yield
+            await self.directory.background.pause()
         finally:
             self.directory.background.leave()
 
