@@ -11,8 +11,11 @@ from pathlib import Path
 FLOORS = {
     # the front door
     "__init__": 20,
-    # what users hold: xarray's ways in
+    # what users hold: xarray's and Dask's ways in
     "xarray": 19,
+    "dask": 19,
+    "_cluster": 19,
+    "_dashboard": 18,
     # what users hold: the store that reads through a cache
     "store": 18,
     # between it and its cache: reading, writing, and everything that only the source can say
@@ -23,6 +26,7 @@ FLOORS = {
     "_reading": 15,
     "_sourceview": 15,
     "_places": 15,
+    "_usage": 12,
     # the cache directory as a Zarr store by itself
     "local": 14,
     # what a process has of caches
@@ -42,6 +46,7 @@ FLOORS = {
     "_recovery": 5,
     "_books": 4,
     "_membership": 3,
+    "_metering": 2,
     "_index": 2,
     # what a source is, and how it is read
     "_identity": 4,

@@ -12,13 +12,29 @@ from xzcache.local import LockedLocalStore
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
+    from xzcache._cluster import cluster_info
+    from xzcache.dask import CachePlugin
     from xzcache.xarray import open_mfdataset, open_zarr
 
 __version__ = version("xzcache")
 
-__all__ = ["CacheStore", "LockedLocalStore", "__version__", "config", "open_mfdataset", "open_zarr"]
+__all__ = [
+    "CachePlugin",
+    "CacheStore",
+    "LockedLocalStore",
+    "__version__",
+    "cluster_info",
+    "config",
+    "open_mfdataset",
+    "open_zarr",
+]
 
-_LATE: Final = {"open_mfdataset": "xzcache.xarray", "open_zarr": "xzcache.xarray"}
+_LATE: Final = {
+    "CachePlugin": "xzcache.dask",
+    "cluster_info": "xzcache._cluster",
+    "open_mfdataset": "xzcache.xarray",
+    "open_zarr": "xzcache.xarray",
+}
 """What takes a large package to import, and where it is."""
 
 

@@ -210,7 +210,7 @@ def parse_threads(name: str, value: Any) -> int:
     return value
 
 
-def parse_root(root: Any) -> Path:
+def parse_root(root: Any, name: str = "root") -> Path:
     """The root as an absolute path, if it can be one.
 
     Raises
@@ -220,23 +220,23 @@ def parse_root(root: Any) -> Path:
     """
     accepted = "a directory of this user's, or a path where one can be made"
     if not isinstance(root, str | os.PathLike):
-        raise TypeError(f"root={root!r} is not accepted: give {accepted}")
+        raise TypeError(f"{name}={root!r} is not accepted: give {accepted}")
     path = Path(root).expanduser().absolute()
     try:
         status = path.stat()
     except FileNotFoundError:
         return path
     except NotADirectoryError:
-        raise ValueError(f"root={str(root)!r} lies beneath a file: give {accepted}") from None
+        raise ValueError(f"{name}={str(root)!r} lies beneath a file: give {accepted}") from None
     except ValueError:
-        raise _refuse("root", root, accepted) from None
+        raise _refuse(name, root, accepted) from None
     except OSError:
         # whatever is the matter with it, reads have to work
         return path
     if not path.is_dir():
-        raise ValueError(f"root={str(root)!r} is a file: give {accepted}")
+        raise ValueError(f"{name}={str(root)!r} is a file: give {accepted}")
     if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        raise ValueError(f"root={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
+        raise ValueError(f"{name}={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
     return path
 
 

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, Final
 
-_SECRET: Final = re.compile(r"key|secret|token|passw|credential|sas|auth|signature|session|cert|cookie|header", re.I)
+_SECRET: Final = re.compile(
+    r"(^|[^a-z])(keys?|api_?keys?|pass|sas|auth|sessions?|certs?|cookies?|headers?)($|[^a-z])"
+    r"|secret|token|passw|passphrase|credential|authoriz|signature|certificate"
+)
+_HUMP: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _WHOSE: Final = ("key", "username", "user", "access_key_id", "aws_access_key_id")
 """Names of options that say in whose name something is read: what is there may depend on it."""
 _PASSING: Final = ("token", "session_token", "aws_session_token")
@@ -42,13 +46,15 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
     elif isinstance(value, bytes | int | float | bool | os.PathLike) or value is None:
         yield repr(value)
     elif isinstance(value, Mapping):
+        yield "{"
         passing = any(value.get(name) for name in _PASSING)
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
             if name in _WHOSE and isinstance(item, str) and not passing:
                 yield f"{name}={blake2b(item.encode(), digest_size=16).hexdigest()}"
-            elif not _SECRET.search(str(name)):
+            elif isinstance(item, bool | int | float) or item is None or not _sounds_secret(str(name)):
                 yield f"{name}="
                 yield from described(item, known)
+        yield "}"
     elif isinstance(value, list | tuple | set | frozenset):
         yield "["
         for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
@@ -63,6 +69,10 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
         yield f"{value.__module__}.{value.__qualname__}"
     else:
         raise Indescribable
+
+
+def _sounds_secret(name: str) -> bool:
+    return _SECRET.search(_HUMP.sub("_", name).lower()) is not None
 
 
 def without_user(url: str) -> str:

@@ -6,8 +6,11 @@ stored".
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _disk as disk
@@ -173,6 +176,23 @@ class CacheDirectory:
                 self.flush()
             self.books.close()
         self._prepared = None
+
+    def remove_if_last(self) -> bool:
+        """Leave, and take away what the cache made, if no other process uses it; whether it did."""
+        return self.keeper.attempt(self._remove_if_last, False)
+
+    def _remove_if_last(self) -> bool:
+        self.background.wait()
+        if not recovery.is_last_to_leave(self.books):
+            return False
+        self.writes.drop_now("")
+        self.books.close()
+        self._prepared = None
+        shutil.rmtree(self.books.meta, ignore_errors=True)
+        with suppress(OSError):
+            # unless somebody keeps something else there
+            os.rmdir(self.root)
+        return True
 
     def after_fork_in_child(self) -> None:
         """Start anew, with the settings of the parent and nothing else of it."""

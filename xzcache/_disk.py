@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import suppress
+from typing import Final
+
+_NETWORK: Final = frozenset(
+    [
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "ceph-fuse", "glusterfs", "afs"),
+        *("9p", "pvfs2", "orangefs", "panfs", "sshfs", "s3fs", "juicefs", "rclone", "gcsfuse", "goofys", "wekafs"),
+    ]
+)
 
 
 def folds_case(directory: str) -> bool:
@@ -37,3 +45,21 @@ def free_bytes(path: str) -> tuple[int, int]:
     """Bytes that are free to this user on the file system of `path`, and bytes in all."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
+
+def is_on_network(path: str) -> bool:
+    """Whether a path is on a file system that other machines share, as far as the system tells."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return False
+    real = os.path.realpath(path)
+    above = [
+        (len(fields[4]), fields[fields.index("-") + 1])
+        for fields in mounts
+        if real == fields[4] or real.startswith(fields[4].rstrip("/") + "/")
+    ]
+    # of mounts at one place the last one counts
+    kind = max(enumerate(above), key=lambda item: (item[1][0], item[0]), default=(0, (0, "")))[1][1]
+    return kind.removeprefix("fuse.") in _NETWORK

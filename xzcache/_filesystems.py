@@ -71,6 +71,7 @@ def described_filesystem(fs: Any) -> Iterator[str]:
     yield from described(shown, lambda value: described_filesystem(value) if is_filesystem(value) else None)
     behind = getattr(fs, "fss", None)
     inner = [*(behind.values() if isinstance(behind, Mapping) else ()), getattr(fs, "fs", None)]
+    inner.append(getattr(getattr(fs, "fo", None), "fs", None))
     for other in inner:
         # credentials among the options were left out; whose objects those read was not
         if other is not fs and is_filesystem(other):

@@ -133,6 +133,14 @@ class Index:
     def owners(self) -> list[int]:
         return [id_ for (id_,) in self._do("SELECT id FROM owner")]
 
+    def announce_leaving(self, owner: int) -> None:
+        """A negative pid is one that is about to go."""
+        self._do("UPDATE owner SET pid = -abs(pid) WHERE id = ?", (owner,))
+
+    def staying_owners(self) -> list[int]:
+        """Owners that have not said that they are leaving."""
+        return [id_ for (id_,) in self._do("SELECT id FROM owner WHERE pid >= 0")]
+
     def lease_of(self, owner: int) -> int | None:
         row = self._do("SELECT lease FROM owner WHERE id = ?", (owner,)).fetchone()
         return None if row is None else row[0]

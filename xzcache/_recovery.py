@@ -51,6 +51,17 @@ def recover(books: Books) -> None:
         _sweep(books, member, index)
 
 
+def is_last_to_leave(books: Books) -> bool:
+    """Say that this process is about to leave; whether every other one has left, said so, or died."""
+    with books.section() as (member, index):
+        index.announce_leaving(member.owner)
+        for owner in index.staying_owners():
+            if not member.owners.try_lock(owner):
+                return False
+            member.owners.unlock(owner)
+    return True
+
+
 def _forget_written(books: Books, member: Membership, index: Index, owner: int) -> None:
     """Forget what a process was writing at the source when it died: nobody knows how far it got."""
     for key, beneath in index.notes.writing_of(owner):

@@ -180,8 +180,9 @@ class WebStore(zarr.storage.ObjectStore[Any]):
 
     def linked(self) -> Store:
         """The same server through fsspec."""
-        headers = (self.store.client_options or {}).get("default_headers")
-        options = {"client_kwargs": {"headers": dict(headers)}} if headers else {}
+        headers = dict((self.store.client_options or {}).get("default_headers") or {})
+        text = {name: value.decode("latin-1") if isinstance(value, bytes) else value for name, value in headers.items()}
+        options = {"client_kwargs": {"headers": text}} if text else {}
         return FsspecStore.from_url(self.url, storage_options=options, read_only=True)
 
     def list(self) -> AsyncIterator[str]:  # type: ignore[override]

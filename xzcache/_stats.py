@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from xzcache._fork import renew_after_fork
 
+observers: Final[list[Callable[[str, int, float], None]]] = []
+"""Who is told of each read: ``"cache"`` or ``"source"``, the size in bytes, the seconds that it took."""
+
 
 class Stats:
-    """Counters of one store in one process. Safe for threads."""
+    """Counters of one store in one process, or of all of them. Safe for threads.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    of_all : Stats, optional
+        Counters that count the same reads as well.
+    """
+
+    def __init__(self, of_all: Stats | None = None) -> None:
+        self._of_all = of_all
         self.after_fork_in_child()
         renew_after_fork(self)
 
@@ -27,12 +38,20 @@ class Stats:
             self.hits += 1
             self.bytes_from_cache += size
             self.seconds_from_cache += seconds
+        if self._of_all is not None:
+            self._of_all.hit(size, seconds)
+            for observe in observers:
+                observe("cache", size, seconds)
 
     def miss(self, size: int, seconds: float) -> None:
         with self._lock:
             self.misses += 1
             self.bytes_from_source += size
             self.seconds_from_source += seconds
+        if self._of_all is not None:
+            self._of_all.miss(size, seconds)
+            for observe in observers:
+                observe("source", size, seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters under Zarr's names, and ours beside them; sizes in bytes, times in seconds."""
@@ -48,3 +67,7 @@ class Stats:
                 "seconds_from_cache": self.seconds_from_cache,
                 "seconds_from_source": self.seconds_from_source,
             }
+
+
+process: Final = Stats()
+"""What all stores of this process have read."""

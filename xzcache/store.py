@@ -21,7 +21,7 @@ from xzcache._places import backend_of, cache_store_of, checked_namespace, label
 from xzcache._reading import Reading
 from xzcache._readthrough import ReadThrough
 from xzcache._sources import open_source
-from xzcache._stats import Stats
+from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
 
@@ -113,7 +113,7 @@ class CacheStore(WritableView):
         self.source: Identity = identify(self._store)
         super().__init__(read_only=read_only or self._store.read_only)
         self._cache = cache_store_of(cache_store, self._asked_max_size)
-        self._stats = Stats()
+        self._stats = Stats(process)
         self._read_through(self._fresh(Seen()))
         self._avoid_oneself()
 

@@ -1,0 +1,103 @@
+"""A page of the scheduler's dashboard: hit rate, bytes a second, how full the cache of each node is.
+
+What it shows comes with the workers' heartbeats. It is built on parts of Dask's dashboard that may change: who adds it
+has to do without where they did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, Final
+
+from bokeh.layouts import column
+from bokeh.models import ColumnDataSource, DataRange1d, FactorRange, Range1d
+from bokeh.plotting import figure
+from distributed.dashboard.components import DashboardComponent
+from distributed.dashboard.components.scheduler import individual_doc
+from distributed.dashboard.core import BokehApplication
+from distributed.dashboard.scheduler import template_variables
+from distributed.scheduler import Scheduler
+from tornado.ioloop import IOLoop
+
+PAGE: Final = "/individual-xzcache"
+_KEPT: Final = 600
+_CACHE, _SOURCE = "#2a7f62", "#c8553d"
+
+
+class Xzcache(DashboardComponent):
+    """Three plots, one under the other.
+
+    Parameters
+    ----------
+    scheduler : distributed.Scheduler
+    **kwargs
+        What Dask hands to bokeh.
+    """
+
+    def __init__(self, scheduler: Scheduler, **kwargs: Any) -> None:
+        self.scheduler = scheduler
+        self._samples: deque[tuple[float, ...]] = deque(maxlen=2)
+        names = ("time", "hit_rate", "from_cache", "from_source")
+        self.series = ColumnDataSource({name: [] for name in names}, name="series")
+        self.nodes = ColumnDataSource({"node": [], "used": [], "bound": []}, name="nodes")
+        wide: dict[str, Any] = {"sizing_mode": "stretch_both", "tools": "", "x_axis_type": "datetime"}
+        rate = figure(title="Reads served from the cache (%)", y_range=Range1d(start=0, end=100), **wide)
+        rate.line("time", "hit_rate", source=self.series, line_width=2, color=_CACHE)
+        flow = figure(title="MB a second", y_range=DataRange1d(start=0), x_range=rate.x_range, **wide)
+        flow.line("time", "from_cache", source=self.series, line_width=2, color=_CACHE, legend_label="from the cache")
+        flow.line(
+            "time", "from_source", source=self.series, line_width=2, color=_SOURCE, legend_label="from the source"
+        )
+        flow.legend.location = "top_left"
+        self._names = FactorRange()
+        fill = figure(
+            title="GB in the cache of each node, of its bound",
+            y_range=self._names,
+            sizing_mode="stretch_both",
+            tools="",
+            x_range=DataRange1d(start=0),
+        )
+        fill.hbar("node", right="bound", height=0.7, source=self.nodes, fill_alpha=0.15, color=_CACHE)
+        fill.hbar("node", right="used", height=0.5, source=self.nodes, color=_CACHE)
+        self.root = column(rate, flow, fill, name="xzcache", **kwargs)
+
+    def update(self, messages: object = None) -> None:
+        """Add a point, from what the workers said last."""
+        workers = [w.metrics for w in self.scheduler.workers.values() if "xzcache_hits" in w.metrics]
+        names = ("hits", "misses", "bytes_from_cache", "bytes_from_source")
+        totals = [float(sum(metrics[f"xzcache_{name}"] for metrics in workers)) for name in names]
+        self._samples.append((time.time(), *totals))
+        then, now = self._samples[0], self._samples[-1]
+        seconds = max(now[0] - then[0], 1e-9)
+        # workers that left take their counts along
+        hits, misses, cached, fetched = (max(0.0, b - a) for a, b in zip(then[1:], now[1:], strict=True))
+        rate = 100 * hits / (hits + misses) if hits + misses else float("nan")
+        point = {
+            "time": now[0] * 1e3,
+            "hit_rate": rate,
+            "from_cache": cached / seconds / 1e6,
+            "from_source": fetched / seconds / 1e6,
+        }
+        self.series.stream({name: [value] for name, value in point.items()}, _KEPT)
+        nodes = {str(m.get("xzcache_node", "")): m for m in workers}
+        shown = sorted(nodes)
+        self._names.factors = [name[:8] for name in shown]
+        self.nodes.data = {
+            "node": [name[:8] for name in shown],
+            "used": [nodes[name]["xzcache_used"] / 1e9 for name in shown],
+            "bound": [max(nodes[name]["xzcache_bound"], 0) / 1e9 for name in shown],
+        }
+
+
+def add_page(scheduler: Scheduler) -> None:
+    """Serve the page from a scheduler that runs its dashboard."""
+    variables = template_variables(scheduler)
+    pages = {PAGE: individual_doc(Xzcache, 500)}
+    page = BokehApplication(pages, scheduler, template_variables=variables)  # type: ignore[no-untyped-call]
+    scheduler.http_application.add_application(page)
+    page.initialize(IOLoop.current())
+    page.start()
+    entry = {"url": PAGE.strip("/"), "name": "Xzcache"}
+    if entry not in variables["plots"]:
+        variables["plots"].append(entry)

@@ -1,0 +1,96 @@
+"""What this process, and the cache that it uses by default, have done so far."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from xzcache import _pool as pool
+from xzcache._stats import process
+
+if TYPE_CHECKING:
+    from xzcache._directory import CacheDirectory
+    from xzcache._schema import Totals
+
+_SECONDS: Final = 1.0
+_PROCESS: Final = uuid.uuid4().hex
+
+
+class Usage(NamedTuple):
+    """One process's view of a cache directory. Sizes in bytes, times in seconds."""
+
+    process: str
+    """What no other process on any host has."""
+    node: str
+    """The uuid of the directory: whoever shares it has the same one."""
+    directory: str
+    used: int
+    bound: int | None
+    entries: int
+    hits: int
+    misses: int
+    bytes_from_cache: int
+    bytes_from_source: int
+    seconds_from_cache: float
+    seconds_from_source: float
+    evictions: int
+    troubles: int
+
+
+def usage(directory: CacheDirectory) -> Usage:
+    """Look now; may wait for the lock of the index."""
+    directory.prepare()
+    node = directory.keeper.attempt(directory.books.node_id, "")
+    return _usage(directory, node, directory.totals())
+
+
+def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
+    counts: dict[str, Any] = process.as_dict()
+    return Usage(
+        process=_PROCESS,
+        node=node,
+        directory=directory.root,
+        used=totals.size,
+        bound=totals.max_size,
+        entries=totals.entries,
+        evictions=directory.space.evictions,
+        troubles=directory.keeper.troubles,
+        **{name: counts[name] for name in Usage._fields if name in counts},
+    )
+
+
+class Gauge:
+    """The usage of a directory, looked at in the background, for those who must not wait.
+
+    Parameters
+    ----------
+    directory : CacheDirectory
+    """
+
+    def __init__(self, directory: CacheDirectory) -> None:
+        self.directory = directory
+        self._latest = usage(directory)
+        self._looked = time.monotonic()
+        self._lock = threading.Lock()
+
+    def read(self) -> Usage:
+        """What is known, no older than a second or so; counters are those of now."""
+        with self._lock:
+            due = time.monotonic() - self._looked >= _SECONDS
+            if due:
+                self._looked = time.monotonic()
+        if due:
+            pool.submit(self._look)
+        counts = process.as_dict()
+        return self._latest._replace(**{name: counts[name] for name in Usage._fields if name in counts})
+
+    def _look(self) -> None:
+        self._latest = usage(self.directory)
+
+
+def own_folder(parent: str) -> str:
+    """A directory of this user's in one that may be shared by many."""
+    return os.path.join(parent, f"xzcache-{os.getuid() if hasattr(os, 'getuid') else os.getlogin()}")

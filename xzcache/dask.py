@@ -1,0 +1,187 @@
+"""Dask's ways in: one cache a node for all workers, and what it does where Dask shows such things.
+
+``client.register_plugin(xzcache.CachePlugin(...))``, or ``dask worker --preload xzcache.dask`` and ``dask scheduler
+--preload xzcache.dask``.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+import dask
+from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.scheduler import Scheduler
+from distributed.worker import Worker
+
+from xzcache import _config as settings
+from xzcache import _metering as metering
+from xzcache._config import DEFAULTS, config
+from xzcache._disk import is_on_network
+from xzcache._usage import Gauge, Usage, own_folder
+from xzcache.local import LockedLocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+
+logger = logging.getLogger("xzcache")
+
+_PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "max_size": settings.parse_size,
+    "min_free": settings.parse_min_free,
+    "max_age_seconds": settings.parse_age,
+    "revalidate": settings.parse_revalidate,
+    "cache_set_data": settings.parse_flag,
+    "policy": settings.parse_policy,
+    "upstream": settings.parse_upstream,
+    "fetch_timeout": settings.parse_seconds,
+    "lock_timeout": settings.parse_seconds,
+    "threads": settings.parse_threads,
+}
+_SHOWN: Final = ("node", "hits", "misses", "bytes_from_cache", "bytes_from_source", "used", "bound")
+
+_active: Final[Counter[str]] = Counter()
+_before: Final[dict[str, Any]] = {}
+
+
+class CachePlugin(WorkerPlugin):
+    """Gives every worker of a cluster the cache of its node as the default cache.
+
+    Workers that join later get it as well, and so do those that are restarted. Registered a second time, it takes the
+    place of the first.
+
+    Parameters
+    ----------
+    directory : str or Path, optional
+        Where the cache of a node is. Else as configured for the client, or the worker; else a folder of this user's in
+        Dask's ``temporary-directory``, or the system's.
+    max_size : int or str, optional
+        The bound of the whole cache of a node, in bytes or as ``"200 GB"``. Where it is neither given nor configured, a
+        directory keeps the bound it has.
+    min_free, max_age_seconds, revalidate, cache_set_data, policy, upstream, fetch_timeout, lock_timeout, threads
+        As in `xzcache.config`. What is not given is as configured for the client: nothing depends on the environment of
+        the workers.
+    remove_on_close : bool, optional
+        Whether the last worker of a node that is closed in an orderly way takes the cache away.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A parameter makes no sense; the message names it, its value and what is accepted.
+
+    Examples
+    --------
+    >>> client.register_plugin(xzcache.CachePlugin(max_size="200 GB"))
+    """
+
+    name = "xzcache"
+    idempotent = False
+
+    def __init__(
+        self,
+        directory: str | PathLike[str] | None = None,
+        max_size: int | str | None = None,
+        *,
+        remove_on_close: bool = False,
+        **options: Any,
+    ) -> None:
+        if unknown := options.keys() - _PARSERS.keys():
+            raise TypeError(f"CachePlugin() got an unexpected keyword argument {min(unknown)!r}")
+        self.remove_on_close = settings.parse_flag("remove_on_close", remove_on_close)
+        given = {"max_size": max_size, **options}
+        chosen = {name: given[name] if given.get(name) is not None else config.get(name) for name in _PARSERS}
+        self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
+        if given["max_size"] is None and config.get("max_size") == DEFAULTS["max_size"]:
+            del self.settings["max_size"]
+        place = directory if directory is not None else config.get("directory")
+        self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
+
+    def __repr__(self) -> str:
+        facts = {"directory": self.directory, **self.settings}
+        return f"CachePlugin({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
+
+    def setup(self, worker: Worker) -> None:
+        """Make the cache of this node the default one of a worker's process."""
+        self._place = self.directory or _place_of_worker()
+        if not _active:
+            _before.update({name: config.get(name) for name in DEFAULTS})
+        _active[self._place] += 1
+        config.set({"directory": self._place, **self.settings})
+        store = LockedLocalStore(self._place, max_size=self.settings.get("max_size", settings.UNSET))
+        if is_on_network(self._place):
+            logger.warning(
+                "the cache directory %s is on a network file system: what it saves has to cross the network again, and "
+                "locks may not hold; give each node a directory on a disk of its own",
+                self._place,
+            )
+        self._gauge = Gauge(store.directory)
+        for name in _SHOWN:
+            worker.metrics[f"xzcache_{name}"] = _metric(self._gauge, name)
+        metering.begin()
+        latest = self._gauge.read()
+        worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
+
+    def teardown(self, worker: Worker) -> None:
+        """Leave the worker's process as it was."""
+        if not hasattr(self, "_gauge"):
+            return
+        for name in _SHOWN:
+            worker.metrics.pop(f"xzcache_{name}", None)
+        metering.end()
+        _active[self._place] -= 1
+        _active.update({})
+        if _active[self._place] <= 0:
+            del _active[self._place]
+        if not _active:
+            config.set(dict(_before))
+        leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
+        if self.remove_on_close and leaving and self._place not in _active:
+            self._gauge.directory.remove_if_last()
+        del self._gauge
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def _place_of_worker() -> str:
+    """Where the cache is if the client does not say."""
+    configured = config.get("directory")
+    parent = dask.config.get("temporary-directory", None) or tempfile.gettempdir()
+    return str(configured or own_folder(parent))
+
+
+def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
+    def read(worker: Worker) -> float | str:
+        latest: Usage = gauge.read()
+        value: float | str | None = getattr(latest, name)
+        return -1 if value is None else value
+
+    return read
+
+
+class CacheDashboard(SchedulerPlugin):
+    """Adds a page on the caches of all nodes to the scheduler's dashboard, ``/individual-xzcache``."""
+
+    name = "xzcache-dashboard"
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Add the page; where the dashboard is not as it is known here, there is none."""
+        try:
+            from xzcache._dashboard import add_page
+
+            add_page(scheduler)
+        except Exception as error:
+            logger.debug("no page on the dashboard: %s: %s", type(error).__name__, error)
+
+
+async def dask_setup(server: Worker | Scheduler) -> None:
+    """What ``--preload xzcache.dask`` does: the plugin with the settings of the process's own configuration."""
+    if isinstance(server, Scheduler):
+        plugin = CacheDashboard()
+        server.add_plugin(plugin)
+        await plugin.start(server)
+    else:
+        await server.plugin_add(CachePlugin(), name=CachePlugin.name)
