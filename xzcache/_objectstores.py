@@ -62,7 +62,7 @@ _AZURE_NATIVE: Final = frozenset(
 )
 _AWS_TAKEN_IN_TWO_WAYS: Final = (
     *("AWS_ENDPOINT", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_SKIP_SIGNATURE", "AWS_TOKEN", "AWS_S3_EXPRESS"),
-    *("AWS_BUCKET", "AWS_BUCKET_NAME", "AWS_CA_BUNDLE", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"),
+    *("AWS_BUCKET", "AWS_BUCKET_NAME", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"),
 )
 """Variables of the environment that obstore and s3fs do not read alike."""
 _AZURE_CREDENTIALS: Final = ("account_key", "sas_key", "client_secret", "federated_token_file", "use_azure_cli")
@@ -164,6 +164,8 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
         if "://" not in endpoint:
             raise Untranslatable("the configuration of the AWS tools names an endpoint, which obstore does not look at")
         config["endpoint"] = endpoint
+    if os.environ.get("AWS_CA_BUNDLE") and not str(config.get("endpoint", "")).startswith("http://"):
+        raise Untranslatable("obstore does not look at AWS_CA_BUNDLE of the environment")
     if os.environ.get("AWS_ENDPOINT_URL_S3", config.get("endpoint")) != config.get("endpoint"):
         # obstore would take it before the one that was given
         raise Untranslatable("AWS_ENDPOINT_URL_S3 in the environment is not the endpoint that was given")

@@ -75,6 +75,8 @@ class Gauge:
         self._latest = usage(directory)
         self._looked = time.monotonic()
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._closed = False
 
     def read(self) -> Usage:
         """What is known, no older than a second or so; counters are those of now."""
@@ -88,7 +90,14 @@ class Gauge:
         return self._latest._replace(**{name: counts[name] for name in Usage._fields if name in counts})
 
     def _look(self) -> None:
-        self._latest = usage(self.directory)
+        with self._looking:
+            if not self._closed:
+                self._latest = usage(self.directory)
+
+    def close(self) -> None:
+        """Look no more."""
+        with self._looking:
+            self._closed = True
 
 
 def own_folder(parent: str) -> str:

@@ -131,8 +131,8 @@ class CachePlugin(WorkerPlugin):
         for name in _SHOWN:
             worker.metrics.pop(f"xzcache_{name}", None)
         metering.end()
+        self._gauge.close()
         _active[self._place] -= 1
-        _active.update({})
         if _active[self._place] <= 0:
             del _active[self._place]
         if not _active:
