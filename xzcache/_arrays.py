@@ -152,7 +152,8 @@ class Arrays:
         with self._books.section() as (member, index):
             changed = []
             before = index.notes.seen(full) or (b"cached" if index.find(Entry(full)) is not None else None)
-            gone = absent and before not in (None, documents.state_of(None))
+            # what a copy of a store told of a state is its beginning
+            gone = absent and before is not None and not documents.state_of(None).startswith(before)
             for path in documents.changed_arrays(
                 key, described, lambda path: index.notes.node(_join(namespace, path)), beneath, gone=gone
             ):

@@ -14,7 +14,8 @@ DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zm
 
 _TELLING: Final = ("zarr.json", ".zarray", ".zmetadata")
 
-_CHUNK: Final = re.compile(r"(?P<v3>.*?)/?\bc(/\d+)*|(?P<v2>(.*/)?)\d+([./]\d+)*")
+_PLACE: Final = re.compile(r"((^|/)(c?(\.\d+)+|\d+(\.\d+)*))+$")
+"""The part of a chunk's key that says where in its array it lies."""
 _SALT: Final = {True: b"absent", False: b""}
 _ATTRIBUTES: Final = ".zattrs"
 
@@ -47,10 +48,11 @@ def state_of(document: bytes | memoryview | None) -> bytes:
     return blake2b(b"absent" if document is None else document, digest_size=8, salt=_SALT[document is None]).digest()
 
 
-def array_of(key: str) -> str | None:
-    """The path of the array that a chunk belongs to, as far as its key tells."""
-    found = _CHUNK.fullmatch(key)
-    return None if found is None else (found["v3"] or found["v2"] or "").strip("/")
+def arrays_of(key: str) -> list[str]:
+    """The paths of the arrays that a chunk may belong to, as far as its key tells."""
+    path = _PLACE.sub("", key)
+    # Zarr format 3 has its chunks beneath a "c", which format 2 may call an array
+    return [path, path[:-1].rstrip("/")] if path == "c" or path.endswith("/c") else [path]
 
 
 def telling(path: str) -> list[str]:

@@ -111,30 +111,29 @@ def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
 def _made(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
     import obstore.store as stores
 
-    parts = urlsplit(url, allow_fragments=False)
+    scheme, _, rest = url.partition("://")
+    place, _, path = rest.partition("/")
     given = {name: value for name, value in options.items() if value is not None}
     common: dict[str, Any] = {name: given.pop(name) for name in _BOTH if name in given}
     common["client_options"] = {"timeout": _TIMEOUT, **common.get("client_options", {})}
     common.setdefault("retry_config", _RETRY)
-    if parts.scheme in ("http", "https"):
-        common["client_options"] |= _of_web(parts, given)
+    if scheme in ("http", "https"):
+        common["client_options"] |= _of_web(urlsplit(url, allow_fragments=False), given)
         return stores.HTTPStore.from_url(url.rstrip("/"), **common)
-    # a question mark is a character like any other in the name of an object
-    prefix = (parts.path + (f"?{parts.query}" if parts.query else "")).strip("/")
-    if "//" in prefix or not parts.netloc:
+    prefix = path.strip("/")
+    if "//" in prefix or not place:
         raise Untranslatable("the URL has an empty part, which obstore does not take")
-    if parts.scheme in ("s3", "s3a"):
-        config = dict(_of_s3(parts.netloc, given, sure=sure))
+    if scheme in ("s3", "s3a"):
+        config = dict(_of_s3(place, given, sure=sure))
         if str(config.get("endpoint", "")).startswith("http://"):
             common["client_options"].setdefault("allow_http", True)
-        return stores.S3Store(parts.netloc, prefix=prefix or None, **config, **common)
-    if parts.scheme in ("gs", "gcs"):
-        return stores.GCSStore(parts.netloc, prefix=prefix or None, **dict(_of_gcs(given, sure=sure)), **common)
-    config = dict(_of_azure(parts, given, sure=sure))
+        return stores.S3Store(place, prefix=prefix or None, **config, **common)
+    if scheme in ("gs", "gcs"):
+        return stores.GCSStore(place, prefix=prefix or None, **dict(_of_gcs(given, sure=sure)), **common)
+    config = dict(_of_azure(place, given, sure=sure))
     if str(config.get("endpoint", "")).startswith("http://"):
         common["client_options"].setdefault("allow_http", True)
-    container = parts.netloc.partition("@")[0]
-    return stores.AzureStore(container, prefix=prefix or None, **config, **common)
+    return stores.AzureStore(place.partition("@")[0], prefix=prefix or None, **config, **common)
 
 
 def _renamed(given: Mapping[str, Any], names: Mapping[str, str], native: frozenset[str]) -> Iterator[tuple[str, Any]]:
@@ -203,8 +202,8 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
     yield from _renamed(given, {}, _GCS_NATIVE)
 
 
-def _of_azure(parts: SplitResult, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
-    _, at, host = parts.netloc.partition("@")
+def _of_azure(place: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
+    _, at, host = place.partition("@")
     config = dict(_renamed(given, _AZURE, _AZURE_NATIVE))
     if at:
         if not re.fullmatch(r"[^.]+\.(blob|dfs)\.core\.windows\.net", host, re.IGNORECASE):

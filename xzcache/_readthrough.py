@@ -79,7 +79,8 @@ class ReadThrough:
     async def _is_vouched_for(self, request: Request) -> bool:
         """Whether a document is cached as the store that this one is a copy of has seen it."""
         key = request.key
-        if self.freshness.inherited.state(key) is None or not is_document(key):
+        told = self.freshness.revalidate is not True and is_document(key)
+        if not told or self.freshness.inherited.state(key) is None:
             return False
         data = await self.reading.find(request.entry)
         absent = data is None and await self.backend.is_absent(key, self.reading.max_age)

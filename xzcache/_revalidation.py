@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
 
-from xzcache._documents import array_of, is_document, ruling, telling
+from xzcache._documents import arrays_of, is_document, ruling, telling
 from xzcache._flights import Flight, HandedOver
 from xzcache._reading import Request, contents, whole
 
@@ -109,6 +109,9 @@ class Revalidation:
             return data
         except BaseException as error:
             flight.fail(error)
+            if isinstance(error, FileNotFoundError):
+                # there is not even a place where it could be
+                await self._backend.compare(key, None, ticket)
             raise
         finally:
             self._backend.flights.leave((id(self._freshness), key, began), flight)
@@ -138,9 +141,10 @@ class Revalidation:
         vouched = {
             document: state for path in nodes for document in telling(path) if (state := self._seen.state(document))
         }
-        if self._seen.more and not vouched and nodes and (array := array_of(key)) is not None:
-            # there was no room to tell of it
-            vouched = dict.fromkeys(telling(array)[:2], b"")
+        if self._seen.more:
+            # there may have been no room to tell of its array
+            arrays = [path for path in arrays_of(key) if path in nodes]
+            vouched = dict.fromkeys((document for path in arrays for document in telling(path)[:2]), b"") | vouched
         if vouched:
             await self._settle(vouched)
         if len(self._settled) > _REMEMBERED:

@@ -87,7 +87,7 @@ async def _of_obstore(source: Any, key: str, prototype: BufferPrototype, known: 
     if known.startswith("etag "):
         options["if_none_match"] = known.removeprefix("etag ")
     try:
-        if known.startswith("time ") and _validator(source, dict(await obstore.head_async(source.store, key))) == known:
+        if known.startswith("time ") and await _time_of(source, key) == known:
             # asked for anything newer, a server would not tell of something older
             return Answer(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
@@ -104,6 +104,16 @@ async def _of_obstore(source: Any, key: str, prototype: BufferPrototype, known: 
     return Answer(prototype.buffer.from_bytes(data), _validator(source, meta))  # type: ignore[arg-type]
 
 
+async def _time_of(source: Any, key: str) -> str:
+    import obstore
+
+    try:
+        return _validator(source, dict(await obstore.head_async(source.store, key)))
+    except Exception:
+        # not every server answers this; what it has to say, it says when it is asked for the object
+        return ""
+
+
 def _validator(source: Any, meta: dict[str, Any]) -> str:
     etag, modified = meta.get("e_tag") or "", meta.get("last_modified")
     if type(source.store).__name__ in _BY_CONTENT:
@@ -114,7 +124,7 @@ def _validator(source: Any, meta: dict[str, Any]) -> str:
         return ""
     if _ETAG.fullmatch(etag):
         return f"etag {etag}"
-    return f"time {modified} {meta.get('size')}" if dated else ""
+    return f"time {modified} {meta.get('size')} {etag}" if dated else ""
 
 
 async def _looked_at(
