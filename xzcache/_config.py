@@ -1,6 +1,7 @@
 """Every setting, its default, and how it is read: the one place for all of them.
 
-`config` is a `donfig.Config <https://donfig.readthedocs.io>`_: settings come from the defaults below, then YAML files
+`config` is a `donfig.Config <https://donfig.readthedocs.io>`_: settings come from the defaults below, then the section
+``xzcache`` of Dask's configuration as it is at import (``DASK_XZCACHE__MAX_SIZE=50GB``), then YAML files
 (``~/.config/xzcache/*.yaml``, ``/etc/xzcache``), then the environment (``XZCACHE_MAX_SIZE=50GB``), then
 ``xzcache.config.set(max_size="50 GB")``.
 """
@@ -14,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 
+import dask.config
 from dask.utils import parse_bytes
 from donfig import Config
 from platformdirs import user_cache_path
@@ -46,7 +48,14 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "threads": 4,
 }
 
-config: Final[Config] = Config("xzcache", defaults=[dict(DEFAULTS)])
+
+def _of_dask() -> dict[str, Any]:
+    """What Dask's configuration says of us: clusters have ways to bring that to their workers."""
+    section = dask.config.get("xzcache", None)
+    return {name.replace("-", "_"): value for name, value in section.items()} if isinstance(section, dict) else {}
+
+
+config: Final[Config] = Config("xzcache", defaults=[_of_dask(), dict(DEFAULTS)])
 
 
 class Unset(Enum):
