@@ -16,6 +16,7 @@ FLOORS = {
     "dask": 19,
     "_cluster": 19,
     "_dashboard": 18,
+    "_prometheus": 18,
     # what users hold: the store that reads through a cache
     "store": 18,
     # between it and its cache: reading, writing, and everything that only the source can say

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from os import PathLike
 
+    from xzcache._prometheus import Exporter
+
 logger = logging.getLogger("xzcache")
 
 _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
@@ -121,6 +123,7 @@ class CachePlugin(WorkerPlugin):
         for name in _SHOWN:
             worker.metrics[f"xzcache_{name}"] = _metric(self._gauge, name)
         metering.begin()
+        self._exporter = _exporter(self._gauge)
         latest = self._gauge.read()
         worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
 
@@ -131,6 +134,8 @@ class CachePlugin(WorkerPlugin):
         for name in _SHOWN:
             worker.metrics.pop(f"xzcache_{name}", None)
         metering.end()
+        if self._exporter is not None:
+            self._exporter.close()
         self._gauge.close()
         _active[self._place] -= 1
         if _active[self._place] <= 0:
@@ -160,6 +165,17 @@ def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
         return -1 if value is None else value
 
     return read
+
+
+def _exporter(gauge: Gauge) -> Exporter | None:
+    """For Prometheus, if its client is here; workers that share a process share the figures of the first."""
+    if sum(_active.values()) > 1:
+        return None
+    try:
+        from xzcache._prometheus import Exporter
+    except ImportError:
+        return None
+    return Exporter(gauge)
 
 
 class CacheDashboard(SchedulerPlugin):
