@@ -60,7 +60,7 @@ class Arrays:
         affected = {_join(namespace, path) for path in described.arrays or (key.rpartition("/")[0],)}
 
         def act() -> Ticket | None:
-            changed, valid = self._changed(namespace, key, described, ticket, absent=document is None)
+            changed, valid = self._changed(namespace, key, document, ticket, described)
             for path in changed:
                 self._drop_array(namespace, path, described)
             self._set_seen(f"{namespace}/{key}", documents.state_of(document))
@@ -138,7 +138,7 @@ class Arrays:
                 index.notes.set_node(_join(namespace, path), digest)
 
     def _changed(
-        self, namespace: str, key: str, described: documents.Description, ticket: Ticket | None, *, absent: bool
+        self, namespace: str, key: str, document: bytes | None, ticket: Ticket | None, described: documents.Description
     ) -> tuple[list[str], Ticket | None]:
         """Paths of the arrays that are not as they were, and a ticket that their drop leaves valid.
 
@@ -148,17 +148,21 @@ class Arrays:
         def beneath(path: str) -> list[str]:
             return [node.partition("/")[2] for node in index.notes.nodes_beneath(_join(namespace, path))]
 
-        full = f"{namespace}/{key}"
+        full, absent = f"{namespace}/{key}", document is None
         with self._books.section() as (member, index):
             changed = []
-            before = index.notes.seen(full) or (b"cached" if index.find(Entry(full)) is not None else None)
+            seen = index.notes.seen(full)
+            before = seen or (b"cached" if index.find(Entry(full)) is not None else None)
             # what a copy of a store told of a state is its beginning
             gone = absent and before is not None and not documents.state_of(None).startswith(before)
+            # what there is was filled under this very document, by copies of a store that had seen it
+            agreed = bool(seen) and documents.state_of(document).startswith(seen or b"")
             for path in documents.changed_arrays(
                 key, described, lambda path: index.notes.node(_join(namespace, path)), beneath, gone=gone
             ):
                 node = _join(namespace, path)
-                if index.notes.node(node) is None and not index.has_data_beneath(node):
+                unknown = index.notes.node(node) is None and path in described.arrays
+                if unknown and (agreed or not index.has_data_beneath(node)):
                     index.notes.set_node(node, described.arrays[path])
                 else:
                     changed.append(path)

@@ -114,15 +114,26 @@ def cluster_info(client: Client) -> ClusterInfo:
     Parameters
     ----------
     client : distributed.Client
-        Of a cluster whose workers have xzcache installed; with `CachePlugin`, or without.
+        Of a cluster whose workers have xzcache installed; with `CachePlugin`, or without. What an asynchronous client
+        gives is to be awaited.
 
     Returns
     -------
     ClusterInfo
         One `Node` for each cache directory, whatever the number of workers that share it.
     """
-    found: dict[str, Usage] = client.run(_usage_here)
-    hosts = {address: worker["host"] for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()}
+    if client.asynchronous:
+        return _asked(client)  # type: ignore[return-value]
+    return _gathered(client, client.run(_usage_here))
+
+
+async def _asked(client: Client) -> ClusterInfo:
+    return _gathered(client, await client.run(_usage_here))
+
+
+def _gathered(client: Client, found: dict[str, Usage]) -> ClusterInfo:
+    info = client.scheduler_info(n_workers=-1)["workers"]
+    hosts = {address: worker["host"] for address, worker in info.items()}
     by_node: dict[str, dict[str, Usage]] = {}
     for address, seen in found.items():
         by_node.setdefault(seen.node or seen.directory, {})[address] = seen

@@ -230,6 +230,9 @@ def parse_root(root: Any, name: str = "root") -> Path:
     accepted = "a directory of this user's, or a path where one can be made"
     if not isinstance(root, str | os.PathLike):
         raise TypeError(f"{name}={root!r} is not accepted: give {accepted}")
+    if "://" in str(root):
+        # never with its value, which may hold a password
+        raise ValueError(f"{name} is a URL, which is not accepted: give {accepted}")
     path = Path(root).expanduser().absolute()
     try:
         status = path.stat()

@@ -132,6 +132,12 @@ class CacheDirectory:
         """Ask for another reserve of free disk, in this process."""
         self._min_free = self.space.min_free = min_free
 
+    def set_lock_timeout(self, seconds: float) -> None:
+        """Ask for another time to wait for the lock of the index, in this process."""
+        self.books.timeout = seconds
+        if (member := self.books.current) is not None:
+            member.guard.timeout = seconds
+
     def flush(self) -> None:
         """Tell the index of the latest uses."""
         if self.recency:

@@ -56,7 +56,7 @@ class Guard:
     def __init__(self, path: str, timeout: float) -> None:
         self.fd = open_lock_file(path)
         self._path = path
-        self._timeout = timeout
+        self.timeout = timeout
         self._mutex = threading.Lock()
         self._impatient_until = 0.0
         self._kept_out = False
@@ -64,7 +64,7 @@ class Guard:
     def __enter__(self) -> None:
         now = time.monotonic()
         patient = now >= self._impatient_until
-        deadline = now + (self._timeout if patient else min(_IMPATIENT_WAIT, self._timeout))
+        deadline = now + (self.timeout if patient else min(_IMPATIENT_WAIT, self.timeout))
         if not self._mutex.acquire(timeout=deadline - now):
             self._give_up(patient)
         pause = _FIRST_PAUSE
@@ -88,7 +88,7 @@ class Guard:
 
     def _give_up(self, patient: bool) -> None:
         if patient:
-            self._impatient_until = time.monotonic() + _IMPATIENCE * self._timeout
+            self._impatient_until = time.monotonic() + _IMPATIENCE * self.timeout
         raise Busy(f"{self._path} is held by somebody else")
 
     def is_current(self) -> bool:

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
-from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import dask
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from os import PathLike
 
+    from xzcache._directory import CacheDirectory
     from xzcache._prometheus import Exporter
 
 logger = logging.getLogger("xzcache")
@@ -45,8 +46,51 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
 }
 _SHOWN: Final = ("node", "hits", "misses", "bytes_from_cache", "bytes_from_source", "used", "bound")
 
-_active: Final[Counter[str]] = Counter()
-_before: Final[dict[str, Any]] = {}
+
+class _Setup(NamedTuple):
+    """What a plugin has done to one worker."""
+
+    place: str
+    settings: dict[str, Any]
+    gauge: Gauge
+
+
+class _Process:
+    """What the plugins of a process's workers have in common: its configuration, and one exporter."""
+
+    def __init__(self) -> None:
+        self._setups: list[_Setup] = []
+        self._before: dict[str, Any] = {}
+        self._exporter: Exporter | None = None
+
+    def enter(self, setup: _Setup) -> None:
+        if not self._setups:
+            self._before = {name: config.get(name) for name in DEFAULTS}
+        self._setups.append(setup)
+        metering.begin()
+        self._apply()
+
+    def leave(self, setup: _Setup) -> None:
+        self._setups.remove(setup)
+        metering.end()
+        self._apply()
+
+    def uses(self, place: str) -> bool:
+        return any(setup.place == place for setup in self._setups)
+
+    def _apply(self) -> None:
+        """The one that came last counts."""
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
+        config.set(dict(self._before))
+        if self._setups:
+            latest = self._setups[-1]
+            config.set({**latest.settings, "directory": latest.place})
+            self._exporter = _exporter(latest.gauge)
+
+
+_process: Final = _Process()
 
 
 class CachePlugin(WorkerPlugin):
@@ -98,6 +142,7 @@ class CachePlugin(WorkerPlugin):
         self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
         if given["max_size"] is None and config.get("max_size") == DEFAULTS["max_size"]:
             del self.settings["max_size"]
+        self._setups: dict[str, _Setup] = {}
         place = directory if directory is not None else config.get("directory")
         self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
 
@@ -107,53 +152,48 @@ class CachePlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Make the cache of this node the default one of a worker's process."""
-        self._place = self.directory or _place_of_worker()
-        if not _active:
-            _before.update({name: config.get(name) for name in DEFAULTS})
-        _active[self._place] += 1
-        config.set({"directory": self._place, **self.settings})
-        store = LockedLocalStore(self._place, max_size=self.settings.get("max_size", settings.UNSET))
-        if is_on_network(self._place):
+        place = self.directory or _place_of_worker()
+        setup = _Setup(place, self.settings, Gauge(self._open(place)))
+        self._setups[worker.id] = setup
+        _process.enter(setup)
+        for name in _SHOWN:
+            worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
+        latest = setup.gauge.read()
+        worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
+
+    def _open(self, place: str) -> CacheDirectory:
+        settings.parse_root(place, "directory")
+        asked = {name: self.settings[name] for name in ("max_size", "min_free") if name in self.settings}
+        directory = LockedLocalStore(place, **asked).directory
+        directory.set_lock_timeout(self.settings["lock_timeout"])
+        if is_on_network(place):
             logger.warning(
                 "the cache directory %s is on a network file system: what it saves has to cross the network again, and "
                 "locks may not hold; give each node a directory on a disk of its own",
-                self._place,
+                place,
             )
-        self._gauge = Gauge(store.directory)
-        for name in _SHOWN:
-            worker.metrics[f"xzcache_{name}"] = _metric(self._gauge, name)
-        metering.begin()
-        self._exporter = _exporter(self._gauge)
-        latest = self._gauge.read()
-        worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
+        return directory
 
     def teardown(self, worker: Worker) -> None:
         """Leave the worker's process as it was."""
-        if not hasattr(self, "_gauge"):
+        if (setup := self._setups.pop(worker.id, None)) is None:
             return
         for name in _SHOWN:
             worker.metrics.pop(f"xzcache_{name}", None)
-        metering.end()
-        if self._exporter is not None:
-            self._exporter.close()
-        self._gauge.close()
-        _active[self._place] -= 1
-        if _active[self._place] <= 0:
-            del _active[self._place]
-        if not _active:
-            config.set(dict(_before))
+        setup.gauge.close()
+        _process.leave(setup)
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
-        if self.remove_on_close and leaving and self._place not in _active:
-            self._gauge.directory.remove_if_last()
-        del self._gauge
+        if self.remove_on_close and leaving and not _process.uses(setup.place):
+            setup.gauge.directory.remove_if_last()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**vars(self), "_setups": {}}
 
 
 def _place_of_worker() -> str:
     """Where the cache is if the client does not say."""
-    configured = config.get("directory")
+    # a nanny sets the environment of its worker after it has imported what the main module imports
+    configured = config.get("directory") or os.environ.get("XZCACHE_DIRECTORY")
     parent = dask.config.get("temporary-directory", None) or tempfile.gettempdir()
     return str(configured or own_folder(parent))
 
@@ -168,9 +208,7 @@ def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
 
 
 def _exporter(gauge: Gauge) -> Exporter | None:
-    """For Prometheus, if its client is here; workers that share a process share the figures of the first."""
-    if sum(_active.values()) > 1:
-        return None
+    """For Prometheus, if its client is here."""
     try:
         from xzcache._prometheus import Exporter
     except ImportError:
