@@ -50,6 +50,7 @@ class Books:
         self.root = root
         self.meta = f"{root}/{META}"
         self.timeout = timeout
+        self.is_retired = False
         self._opening = threading.Lock()
         self._member: Membership | None = None
         self._forking: Membership | None = None
@@ -72,6 +73,8 @@ class Books:
         member = self._member
         if member is not None:
             return member
+        if self.is_retired:
+            raise Unusable(f"the cache directory {self.root} was taken away")
         with self._opening:
             if self._member is None:
                 try:

@@ -138,6 +138,12 @@ class CacheDirectory:
         if (member := self.books.current) is not None:
             member.guard.timeout = seconds
 
+    def reopen(self) -> None:
+        """Have a directory that was taken away be made again at its next use."""
+        if self.books.is_retired:
+            self.books.is_retired = False
+            self._prepare_after = 0.0
+
     def flush(self) -> None:
         """Tell the index of the latest uses."""
         if self.recency:
@@ -190,8 +196,12 @@ class CacheDirectory:
     def _remove_if_last(self) -> bool:
         self.background.wait()
         if not recovery.is_last_to_leave(self.books):
+            # what is still open here joins again at its next use
+            self.close()
             return False
         self.writes.drop_now("")
+        # what still runs here must not make it again
+        self.books.is_retired = True
         self.books.close()
         self._prepared = None
         shutil.rmtree(self.books.meta, ignore_errors=True)

@@ -49,6 +49,7 @@ def open_directory(
                 lock_timeout=parse_seconds("lock_timeout", config.get("lock_timeout")),
             )
         else:
+            directory.reopen()
             if not isinstance(max_size, Unset):
                 directory.set_bound(max_size)
             if not isinstance(min_free, Unset):

@@ -111,7 +111,8 @@ class CachePlugin(WorkerPlugin):
         As in `xzcache.config`. What is not given is as configured for the client: nothing depends on the environment of
         the workers.
     remove_on_close : bool, optional
-        Whether the last worker of a node that is closed in an orderly way takes the cache away.
+        Whether the last worker of a node that is closed in an orderly way takes the cache away, if no other process
+        uses it; as it is when all workers are restarted.
 
     Raises
     ------
