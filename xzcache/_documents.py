@@ -14,7 +14,7 @@ DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zm
 
 _TELLING: Final = ("zarr.json", ".zarray", ".zmetadata")
 
-_PLACE: Final = re.compile(r"((^|/)(c?(\.\d+)+|\d+(\.\d+)*))+$")
+_PLACE: Final = re.compile(r"(^|/)(c(\.\d+)+|\d+(\.\d+)+)$|((^|/)\d+)+$")
 """The part of a chunk's key that says where in its array it lies."""
 _SALT: Final = {True: b"absent", False: b""}
 _ATTRIBUTES: Final = ".zattrs"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import AsyncIterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Final
 
 from zarr.abc.store import Store
 from zarr.core.sync import sync
+from zarr.storage import FsspecStore
 
 from xzcache._sources import open_source
+
+_MEANS_MORE: Final = re.compile("[?#%]")
 
 
 def is_pattern(url: str) -> bool:
@@ -35,22 +40,42 @@ def expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
     depth = next(number for number, part in enumerate(parts) if is_pattern(part))
 
     def url(*below: str) -> str:
+        if scheme in ("http", "https"):
+            below = tuple(_MEANS_MORE.sub(lambda sign: f"%{ord(sign[0]):02X}", each) for each in below)
         link = f"{scheme}://{'/'.join([*parts[:depth], *below])}"
         return "::".join([*links[:at], link, *links[at + 1 :]])
 
     store = open_source(url(), storage_options, read_only=True, upstream=upstream)
-    if hasattr(store, "fs"):
-        # what was listed before may have grown
-        store.fs.invalidate_cache()
-    return sorted(url(each) for each in sync(_matches(store, parts[depth:])))
+    matches = _globbed if isinstance(store, FsspecStore) else _listed
+    return sorted(url(each) for each in sync(matches(store, parts[depth:])))
 
 
-async def _matches(store: Store, parts: list[str]) -> list[str]:
+async def _globbed(store: Any, parts: list[str]) -> list[str]:
+    # what was listed before may have grown
+    store.fs.invalidate_cache()
+    base = str(store.path).rstrip("/")
+    found = await store.fs._glob("/".join([base, *parts]).lstrip("/"))
+    return [path.rstrip("/").removeprefix(base).strip("/") for path in found]
+
+
+async def _listed(store: Any, parts: list[str]) -> list[str]:
     found = [""]
     for part in parts:
-        if is_pattern(part):
-            listed = [(above, name.rstrip("/")) for above in found async for name in store.list_dir(above)]
-        else:
-            listed = [(above, part) for above in found]
-        found = [f"{above}/{name}".lstrip("/") for above, name in listed if name == part or fnmatchcase(name, part)]
+        if part == "**":
+            found = [place async for place in _beneath(store, found)]
+            continue
+        listed = [(above, name.rstrip("/")) for above in found async for name in store.list_dir(above)]
+        found = [_join(above, name) for above, name in listed if name == part or fnmatchcase(name, part)]
     return list(dict.fromkeys(found))
+
+
+async def _beneath(store: Store, places: list[str]) -> AsyncIterator[str]:
+    """Some directories, and all that is in them."""
+    for place in places:
+        yield place
+        async for below in _beneath(store, [_join(place, name.rstrip("/")) async for name in store.list_dir(place)]):
+            yield below
+
+
+def _join(above: str, name: str) -> str:
+    return f"{above}/{name}".lstrip("/")

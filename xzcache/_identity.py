@@ -69,6 +69,14 @@ def remember(store: Store, known: Identity) -> None:
     _remembered.of(store, lambda _: known)
 
 
+def depends_on_environment(store: Store) -> bool:
+    """Whether another process, with another environment, might read something else through a copy of a store."""
+    kind = type(getattr(store, "store", None)).__name__
+    if kind in ("S3Store", "GCSStore", "AzureStore"):
+        return True
+    return type(store) is FsspecStore and label_of(store.fs, "").partition("://")[0] in ("s3", "gs", "az")
+
+
 def _identify(store: Store) -> Identity:
     inner = getattr(store, "source", None)
     if isinstance(inner, Identity):

@@ -68,14 +68,22 @@ def configured_endpoint(profile: str) -> str:
         return ""
     if endpoint := _environment("AWS_ENDPOINT_URL_S3") or _environment("AWS_ENDPOINT_URL"):
         return endpoint
-    try:
-        with open(os.path.expanduser(_environment("AWS_CONFIG_FILE") or "~/.aws/config"), "rb") as file:
-            text = file.read()
-    except OSError:
-        return ""
-    if b"endpoint_url" not in text:
+    if b"endpoint_url" not in (text := _configuration()):
         return ""
     return f"{blake2b(text + profile.encode(), digest_size=8).hexdigest()}.configured"
+
+
+def names_region() -> bool:
+    """Whether boto may find a region in its configuration file."""
+    return b"region" in _configuration()
+
+
+def _configuration() -> bytes:
+    try:
+        with open(os.path.expanduser(_environment("AWS_CONFIG_FILE") or "~/.aws/config"), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _account(given: Mapping[str, Any], profile: str) -> str:
@@ -140,7 +148,7 @@ def _environment(name: str) -> str:
 
 
 def _true(value: object) -> bool:
-    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes"))
+    return value is True or value == 1 or (isinstance(value, str) and value.lower() in ("true", "1", "yes"))
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

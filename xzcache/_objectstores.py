@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 from xzcache._buckets import region_of
-from xzcache._locations import configured_endpoint
+from xzcache._locations import configured_endpoint, names_region
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Remote
@@ -136,11 +136,17 @@ def _made(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
     return stores.AzureStore(place.partition("@")[0], prefix=prefix or None, **config, **common)
 
 
-def _renamed(given: Mapping[str, Any], names: Mapping[str, str], native: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    for name, value in given.items():
+def _renamed(given: Iterable[tuple[str, Any]], names: Mapping[str, str], native: frozenset[str]) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    for name, value in given:
+        if value is None:
+            continue
         if (word := names.get(name, name)) not in native:
             raise Untranslatable(f"obstore has no word for the option {name!r}")
-        yield word, value
+        if word in said:
+            raise Untranslatable(f"the option {name!r} says again what another one says")
+        said[word] = value
+    return said
 
 
 def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
@@ -149,7 +155,7 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
         raise Untranslatable("the option 'client_kwargs' is no mapping")
     if not given.pop("use_ssl", True):
         raise Untranslatable("obstore has no word for the option 'use_ssl'")
-    config = dict(_renamed({**given, **{k: v for k, v in client.items() if v is not None}}, _S3, _S3_NATIVE))
+    config = _renamed([*given.items(), *client.items()], _S3, _S3_NATIVE)
     if not config.get("skip_signature", False):
         config.pop("skip_signature", None)
         if not sure and "access_key_id" not in config and not _signs():
@@ -168,6 +174,12 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
     if os.environ.get("AWS_ENDPOINT_URL_S3", config.get("endpoint")) != config.get("endpoint"):
         # obstore would take it before the one that was given
         raise Untranslatable("AWS_ENDPOINT_URL_S3 in the environment is not the endpoint that was given")
+    if "endpoint" in config and "region" not in config:
+        # obstore would take AWS_REGION, which boto does not know
+        region = os.environ.get("AWS_DEFAULT_REGION")
+        if not region and names_region():
+            raise Untranslatable("the configuration of the AWS tools names a region, which obstore does not look at")
+        config["region"] = region or "us-east-1"
     if "endpoint" not in config and "region" not in config:
         # other clients follow Amazon's redirection to the right region, obstore does not
         if (region := region_of(bucket)) is None:
@@ -199,12 +211,12 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
         raise Untranslatable("obstore has no word for this kind of the option 'token'")
     elif not sure and not (given.keys() & _GCS_NATIVE or os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")):
         raise Untranslatable("obstore may not find the credentials that gcsfs finds")
-    yield from _renamed(given, {}, _GCS_NATIVE)
+    yield from _renamed(given.items(), {}, _GCS_NATIVE).items()
 
 
 def _of_azure(place: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
     _, at, host = place.partition("@")
-    config = dict(_renamed(given, _AZURE, _AZURE_NATIVE))
+    config = _renamed(given.items(), _AZURE, _AZURE_NATIVE)
     if at:
         if not re.fullmatch(r"[^.]+\.(blob|dfs)\.core\.windows\.net", host, re.IGNORECASE):
             raise Untranslatable("obstore would not read from the host of the URL")

@@ -15,7 +15,7 @@ from xzcache import _config as settings
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Age, Revalidate, Unset, config
 from xzcache._freshness import Freshness, Seen
-from xzcache._identity import Identity, identify, remember
+from xzcache._identity import Identity, depends_on_environment, identify, remember
 from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._reading import Reading
@@ -279,7 +279,7 @@ class CacheStore(WritableView):
 
 def _restore(kind: type[CacheStore], state: dict[str, Any]) -> CacheStore:
     """A copy in another process: what the store that it is a copy of has asked for, it need not ask for again."""
-    if state["identity"] is not None:
+    if state["identity"] is not None and not depends_on_environment(state["source"]):
         remember(state["source"], state["identity"])
     store = kind(state["source"], cache_store=state["cache"], **state["settings"])
     store._read_through(store._fresh(Seen(state["seen"])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
@@ -19,7 +20,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from xzcache._config import config
-from xzcache._described import without_secrets
+from xzcache._described import without_secrets, without_user
 from xzcache._globs import expanded, is_pattern
 from xzcache._open_zarr import is_ours, original
 from xzcache._sources import is_url
@@ -58,17 +59,21 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
             return super().open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
             opened = super().open_dataset(store, drop_variables=drop_variables, **rest)
-        if is_url(filename_or_obj):
-            opened.encoding["source"] = _shown(filename_or_obj)
+        opened.encoding.update(_source(filename_or_obj))
         return opened
 
     def open_datatree(self, filename_or_obj: Any, **kwargs: Any) -> DataTree:
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
-            return super().open_datatree(store, **rest)
+            opened = super().open_datatree(store, **rest)
+        opened.encoding.update(_source(filename_or_obj))
+        return opened
 
     def open_groups_as_dict(self, filename_or_obj: Any, **kwargs: Any) -> dict[str, Dataset]:
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
-            return super().open_groups_as_dict(store, **rest)
+            opened = super().open_groups_as_dict(store, **rest)
+        for each in opened.values():
+            each.encoding.update(_source(filename_or_obj))
+        return opened
 
 
 def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
@@ -101,9 +106,7 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     with _through_cache(store, settings) as (cached, rest):
         bound.arguments["store"] = cached
         opened: Dataset = theirs(*bound.args, **bound.kwargs, **rest)
-    given = getattr(store, "path", store)
-    if isinstance(given, str | os.PathLike) and not isinstance(store, CacheStore):
-        opened.encoding["source"] = _shown(given)
+    opened.encoding.update(_source(store))
     return opened
 
 
@@ -131,6 +134,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     _check_engine(kwargs.pop("engine", None))
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     stores: dict[str, Any] = {}
+    opened: list[CacheStore] = []
 
     def cached(item: Any) -> Any:
         if isinstance(item, list | tuple):
@@ -139,6 +143,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
             return item
         name = os.fspath(item) if isinstance(item, str | os.PathLike) else None
         store = CacheStore(item, storage_options=storage_options if is_url(item) else None, **settings)
+        opened.append(store)
         return stores.setdefault(name, store) if name is not None else store
 
     if isinstance(paths, str):
@@ -149,8 +154,8 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     try:
         return xarray.open_mfdataset(given, engine="zarr", **kwargs)
     except FileNotFoundError as missing:
-        for name, store in stores.items():
-            _say(missing, store, name)
+        for store in opened:
+            _say(missing, store, store.source.label)
         raise
 
 
@@ -161,10 +166,13 @@ def _expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
     return expanded(pattern, storage_options, upstream) if is_pattern(pattern) else [pattern]
 
 
-def _shown(given: str | os.PathLike[str]) -> str:
-    """What was given, as xarray notes it, but without credentials."""
-    name = os.fspath(given)
-    return without_secrets(name) if is_url(name) else os.path.abspath(os.path.expanduser(name))
+def _source(given: Any) -> dict[str, str]:
+    """What xarray notes of what was given, without credentials."""
+    path = getattr(given, "path", given)
+    if not isinstance(path, str | os.PathLike):
+        return {}
+    name = os.fspath(path)
+    return {"source": without_secrets(name) if "://" in name else os.path.abspath(os.path.expanduser(name))}
 
 
 def _check_engine(engine: object) -> None:
@@ -197,9 +205,15 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
 
 
 def _say(missing: FileNotFoundError, store: CacheStore, given: object) -> None:
-    """Let an error name what the user gave."""
-    name = without_secrets(given) if isinstance(given, str) and is_url(given) else given
+    """Let an error name what the user gave, without credentials."""
     missing.args = tuple(
-        part.replace(repr(store), repr(name)).replace(str(store), str(name)) if isinstance(part, str) else part
+        _scrubbed(part.replace(repr(store), repr(given)).replace(str(store), str(given)))
+        if isinstance(part, str)
+        else part
         for part in missing.args
     )
+
+
+def _scrubbed(text: str) -> str:
+    """A text in which there may be URLs."""
+    return re.sub(r"\S+://\S+", lambda url: re.sub(r"\?[^\s'\",>)]*", "", without_user(url[0])), text)
