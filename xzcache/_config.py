@@ -71,6 +71,16 @@ class Unset(Enum):
 
 UNSET: Final = Unset.UNSET
 
+AS_ZARR: Final[Mapping[str, Any]] = {
+    "max_age_seconds": "infinity",
+    "max_size": UNSET,
+    "cache_set_data": True,
+    "namespace": None,
+    "revalidate": "open",
+    "policy": "lru",
+}
+"""The settings of a store that a pickle of it need not tell."""
+
 Infinity = Literal["infinity"]
 Age = float | Infinity
 Revalidate = bool | float | Literal["open"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from contextlib import suppress
 from typing import Final
 
+_NUMBER: Final = re.compile(r"\\([0-7]{3})")
 _NETWORK: Final = frozenset(
     [
         *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "ceph-fuse", "glusterfs", "afs"),
@@ -47,11 +49,16 @@ def free_bytes(path: str) -> tuple[int, int]:
     return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
+def _sign(number: re.Match[str]) -> str:
+    return chr(int(number[1], 8))
+
+
 def is_on_network(path: str) -> bool:
     """Whether a path is on a file system that other machines share, as far as the system tells."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            mounts = [line.split() for line in file]
+            # a blank in a name is written as its number
+            mounts = [[_NUMBER.sub(_sign, field) for field in line.split()] for line in file]
     except OSError:
         return False
     real = os.path.realpath(path)

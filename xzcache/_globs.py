@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from fnmatch import fnmatchcase
 from typing import Any, Final
+from urllib.parse import unquote
 
 from zarr.abc.store import Store
 from zarr.core.sync import sync
@@ -46,8 +47,14 @@ def expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
         return "::".join([*links[:at], link, *links[at + 1 :]])
 
     store = open_source(url(), storage_options, read_only=True, upstream=upstream)
-    matches = _globbed if isinstance(store, FsspecStore) else _listed
-    return sorted(url(each) for each in sync(matches(store, parts[depth:])))
+    if isinstance(store, FsspecStore) and scheme in ("http", "https"):
+        # which spells names as the links of pages do
+        found = sync(_listed(store, parts[depth:], unquote))
+    elif isinstance(store, FsspecStore):
+        found = sync(_globbed(store, parts[depth:]))
+    else:
+        found = sync(_listed(store, parts[depth:], str))
+    return sorted(url(each) for each in found)
 
 
 async def _globbed(store: Any, parts: list[str]) -> list[str]:
@@ -58,13 +65,13 @@ async def _globbed(store: Any, parts: list[str]) -> list[str]:
     return [path.rstrip("/").removeprefix(base).strip("/") for path in found]
 
 
-async def _listed(store: Any, parts: list[str]) -> list[str]:
+async def _listed(store: Store, parts: list[str], spelled: Callable[[str], str]) -> list[str]:
     found = [""]
     for part in parts:
         if part == "**":
             found = [place async for place in _beneath(store, found)]
             continue
-        listed = [(above, name.rstrip("/")) for above in found async for name in store.list_dir(above)]
+        listed = [(above, spelled(name.rstrip("/"))) for above in found async for name in store.list_dir(above)]
         found = [_join(above, name) for above, name in listed if name == part or fnmatchcase(name, part)]
     return list(dict.fromkeys(found))
 

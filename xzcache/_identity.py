@@ -69,8 +69,13 @@ def remember(store: Store, known: Identity) -> None:
     _remembered.of(store, lambda _: known)
 
 
-def depends_on_environment(store: Store) -> bool:
-    """Whether another process, with another environment, might read something else through a copy of a store."""
+def is_found_out_anew(store: Store) -> bool:
+    """Whether a copy of a store in another process had better be identified there.
+
+    With another environment it might read something else; or to find it out is easy.
+    """
+    if type(store) is LocalStore:
+        return True
     kind = type(getattr(store, "store", None)).__name__
     if kind in ("S3Store", "GCSStore", "AzureStore"):
         return True

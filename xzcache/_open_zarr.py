@@ -42,6 +42,11 @@ def original() -> Callable[..., Any]:
     return function
 
 
+def transparent(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+    """Have xarray take a function for one of its own: its warnings are for whoever called that, by file and line."""
+    function.__code__ = function.__code__.replace(co_filename=theirs.__code__.co_filename)
+
+
 def install(cached: Callable[..., Any]) -> None:
     """Teach `xarray.open_zarr` the engine, now or as soon as xarray is imported. Once is as good as twice.
 
@@ -73,6 +78,8 @@ def _teach(home: ModuleType) -> None:
 def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("engine") is None:
+            kwargs.pop("engine", None)
         if not is_ours(kwargs.get("engine")):
             return theirs(store, *args, **kwargs)
         return _opener["zcache"](store, *args, **kwargs)
@@ -83,6 +90,7 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
     keywords = (last,) if last.kind is last.VAR_KEYWORD else ()
     parameters = (*positional, *(() if keywords else (last,)), engine, *keywords)
     vars(open_zarr).update({"__signature__": signature.replace(parameters=parameters), _ORIGINAL: theirs})
+    transparent(open_zarr, theirs)
     # pickled by this name, a function that was sent to a worker brings the engine along
     open_zarr.__module__ = __name__
     before, returns, after = inspect.cleandoc(theirs.__doc__ or "").partition("\n\nReturns\n")

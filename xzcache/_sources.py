@@ -63,9 +63,10 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
             raise ValueError(f"store={store.path!r} is a path within a store: give the store itself")
         return store.store
     if type(store) is LocalStore:
-        return (
-            store if os.path.realpath(store.root) == str(store.root) else _local(store.root, read_only=store.read_only)
-        )
+        if os.path.realpath(store.root) == str(store.root) and store.read_only >= read_only:
+            return store
+        # whoever only reads does not make it
+        return _local(store.root, read_only=read_only or store.read_only)
     if isinstance(store, Store):
         return store
     if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):

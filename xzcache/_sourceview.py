@@ -10,6 +10,8 @@ from zarr.abc.store import Store
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from xzcache._identity import Identity
+
 
 class SourceView(Store):
     """A store whose listings and abilities are those of another one.
@@ -19,6 +21,12 @@ class SourceView(Store):
     """
 
     _store: Store
+    source: Identity
+
+    @property
+    def path(self) -> str | None:
+        """The URL or path of the source, without credentials; None where it has none."""
+        return self.source.url
 
     @property
     def supports_writes(self) -> bool:

@@ -75,6 +75,15 @@ class _Process:
         metering.end()
         self._apply()
 
+    def configured(self) -> dict[str, Any]:
+        """What somebody configured, and not a plugin of a worker in this process."""
+        found = {name: config.get(name) for name in DEFAULTS}
+        if self._setups:
+            latest = self._setups[-1]
+            ours = {**latest.settings, "directory": latest.place}
+            found |= {name: self._before[name] for name, value in ours.items() if found[name] == value}
+        return found
+
     def uses(self, place: str) -> bool:
         return any(setup.place == place for setup in self._setups)
 
@@ -139,12 +148,13 @@ class CachePlugin(WorkerPlugin):
             raise TypeError(f"CachePlugin() got an unexpected keyword argument {min(unknown)!r}")
         self.remove_on_close = settings.parse_flag("remove_on_close", remove_on_close)
         given = {"max_size": max_size, **options}
-        chosen = {name: given[name] if given.get(name) is not None else config.get(name) for name in _PARSERS}
+        configured = _process.configured()
+        chosen = {name: given[name] if given.get(name) is not None else configured[name] for name in _PARSERS}
         self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
-        if given["max_size"] is None and config.get("max_size") == DEFAULTS["max_size"]:
+        if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
             del self.settings["max_size"]
         self._setups: dict[str, _Setup] = {}
-        place = directory if directory is not None else config.get("directory")
+        place = directory if directory is not None else configured["directory"]
         self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
 
     def __repr__(self) -> str:

@@ -13,9 +13,9 @@ from zarr.storage import MemoryStore
 
 from xzcache import _config as settings
 from xzcache._anystore import StoreBackend
-from xzcache._config import UNSET, Age, Revalidate, Unset, config
+from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
 from xzcache._freshness import Freshness, Seen
-from xzcache._identity import Identity, depends_on_environment, identify, remember
+from xzcache._identity import Identity, identify, is_found_out_anew, remember
 from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._reading import Reading
@@ -152,11 +152,6 @@ class CacheStore(WritableView):
         return self._reads.backend.namespace
 
     @property
-    def path(self) -> str | None:
-        """The URL or path of the source, without credentials; None where it has none."""
-        return self.source.url
-
-    @property
     def max_size(self) -> int | None:
         """The bound of the whole cache, in bytes; None for no bound."""
         return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._reads.backend.bound
@@ -186,12 +181,16 @@ class CacheStore(WritableView):
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state: dict[str, Any] = {"source": self._store, "cache": self._given_cache, "settings": self._settings()}
-        if isinstance(self._given_cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
+        # few objects: a graph refers to each of them, and a pickle says a reference to one of the first 256 shortly
+        kind = None if type(self) is CacheStore else type(self)
+        changed = {name: value for name, value in self._settings().items() if value != AS_ZARR.get(name, value)}
+        cache, token = self._given_cache, None
+        if isinstance(cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
             # a copy gets a cache of its own: what is in this one stays here
-            state |= {"cache": type(self._given_cache)(), "token": self._reads.backend.token}
-        state |= {"identity": self.source if self.source.lasting else None, "seen": self._reads.freshness.seen().packed}
-        return _restore, (type(self), state)
+            cache, token = type(cache)(), self._reads.backend.token
+        known = self.source if self.source.lasting and not is_found_out_anew(self._store) else None
+        seen = self._reads.freshness.seen().packed
+        return _restore, (kind, self._store, cache, changed or None, self.read_only, known, seen, token)
 
     def __dask_tokenize__(self) -> tuple[str, str, str]:
         return "xzcache", self.namespace, type(self).__name__
@@ -277,12 +276,21 @@ class CacheStore(WritableView):
         await self._reads.backend.clear()
 
 
-def _restore(kind: type[CacheStore], state: dict[str, Any]) -> CacheStore:
+def _restore(
+    kind: type[CacheStore] | None,
+    source: Store,
+    cache: Any,
+    changed: dict[str, Any] | None,
+    read_only: bool,
+    known: Identity | None,
+    seen: bytes,
+    token: str | None,
+) -> CacheStore:
     """A copy in another process: what the store that it is a copy of has asked for, it need not ask for again."""
-    if state["identity"] is not None and not depends_on_environment(state["source"]):
-        remember(state["source"], state["identity"])
-    store = kind(state["source"], cache_store=state["cache"], **state["settings"])
-    store._read_through(store._fresh(Seen(state["seen"])))
+    if known is not None:
+        remember(source, known)
+    store = (kind or CacheStore)(source, cache_store=cache, read_only=read_only, **{**AS_ZARR, **(changed or {})})
+    store._read_through(store._fresh(Seen(seen)))
     if isinstance(store._reads.backend, StoreBackend):
-        store._reads.backend.token = state.get("token") or store._reads.backend.token
+        store._reads.backend.token = token or store._reads.backend.token
     return store

@@ -22,7 +22,7 @@ from zarr.storage import LocalStore, StorePath
 from xzcache._config import config
 from xzcache._described import without_secrets, without_user
 from xzcache._globs import expanded, is_pattern
-from xzcache._open_zarr import is_ours, original
+from xzcache._open_zarr import is_ours, original, transparent
 from xzcache._sources import is_url
 from xzcache.store import CacheStore
 
@@ -106,7 +106,9 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     with _through_cache(store, settings) as (cached, rest):
         bound.arguments["store"] = cached
         opened: Dataset = theirs(*bound.args, **bound.kwargs, **rest)
-    opened.encoding.update(_source(store))
+    if not isinstance(store, CacheStore):
+        opened.encoding.pop("source", None)
+        opened.encoding.update(_source(store))
     return opened
 
 
@@ -132,7 +134,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         Nothing is there.
     """
     _check_engine(kwargs.pop("engine", None))
-    settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+    settings = {"read_only": True, **{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}}
     stores: dict[str, Any] = {}
     opened: list[CacheStore] = []
 
@@ -148,7 +150,9 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
 
     if isinstance(paths, str):
         paths = _expanded(paths, storage_options, settings.get("upstream", config.get("upstream")))
-    given = cached([paths] if isinstance(paths, os.PathLike | Store) else paths)
+    given = cached(
+        [paths] if isinstance(paths, os.PathLike | Store) or type(paths).__name__ == "FSMap" else list(paths)
+    )
     if (first := kwargs.get("attrs_file")) is not None:
         kwargs["attrs_file"] = stores.get(os.fspath(first), first)
     try:
@@ -191,12 +195,19 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
     if rest.get("mode", "r") == "r":
         # a path that is opened for writing is made
         settings.setdefault("read_only", True)
+    elif rest["mode"] == "r+" and isinstance(source, str | os.PathLike) and not is_url(source):
+        name = os.path.abspath(os.path.expanduser(os.fspath(source).removeprefix("file://")))
+        if not os.path.exists(name):
+            raise FileNotFoundError(f"{name} does not exist")
     if isinstance(source, CacheStore) and not settings.keys() - {"read_only"}:
         store = source
     else:
         store = CacheStore(source, storage_options=options, **settings)
     try:
         yield StorePath(store, path) if path else store, rest
+    except ValueError as error:
+        _say(error, store, given)
+        raise
     except FileNotFoundError as missing:
         if isinstance(store._store, LocalStore) and not store._store.root.exists():
             raise FileNotFoundError(f"{store._store.root} does not exist") from None
@@ -204,16 +215,27 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         raise
 
 
-def _say(missing: FileNotFoundError, store: CacheStore, given: object) -> None:
+def _say(error: Exception, store: CacheStore, given: object) -> None:
     """Let an error name what the user gave, without credentials."""
-    missing.args = tuple(
-        _scrubbed(part.replace(repr(store), repr(given)).replace(str(store), str(given)))
-        if isinstance(part, str)
-        else part
-        for part in missing.args
+    if isinstance(given, str | os.PathLike) and not is_url(given):
+        given = os.path.abspath(os.path.expanduser(os.fspath(given)))
+    text = str(store._store) if isinstance(error, ValueError) else str(given)
+    error.args = tuple(
+        _scrubbed(part.replace(repr(store), repr(given)).replace(str(store), text)) if isinstance(part, str) else part
+        for part in error.args
     )
 
 
 def _scrubbed(text: str) -> str:
     """A text in which there may be URLs."""
     return re.sub(r"\S+://\S+", lambda url: re.sub(r"\?[^\s'\",>)]*", "", without_user(url[0])), text)
+
+
+for _function in (
+    open_zarr,
+    open_mfdataset,
+    ZcacheBackendEntrypoint.open_dataset,
+    ZcacheBackendEntrypoint.open_datatree,
+    ZcacheBackendEntrypoint.open_groups_as_dict,
+):
+    transparent(_function, ZarrBackendEntrypoint.open_dataset)
