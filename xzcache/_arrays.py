@@ -105,13 +105,14 @@ class Arrays:
 
     def _doubtful(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
         doubtful = []
-        with self._books.section() as (_, index):
+        with self._books.section() as (member, index):
             for key, state in seen.items():
                 full = f"{namespace}/{key}"
                 known = index.notes.seen(full)
                 if known is None and not index.has_data_beneath(full.rpartition("/")[0]):
                     if state:
                         index.notes.set_seen(full, state)
+                        member.writes.bump(prefix_slot(full.rpartition("/")[0]))
                 elif not (state and known is not None and known.startswith(state[: len(known)])):
                     settled = self._settled.get((namespace, key, state), _NEVER)
                     if settled != known:
@@ -150,7 +151,7 @@ class Arrays:
 
         full, absent = f"{namespace}/{key}", document is None
         with self._books.section() as (member, index):
-            changed = []
+            changed, noted = [], []
             seen = index.notes.seen(full)
             before = seen or (b"cached" if index.find(Entry(full)) is not None else None)
             # what a copy of a store told of a state is its beginning
@@ -164,6 +165,9 @@ class Arrays:
                 unknown = index.notes.node(node) is None and path in described.arrays
                 if unknown and (agreed or not index.has_data_beneath(node)):
                     index.notes.set_node(node, described.arrays[path])
+                    if not agreed:
+                        # what is being fetched may be of an older state
+                        noted.append(path)
                 else:
                     changed.append(path)
             valid = ticket is not None and ticket == current_ticket(member, full)
@@ -173,17 +177,24 @@ class Arrays:
                 index.notes.drop_absent(full)
             for attributes, digest in described.attributes.items():
                 index.notes.set_node(_join(namespace, attributes), digest)
-            for path in changed:
+            for path in changed + noted:
                 member.writes.bump(prefix_slot(_join(namespace, path)))
             return changed, current_ticket(member, full) if valid else None
 
     def _drop_array(self, namespace: str, path: str, described: documents.Description) -> None:
+        known = self._known(namespace, path)
         # the drop was counted when the change was found
         self._writes.drop_now(_join(namespace, path), counted=True)
         told = {node: digest for node, digest in described.arrays.items() if node == path}
         told |= {node: digest for node, digest in described.attributes.items() if node.rpartition("/")[0] == path}
         if told:
-            self._set_nodes(namespace, told)
+            # one document tells of the array, another of its attributes: what this one does not tell is as it was
+            self._set_nodes(namespace, known | told)
+
+    def _known(self, namespace: str, path: str) -> dict[str, bytes]:
+        with self._books.section() as (_, index):
+            nodes = {node: index.notes.node(_join(namespace, node)) for node in documents.of_array(path)}
+        return {node: digest for node, digest in nodes.items() if digest is not None}
 
 
 def _join(namespace: str, path: str) -> str:

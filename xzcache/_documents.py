@@ -170,6 +170,11 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def of_array(path: str) -> tuple[str, str]:
+    """Under which names an array's description and its attributes are known."""
+    return path, _attributes_of(path)
+
+
 def _attributes_of(path: str) -> str:
     return f"{path}/{_ATTRIBUTES}".lstrip("/")
 

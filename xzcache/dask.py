@@ -100,6 +100,7 @@ class _Process:
 
 
 _process: Final = _Process()
+_warned: Final[set[str]] = set()
 
 
 class CachePlugin(WorkerPlugin):
@@ -177,7 +178,8 @@ class CachePlugin(WorkerPlugin):
         asked = {name: self.settings[name] for name in ("max_size", "min_free") if name in self.settings}
         directory = LockedLocalStore(place, **asked).directory
         directory.set_lock_timeout(self.settings["lock_timeout"])
-        if is_on_network(place):
+        if place not in _warned and is_on_network(place):
+            _warned.add(place)
             logger.warning(
                 "the cache directory %s is on a network file system: what it saves has to cross the network again, and "
                 "locks may not hold; give each node a directory on a disk of its own",
