@@ -90,7 +90,8 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
     keywords = (last,) if last.kind is last.VAR_KEYWORD else ()
     parameters = (*positional, *(() if keywords else (last,)), engine, *keywords)
     vars(open_zarr).update({"__signature__": signature.replace(parameters=parameters), _ORIGINAL: theirs})
-    transparent(open_zarr, theirs)
+    for function in (open_zarr, _opener["zcache"]):
+        transparent(function, theirs)
     # pickled by this name, a function that was sent to a worker brings the engine along
     open_zarr.__module__ = __name__
     before, returns, after = inspect.cleandoc(theirs.__doc__ or "").partition("\n\nReturns\n")

@@ -16,6 +16,7 @@ from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
+from xzcache._described import without_secrets
 from xzcache._objectstores import SCHEMES, Untranslatable, object_store
 
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
@@ -27,6 +28,15 @@ def is_url(store: object) -> bool:
     if not isinstance(store, str) or store.startswith(("file://", "/", ".", "~")):
         return False
     return "://" in store or "::" in store
+
+
+def path_of(store: object) -> str | None:
+    """The URL or path that a source was given by, without credentials; of a store, what it calls its path."""
+    path = getattr(store, "path", store)
+    if not isinstance(path, str | os.PathLike):
+        return None
+    name = os.fspath(path)
+    return without_secrets(name) if "://" in name else os.path.abspath(os.path.expanduser(name))
 
 
 def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:

@@ -22,11 +22,12 @@ class SourceView(Store):
 
     _store: Store
     source: Identity
+    _given_path: str | None = None
 
     @property
     def path(self) -> str | None:
-        """The URL or path of the source, without credentials; None where it has none."""
-        return self.source.url
+        """The URL or path of the source, as it was given but without credentials; None where it has none."""
+        return self._given_path
 
     @property
     def supports_writes(self) -> bool:

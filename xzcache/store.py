@@ -20,7 +20,7 @@ from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._reading import Reading
 from xzcache._readthrough import ReadThrough
-from xzcache._sources import open_source
+from xzcache._sources import open_source, path_of
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
@@ -108,6 +108,7 @@ class CacheStore(WritableView):
         settings.parse_flag("read_only", read_only)
         self._given_namespace = checked_namespace(namespace)
         self._given_cache = cache_store
+        self._given_path = path_of(store)
         chosen = settings.chosen("upstream", upstream, settings.parse_upstream)
         self._store = open_source(store, storage_options, read_only=read_only, upstream=chosen)
         self.source: Identity = identify(self._store)
@@ -176,7 +177,7 @@ class CacheStore(WritableView):
             source = source.with_read_only(False)
         remember(source, self.source)
         copy = type(self)(source, cache_store=self._cache, **{**self._settings(), "read_only": read_only})
-        copy._given_cache, copy._stats = self._given_cache, self._stats
+        copy._given_cache, copy._given_path, copy._stats = self._given_cache, self._given_path, self._stats
         copy._read_through(self._reads.freshness)
         return copy
 

@@ -59,20 +59,20 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
             return super().open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
             opened = super().open_dataset(store, drop_variables=drop_variables, **rest)
-        opened.encoding.update(_source(filename_or_obj))
+        opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
     def open_datatree(self, filename_or_obj: Any, **kwargs: Any) -> DataTree:
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
             opened = super().open_datatree(store, **rest)
-        opened.encoding.update(_source(filename_or_obj))
+        opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
     def open_groups_as_dict(self, filename_or_obj: Any, **kwargs: Any) -> dict[str, Dataset]:
         with _through_cache(filename_or_obj, kwargs) as (store, rest):
             opened = super().open_groups_as_dict(store, **rest)
         for each in opened.values():
-            each.encoding.update(_source(filename_or_obj))
+            each.encoding.update(_hidden(filename_or_obj))
         return opened
 
 
@@ -101,7 +101,12 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     _check_engine(kwargs.pop("engine", None))
     theirs = original()
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
-    bound = inspect.signature(theirs).bind(store, *args, **kwargs)
+    try:
+        bound = inspect.signature(theirs).bind(store, *args, **kwargs)
+    except TypeError:
+        # it says it in its own words
+        refused: Dataset = theirs(store, *args, **kwargs)
+        return refused
     settings["storage_options"] = bound.arguments.pop("storage_options", None)
     with _through_cache(store, settings) as (cached, rest):
         bound.arguments["store"] = cached
@@ -159,6 +164,8 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         return xarray.open_mfdataset(given, engine="zarr", **kwargs)
     except FileNotFoundError as missing:
         for store in opened:
+            if isinstance(store._store, LocalStore) and not store._store.root.exists():
+                raise FileNotFoundError(f"{_root_of(store)} does not exist") from None
             _say(missing, store, store.source.label)
         raise
 
@@ -177,6 +184,12 @@ def _source(given: Any) -> dict[str, str]:
         return {}
     name = os.fspath(path)
     return {"source": without_secrets(name) if "://" in name else os.path.abspath(os.path.expanduser(name))}
+
+
+def _hidden(given: Any) -> dict[str, str]:
+    """What xarray must not note by itself: a source that has credentials in it."""
+    source = _source(given)
+    return source if source.get("source") != getattr(given, "path", given) and "://" in str(source) else {}
 
 
 def _check_engine(engine: object) -> None:
@@ -205,21 +218,24 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         store = CacheStore(source, storage_options=options, **settings)
     try:
         yield StorePath(store, path) if path else store, rest
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
+            root = source.root if isinstance(source, LocalStore) else _root_of(store)
+            raise FileNotFoundError(f"{root} does not exist") from None
         _say(error, store, given)
         raise
-    except FileNotFoundError as missing:
-        if isinstance(store._store, LocalStore) and not store._store.root.exists():
-            raise FileNotFoundError(f"{store._store.root} does not exist") from None
-        _say(missing, store, given)
-        raise
+
+
+def _root_of(store: CacheStore) -> str:
+    return (store.path or store.source.label).removeprefix("file://")
 
 
 def _say(error: Exception, store: CacheStore, given: object) -> None:
     """Let an error name what the user gave, without credentials."""
     if isinstance(given, str | os.PathLike) and not is_url(given):
         given = os.path.abspath(os.path.expanduser(os.fspath(given)))
-    text = str(store._store) if isinstance(error, ValueError) else str(given)
+    text = str(given) if isinstance(error, FileNotFoundError) else str(store._store)
     error.args = tuple(
         _scrubbed(part.replace(repr(store), repr(given)).replace(str(store), text)) if isinstance(part, str) else part
         for part in error.args

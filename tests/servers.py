@@ -1,0 +1,173 @@
+"""What the tests of remote sources share: servers on this machine, and an environment without anybody's credentials."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import fsspec.config
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from _s3 import S3Server, s3_server
+
+__all__ = ["S3Server", "s3_server"]
+
+CLOSED = "http://127.0.0.1:9"
+"""Nobody listens there."""
+
+_OBSTORE = pytest.importorskip("obstore")
+needs_obstore = pytest.mark.skipif(
+    tuple(int(part) for part in _OBSTORE.__version__.split(".")[:3]) < (0, 8, 2),
+    reason="older obstore misspells the names of some objects, so that it is not used",
+)
+UPSTREAMS = ["auto", pytest.param("obstore", marks=needs_obstore), "fsspec"]
+
+_THEIRS = ("AWS_", "AZURE_", "GOOGLE_", "FSSPEC_", "STORAGE_EMULATOR_HOST")
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No credentials and no endpoints but those that a test gives; and nobody to ask where a bucket of Amazon's is."""
+    for name in [name for name in os.environ if name.startswith(_THEIRS)]:
+        monkeypatch.delenv(name)
+    nothing = tmp_path_factory.getbasetemp() / "nothing"
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(nothing))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for protocol in list(fsspec.config.conf):
+        monkeypatch.delitem(fsspec.config.conf, protocol)
+    monkeypatch.setattr("xzcache._objectstores.region_of", lambda bucket: None)
+    forget_file_systems()
+    yield
+    forget_file_systems()
+
+
+@pytest.fixture(scope="module")
+def tidy() -> Iterator[None]:
+    """Clients that fsspec leaves to the garbage collector go while the module's warnings filter still holds."""
+    yield
+    forget_file_systems()
+    gc.collect()
+
+
+def forget_file_systems() -> None:
+    """fsspec keeps its file systems by their options, whatever the environment says meanwhile."""
+    for protocol in ("s3", "http", "zip", "simplecache", "filecache", "reference"):
+        fsspec.get_filesystem_class(protocol).clear_instance_cache()
+
+
+def words(s3: S3Server, **more: Any) -> dict[str, Any]:
+    """How s3fs is told where a server is and how to sign in."""
+    where = {"endpoint_url": s3.endpoint, "region_name": "us-east-1"}
+    return {"key": s3.access_key, "secret": s3.secret_key, "client_kwargs": where, **more}
+
+
+def obstores_words(s3: S3Server, **more: Any) -> dict[str, Any]:
+    where = {"endpoint": s3.endpoint, "region": "us-east-1"}
+    return {"access_key_id": s3.access_key, "secret_access_key": s3.secret_key, **where, **more}
+
+
+# -- the web
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclass
+class Web:
+    """A web server that notes what it is asked for."""
+
+    url: str
+    requests: list[Request] = field(default_factory=list)
+
+    def chunks(self) -> int:
+        """How many chunks were asked for."""
+        return sum("/c/" in request.path for request in self.requests)
+
+
+class _Strict(SimpleHTTPRequestHandler):
+    """Serves files, and lists folders; a slash too many is another name, as with an object store."""
+
+    protocol_version = "HTTP/1.1"
+    web: Web
+
+    def do_GET(self) -> None:
+        self.web.requests.append(Request(self.command, self.path, dict(self.headers)))
+        if "//" in self.path:
+            self.send_error(404)
+        else:
+            super().do_GET()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """A server with a handler of one's own; its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def web_server(directory: Path) -> Iterator[Web]:
+    handler = type("Handler", (_Strict,), {"web": Web("")})
+    with serving(partial(handler, directory=str(directory))) as url:
+        handler.web.url = url
+        yield handler.web
+
+
+@contextmanager
+def nginx_server(directory: Path, scratch: Path) -> Iterator[str]:
+    """The server that most of the web is behind; its address."""
+    if (nginx := shutil.which("nginx")) is None:
+        pytest.skip("there is no nginx")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    paths = " ".join(
+        f"{kind}_temp_path {scratch}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (scratch / "nginx.conf").write_text(f"""
+        daemon off; pid {scratch}/pid; {"user root;" if os.geteuid() == 0 else ""}
+        events {{}}
+        http {{ access_log off; {paths} server {{ listen 127.0.0.1:{port}; root {directory}; autoindex on; }} }}
+    """)
+    command = [nginx, "-p", str(scratch), "-c", str(scratch / "nginx.conf"), "-e", str(scratch / "errors")]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as server:
+        try:
+            while True:
+                assert server.poll() is None, (scratch / "errors").read_text()
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except ConnectionRefusedError:
+                    continue
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()

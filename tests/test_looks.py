@@ -1,0 +1,245 @@
+"""What a store looks like in a console and in a notebook."""
+
+from __future__ import annotations
+
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import nobody, tidy
+from sources import buffer, cached, memory_source, read, read_now, write_now
+from zarr.core.buffer import default_buffer_prototype
+from zarr.experimental.cache_store import CacheStore as ZarrCacheStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
+
+import xzcache
+
+__all__ = ["nobody", "tidy"]
+
+SECRETS = {"key": "AKIAQ7WORDOFACCESS", "secret": "s3cr3t/Very+Secret", "token": "tok3n-of-a-Session"}
+HOSTILE = "<script>alert(1)</script>&amp;'\"<b>é\u202e"
+VOID = {"br", "hr", "img", "input", "meta", "link"}
+
+
+class Page(HTMLParser):
+    """Reads HTML strictly: every tag that is opened is closed, in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.styles: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.styles += [value or "" for name, value in attrs if name == "style"]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+    def row(self, name: str) -> str:
+        """What stands beside a name."""
+        return self.texts[self.texts.index(name) + 1]
+
+    @property
+    def filled(self) -> str | None:
+        """How full the bar is, where there is one."""
+        widths = [width for style in self.styles for width in re.findall(r"width:([\d.]+)%", style)]
+        return widths[-1] if widths else None
+
+
+async def used(kind: str, tmp_path: Path, **options: Any) -> xzcache.CacheStore:
+    """A store that read 1000 bytes from its source, and 2000 from its cache."""
+    source = memory_source()
+    await source.set("c/0", buffer(bytes(1000)))
+    store = cached(kind, source, tmp_path, **options)
+    for _ in range(3):
+        await read(store, "c/0")
+    return store
+
+
+# -- in a console
+
+
+async def test_the_first_line_is_as_zarrs_own(cache_kind: str, tmp_path: Path) -> None:
+    store = await used(cache_kind, tmp_path, max_size=4000, max_age_seconds=60)
+    theirs = ZarrCacheStore(MemoryStore(), cache_store=MemoryStore(), max_size=4000, max_age_seconds=60)
+    await theirs._store.set("c/0", buffer(bytes(1000)))
+    await theirs.get("c/0", default_buffer_prototype())
+    first, *rest = repr(store).splitlines()
+    # what they are made of differs, the numbers and names do not
+    parts = re.compile(r"(store|cache_store)=(.*?)(?=, cache_store=|, max_age_seconds=)")
+    assert parts.sub(r"\1=", first) == parts.sub(r"\1=", repr(theirs))
+    source, cache = store.source.label, str(tmp_path / "cache") if cache_kind == "directory" else "MemoryStore"
+    assert first == (
+        f"CacheStore(store={source!r}, cache_store={cache!r}, max_age_seconds=60, max_size=4000, "
+        "current_size=1000, cached_keys=1)"
+    )
+    assert [line.split()[0] for line in rest] == ["used", "hits", "misses"]
+
+
+async def test_the_lines_beneath_tell_of_use(cache_kind: str, tmp_path: Path) -> None:
+    store = await used(cache_kind, tmp_path, max_size=4000)
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in repr(store).splitlines()[1:]}
+    assert rows == {
+        "used": "0.98 kiB of 3.91 kiB, 0.98 kiB by this source",
+        "hits": "2 (67% of reads), 1.95 kiB saved",
+        "misses": "1, 0.98 kiB from the source",
+    }
+
+
+async def test_without_a_bound(cache_kind: str, tmp_path: Path) -> None:
+    store = await used(cache_kind, tmp_path, max_size=None)
+    assert "max_size=None" in repr(store)
+    assert "without bound" in repr(store)
+    page = Page(store._repr_html_())
+    assert "without bound" in page.row("used")
+    assert page.filled is None
+
+
+def test_a_short_name(tmp_path: Path) -> None:
+    store = xzcache.CacheStore(LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache")
+    assert str(store) == f"xzcache({tmp_path / 'source'})"
+
+
+# -- in a notebook
+
+
+async def test_a_table_for_notebooks(cache_kind: str, tmp_path: Path) -> None:
+    store = await used(cache_kind, tmp_path, max_size=4000)
+    page = Page(store._repr_html_())
+    assert page.row("source") == store.source.label
+    assert page.row("cache") == (str(tmp_path / "cache") if cache_kind == "directory" else "MemoryStore")
+    assert page.row("used") == "0.98 kiB of 3.91 kiB, 0.98 kiB by this source"
+    assert page.row("hits") == "2 (67% of reads), 1.95 kiB saved"
+    assert page.row("misses") == "1, 0.98 kiB from the source"
+    assert page.filled == "25.0"
+    assert "CacheStore" in page.text
+
+
+@pytest.mark.parametrize("size", [0, 1000, 10**15])
+async def test_the_bar_fits(size: int, cache_kind: str, tmp_path: Path) -> None:
+    store = await used(cache_kind, tmp_path, max_size=size)
+    page = Page(store._repr_html_())
+    assert page.filled in ((None, "0.0") if size != 1000 else ("100.0",))
+
+
+async def test_two_sources_in_one_directory(tmp_path: Path) -> None:
+    one = await used("directory", tmp_path, max_size=4000)
+    other = await used("directory", tmp_path)
+    for store in (one, other):
+        assert "1.95 kiB of 3.91 kiB, 0.98 kiB by this source" in repr(store)
+        assert Page(store._repr_html_()).filled == "50.0"
+    assert one.source.label in repr(one)
+
+
+def test_a_hostile_name_is_only_text(tmp_path: Path) -> None:
+    source = LocalStore(tmp_path / HOSTILE)
+    write_now(source, "k", b"1")
+    store = xzcache.CacheStore(source, cache_store=tmp_path / f"cache {HOSTILE}")
+    assert read_now(store, "k") == b"1"
+    page = Page(store._repr_html_())
+    assert page.tags <= {"div", "b", "span"}
+    assert page.row("source") == str(tmp_path / HOSTILE)
+    assert page.row("cache") == str(tmp_path / f"cache {HOSTILE}")
+    assert "\n" not in repr(store).partition(", cache_store=")[0]
+
+
+def test_a_name_of_several_lines_stays_on_one(tmp_path: Path) -> None:
+    store = xzcache.CacheStore(LocalStore(tmp_path / "a\nb"), cache_store=tmp_path / "cache")
+    assert repr(store).splitlines()[0].endswith("cached_keys=0)")
+
+
+# -- what looking does not do
+
+
+@pytest.mark.parametrize("bound", [{}, {"max_size": 4000}, {"max_size": None}])
+def test_looking_makes_nothing(bound: dict[str, Any], tmp_path: Path) -> None:
+    store = xzcache.CacheStore(LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache", **bound)
+    first, *rest = repr(store).splitlines()
+    assert first.endswith("current_size=0, cached_keys=0)")
+    assert ("max_size=4000" in first) == (bound.get("max_size") == 4000)
+    page = Page(store._repr_html_())
+    assert page.row("used") == "not opened yet" == " ".join(rest[0].split()[1:])
+    assert page.row("hits").startswith("0 ")
+    assert page.row("misses").startswith("0, ")
+    assert page.filled is None
+    str(store)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bound_that_nobody_gave_is_not_shown_as_something_else(tmp_path: Path) -> None:
+    store = xzcache.CacheStore(LocalStore(tmp_path / "source"), cache_store=tmp_path / "cache")
+    before = re.findall(r"max_size=(\w+)", repr(store))
+    assert before in (["unset"], ["None"], ["10737418240"])
+    assert read_now(store, "k") is None
+    assert re.findall(r"max_size=(\w+)", repr(store)) == ["10737418240"]
+
+
+async def test_looking_counts_as_no_read(cache_kind: str, tmp_path: Path) -> None:
+    store = await used(cache_kind, tmp_path)
+    before = store.cache_stats(), list(store._store.calls)
+    for _ in range(2):
+        repr(store)
+        store._repr_html_()
+    assert (store.cache_stats(), store._store.calls) == before
+
+
+def test_a_directory_that_cannot_be_made_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    source = LocalStore(tmp_path / "source")
+    write_now(source, "k", b"1")
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    assert read_now(store, "k") == b"1"
+    assert "misses" in repr(store)
+    Page(store._repr_html_())
+
+
+# -- secrets
+
+
+@pytest.mark.usefixtures("tidy", "nobody")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_no_credentials(tmp_path: Path) -> None:
+    where = {"endpoint_url": "http://127.0.0.1:9", "region_name": "us-east-1"}
+    stores = [
+        xzcache.CacheStore(url, storage_options=options, upstream=upstream, cache_store=tmp_path / "cache")
+        for url, options, upstream in (
+            ("s3://bucket/data.zarr", {**SECRETS, "client_kwargs": where}, "obstore"),
+            ("s3://bucket/data.zarr", {**SECRETS, "client_kwargs": where}, "fsspec"),
+            (f"http://user:{SECRETS['token']}@127.0.0.1:9/data.zarr?sig={SECRETS['token']}", None, "fsspec"),
+        )
+    ]
+    stores.append(
+        xzcache.CacheStore(
+            FsspecStore.from_url(
+                "http://127.0.0.1:9/data.zarr",
+                storage_options={"client_kwargs": {"headers": {"Authorization": SECRETS["token"]}}},
+            ),
+            cache_store=MemoryStore(),
+        )
+    )
+    for store in stores:
+        for text in (repr(store), str(store), store._repr_html_(), str(store.path)):
+            assert not [secret for secret in SECRETS.values() if secret in text]
+        assert "data.zarr" in repr(store)
+        assert "data.zarr" in Page(store._repr_html_()).row("source")
