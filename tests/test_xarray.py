@@ -355,27 +355,26 @@ def test_kinds_of_places(kind: str, read: Callable[..., Any]) -> None:
     assert check(lambda engine: read(place, engine)) is not None
 
 
-@pytest.mark.parametrize("read", SINGLE)
-def test_what_is_open_already(read: Callable[..., Any]) -> None:
+def test_what_is_open_already() -> None:
     """`store=` is what xarray's engine calls a dataset that is open: there is nothing to put a cache before."""
-    if read is not open_dataset:
-        for engine in ENGINES:
-            with pytest.raises(TypeError, match="store"):
-                read(
-                    "2-consolidated.zarr",
-                    engine,
-                    **({"backend_kwargs": {"store": 1}} if read is not open_zarr else {"store": 1}),
-                )
-        return
     store = xr.backends.ZarrStore.open_group("2-consolidated.zarr", mode="r")
-    check(lambda engine: read("anything", engine, store=store))
-    check(lambda engine: read("anything", engine, backend_kwargs={"store": store}))
+    check(lambda engine: open_dataset("anything", engine, store=store))
+    check(lambda engine: open_dataset("anything", engine, backend_kwargs={"store": store}))
+
+
+@needs_fsspec[0]
+@pytest.mark.parametrize("read", SINGLE)
+def test_options_for_a_url_are_used(read: Callable[..., Any], tmp_path: Path) -> None:
+    url = f"simplecache::{in_memory()}"
+    for engine in ENGINES:
+        options = {"simplecache": {"cache_storage": str(tmp_path / engine)}}
+        check(lambda engine, options=options: read(url, engine, storage_options=options))
+        assert list((tmp_path / engine).iterdir())
 
 
 MISSING: dict[str, Callable[[], Any]] = {
     "relative": lambda: "missing.zarr",
     "absolute": lambda: os.path.abspath("missing.zarr"),
-    "file": lambda: f"file://{os.path.abspath('missing.zarr')}",
     "Path": lambda: Path("missing.zarr"),
     "pattern": lambda: "many/*.zarr",
     "empty": lambda: "empty.zarr",
@@ -395,6 +394,24 @@ def test_what_is_missing(kind: str, read: Callable[..., Any]) -> None:
     """The same exception, and nothing is made."""
     before = sorted(Path().rglob("*"))
     assert isinstance(check(lambda engine: read(MISSING[kind](), engine)), FileNotFoundError)
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("read", SINGLE)
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda: StorePath(LocalStore("2-consolidated.zarr"), "missing"),
+        # read through fsspec by older Zarr
+        pytest.param(lambda: f"file://{os.path.abspath('missing.zarr')}", marks=needs_fsspec),
+    ],
+    ids=["StorePath", "file"],
+)
+def test_what_is_missing_in_other_words(place: Callable[[], Any], read: Callable[..., Any]) -> None:
+    before = sorted(Path().rglob("*"))
+    for engine in ENGINES:
+        with pytest.raises(FileNotFoundError, match="missing"):
+            read(place(), engine)
     assert sorted(Path().rglob("*")) == before
 
 
@@ -498,31 +515,37 @@ def test_a_warning_names_whoever_opens(read: Callable[..., Any]) -> None:
 # -- several at once
 
 
+def source_of(each: xr.Dataset) -> xr.Dataset:
+    return each.assign_attrs(source=each.encoding["source"])
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
         {},
-        {"parallel": True},
+        {"parallel": True, "combine_attrs": "drop_conflicts"},
         {"chunks": {}},
         {"chunks": -1},
         {"chunks": "auto"},
         {"combine": "nested", "concat_dim": "time"},
         {"decode_cf": False, "combine": "nested", "concat_dim": "time"},
-        {"preprocess": lambda each: each[["t"]]},
+        {"preprocess": source_of},
         {"drop_variables": "t"},
         {"consolidated": False},
         {"group": "nowhere"},
-        {"attrs_file": "many/1.zarr"},
-        {"attrs_file": Path("many/1.zarr")},
         {"nonsense": 1},
     ],
-    ids=repr,
+    ids=str,
 )
 @pytest.mark.parametrize("read", SEVERAL)
 def test_keywords_of_open_mfdataset(read: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("attrs_file") is not None:
-        kwargs = {"attrs_file": type(kwargs["attrs_file"])(os.path.abspath(kwargs["attrs_file"]))}
     check(lambda engine: read("many/*.zarr", engine, **kwargs))
+
+
+@pytest.mark.parametrize("read", SEVERAL)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_whose_attributes_are_taken(read: Callable[..., Any], kind: Callable[[str], Any]) -> None:
+    check(lambda engine: read("many/*.zarr", engine, attrs_file=kind(os.path.abspath("many/1.zarr"))))
 
 
 PATHS = [f"many/{seed}.zarr" for seed in range(3)]

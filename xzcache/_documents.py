@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
-_TELLING: Final = ("zarr.json", ".zarray", ".zmetadata")
+_TELLING: Final = ("zarr.json", ".zarray", ".zmetadata", ".zattrs")
 
 _PLACE: Final = re.compile(r"(^|/)(c(\.\d+)+|\d+(\.\d+)+)$|((^|/)\d+)+$")
 """The part of a chunk's key that says where in its array it lies."""

@@ -40,16 +40,15 @@ class Nodes:
         described = documents.describe(key, document)
         gone = document is None and Entry(key) in self._ledger
         for path in documents.changed_arrays(key, described, self._digests.get, known_beneath, gone=gone):
-            cached = self._ledger.beneath(path)
-            if path in self._digests or any(not documents.is_document(entry.key) for entry in cached):
-                # our own drop is not somebody else's write
-                expected = None if expected is None else (expected[0], expected[1] + 1)
-                names = documents.of_array(path)
-                kept = {node: self._digests[node] for node in names if node in self._digests}
-                await drop(path)
-                if any(node in described.arrays | described.attributes for node in names):
-                    # one document tells of the array, another of its attributes
-                    self._digests.update(kept)
+            # what an earlier process left in the store is not in these books
+            # our own drop is not somebody else's write
+            expected = None if expected is None else (expected[0], expected[1] + 1)
+            names = documents.of_array(path)
+            kept = {node: self._digests[node] for node in names if node in self._digests}
+            await drop(path)
+            if any(node in described.arrays | described.attributes for node in names):
+                # one document tells of the array, another of its attributes
+                self._digests.update(kept)
         if expected is None or expected != self._ledger.ticket(key):
             return None
         self._digests.update(described.arrays | described.attributes)

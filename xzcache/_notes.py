@@ -36,13 +36,14 @@ class Notes:
         where, bounds = range_of(prefix, column="path")
         return [path for (path,) in self._do(f"SELECT path FROM node{where}", bounds)]
 
-    def drop_nodes(self, prefix: str) -> None:
-        """Forget the node at a path and all nodes beneath it."""
+    def drop_nodes(self, prefix: str, *, documents: bool = True) -> None:
+        """Forget the node at a path and all nodes beneath it, and in which state their documents were seen."""
         where, bounds = range_of(prefix, column="path")
         self._do(f"DELETE FROM node{where}", bounds)
         self._do("DELETE FROM node WHERE path = ?", (prefix,))
-        where, bounds = range_of(prefix, column="document")
-        self._do(f"DELETE FROM seen{where}", bounds)
+        if documents:
+            where, bounds = range_of(prefix, column="document")
+            self._do(f"DELETE FROM seen{where}", bounds)
 
     # -- writes that have begun and not ended
 

@@ -36,7 +36,8 @@ class Revalidation:
         self._backend = reading.backend
         self._freshness = reading.freshness
         self._seen = self._freshness.inherited
-        self.may_settle = bool(self._seen) and self._freshness.revalidate not in (True, False)
+        asks = not isinstance(self._freshness.revalidate, bool)
+        self.may_settle = bool(self._seen) and asks
         self._settled: set[str] = set()
 
     async def read(self, request: Request) -> Buffer | None:

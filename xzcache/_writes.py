@@ -155,7 +155,7 @@ class Writes:
         with self._books.section() as (member, index):
             if not counted:
                 member.writes.bump(prefix_slot(prefix))
-            index.notes.drop_nodes(prefix)
+            index.notes.drop_nodes(prefix, documents=not counted)
             index.notes.drop_absent_beneath(prefix)
         while True:
             with self._books.section() as (member, index):
