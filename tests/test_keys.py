@@ -324,7 +324,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(steps=operations)
 async def test_any_keys_through_a_cache(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]]) -> None:
     home = tmp_path_factory.mktemp("home")

@@ -57,10 +57,13 @@ class Background:
 
     async def pause(self) -> None:
         """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
-        with self._lock:
-            waiting = list(self._waiting) if self._readers <= 1 or self._bytes > _MOST_BYTES else []
-        for future in waiting:
-            if not future.done():
+        while True:
+            with self._lock:
+                waiting = list(self._waiting) if self._readers <= 1 or self._bytes > _MOST_BYTES else []
+            if not waiting:
+                return
+            # meanwhile others may come, fetch, and leave it to this one
+            for future in waiting:
                 await asyncio.shield(asyncio.wrap_future(future))
 
     def wait(self) -> None:

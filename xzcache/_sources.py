@@ -36,7 +36,7 @@ def path_of(store: object) -> str | None:
     if not isinstance(path, str | os.PathLike):
         return None
     name = os.fspath(path)
-    return without_secrets(name) if "://" in name else os.path.abspath(os.path.expanduser(name))
+    return without_secrets(name).rstrip("/") if "://" in name else os.path.abspath(os.path.expanduser(name))
 
 
 def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:
