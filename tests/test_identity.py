@@ -116,7 +116,7 @@ def test_a_long_name_is_cut_and_its_own(tmp_path: Path) -> None:
 @needs_obstore
 def test_a_path_is_what_one_would_give_to_read_it(tmp_path: Path) -> None:
     assert cached("s3://bucket/x.zarr/", **s3_at("http://h:1")).path == "s3://bucket/x.zarr"
-    assert cached("abfs://c@acc.dfs.core.windows.net/x", account_key="a2V5").path == "abfs://acc.dfs.core.windows.net/x"
+    assert cached("abfs://c@acc.dfs.core.windows.net/x", account_key="a2V5").path == "az://c/x"
     assert cached("http://user:secret@h/x?sig=secret").path == "http://h/x"
     assert cached(tmp_path).path == str(tmp_path)
     assert cached(MemoryStore()).path is None

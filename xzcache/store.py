@@ -20,7 +20,7 @@ from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._reading import Reading
 from xzcache._readthrough import ReadThrough
-from xzcache._sources import open_source, path_of
+from xzcache._sources import is_url, open_source, path_of
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
@@ -112,6 +112,8 @@ class CacheStore(WritableView):
         chosen = settings.chosen("upstream", upstream, settings.parse_upstream)
         self._store = open_source(store, storage_options, read_only=read_only, upstream=chosen)
         self.source: Identity = identify(self._store)
+        if is_url(store):
+            self._given_path = self.source.url
         super().__init__(read_only=read_only or self._store.read_only)
         self._cache = cache_store_of(cache_store, self._asked_max_size)
         self._stats = Stats(process)
