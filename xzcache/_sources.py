@@ -30,13 +30,16 @@ def is_url(store: object) -> bool:
     return "://" in store or "::" in store
 
 
-def path_of(store: object) -> str | None:
-    """The URL or path that a source was given by, without credentials; of a store, what it calls its path."""
-    path = getattr(store, "path", store)
-    if not isinstance(path, str | os.PathLike):
+def local_path(store: object) -> str | None:
+    """The absolute path, links and all, of what is given as a path on this machine."""
+    if isinstance(store, str) and (is_url(store) or store.startswith("file://")):
         return None
-    name = os.fspath(path)
-    return without_secrets(name).rstrip("/") if "://" in name else os.path.abspath(os.path.expanduser(name))
+    return os.path.abspath(os.path.expanduser(store)) if isinstance(store, str | Path) else None
+
+
+def spelled(store: object) -> str | None:
+    """A URL as it was given, but without credentials; None for anything else."""
+    return without_secrets(store).rstrip("/") if isinstance(store, str) else None
 
 
 def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:

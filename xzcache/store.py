@@ -20,7 +20,7 @@ from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._reading import Reading
 from xzcache._readthrough import ReadThrough
-from xzcache._sources import is_url, open_source, path_of
+from xzcache._sources import local_path, open_source, spelled
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
@@ -108,12 +108,11 @@ class CacheStore(WritableView):
         settings.parse_flag("read_only", read_only)
         self._given_namespace = checked_namespace(namespace)
         self._given_cache = cache_store
-        self._given_path = path_of(store)
         chosen = settings.chosen("upstream", upstream, settings.parse_upstream)
         self._store = open_source(store, storage_options, read_only=read_only, upstream=chosen)
         self.source: Identity = identify(self._store)
-        if is_url(store):
-            self._given_path = self.source.url
+        # the same source however it was spelled; but a path on this machine as xarray itself has it
+        self._given_path = local_path(store) or self.source.url or spelled(store)
         super().__init__(read_only=read_only or self._store.read_only)
         self._cache = cache_store_of(cache_store, self._asked_max_size)
         self._stats = Stats(process)
