@@ -16,9 +16,10 @@ from zarr.storage import MemoryStore
 
 from xzcache._alone import Alone
 from xzcache._flights import Flights, through
-from xzcache._keys import Entry, clip
+from xzcache._keys import Entry, clip, within
 from xzcache._ledger import Ledger, Ticket
 from xzcache._nodes import Nodes
+from xzcache._pieces import Listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,11 +74,23 @@ class StoreBackend(Alone):
         data = await self._find_whole(entry.whole, max_age)
         if data is not None:
             return data[slice(*clip(entry.start, entry.stop, len(data)))]
-        ticket = self._ledger.ticket(entry.key)
-        if entry.is_whole or not self._ledger.may_serve(entry, max_age):
+        if entry.is_whole:
             return None
-        data = self._ledger.data(entry)
-        return data if data is not None and self._ledger.used(entry, len(data), ticket) else None
+        ticket = self._ledger.ticket(entry.key)
+        for piece in self.listed(entry.key).covering(entry):
+            if self._ledger.may_serve(piece, max_age):
+                data = self._ledger.data(piece)
+                if data is not None and self._ledger.used(piece, len(data), ticket):
+                    return data[slice(*within(entry, piece, len(data)))]
+        return None
+
+    def listed(self, key: str) -> Listed:
+        """The byte ranges that are cached of an object."""
+        return Listed(key, [(piece.start, piece.stop) for piece in self._ledger.pieces(key)])
+
+    def validator_of_pieces(self, key: str) -> str:
+        """What tells the state of an object from others, as its byte ranges have it; empty where nothing does."""
+        return next((told for piece in self._ledger.pieces(key) if (told := self._ledger.validator(piece))), "")
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
         ticket = self._ledger.ticket(entry.key)

@@ -1,6 +1,7 @@
 """What can go wrong inside the cache itself.
 
-None of these reaches somebody who reads data: a read that meets one is served from the source.
+None of these reaches somebody who reads data: a read that meets one is served from the source. `Replaced` is what a
+reader gets of what the source does.
 
     CacheFault
     ├── Busy       another process held the guard, or rebuilds, for longer than we wait
@@ -11,6 +12,8 @@ None of these reaches somebody who reads data: a read that meets one is served f
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class CacheFault(Exception):
@@ -38,3 +41,16 @@ class Unusable(CacheFault):
 
 class Foreign(Unusable):
     """The cache directory was made by a version that lays it out in another way, or by another user."""
+
+
+class Replaced(OSError):
+    """An object was replaced at the source while parts of what it was before were being read: they do not fit.
+
+    What was cached of it is gone, so the next read sees the new one.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(errno.ESTALE, "replaced at the source while it was read in parts; read it again", key)
+
+    def __reduce__(self) -> tuple[type[Replaced], tuple[str]]:
+        return type(self), (self.filename,)

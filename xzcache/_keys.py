@@ -73,6 +73,15 @@ def clip(start: int, stop: int, size: int) -> tuple[int, int]:
     return min(start, size), max(stop, min(start, size))
 
 
+def within(entry: Entry, outer: Entry, size: int) -> tuple[int, int]:
+    """Where an entry lies, as `(first, last + 1)`, within another one that holds it, of `size` bytes."""
+    if entry.start < 0 or outer.start < 0:
+        # counted from the end, which both have
+        return clip(entry.start, END, size)
+    stop = END if entry.stop == END else entry.stop - outer.start
+    return clip(entry.start - outer.start, stop, size)
+
+
 def is_cacheable(key: str) -> bool:
     """Whether a key can be written down at all: as UTF-8, in the stamp of a file."""
     try:

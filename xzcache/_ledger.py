@@ -8,10 +8,10 @@ from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from xzcache._fork import renew_after_fork
+from xzcache._keys import Entry
 
 if TYPE_CHECKING:
     from xzcache._config import Age
-    from xzcache._keys import Entry
 
 Ticket = tuple[int, int]
 
@@ -43,6 +43,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._records: OrderedDict[Entry, Record] = OrderedDict()
+        self._pieces: dict[str, dict[Entry, None]] = {}
         self.after_fork_in_child()
         renew_after_fork(self)
         self.in_memory = 0
@@ -118,10 +119,16 @@ class Ledger:
                 self.size += size
             return True
 
+    def pieces(self, key: str) -> list[Entry]:
+        """The byte ranges of a key."""
+        with self._lock:
+            return list(self._pieces.get(key, ()))
+
     def of_key(self, key: str) -> list[Entry]:
         """The whole object and all byte ranges of a key."""
         with self._lock:
-            return [entry for entry in self._records if entry.key == key]
+            whole = [entry] if (entry := Entry(key)) in self._records else []
+            return [*whole, *self._pieces.get(key, ())]
 
     def beneath(self, prefix: str) -> list[Entry]:
         """Entries beneath a path; all for an empty one."""
@@ -165,6 +172,7 @@ class Ledger:
             if ticket != self.ticket(entry.key) or entry in self._records:
                 return False
             self._records[entry] = Record(size, time.time(), data, validator)
+            self._note_piece(entry)
             self.in_memory += size if data is not None else 0
             return True
 
@@ -172,6 +180,10 @@ class Ledger:
         """Take an entry out, its space still taken."""
         with self._lock:
             record = self._records.pop(entry, None)
+            if not entry.is_whole and (pieces := self._pieces.get(entry.key)) is not None:
+                pieces.pop(entry, None)
+                if not pieces:
+                    del self._pieces[entry.key]
             if record is not None and record.data is not None:
                 self.in_memory -= record.size
             return record
@@ -181,3 +193,8 @@ class Ledger:
         with self._lock:
             self._records[entry] = record
             self._records.move_to_end(entry, last=False)
+            self._note_piece(entry)
+
+    def _note_piece(self, entry: Entry) -> None:
+        if not entry.is_whole:
+            self._pieces.setdefault(entry.key, {})[entry] = None

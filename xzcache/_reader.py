@@ -10,8 +10,11 @@ from xzcache import _files as files
 from xzcache import _opened as opening
 from xzcache._errors import Damaged
 from xzcache._keys import Entry, is_plain, relative_path
+from xzcache._pieces import Listed, Pieces
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from xzcache._keeper import Keeper
     from xzcache._schema import Row
 
@@ -58,33 +61,49 @@ class Reader:
         self._keeper = keeper
         self._root = keeper.books.root
         self._folds = folds
+        self._pieces = Pieces(self._root)
         self._checked: dict[str, tuple[int, int, int]] = {}
         self._damaged: dict[str, tuple[int, int, int]] = {}
         self.distrusted: set[str] = set()
 
     def find(self, entry: Entry) -> Found | None:
-        """Open the file that holds an entry, or the whole object of a byte range.
+        """Open a file that holds an entry: its own, or one that holds more of the object.
 
         A file that this process has not checked yet may still turn out to be damaged: `read` tells.
         """
-        if self.distrusted and self._distrusts(entry.key):
-            return None
-        try:
-            found = self._open(entry.whole)
-            if found is None and not entry.is_whole:
-                found = self._open(entry)
-        except OSError as error:
-            self._keeper.trouble(error)
-            return None
-        return found
+        return next(self.candidates(entry), None)
 
-    def find_part(self, entry: Entry) -> Found | None:
-        """Open the file that holds an entry, and not the one that holds the whole object."""
+    def candidates(self, entry: Entry) -> Iterator[Found]:
+        """Open one file after another that holds an entry; whoever takes one closes it, or reads it."""
+        if self.distrusted and self._distrusts(entry.key):
+            return
         try:
-            return None if self.distrusted and self._distrusts(entry.key) else self._open(entry)
+            if entry.is_whole:
+                if (found := self._open(entry)) is not None:
+                    yield found
+                return
+            tried = set()
+            # what is found without a look at the directory is found fast; what is not there any more is looked for
+            remembered = self._pieces.remembered(entry.key)
+            for piece in remembered.covering(entry) if remembered is not None else ():
+                tried.add(piece)
+                if (found := self._open(piece)) is not None:
+                    yield found
+            if (found := self._open(entry.whole)) is not None:
+                yield found
+            for piece in self._pieces.listed(entry.key).covering(entry):
+                if piece not in tried and (found := self._open(piece)) is not None:
+                    yield found
         except OSError as error:
             self._keeper.trouble(error)
-            return None
+
+    def listed(self, key: str) -> Listed:
+        """The byte ranges of an object that there are, as far as can be seen."""
+        try:
+            return Listed(key, ()) if self.distrusted and self._distrusts(key) else self._pieces.listed(key)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return Listed(key, ())
 
     def distrust_all(self) -> None:
         """Read nothing more from this directory."""
@@ -201,13 +220,23 @@ class Reader:
             os.close(found.opened.fd)
 
     def validator(self, entry: Entry) -> str:
-        """What tells the state of an entry that would be found from others; empty where nothing does."""
-        found = self.find(entry)
-        if found is None:
+        """What tells the state of what would be found of an entry from others; empty where nothing does."""
+        return "" if (found := self.find(entry)) is None else self._validator(found)
+
+    def validator_of_pieces(self, key: str) -> str:
+        """What tells the state of an object from others, as its byte ranges have it; empty where nothing does."""
+        piece = self.listed(key).any()
+        try:
+            found = None if piece is None else self._open(piece)
+        except OSError as error:
+            self._keeper.trouble(error)
             return ""
+        return "" if found is None else self._validator(found)
+
+    def _validator(self, found: Found) -> str:
         stamp = files.read_stamp(found.opened.fd)
         self.close(found)
-        return stamp.validator if stamp is not None and stamp.digest == entry.digest() else ""
+        return stamp.validator if stamp is not None and stamp.digest == found.entry.digest() else ""
 
     def renew(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""

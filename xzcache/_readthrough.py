@@ -7,7 +7,10 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from zarr.abc.store import Store
+
 from xzcache._documents import is_document
+from xzcache._errors import Replaced
 from xzcache._flights import Flight, HandedOver
 from xzcache._keys import clip, span
 from xzcache._reading import Request, contents, whole
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from xzcache._keys import Entry
     from xzcache._reading import Reading
 
+_READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
+"""Then whoever asks for a byte range may have read before where in the object it is."""
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
 
@@ -47,7 +52,13 @@ class ReadThrough:
         self._revalidation = Revalidation(reading)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
-        """The value of a key or a byte range of it, as `Store.get`."""
+        """The value of a key or a byte range of it, as `Store.get`.
+
+        Raises
+        ------
+        Replaced
+            The rest of the object is another one than this byte range is of, and this Zarr reads shards by `get`.
+        """
         if not is_document(key):
             return await self._get(key, prototype, byte_range)
         with self.freshness.asking(key):
@@ -63,9 +74,7 @@ class ReadThrough:
             # only a whole document can be compared
             value = await self.get(key, prototype, None)
             return None if value is None else value[slice(*clip(*wanted, len(value)))]
-        await self.backend.prepare()
-        if self._revalidation.may_settle:
-            await self._revalidation.settle(key)
+        await self.get_ready(key)
         request = Request(key, entry, prototype, byte_range, started)
         if self.freshness.must_ask(key) and not await self._is_vouched_for(request):
             return await self._revalidation.read(request)
@@ -74,7 +83,13 @@ class ReadThrough:
             return self.reading.hit(request, data)
         if is_document(key) and await self.backend.is_absent(key, self.reading.max_age):
             return self.reading.hit(request, None)
-        return await self._fetch(request)
+        return await self.fetch(request)
+
+    async def get_ready(self, key: str) -> None:
+        """Before anything of a key is looked for in the cache."""
+        await self.backend.prepare()
+        if self._revalidation.may_settle:
+            await self._revalidation.settle(key)
 
     async def _is_vouched_for(self, request: Request) -> bool:
         """Whether a document is cached as the store that this one is a copy of has seen it."""
@@ -91,9 +106,7 @@ class ReadThrough:
         entry = self.backend.entry(key, *whole())
         if entry is None or self.freshness.must_ask(key):
             return None
-        await self.backend.prepare()
-        if self._revalidation.may_settle:
-            await self._revalidation.settle(key)
+        await self.get_ready(key)
         return await self.backend.size(entry, self.reading.max_age)
 
     async def _past_the_cache(
@@ -105,7 +118,7 @@ class ReadThrough:
 
     # -- what is not cached
 
-    async def _fetch(self, request: Request) -> Buffer | None:
+    async def fetch(self, request: Request) -> Buffer | None:
         entry = request.entry
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
@@ -129,9 +142,9 @@ class ReadThrough:
     async def _lead(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
         """Fetch for all who wait in this process, unless another process does or has done so."""
         async with self.backend.fetching():
-            return await self._take_off(flight, ticket, request)
+            return await self.take_off(flight, ticket, request)
 
-    async def _take_off(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
+    async def take_off(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
         key, entry = request.key, request.entry
         unlock: Callable[[], None] | None = None
         began = ticket
@@ -155,6 +168,7 @@ class ReadThrough:
             if is_document(key):
                 ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
                 self.freshness.note(key, data)
+            ticket = await self._agree(request, answer.validator, ticket)
             # those who wait need not wait for the disk
             flight.land(data)
             if data is not None and (entry.stop < 0 or len(data) <= entry.stop - entry.start):
@@ -168,6 +182,16 @@ class ReadThrough:
         finally:
             if not publishing:
                 done()
+
+    async def _agree(self, request: Request, validator: str, ticket: Any) -> Any:
+        """Forget parts of what the object was before; the ticket to publish with."""
+        key, entry = request.key, request.entry
+        if not validator or self.backend.validator_of_pieces(key) in ("", validator):
+            return ticket
+        ticket = await self.backend.forget(key, ticket)
+        if _READS_SHARDS_BY_GET and entry.start > 0:
+            raise Replaced(key)
+        return ticket
 
     async def _ask(self, request: Request) -> tuple[Answer, memoryview | None]:
         """Ask the source; what is cached, where that is only too old and the source still has it."""

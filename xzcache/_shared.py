@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xzcache import _pool as pool
 from xzcache._flights import Flights
 from xzcache._fork import renew_after_fork
-from xzcache._keys import Entry, clip, is_cacheable
+from xzcache._keys import Entry, is_cacheable, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
+    from xzcache._pieces import Listed
     from xzcache._publisher import Ticket
     from xzcache._reader import Found
     from xzcache._writes import Begun
@@ -65,28 +66,24 @@ class SharedBackend:
     async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader
-        found = reader.find(entry)
-        if found is not None and _is_too_old(found, max_age):
-            reader.close(found)
-            # a part may be younger than the whole
-            found = reader.find_part(entry) if found.entry != entry else None
-            if found is not None and _is_too_old(found, max_age):
+        for found in reader.candidates(entry):
+            if _is_too_old(found, max_age):
+                # another file that holds it may be younger
                 reader.close(found)
-                found = None
-        if found is None:
-            return None
-        first, last = 0, found.size
-        if found.entry != entry:
-            first, last = clip(entry.start, entry.stop, found.size)
+            elif (data := await self._read(found, entry)) is not None:
+                if self.directory.recency.note(found.entry):
+                    pool.submit(self.directory.flush)
+                return data
+        return None
+
+    async def _read(self, found: Found, entry: Entry) -> memoryview | None:
+        reader = self.directory.reader
+        first, last = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
         if (last - first if found.known else found.size) <= _INLINE:
             done, data = reader.read_now(found, first, last)
-            if not done:
-                data = await pool.run(reader.read, found, first, last)
-        else:
-            data = await pool.run(reader.read, found, first, last)
-        if data is not None and self.directory.recency.note(found.entry):
-            pool.submit(self.directory.flush)
-        return data
+            if done:
+                return data
+        return await pool.run(reader.read, found, first, last)
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
         """The size of an entry that `find` would find, in bytes; a file is read only if it was not checked yet."""
@@ -100,6 +97,14 @@ class SharedBackend:
             return found.size
         data = await self.find(entry, max_age)
         return None if data is None else len(data)
+
+    def listed(self, key: str) -> Listed:
+        """The byte ranges that are cached of an object."""
+        return self.directory.reader.listed(f"{self.namespace}/{key}")
+
+    def validator_of_pieces(self, key: str) -> str:
+        """What tells the state of an object from others, as its byte ranges have it; empty where nothing does."""
+        return self.directory.reader.validator_of_pieces(f"{self.namespace}/{key}")
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry; what gives that up again, or None."""

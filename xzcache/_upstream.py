@@ -6,15 +6,17 @@ comes with the bytes where the source says it unasked, and for one more request 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import zarr.storage
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore
 
 from xzcache._sources import WebStore
@@ -22,6 +24,10 @@ from xzcache._sources import WebStore
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
+
+    from xzcache._spans import Span
+
+T = TypeVar("T")
 
 _ABSENT: Final = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _BY_CONTENT: Final = ("S3Store", "GCSStore", "AzureStore")
@@ -71,19 +77,100 @@ async def ask(
         The source's own.
     """
     kind = type(source)
-    if byte_range is None and kind in (zarr.storage.ObjectStore, WebStore):
-        return await _of_obstore(source, key, prototype, known)
-    if byte_range is None and (known or certain):
+    if kind in (zarr.storage.ObjectStore, WebStore) and (options := _range_of(byte_range)) is not None:
+        return await _of_obstore(source, key, prototype, byte_range, known, options)
+    # the state of a file is told by a look at it; that of an object elsewhere by one more request
+    if known or certain or (byte_range is not None and kind is LocalStore):
         look = _LOOKS.get(kind)
         if look is not None:
-            return await _looked_at(source, key, prototype, known, look)
+            return await _looked_at(source, key, prototype, byte_range, known, look)
     return Answer(await source.get(key, prototype, byte_range))
 
 
-async def _of_obstore(source: Any, key: str, prototype: BufferPrototype, known: str) -> Answer:
+async def ask_for_spans(
+    source: Store, key: str, prototype: BufferPrototype, spans: Sequence[Span], **limits: int
+) -> list[Answer]:
+    """Ask a source for several spans of the value of a key, as many requests as there are spans.
+
+    Parameters
+    ----------
+    key : str
+    prototype : BufferPrototype
+    spans : sequence of (int, int)
+        Merged already as `limits` have it.
+    **limits : int
+        ``max_concurrency``, ``max_gap_bytes`` and ``max_coalesced_bytes``, as for `Store.get_ranges`.
+
+    Raises
+    ------
+    Exception
+        The source's own.
+    """
+    ranges = [RangeByteRequest(*span) for span in spans]
+    kind = type(source)
+    if len(ranges) == 1 or kind in (zarr.storage.ObjectStore, WebStore) or not hasattr(source, "get_ranges"):
+        turn = asyncio.Semaphore(limits["max_concurrency"])
+
+        async def one(byte_range: RangeByteRequest) -> Answer:
+            async with turn:
+                return await ask(source, key, prototype, byte_range)
+
+        return await all_of(one(byte_range) for byte_range in ranges)
+    validator = await _of_file(source, key) if isinstance(source, LocalStore) else ""
+    answers = [Answer(None)] * len(ranges)
+    try:
+        async for group in source.get_ranges(key, ranges, prototype=prototype, **limits):
+            for at, value in group:
+                answers[at] = Answer(value, validator)
+    except BaseExceptionGroup as failures:
+        if (others := failures.split(FileNotFoundError)[1]) is not None:
+            raise _only(others) from None
+        # some may have been read before the object went
+        return [Answer(None)] * len(ranges)
+    return answers
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What several calls return; where one fails, the others are cancelled, and its exception is raised as it is."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _only(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception of a group of one."""
+    first = failures.exceptions[0]
+    if len(failures.exceptions) > 1:
+        return failures
+    return _only(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _range_of(byte_range: ByteRequest | None) -> dict[str, Any] | None:
+    """A byte range in the words of obstore; None for one that is better left to Zarr."""
+    if byte_range is None:
+        return {}
+    if isinstance(byte_range, RangeByteRequest):
+        return {"range": (byte_range.start, byte_range.end)} if byte_range.start < byte_range.end else None
+    if isinstance(byte_range, SuffixByteRequest):
+        return {"range": {"suffix": byte_range.suffix}} if byte_range.suffix > 0 else None
+    return {"range": {"offset": byte_range.offset}}
+
+
+async def _of_obstore(
+    source: Any,
+    key: str,
+    prototype: BufferPrototype,
+    byte_range: ByteRequest | None,
+    known: str,
+    options: dict[str, Any],
+) -> Answer:
     import obstore
 
-    options: dict[str, Any] = {}
     if known.startswith("etag "):
         options["if_none_match"] = known.removeprefix("etag ")
     try:
@@ -95,10 +182,13 @@ async def _of_obstore(source: Any, key: str, prototype: BufferPrototype, known: 
         meta = dict(got.meta)
         if type(source) is WebStore and got.attributes.get("Content-Encoding"):
             # what was stored compressed is unpacked by other clients of the web
-            return Answer(await source.linked().get(key, prototype))
+            return Answer(await source.linked().get(key, prototype, byte_range))
         data = await got.bytes_async()
     except obstore.exceptions.NotModifiedError:
         return Answer(None, known, unchanged=True)
+    except obstore.exceptions.NotSupportedError:
+        # Azure knows no suffixes, and Zarr a way around
+        return Answer(await source.get(key, prototype, byte_range))
     except _ABSENT:
         return Answer(None)
     return Answer(prototype.buffer.from_bytes(data), _validator(source, meta))  # type: ignore[arg-type]
@@ -128,13 +218,18 @@ def _validator(source: Any, meta: dict[str, Any]) -> str:
 
 
 async def _looked_at(
-    source: Any, key: str, prototype: BufferPrototype, known: str, look: Callable[[Any, str], Awaitable[str]]
+    source: Any,
+    key: str,
+    prototype: BufferPrototype,
+    byte_range: ByteRequest | None,
+    known: str,
+    look: Callable[[Any, str], Awaitable[str]],
 ) -> Answer:
     # looked at first: if the object changes before it is read, the next look sees another state
     before = await look(source, key)
     if before and before == known:
         return Answer(None, known, unchanged=True)
-    value = await source.get(key, prototype, None)
+    value = await source.get(key, prototype, byte_range)
     return Answer(value, before if value is not None else "")
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
 from xzcache import _config as settings
@@ -18,6 +16,8 @@ from xzcache._freshness import Freshness, Seen
 from xzcache._identity import Identity, identify, is_found_out_anew, remember
 from xzcache._looks import Looks
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
+from xzcache._ranges import RangeReads
+from xzcache._readable import ReadableView
 from xzcache._reading import Reading
 from xzcache._readthrough import ReadThrough
 from xzcache._sources import local_path, open_source, spelled
@@ -26,7 +26,7 @@ from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
 
 
-class CacheStore(WritableView):
+class CacheStore(ReadableView, WritableView):
     """A Zarr store that keeps what it reads from another one, for every process on this machine.
 
     Code written for `zarr.experimental.cache_store.CacheStore` runs unchanged.
@@ -146,6 +146,7 @@ class CacheStore(WritableView):
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
         )
         self._reads = ReadThrough(reading)
+        self._ranges = RangeReads(self._reads)
         self._writes = WriteThrough(backend, freshness, reading.max_size)
 
     @property
@@ -221,29 +222,6 @@ class CacheStore(WritableView):
 
     def __str__(self) -> str:
         return f"xzcache({self.source.label})"
-
-    # -- reading
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """The value of a key, or a byte range of it; None where the source has none."""
-        return await self._reads.get(key, prototype or default_buffer_prototype(), byte_range)
-
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        """The values of several keys and byte ranges, each as `get`."""
-        return list(await asyncio.gather(*(self.get(key, prototype, part) for key, part in key_ranges)))
-
-    async def exists(self, key: str) -> bool:
-        """Whether a key has a value: in the cache, or else at the source."""
-        return await self._reads.cached_size(key) is not None or await self._store.exists(key)
-
-    async def getsize(self, key: str) -> int:
-        """The size of a value, in bytes: from the cache, or else by the source's own means."""
-        size = await self._reads.cached_size(key)
-        return await self._store.getsize(key) if size is None else size
 
     # -- the cache
 

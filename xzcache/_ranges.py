@@ -1,0 +1,113 @@
+"""Reading many byte ranges of one object, as Zarr's sharding codec does: what is missing is asked for together."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from zarr.abc.store import RangeByteRequest
+
+from xzcache._documents import is_document
+from xzcache._keys import span
+from xzcache._rangefetch import RangeFetches, request_for
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from xzcache._keys import Entry
+    from xzcache._rangefetch import Found
+    from xzcache._readthrough import ReadThrough
+
+
+class RangeReads:
+    """Reads of several byte ranges of an object of one source, through one backend.
+
+    Parameters
+    ----------
+    reads : ReadThrough
+    """
+
+    def __init__(self, reads: ReadThrough) -> None:
+        self._reads = reads
+        self._reading = reads.reading
+        self._backend = reads.backend
+        self._fetches = RangeFetches(reads)
+
+    async def get(
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int
+    ) -> AsyncIterator[list[tuple[int, Buffer | None]]]:
+        """As `Store.get_ranges`: first what is cached, then the rest.
+
+        Raises
+        ------
+        BaseExceptionGroup
+            Of the source's own exceptions, of `FileNotFoundError` where it has no such object, or of `Replaced`.
+        """
+        wanted: dict[Entry, list[int]] = {}
+        alone: list[int] = []
+        for place, byte_range in enumerate(byte_ranges):
+            if (entry := self._mergeable(key, byte_range)) is None:
+                alone.append(place)
+            else:
+                wanted.setdefault(entry, []).append(place)
+        found: Found = {}
+        missing: list[Entry] = []
+        if wanted:
+            await self._reads.get_ready(key)
+            found, missing = await self._fetches.look(key, wanted)
+            if self._reads.freshness.must_ask(key):
+                # what is cached is asked about, each piece with its validator
+                alone += [place for entry in found for place in wanted[entry]]
+                found = {}
+        hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
+        if hits:
+            yield [pair for pairs in hits for pair in pairs]
+        turn = asyncio.Semaphore(limits["max_concurrency"])
+        calls = [self._one(key, byte_ranges[place], prototype, place, turn) for place in alone]
+        if missing:
+            calls.append(self._missing(key, {entry: wanted[entry] for entry in missing}, prototype, limits))
+        failures = []
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                failures.append(outcome)
+            else:
+                yield outcome
+        if failures:
+            raise BaseExceptionGroup("reading byte ranges failed", failures)
+
+    def _mergeable(self, key: str, byte_range: ByteRequest | None) -> Entry | None:
+        wanted = span(byte_range) if isinstance(byte_range, RangeByteRequest) else None
+        if wanted is None or wanted[0] == wanted[1] or is_document(key):
+            return None
+        return self._backend.entry(key, *wanted)
+
+    def _hit(
+        self, key: str, entry: Entry, places: list[int], data: memoryview | None, prototype: BufferPrototype
+    ) -> list[tuple[int, Buffer | None]]:
+        request = request_for(key, entry)._replace(prototype=prototype)
+        return [(place, self._reading.hit(request, data)) for place in places]
+
+    async def _one(
+        self, key: str, byte_range: ByteRequest | None, prototype: BufferPrototype, place: int, turn: asyncio.Semaphore
+    ) -> list[tuple[int, Buffer | None]]:
+        async with turn:
+            value = await self._reads.get(key, prototype, byte_range)
+        if value is None:
+            raise FileNotFoundError(key)
+        return [(place, value)]
+
+    async def _missing(
+        self, key: str, wanted: dict[Entry, list[int]], prototype: BufferPrototype, limits: dict[str, int]
+    ) -> list[tuple[int, Buffer | None]]:
+        found = await self._fetches.fetch(key, list(wanted), prototype, limits)
+        if any(data is None for data in found.values()):
+            raise FileNotFoundError(key)
+        return [
+            (place, prototype.buffer.from_bytes(data))
+            for entry, data in found.items()
+            if data is not None
+            for place in wanted[entry]
+        ]
