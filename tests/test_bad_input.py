@@ -123,6 +123,7 @@ def cases(name: str, bad: list[tuple[Any, type[Exception]]], accepted: str) -> l
 CACHE_STORE = [
     *cases("max_size", BAD_SIZES, SIZE),
     *cases("max_age_seconds", BAD_AGES, AGE),
+    *cases("missing_max_age_seconds", BAD_AGES, AGE),
     *cases("revalidate", BAD_REVALIDATIONS, REVALIDATE),
     *cases("cache_set_data", BAD_FLAGS, FLAG),
     *cases("read_only", BAD_FLAGS, FLAG),
@@ -138,6 +139,7 @@ LOCKED = [
 CONFIGURED = [
     *cases("max_size", BAD_SIZES, SIZE),
     *cases("max_age_seconds", BAD_AGES, AGE),
+    *cases("missing_max_age_seconds", BAD_AGES, AGE),
     *cases("revalidate", BAD_REVALIDATIONS, REVALIDATE),
     *cases("cache_set_data", BAD_FLAGS, FLAG),
     *cases("policy", BAD_POLICIES, POLICY),

@@ -16,7 +16,7 @@ from zarr.storage import WrapperStore
 import xzcache
 
 # Served from the cache once it was fetched.
-CACHED = {"get", "get_partial_values", "exists", "getsize"}
+CACHED = {"get", "get_partial_values", "exists", "get_ranges", "getsize"}
 
 # The source does it, and the cache says the same afterwards.
 COHERENT = {"set", "set_if_not_exists", "_set_many", "delete", "delete_dir", "clear"}
@@ -49,7 +49,6 @@ INHERITED = {
     "_check_writable": "looks at read_only",
     "supports_partial_writes": "never",
     "_get_many": "calls get",
-    "get_ranges": "calls get",
     "get_ranges_sync": "calls get_sync, which we do not have",
     "_read_only": "belongs to the base",
     "_is_open": "belongs to the base",

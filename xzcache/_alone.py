@@ -1,20 +1,23 @@
-"""What there is little to do about where no other process shares a cache."""
+"""What is simple where no other process shares a cache: nobody to wait for, and notes that one table holds."""
 
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from xzcache._config import Age
     from xzcache._keys import Entry
+    from xzcache._nodes import Nodes
 
 
 class Alone:
-    """The part of a backend that is about others."""
+    """The part of a backend that is about other processes, and about what the source does not have."""
 
     is_open = True
+    _nodes: Nodes
 
     async def prepare(self) -> None:
         """Nothing has to be opened."""
@@ -33,3 +36,19 @@ class Alone:
     def fetching(self) -> AbstractAsyncContextManager[None]:
         """While somebody fetches what is not cached."""
         return nullcontext()
+
+    async def is_absent(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a document of a node that it has."""
+        return self._nodes.is_absent(key, max_age)
+
+    async def lacks(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a chunk."""
+        return self._nodes.lacks(key, max_age)
+
+    async def note_lack(self, key: str, ticket: Any) -> None:
+        """Remember that the source does not have a chunk."""
+        self._nodes.note_lack(key, ticket)
+
+    async def note(self, key: str, document: bytes) -> None:
+        """Remember the arrays of a metadata document that was written through the cache."""
+        self._nodes.note(key, document)

@@ -262,14 +262,6 @@ class StoreBackend(Alone):
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
         return await self._nodes.compare(key, document, ticket, self.drop)
 
-    async def is_absent(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document of a node that it has."""
-        return self._nodes.is_absent(key, max_age)
-
-    async def note(self, key: str, document: bytes) -> None:
-        """Remember the arrays of a metadata document that was written through the cache."""
-        self._nodes.note(key, document)
-
     # -- looking
 
     def info(self) -> dict[str, Any]:

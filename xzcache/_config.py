@@ -32,6 +32,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "min_free": "5%",
     # how long an entry is served, in seconds, or "infinity"
     "max_age_seconds": "infinity",
+    # how long a chunk that the source does not have is not asked for again, in seconds, or "infinity"
+    "missing_max_age_seconds": 60,
     # when metadata documents are asked for again: "open", True, False, or a number of seconds
     "revalidate": "open",
     # whether what is written through the cache is cached
@@ -78,6 +80,7 @@ AS_ZARR: Final[Mapping[str, Any]] = {
     "namespace": None,
     "revalidate": "open",
     "policy": "lru",
+    "missing_max_age_seconds": 60,
 }
 """The settings of a store that a pickle of it need not tell."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import _disk as disk
 from xzcache import _recovery as recovery
+from xzcache._absences import Absences
 from xzcache._arrays import Arrays
 from xzcache._background import Background
 from xzcache._books import Books
@@ -56,7 +57,7 @@ class CacheDirectory:
 
     Attributes
     ----------
-    reader, publisher, writes, arrays, space
+    reader, publisher, writes, absences, arrays, space
         The parts: what they do with the directory they do for all processes.
     """
 
@@ -84,6 +85,7 @@ class CacheDirectory:
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
         self.doubts = Doubts(self.keeper, self.reader)
         self.writes = Writes(self.doubts, self.space, self.publisher)
+        self.absences = Absences(self.keeper)
         self.arrays = Arrays(self.keeper, self.writes, self.doubts)
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()

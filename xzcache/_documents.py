@@ -31,6 +31,11 @@ def is_document(key: str) -> bool:
     return key.rpartition("/")[2] in DOCUMENTS
 
 
+def is_chunk(key: str) -> bool:
+    """Whether a key looks like one of a chunk."""
+    return not is_document(key) and _PLACE.search(key) is not None
+
+
 def siblings(key: str) -> list[str]:
     """The keys of all other documents that the node of a document may have."""
     path, slash, own = key.rpartition("/")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
 from xzcache._keys import Entry
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from xzcache._config import Age
     from xzcache._ledger import Ledger, Ticket
+
+_REMEMBERED: Final = 65536
 
 
 class Nodes:
@@ -27,6 +29,7 @@ class Nodes:
         self._ledger = ledger
         self._digests: dict[str, bytes] = {}
         self._absent: dict[str, float] = {}
+        self._lacked: dict[str, tuple[float, Ticket]] = {}
 
     async def compare(
         self, key: str, document: bytes | None, ticket: Ticket | None, drop: Callable[[str], Awaitable[None]]
@@ -61,6 +64,17 @@ class Nodes:
         noted = self._absent.get(key)
         fresh = noted is not None and (max_age == "infinity" or time.time() - noted < max_age)
         return fresh and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
+
+    def lacks(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a chunk."""
+        at, ticket = self._lacked.get(key, (0.0, None))
+        return ticket == self._ledger.ticket(key) and (max_age == "infinity" or 0 <= time.time() - at < max_age)
+
+    def note_lack(self, key: str, ticket: Ticket) -> None:
+        """Remember that the source does not have a chunk, until it is written."""
+        if len(self._lacked) >= _REMEMBERED:
+            self._lacked.clear()
+        self._lacked[key] = time.time(), ticket
 
     def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache."""

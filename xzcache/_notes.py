@@ -70,7 +70,7 @@ class Notes:
     def drop_writings_of(self, owner: int) -> None:
         self._do("DELETE FROM writing WHERE owner = ?", (owner,))
 
-    # -- documents that the source does not have
+    # -- what the source does not have
 
     def set_absent(self, key: str, noted: float) -> None:
         self._do("INSERT OR REPLACE INTO absent(key, noted) VALUES(?, ?)", (key, noted))
@@ -78,6 +78,20 @@ class Notes:
     def absent_since(self, key: str) -> float | None:
         row = self._do("SELECT noted FROM absent WHERE key = ?", (key,)).fetchone()
         return None if row is None else float(row[0])
+
+    def absent_beneath(self, prefix: str, after: str, limit: int) -> list[tuple[str, float]]:
+        """Keys beneath a prefix, in order, and when they were found to be absent."""
+        where, (first, last) = range_of(prefix)
+        return self._do(
+            f"SELECT key, noted FROM absent{where} AND key > ? ORDER BY key LIMIT ?", (first, last, after, limit)
+        ).fetchall()
+
+    def keep_absent(self, most: int) -> None:
+        """Forget the oldest of more rows than that."""
+        surplus = self._do("SELECT count(*) FROM absent").fetchone()[0] - most
+        if surplus > 0:
+            oldest = "SELECT key FROM absent ORDER BY noted LIMIT ?"
+            self._do(f"DELETE FROM absent WHERE key IN ({oldest})", (surplus + most // 8,))
 
     def drop_absent(self, key: str) -> None:
         self._do("DELETE FROM absent WHERE key = ?", (key,))

@@ -232,6 +232,7 @@ class Publisher:
         if old is not None:
             index.remove(old.id)
         used = time.time_ns()
+        index.notes.drop_absent(entry.key)
         index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=sequence)
         index.change_lease(member.owner, -stamp.size)
         self._space.trim_lease(member, index)

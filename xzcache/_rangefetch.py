@@ -163,6 +163,7 @@ class RangeFetches:
         if len(fetched) < len(values):
             for lead in leads:
                 lead.flight.land(None)
+            await self._reading.note_lack(key, ticket)
             return found | {lead.entry: None for lead in leads}
         await self._must_agree(key, ticket, answers)
         found |= self._landed(leads, had | dict(zip(asked, fetched, strict=True)), hits=False)

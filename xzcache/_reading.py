@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from xzcache import _upstream as upstream
+from xzcache._documents import is_chunk
 from xzcache._keys import span
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Reading:
         Seconds for which an entry is served.
     max_size : int or None
         The bound of a backend that is not bounded by itself, in bytes.
+    missing_max_age : float or "infinity"
+        Seconds for which a chunk that the source does not have is not asked for again.
     timeout : float
         Seconds to wait for somebody else's fetch.
     """
@@ -58,7 +61,20 @@ class Reading:
     stats: Stats
     max_age: Age
     max_size: int | None
+    missing_max_age: Age
     timeout: float
+
+    async def lacks(self, key: str) -> bool:
+        """Whether the source is known not to have a chunk."""
+        return self._remembers(key) and await self.backend.lacks(key, self.missing_max_age)
+
+    async def note_lack(self, key: str, ticket: Any) -> None:
+        """Remember that the source, asked after the ticket was taken, does not have a chunk."""
+        if ticket is not None and self._remembers(key):
+            await self.backend.note_lack(key, ticket)
+
+    def _remembers(self, key: str) -> bool:
+        return self.missing_max_age != 0 and is_chunk(key)
 
     async def find(self, entry: Entry) -> memoryview | None:
         """What is cached and not too old."""

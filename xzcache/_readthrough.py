@@ -83,6 +83,8 @@ class ReadThrough:
             return self.reading.hit(request, data)
         if is_document(key) and await self.backend.is_absent(key, self.reading.max_age):
             return self.reading.hit(request, None)
+        if await self.reading.lacks(key):
+            return self.reading.hit(request, None)
         return await self.fetch(request)
 
     async def get_ready(self, key: str) -> None:
@@ -165,6 +167,8 @@ class ReadThrough:
                 flight.land(data)
                 return self.reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
+            if data is None:
+                await self.reading.note_lack(key, ticket)
             if is_document(key):
                 ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
                 self.freshness.note(key, data)

@@ -186,6 +186,17 @@ class SharedBackend:
         """Whether the source is known not to have a document of a node that it has."""
         return await pool.run(self.directory.arrays.is_absent, self.namespace, key, max_age)
 
+    async def lacks(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a chunk."""
+        absences = self.directory.absences
+        known = absences.knows(full := f"{self.namespace}/{key}", max_age)
+        return await pool.run(absences.look, full, max_age) if known is None else known
+
+    async def note_lack(self, key: str, ticket: Ticket) -> None:
+        """Remember that the source does not have a chunk."""
+        if self.directory.absences.note(f"{self.namespace}/{key}", ticket):
+            self.directory.background.add(self.directory.absences.flush, 0)
+
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
         await pool.run(self.directory.arrays.note, self.namespace, key, document)

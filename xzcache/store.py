@@ -56,6 +56,9 @@ class CacheStore(ReadableView, WritableView):
         When the source is asked for metadata documents again: at their first use by a newly opened store; at each read,
         chunks included; never; or after so many seconds. Where an array's document changed, what is cached of the array
         is dropped.
+    missing_max_age_seconds : float or "infinity", optional
+        For how long a chunk that the source does not have is not asked for again, in seconds; 0 to always ask.
+        Configured: 60.
     policy : str, optional
         Which entries leave first: ``"lru"``.
     storage_options : mapping, optional
@@ -95,6 +98,7 @@ class CacheStore(ReadableView, WritableView):
         read_only: bool = False,
         namespace: str | None = None,
         revalidate: Revalidate | str | Unset = UNSET,
+        missing_max_age_seconds: Age | str | Unset = UNSET,
         policy: str | Unset = UNSET,
         storage_options: Mapping[str, Any] | None = None,
         upstream: str | Unset = UNSET,
@@ -102,6 +106,9 @@ class CacheStore(ReadableView, WritableView):
         self.max_age_seconds: Age = settings.chosen("max_age_seconds", max_age_seconds, settings.parse_age)
         self.cache_set_data: bool = settings.chosen("cache_set_data", cache_set_data, settings.parse_flag)
         self.revalidate: Revalidate = settings.chosen("revalidate", revalidate, settings.parse_revalidate)
+        self.missing_max_age_seconds: Age = settings.chosen(
+            "missing_max_age_seconds", missing_max_age_seconds, settings.parse_age
+        )
         self.policy: str = settings.chosen("policy", policy, settings.parse_policy)
         settings.parse_threads("threads", config.get("threads"))
         self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
@@ -143,6 +150,7 @@ class CacheStore(ReadableView, WritableView):
             stats=self._stats,
             max_age=self.max_age_seconds,
             max_size=None if isinstance(self._asked_max_size, Unset) else self._asked_max_size,
+            missing_max_age=self.missing_max_age_seconds,
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
         )
         self._reads = ReadThrough(reading)
@@ -169,6 +177,7 @@ class CacheStore(ReadableView, WritableView):
             "read_only": self.read_only,
             "namespace": self._given_namespace,
             "revalidate": self.revalidate,
+            "missing_max_age_seconds": self.missing_max_age_seconds,
             "policy": self.policy,
         }
 
