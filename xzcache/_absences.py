@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache._documents import arrays_of
+from xzcache._keys import absence_slot
 from xzcache._publisher import Ticket, current_ticket
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ _REMEMBERED: Final = 65536
 _PAGE: Final = 4096
 _MOST_ROWS: Final = 1 << 18
 _COUNT_EVERY: Final = 1 << 14
-_READ_AGAIN_SECONDS: Final = 1.0
 
 
 class _Noted(NamedTuple):
@@ -38,15 +38,15 @@ class Absences:
     Notes
     -----
     This process remembers a bounded number of them, each for as long as the counters of writes say that nobody has
-    written the key or anything above it. Of what other processes have noted it reads all of an array at once, at most
-    once a second; of an array with more than it remembers, key by key.
+    written the key or anything above it. Whether anybody has noted more of an array another counter says; then all that
+    is noted of it is read at once, and of an array with more than can be remembered, key by key.
     """
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._books = keeper.books
         self._noted: dict[str, _Noted] = {}
-        self._read_at: dict[str, float] = {}
+        self._read_at: dict[str, int] = {}
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._pending: dict[str, _Noted] = {}
@@ -60,8 +60,8 @@ class Absences:
                 return True
             self._noted.pop(key, None)
             return False
-        read = self._read_at.get(_array_of(key))
-        return False if read is not None and time.monotonic() - read < _READ_AGAIN_SECONDS else None
+        array = _array_of(key)
+        return False if self._count(array) == self._read_at.get(array, 0) else None
 
     def look(self, key: str, max_age: Age) -> bool:
         """Whether a key is absent, as anybody has noted."""
@@ -73,6 +73,7 @@ class Absences:
 
     def _look(self, key: str, max_age: Age) -> bool:
         array = _array_of(key)
+        count = self._count(array)
         # tickets are older than the rows that they are remembered with
         tickets = {name: self._ticket(name) for name in self._rows(array)}
         rows = self._rows(array)
@@ -83,7 +84,7 @@ class Absences:
             with self._books.section() as (_, index):
                 noted = index.notes.absent_since(key)
             return noted is not None and _is_fresh(noted, max_age)
-        self._read_at[array] = time.monotonic()
+        self._read_at[array] = count
         if len(self._read_at) > _REMEMBERED:
             self._read_at.clear()
         return bool(self.knows(key, max_age))
@@ -119,13 +120,26 @@ class Absences:
 
     def _flush(self, pending: dict[str, _Noted]) -> None:
         with self._books.section() as (member, index):
+            arrays = set()
             for key, noted in pending.items():
                 if noted.ticket == current_ticket(member, key) and not index.notes.is_written(key):
                     index.notes.set_absent(key, noted.at)
+                    arrays.add(_array_of(key))
+            for array in arrays:
+                count = member.writes.bump(absence_slot(array))
+                if self._read_at.get(array, 0) == count - 1:
+                    # nobody else's notes are news
+                    self._read_at[array] = count
             self._uncounted += len(pending)
             if self._uncounted >= _COUNT_EVERY:
                 self._uncounted = 0
                 index.notes.keep_absent(_MOST_ROWS)
+
+    def _count(self, array: str) -> int:
+        member = self._books.current
+        with suppress(OSError):
+            return 0 if member is None else member.writes.read(absence_slot(array))
+        return 0
 
     def _ticket(self, key: str) -> Ticket | None:
         member = self._books.current

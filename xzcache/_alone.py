@@ -22,6 +22,10 @@ class Alone:
     async def prepare(self) -> None:
         """Nothing has to be opened."""
 
+    def at_once(self, key: str, max_age: Age) -> memoryview | None:
+        """What the store that caches has to be asked for is never to be had at once."""
+        return None
+
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """No other process shares these books."""
         return lambda: None

@@ -97,6 +97,17 @@ class CacheDirectory:
         return self._prepared is not None and self._prepared == (self.books.current, self.keeper.bound)
 
     @property
+    def is_ready(self) -> bool:
+        """As `is_prepared`, and nothing is in doubt; what a hit asks."""
+        prepared = self._prepared
+        return (
+            prepared is not None
+            and prepared[0] is self.books.current
+            and prepared[1] == self.keeper.bound
+            and not self.doubts.owes
+        )
+
+    @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
         return (not self.is_prepared or self.doubts.owes) and time.monotonic() >= self._prepare_after

@@ -153,6 +153,11 @@ def data_slot(prefix: str) -> int:
     return Entry(prefix + "//").lock_offset()
 
 
+def absence_slot(array: str) -> int:
+    """The number of the counter of what was found to be absent of an array."""
+    return Entry(array + "///").lock_offset()
+
+
 def all_slots(key: str, *, data: bool) -> list[int]:
     """The numbers of all counters that a write of a key, or of anything above it, raises.
 

@@ -12,6 +12,10 @@ import numpy as np
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 
 
+Signature = tuple[int, int, int]
+"""Inode, time of modification in ns, size: what stays the same for as long as nobody replaces or writes a file."""
+
+
 class Opened(NamedTuple):
     """A file that was found and is open: whoever holds it closes the descriptor."""
 
@@ -21,8 +25,7 @@ class Opened(NamedTuple):
     inode: int
 
     @property
-    def signature(self) -> tuple[int, int, int]:
-        """What stays the same for as long as nobody replaces or writes the file."""
+    def signature(self) -> Signature:
         return self.inode, self.mtime_ns, self.size
 
 
@@ -55,6 +58,24 @@ def open_file(path: str) -> Opened | None:
     return Opened(fd, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+def read_unchanged(path: str, signature: Signature, most: int) -> memoryview | None:
+    """All of a file, if it is the one that has this signature and reading it cannot block; else None."""
+    try:
+        fd = os.open(path, _READ)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        size = status.st_size
+        if (status.st_ino, status.st_mtime_ns, size) != signature or size > most:
+            return None
+        return read_resident(fd, 0, size)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
 def read(fd: int, first: int, last: int) -> memoryview | None:
     """Bytes `first` up to `last` of a file; None where it turns out to be shorter."""
     data = os.pread(fd, last - first, first)
@@ -77,4 +98,5 @@ def read_resident(fd: int, first: int, last: int) -> memoryview | None:
     except OSError as error:
         # a file system that is memory does not know the flag
         return read(fd, first, last) if error.errno == errno.EOPNOTSUPP else None
-    return memoryview(data).toreadonly()
+    data.flags.writeable = False
+    return memoryview(data)

@@ -29,7 +29,10 @@ class ReadableView(SourceView):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """The value of a key, or a byte range of it; None where the source has none."""
-        return await self._reads.get(key, prototype or default_buffer_prototype(), byte_range)
+        prototype = prototype or default_buffer_prototype()
+        if byte_range is None and (value := self._reads.at_once(key, prototype)) is not None:
+            return value
+        return await self._reads.get(key, prototype, byte_range)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from zarr.core.buffer import cpu
 
 from xzcache import _upstream as upstream
 from xzcache._documents import is_chunk
@@ -83,7 +84,7 @@ class Reading:
     def hit(self, request: Request, data: memoryview | None) -> Buffer | None:
         """Count a read that the source was not asked for, and answer it."""
         self.stats.hit(0 if data is None else len(data), time.perf_counter() - request.started)
-        return None if data is None else request.prototype.buffer.from_bytes(data)
+        return None if data is None else buffer_of(data, request.prototype)
 
     async def ask(self, request: Request, *, known: str = "") -> upstream.Answer:
         """Ask the source, and count it, unless it says that what is known is what it has."""
@@ -121,6 +122,14 @@ def whole() -> tuple[int, int]:
     wanted = span(None)
     assert wanted is not None
     return wanted
+
+
+def buffer_of(data: memoryview, prototype: BufferPrototype) -> Buffer:
+    """A buffer of some bytes: in main memory, those very bytes."""
+    owner = data.obj
+    if prototype.buffer is cpu.Buffer and type(owner) is np.ndarray and owner.nbytes == len(data):
+        return cpu.Buffer(owner)
+    return prototype.buffer.from_bytes(data)
 
 
 def contents(value: Buffer) -> memoryview:

@@ -13,7 +13,7 @@ from xzcache._documents import is_document
 from xzcache._errors import Replaced
 from xzcache._flights import Flight, HandedOver
 from xzcache._keys import clip, span
-from xzcache._reading import Request, contents, whole
+from xzcache._reading import Request, buffer_of, contents, whole
 from xzcache._revalidation import Revalidation
 from xzcache._upstream import Answer
 
@@ -50,6 +50,19 @@ class ReadThrough:
         self.backend = reading.backend
         self.freshness = reading.freshness
         self._revalidation = Revalidation(reading)
+
+    def at_once(self, key: str, prototype: BufferPrototype) -> Buffer | None:
+        """The value of a chunk, where it is cached and to be had without waiting; else None, and `get` tells."""
+        if self.freshness.revalidate is True or is_document(key):
+            return None
+        if self._revalidation.may_settle and not self._revalidation.is_settled(key):
+            return None
+        started = time.perf_counter()
+        data = self.backend.at_once(key, self.reading.max_age)
+        if data is None:
+            return None
+        self.reading.stats.hit(len(data), time.perf_counter() - started)
+        return buffer_of(data, prototype)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         """The value of a key or a byte range of it, as `Store.get`.

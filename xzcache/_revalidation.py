@@ -132,6 +132,11 @@ class Revalidation:
 
     # -- what a copy was told by the store that it is a copy of
 
+    def is_settled(self, key: str) -> bool:
+        """Whether `settle` has nothing to do."""
+        # those above were settled with it
+        return key.rpartition("/")[0] in self._settled
+
     async def settle(self, key: str) -> None:
         """See that what this machine has cached of an array was filled under the documents that the original has seen.
 

@@ -63,6 +63,31 @@ class SharedBackend:
         if self.directory.wants_preparing:
             await pool.run(self.directory.prepare)
 
+    def at_once(self, key: str, max_age: Age) -> memoryview | None:
+        """The value of a key, where it is to be had without waiting or doubt; else None, and `find` tells."""
+        directory = self.directory
+        if not directory.is_ready:
+            return None
+        entry = Entry(f"{self.namespace}/{key}")
+        data = directory.reader.at_once(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
+        if data is not None and directory.recency.note(entry):
+            pool.submit(directory.flush)
+        return data
+
+    def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """As `find`, where waiting for the disk is no harm."""
+        reader = self.directory.reader
+        for found in reader.candidates(entry):
+            if _is_too_old(found, max_age):
+                reader.close(found)
+                continue
+            span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
+            if (data := reader.read(found, *span)) is not None:
+                if self.directory.recency.note(found.entry):
+                    pool.submit(self.directory.flush)
+                return data
+        return None
+
     async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader

@@ -22,7 +22,7 @@ class Stats:
     """
 
     def __init__(self, of_all: Stats | None = None) -> None:
-        self._of_all = of_all
+        self._all = (self,) if of_all is None else (self, of_all)
         self.after_fork_in_child()
         renew_after_fork(self)
 
@@ -34,28 +34,27 @@ class Stats:
         self.seconds_from_cache = self.seconds_from_source = 0.0
 
     def hit(self, size: int, seconds: float) -> None:
-        with self._lock:
-            self.hits += 1
-            self.bytes_from_cache += size
-            self.seconds_from_cache += seconds
-        if self._of_all is not None:
-            self._of_all.hit(size, seconds)
-            for observe in observers:
-                observe("cache", size, seconds)
+        # one lock, the one of all, for both
+        with self._all[-1]._lock:
+            for counters in self._all:
+                counters.hits += 1
+                counters.bytes_from_cache += size
+                counters.seconds_from_cache += seconds
+        for observe in observers:
+            observe("cache", size, seconds)
 
     def miss(self, size: int, seconds: float) -> None:
-        with self._lock:
-            self.misses += 1
-            self.bytes_from_source += size
-            self.seconds_from_source += seconds
-        if self._of_all is not None:
-            self._of_all.miss(size, seconds)
-            for observe in observers:
-                observe("source", size, seconds)
+        with self._all[-1]._lock:
+            for counters in self._all:
+                counters.misses += 1
+                counters.bytes_from_source += size
+                counters.seconds_from_source += seconds
+        for observe in observers:
+            observe("source", size, seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters under Zarr's names, and ours beside them; sizes in bytes, times in seconds."""
-        with self._lock:
+        with self._all[-1]._lock:
             requests = self.hits + self.misses
             return {
                 "hits": self.hits,
