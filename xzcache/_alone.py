@@ -26,6 +26,10 @@ class Alone:
         """What the store that caches has to be asked for is never to be had at once."""
         return None
 
+    def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """Nor by a thread, which is not the one of that store's event loop."""
+        return None
+
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """No other process shares these books."""
         return lambda: None
@@ -45,8 +49,12 @@ class Alone:
         """Whether the source is known not to have a document of a node that it has."""
         return self._nodes.is_absent(key, max_age)
 
-    async def lacks(self, key: str, max_age: Age) -> bool:
+    def lacks_now(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a chunk."""
+        return self._nodes.lacks(key, max_age)
+
+    async def lacks(self, key: str, max_age: Age) -> bool:
+        """As `lacks_now`."""
         return self._nodes.lacks(key, max_age)
 
     async def note_lack(self, key: str, ticket: Any) -> None:

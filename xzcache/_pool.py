@@ -88,6 +88,11 @@ def _submit(pool: _Pool, call: Callable[[], T]) -> Future[T]:
     return once.future
 
 
+async def outcome(future: Future[T]) -> T:
+    """Await what a thread does. Cancelling the await does not stop it."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
 async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Await a blocking function. Cancelling the await does not stop it."""
-    return await asyncio.shield(asyncio.wrap_future(submit(function, *args, **kwargs)))
+    return await outcome(submit(function, *args, **kwargs))

@@ -69,6 +69,10 @@ class Reading:
         """Whether the source is known not to have a chunk."""
         return self._remembers(key) and await self.backend.lacks(key, self.missing_max_age)
 
+    def lacks_now(self, key: str) -> bool:
+        """As `lacks`, as far as this process knows."""
+        return self._remembers(key) and self.backend.lacks_now(key, self.missing_max_age)
+
     async def note_lack(self, key: str, ticket: Any) -> None:
         """Remember that the source, asked after the ticket was taken, does not have a chunk."""
         if ticket is not None and self._remembers(key):

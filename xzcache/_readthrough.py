@@ -32,6 +32,10 @@ _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
 
 
+class NotCached(Exception):
+    """What somebody wanted from the cache alone is to be read by `get`."""
+
+
 class ReadThrough:
     """Reads of one source through one backend.
 
@@ -63,6 +67,27 @@ class ReadThrough:
             return None
         self.reading.stats.hit(len(data), time.perf_counter() - started)
         return buffer_of(data, prototype)
+
+    def cached(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        """As `get`, from the cache alone, by a thread that may wait for the disk.
+
+        Raises
+        ------
+        NotCached
+            `get` has to be asked.
+        """
+        if byte_range is None and (value := self.at_once(key, prototype)) is not None:
+            return value
+        wanted = span(byte_range)
+        entry = None if wanted is None or is_document(key) else self.backend.entry(key, *wanted)
+        unsettled = self._revalidation.may_settle and not self._revalidation.is_settled(key)
+        if entry is None or unsettled or self.freshness.revalidate is True:
+            raise NotCached
+        request = Request(key, entry, prototype, byte_range, time.perf_counter())
+        data = self.backend.find_now(entry, self.reading.max_age)
+        if data is None and not self.reading.lacks_now(key):
+            raise NotCached
+        return self.reading.hit(request, data)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         """The value of a key or a byte range of it, as `Store.get`.

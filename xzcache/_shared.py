@@ -76,6 +76,8 @@ class SharedBackend:
 
     def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
         """As `find`, where waiting for the disk is no harm."""
+        if not self.directory.is_ready:
+            return None
         reader = self.directory.reader
         for found in reader.candidates(entry):
             if _is_too_old(found, max_age):
@@ -210,6 +212,10 @@ class SharedBackend:
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
         return await pool.run(self.directory.arrays.is_absent, self.namespace, key, max_age)
+
+    def lacks_now(self, key: str, max_age: Age) -> bool:
+        """As `lacks`, as far as this process knows."""
+        return self.directory.absences.knows(f"{self.namespace}/{key}", max_age) is True
 
     async def lacks(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a chunk."""

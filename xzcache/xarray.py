@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from glob import glob
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ from xarray.backends.zarr import ZarrBackendEntrypoint
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
-from xzcache._config import config
+from xzcache._config import config, parse_flag
 from xzcache._described import without_secrets, without_user
 from xzcache._globs import expanded, is_pattern
 from xzcache._open_zarr import is_ours, original, transparent
@@ -34,19 +34,23 @@ SETTINGS: Final = tuple(
 )
 """What `CacheStore` can be told, by keywords of the same names."""
 
+_PIPELINE: Final = "pipeline"
+"""Whether the arrays are decoded by `xzcache.pipeline.CachePipeline`: true unless it is said."""
+
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
 
 
 class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
     """The engine ``"zcache"``: Zarr, read through this machine's cache.
 
-    Takes all that the engine ``"zarr"`` takes, and all keywords of `xzcache.CacheStore`.
+    Takes all that the engine ``"zarr"`` takes, all keywords of `xzcache.CacheStore`, and ``pipeline=False`` to have
+    what is cached decoded as Zarr does it, and not by `xzcache.pipeline.CachePipeline`.
     """
 
     description = "Open Zarr through a cache that all processes on this machine share, using xzcache"
     url = ""
     # xarray reads them from here: without the decoders among them, `decode_cf=False` would do nothing
-    open_dataset_parameters = (*_OWN, *SETTINGS)
+    open_dataset_parameters = (*_OWN, *SETTINGS, _PIPELINE)
     is_zcache = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
@@ -84,7 +88,8 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     store : Store, str, Path, UPath or FSMap
         As `xarray.open_zarr`, or as `xzcache.CacheStore`.
     *args, **kwargs
-        All parameters of `xarray.open_zarr`, and all keywords of `xzcache.CacheStore`.
+        All parameters of `xarray.open_zarr`, all keywords of `xzcache.CacheStore`, and ``pipeline`` (bool): whether
+        what is cached is decoded by `xzcache.pipeline.CachePipeline`, where this Zarr has what it is made of.
 
     Returns
     -------
@@ -100,7 +105,7 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     """
     _check_engine(kwargs.pop("engine", None))
     theirs = original()
-    settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+    settings = {name: kwargs.pop(name) for name in (*SETTINGS, _PIPELINE) if name in kwargs}
     try:
         bound = inspect.signature(theirs).bind(store, *args, **kwargs)
     except TypeError:
@@ -127,7 +132,8 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     storage_options : mapping, optional
         Options for paths that are URLs.
     **kwargs
-        All other parameters of `xarray.open_mfdataset`, and all keywords of `xzcache.CacheStore`.
+        All other parameters of `xarray.open_mfdataset`, all keywords of `xzcache.CacheStore`, and ``pipeline`` as for
+        `open_zarr`.
 
     Returns
     -------
@@ -139,6 +145,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         Nothing is there.
     """
     _check_engine(kwargs.pop("engine", None))
+    pipeline = _chosen_pipeline(kwargs.pop(_PIPELINE, True))
     settings = {"read_only": True, **{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}}
     stores: dict[str, Any] = {}
     opened: list[CacheStore] = []
@@ -161,7 +168,8 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     if (first := kwargs.get("attrs_file")) is not None:
         kwargs["attrs_file"] = stores.get(os.fspath(first), first)
     try:
-        return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+        with pipeline:
+            return xarray.open_mfdataset(given, engine="zarr", **kwargs)
     except FileNotFoundError as missing:
         for store in opened:
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
@@ -201,6 +209,7 @@ def _check_engine(engine: object) -> None:
 def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """What xarray opens instead of what was given, and the keywords that are left for it."""
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
+    pipeline = _chosen_pipeline(rest.pop(_PIPELINE, True))
     settings = {name: value for name, value in keywords.items() if name in SETTINGS}
     path = given.path if isinstance(given, StorePath) else ""
     source = given.store if isinstance(given, StorePath) else given
@@ -217,7 +226,8 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
     else:
         store = CacheStore(source, storage_options=options, **settings)
     try:
-        yield StorePath(store, path) if path else store, rest
+        with pipeline:
+            yield StorePath(store, path) if path else store, rest
     except (FileNotFoundError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
@@ -225,6 +235,18 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
             raise FileNotFoundError(f"{root} does not exist") from None
         _say(error, store, given)
         raise
+
+
+def _chosen_pipeline(wanted: object) -> AbstractContextManager[None]:
+    """While arrays are opened, which is when Zarr gives them their pipeline."""
+    if not parse_flag(_PIPELINE, wanted):
+        return nullcontext()
+    try:
+        from xzcache.pipeline import chosen
+    except ImportError:
+        # this Zarr has nothing that it could be made of
+        return nullcontext()
+    return chosen()
 
 
 def _root_of(store: CacheStore) -> str:
