@@ -10,10 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from clusters import Address, cluster, kill_one, metrics, pids, threads, total, until
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, get_task_stream
 from distributed.protocol import serialize_bytelist
 from processes import PATIENCE, Child, Dataset, Gate, Source, Team, audit, findings, opened_index, visit
@@ -38,73 +38,8 @@ from xzcache._cluster import Node
 from xzcache._config import DEFAULTS
 from xzcache._disk import is_on_network
 
-Address = str
-
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-# -- clusters
-
-
-@contextmanager
-def cluster(workers: int, **options: Any) -> Iterator[Client]:
-    """A cluster on this machine, each worker a process of its own, started from scratch as Dask does it."""
-    options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
-    # a worker that was killed is its nanny's business, and not to be given up while that restarts it
-    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
-    with patient, LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
-        yield client
-
-
-def threads(workers: int, **options: Any) -> Any:
-    """A cluster whose workers all run in this process."""
-    return cluster(workers, processes=False, **options)
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for what Dask tells nobody about."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never happens"
-        time.sleep(0.1)
-    return found
-
-
-async def _beat(dask_worker: Any) -> None:
-    await dask_worker.heartbeat()
-
-
-def metrics(client: Client) -> dict[Address, dict[str, Any]]:
-    """What each worker last said, at most a moment ago."""
-    client.run(_beat)
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return {
-        address: {name.removeprefix("xzcache_"): value for name, value in worker["metrics"].items() if "xzc" in name}
-        for address, worker in workers.items()
-    }
-
-
-def total(seen: dict[Address, dict[str, Any]], name: str) -> int:
-    return sum(worker[name] for worker in seen.values())
-
-
-def pids(client: Client) -> dict[Address, int]:
-    return client.run(os.getpid)
-
-
-def kill_one(client: Client) -> Address:
-    """SIGKILL a worker, and wait until its nanny has put another one in its place."""
-    before = pids(client)
-    gone, pid = next(iter(before.items()))
-    os.kill(pid, signal.SIGKILL)
-
-    def replaced() -> bool:
-        now = client.scheduler_info(n_workers=-1)["workers"]
-        return gone not in now and len(now) == len(before)
-
-    until(replaced)
-    return gone
 
 
 # -- what workers are sent to do
@@ -1057,7 +992,7 @@ def test_seconds_add_up(tmp_path: Path) -> None:
                 found = scheduler.cumulative_worker_metrics
                 return found.get(("execute", f"read{of}", f"xzcache-{of}", unit), 0)
 
-            until(lambda: client.run(_beat) and seen("count") >= 64)
+            until(lambda: metrics(client) and seen("count") >= 64)
             assert seen("bytes") >= ds.values.nbytes
             assert 0 < seen("seconds") <= wall
             shares = [

@@ -179,7 +179,7 @@ class CachePlugin(WorkerPlugin):
         worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
 
     def _open(self, place: str, worker: Worker) -> CacheDirectory:
-        cause = _refusal(place)
+        cause: BaseException | None = _refusal(place)
         asked = {name: self.settings[name] for name in ("max_size", "min_free") if name in self.settings}
         directory = open_directory(place, **asked)
         directory.set_lock_timeout(self.settings["lock_timeout"])
