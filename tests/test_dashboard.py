@@ -21,16 +21,13 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from browser import browser, needs_browser
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
 from processes import PATIENCE, Dataset
 
 import xzcache
 from xzcache._stats import process
 from xzcache.dask import CacheDashboard
-
-# not all of them pass yet, so that they are run by hand: pytest -m soak
-pytestmark = pytest.mark.soak
-
 
 PAGE = "/individual-xzcache"
 
@@ -302,6 +299,75 @@ def test_quietly_absent_where_the_dashboard_is_off(caplog: pytest.LogCaptureFixt
     assert not [record for record in caplog.records if record.name == "xzcache"]
 
 
+@pytest.mark.parametrize("broken", ["individual_doc", "template_variables", "BokehApplication"])
+@needs_bokeh
+def test_quietly_absent_where_the_dashboard_is_another(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from xzcache import _dashboard
+
+    monkeypatch.delattr(_dashboard, broken)
+    with dashboard(n_workers=1) as (client, url):
+        client.register_plugin(CacheDashboard())
+        assert status(url + PAGE) == 404
+        assert status(url + "/individual-workers") == 200
+        assert client.submit(sum, [1, 2]).result() == 3
+    assert not [record for record in caplog.records if record.name == "xzcache"]
+
+
+# what a visitor's browser has of the page, by the names of its sources
+SHOWN = """
+const found = {};
+for (const document of Bokeh.documents)
+    for (const model of document._all_models.values())
+        if (model.type === "ColumnDataSource" && model.name)
+            found[model.name] = Object.fromEntries(
+                Object.entries(model.data).map(([name, values]) => [name, Array.from(values)])
+            );
+return found;
+"""
+DRAWN = """
+const [root] = Object.values(Bokeh.index.roots ?? Bokeh.index);
+return [...(root.child_views ?? [])].map(view => [view.model.title.text, view.bbox.width, view.bbox.height]);
+"""
+
+
+@needs_bokeh
+@needs_browser
+def test_a_browser_shows_live_figures(tmp_path: Path) -> None:
+    ds = Dataset(tmp_path, side=4)
+    with dashboard() as (client, url), browser(tmp_path) as window:
+        client.register_plugin(CacheDashboard())
+        client.register_plugin(xzcache.CachePlugin(ds.root, "1 MB"))
+        window.visit(url + PAGE)
+        window.until("return typeof Bokeh !== 'undefined' && Bokeh.documents.length === 1")
+        window.until(SHOWN, lambda shown: shown.get("nodes", {}).get("bound") == [0.001])
+        empty = window.screenshot(tmp_path / "empty.png")
+        client.submit(ds.read, pure=False).result()
+
+        def rates(shown: Any) -> list[float]:
+            return [rate for rate in shown["series"]["hit_rate"] if isinstance(rate, int | float) and rate == rate]
+
+        shown = window.until(SHOWN, lambda shown: sum(shown["series"]["from_source"]) > 0)
+        assert max(rates(shown)) < 50
+        for _ in range(9):
+            client.submit(ds.read, pure=False).result()
+        shown = window.until(SHOWN, lambda shown: len(rates(shown)) > 1 and rates(shown)[-1] > 50)
+        (node,) = xzcache.cluster_info(client)
+        shown = window.until(SHOWN, lambda shown: shown["nodes"]["used"] == [node.used / 1e9])
+        assert shown["nodes"]["node"] == [node.node[:8]]
+        assert sum(shown["series"]["from_cache"]) > 0
+        drawn = window.until(DRAWN, lambda drawn: len(drawn) == 3)
+        assert all(width > 500 and height > 100 for _, width, height in drawn), drawn
+        full = window.screenshot(tmp_path / "full.png")
+        assert full != empty
+        # it is found from the other pages
+        window.visit(url + "/status")
+        links = "return [...document.querySelectorAll('a')].map(link => link.getAttribute('href'))"
+        assert any(PAGE.strip("/") in str(link) for link in window.until(links))
+        assert not window.complaints()
+
+
 @contextmanager
 def scheduler_command(folder: Path, *words: str) -> Iterator[str]:
     """A scheduler from a command line; its dashboard's address once it runs."""
@@ -330,6 +396,12 @@ def test_a_preloaded_scheduler_has_the_page(tmp_path: Path) -> None:
         assert status(url + PAGE) == 200
         with Watched(url) as page:
             until(page.points)
+
+
+@needs_bokeh
+def test_a_dashboard_with_a_prefix(tmp_path: Path) -> None:
+    with scheduler_command(tmp_path, "--preload", "xzcache.dask", "--dashboard-prefix", "/behind/a/proxy") as url:
+        assert status(f"{url}/behind/a/proxy{PAGE}") == 200
 
 
 def test_a_preloaded_scheduler_without_a_dashboard(tmp_path: Path) -> None:

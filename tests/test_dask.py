@@ -10,9 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from clusters import Address, cluster, kill_one, metrics, pids, threads, total, until
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, get_task_stream
 from distributed.protocol import serialize_bytelist
 from processes import PATIENCE, Child, Dataset, Gate, Source, Team, audit, findings, opened_index, visit
@@ -37,77 +38,8 @@ from xzcache._cluster import Node
 from xzcache._config import DEFAULTS
 from xzcache._disk import is_on_network
 
-# not all of them pass yet, so that they are run by hand: pytest -m soak
-pytestmark = pytest.mark.soak
-
-
-Address = str
-
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-# -- clusters
-
-
-@contextmanager
-def cluster(workers: int, **options: Any) -> Iterator[Client]:
-    """A cluster on this machine, each worker a process of its own, started from scratch as Dask does it."""
-    options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
-    # a worker that was killed is its nanny's business, and not to be given up while that restarts it
-    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
-    with patient, LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
-        yield client
-
-
-def threads(workers: int, **options: Any) -> Any:
-    """A cluster whose workers all run in this process."""
-    return cluster(workers, processes=False, **options)
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for what Dask tells nobody about."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never happens"
-        time.sleep(0.1)
-    return found
-
-
-async def _beat(dask_worker: Any) -> None:
-    await dask_worker.heartbeat()
-
-
-def metrics(client: Client) -> dict[Address, dict[str, Any]]:
-    """What each worker last said, at most a moment ago."""
-    client.run(_beat)
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return {
-        address: {name.removeprefix("xzcache_"): value for name, value in worker["metrics"].items() if "xzc" in name}
-        for address, worker in workers.items()
-    }
-
-
-def total(seen: dict[Address, dict[str, Any]], name: str) -> int:
-    return sum(worker[name] for worker in seen.values())
-
-
-def pids(client: Client) -> dict[Address, int]:
-    return client.run(os.getpid)
-
-
-def kill_one(client: Client) -> Address:
-    """SIGKILL a worker, and wait until its nanny has put another one in its place."""
-    before = pids(client)
-    gone, pid = next(iter(before.items()))
-    os.kill(pid, signal.SIGKILL)
-
-    def replaced() -> bool:
-        now = client.scheduler_info(n_workers=-1)["workers"]
-        return gone not in now and len(now) == len(before)
-
-    until(replaced)
-    return gone
 
 
 # -- what workers are sent to do
@@ -745,19 +677,76 @@ def test_a_plugin_that_several_workers_share(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def check_without_a_cache(client: Client, ds: Dataset, plugin: xzcache.CachePlugin, cause: str) -> None:
+    """Workers say who they are and what is the matter, to whoever has a client, and compute all the same."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        client.register_plugin(plugin)
+        addresses = set(pids(client))
+        warned = until(lambda: len(said) >= len(addresses) and [str(warning.message) for warning in said])
+    assert {text.split(" has no cache, and reads from the source: ")[0] for text in warned} == addresses
+    assert all(cause in text and str(plugin.directory) in text for text in warned)
+    # what was opened on the client, and what is opened by a task
+    store = xzcache.CacheStore(Source(LocalStore(ds.place, read_only=True), ds.log))
+    assert dask.array.from_zarr(store).sum().compute() == ds.values.sum()
+    for address in addresses:
+        read = client.submit(read_by_default, ds.place, ds.log, workers=[address], pure=False)
+        assert read.result() == ds.values.sum()
+    # one read by all together, and one by each
+    assert set(ds.chunk_requests().values()) == {1 + len(addresses)}
+    for node in xzcache.cluster_info(client):
+        assert (node.node, node.used, node.entries, node.hits) == ("", 0, 0, 0)
+
+
+def test_a_directory_that_cannot_be_made_on_a_worker(tmp_path: Path) -> None:
+    ds = Dataset(tmp_path, side=2)
+    with cluster(2) as client:
+        # nobody makes directories there, whoever they are
+        check_without_a_cache(client, ds, xzcache.CachePlugin("/proc/xzcache"), "No such file or directory")
+
+
+def test_a_file_where_the_directory_should_be_on_a_worker(tmp_path: Path) -> None:
+    ds = Dataset(tmp_path, side=2)
+    with cluster(1) as client:
+        plugin = xzcache.CachePlugin(tmp_path / "file")
+        # it is a matter of the worker's machine, and not known where the plugin is made
+        (tmp_path / "file").write_text("in the way")
+        check_without_a_cache(client, ds, plugin, "is a file")
+        (tmp_path / "file").unlink()
+        client.register_plugin(plugin)
+        assert check_one_cache(client, str(tmp_path / "file"), 1).node
+        # what is in the way later is told anew
+        client.unregister_worker_plugin("xzcache")
+        assert not any(client.run(_excused).values())
+    assert audit(str(tmp_path / "file")) == 0
+
+
+def _excused() -> int:
+    from xzcache import _config
+
+    return len(_config.excused)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no cache:UserWarning")
 def test_a_plugin_that_cannot_be_set_up_leaves_no_trace(tmp_path: Path) -> None:
     before = configured()
     with threads(1) as client:
         plugin = xzcache.CachePlugin(tmp_path / "file")
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(ValueError, match=r"file' is a file"):
-            client.register_plugin(plugin)
-        assert configured() == before
+        client.register_plugin(plugin)
         client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
     assert configured() == before
     assert not stats.observers
+    assert not _excused()
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def _read_from_a_disk_that_is_read_only(link: Any, folder: str) -> None:
+    _with_own_mounts()
+    ds = Dataset(Path(folder) / "data", side=2)
+    _mount("tmpfs", f"{folder}/disk", "tmpfs", MS_RDONLY, None)
+    with threads(1) as client:
+        check_without_a_cache(client, ds, xzcache.CachePlugin(f"{folder}/disk/cache"), "Read-only file system")
 
 
 BAD: list[tuple[str, Any, type[Exception], str]] = [
@@ -844,17 +833,19 @@ def test_a_dataset_that_was_opened_on_the_client(tmp_path: Path) -> None:
 
 
 def test_the_environment_of_workers_counts_in_a_script_as_well(tmp_path: Path) -> None:
-    """Where the main module imports the package, it is imported before a nanny sets the environment."""
+    """Where the main module imports the package, it is imported before a nanny sets most of the environment."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
             import sys
+            import dask
             import xzcache
             from distributed import Client, LocalCluster
 
             if __name__ == "__main__":
                 env = {"XZCACHE_DIRECTORY": sys.argv[1], "XZCACHE_MAX_SIZE": "3 MB"}
-                with LocalCluster(n_workers=1, dashboard_address=":0", env=env) as cluster, Client(cluster) as client:
+                dask.config.set({"distributed.nanny.pre-spawn-environ": env})
+                with LocalCluster(n_workers=1, dashboard_address=":0") as cluster, Client(cluster) as client:
                     print(xzcache.cluster_info(client)[0].directory, xzcache.cluster_info(client)[0].bound)
         """)
     )
@@ -864,7 +855,7 @@ def test_the_environment_of_workers_counts_in_a_script_as_well(tmp_path: Path) -
         text=True,
         timeout=PATIENCE,
         check=True,
-        env={**os.environ, "XZCACHE_DIRECTORY": str(tmp_path / "ours")},
+        env=environment(XDG_CACHE_HOME=str(tmp_path / "ours")),
     )
     assert result.stdout.split() == [str(tmp_path / "theirs"), "3000000"]
 
@@ -877,13 +868,14 @@ def test_no_workers_no_rows() -> None:
     assert repr(info).startswith("<xzcache: 0 nodes>")
 
 
+@pytest.mark.filterwarnings("ignore:.*has no cache:UserWarning")
 def test_a_cache_that_cannot_be_used_has_a_row(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / ".xzcache").write_text("in the way")
     with threads(1) as client:
         client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
         (node,) = xzcache.cluster_info(client)
-        assert (node.directory, node.used, node.entries) == (str(tmp_path / "cache"), 0, 0)
+        assert (node.node, node.directory, node.used, node.entries) == ("", str(tmp_path / "cache"), 0, 0)
         assert all(worker["used"] == 0 for worker in metrics(client).values())
 
 
@@ -1000,7 +992,7 @@ def test_seconds_add_up(tmp_path: Path) -> None:
                 found = scheduler.cumulative_worker_metrics
                 return found.get(("execute", f"read{of}", f"xzcache-{of}", unit), 0)
 
-            until(lambda: client.run(_beat) and seen("count") >= 64)
+            until(lambda: metrics(client) and seen("count") >= 64)
             assert seen("bytes") >= ds.values.nbytes
             assert 0 < seen("seconds") <= wall
             shares = [
@@ -1038,6 +1030,7 @@ def test_the_graph_carries_no_cache(what: str, attributes: int, tmp_path: Path) 
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+MS_RDONLY = 1
 CLONE_NEWNS, MS_REC, MS_PRIVATE, MNT_DETACH = 0x20000, 0x4000, 0x40000, 2
 
 
@@ -1139,6 +1132,19 @@ def test_a_cache_on_a_network_file_system_is_warned_about_once(tmp_path: Path) -
     assert difference == 0
     assert len(said) == 1
     assert str(tmp_path / "far") in said[0]
+
+
+@needs_mounts
+def test_a_directory_that_cannot_be_written_on_a_worker(tmp_path: Path) -> None:
+    for name in ("disk", "data"):
+        (tmp_path / name).mkdir()
+    with Team() as team:
+        try:
+            team.start(_read_from_a_disk_that_is_read_only, str(tmp_path)).result()
+        except AssertionError as error:
+            if "Operation not permitted" in str(error):
+                pytest.skip("this container may not mount")
+            raise
 
 
 def test_a_local_directory_is_not_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,11 +39,7 @@ def _why_not() -> str | None:
     return None
 
 
-pytestmark = [
-    # not all of them pass yet, so that they are run by hand: pytest -m soak
-    pytest.mark.soak,
-    pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "there is nothing amiss"),
-]
+pytestmark = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "there is nothing amiss")
 
 
 class Host:

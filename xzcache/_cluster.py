@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from dask.utils import format_bytes, format_time
 
 from xzcache._config import default_directory
+from xzcache._registry import open_directory
 from xzcache._usage import Usage, usage
-from xzcache.local import LockedLocalStore
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -24,7 +24,7 @@ class Node(NamedTuple):
     """One node: all workers that share a cache directory. Sizes in bytes, times in seconds."""
 
     node: str
-    """The uuid of the cache directory."""
+    """The uuid of the cache directory; empty where it cannot be used."""
     hosts: tuple[str, ...]
     workers: tuple[str, ...]
     """Addresses."""
@@ -45,7 +45,7 @@ class Node(NamedTuple):
         saved = f"{format_bytes(self.saved_bytes)}, {format_time(self.saved_seconds)}"
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
         counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
-        return [self.node[:8], hosts, workers, self.directory, format_bytes(self.used), bound, *counts, saved]
+        return [self.node[:8] or "-", hosts, workers, self.directory, format_bytes(self.used), bound, *counts, saved]
 
 
 @dataclass(frozen=True)
@@ -124,25 +124,31 @@ def cluster_info(client: Client) -> ClusterInfo:
     """
     if client.asynchronous:
         return _asked(client)  # type: ignore[return-value]
-    return _gathered(client, client.run(_usage_here))
+    return _gathered(client, client.run(_usage_here, on_error="return"))
 
 
 async def _asked(client: Client) -> ClusterInfo:
-    return _gathered(client, await client.run(_usage_here))
+    return _gathered(client, await client.run(_usage_here, on_error="return"))
 
 
-def _gathered(client: Client, found: dict[str, Usage]) -> ClusterInfo:
+def _gathered(client: Client, found: dict[str, Usage | BaseException]) -> ClusterInfo:
     info = client.scheduler_info(n_workers=-1)["workers"]
     hosts = {address: worker["host"] for address, worker in info.items()}
-    by_node: dict[str, dict[str, Usage]] = {}
+    by_node: dict[tuple[str, ...], dict[str, Usage]] = {}
     for address, seen in found.items():
-        by_node.setdefault(seen.node or seen.directory, {})[address] = seen
-    return ClusterInfo(tuple(_node(name, workers, hosts) for name, workers in sorted(by_node.items())))
+        if isinstance(seen, OSError):
+            # it left, or was killed, while it was asked
+            continue
+        if isinstance(seen, BaseException):
+            raise seen
+        node = (seen.node,) if seen.node else ("", hosts.get(address, address), seen.directory)
+        by_node.setdefault(node, {})[address] = seen
+    return ClusterInfo(tuple(_node(name, workers, hosts) for (name, *_), workers in sorted(by_node.items())))
 
 
 def _usage_here() -> Usage:
     """Of the process that this runs in."""
-    return usage(LockedLocalStore(default_directory()).directory)
+    return usage(open_directory(str(default_directory())))
 
 
 def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:

@@ -6,6 +6,7 @@ has to do without where they did.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 from bokeh.layouts import column
 from bokeh.models import ColumnDataSource, DataRange1d, FactorRange, Range1d
 from bokeh.plotting import figure
+from bokeh.server.tornado import BokehTornado
 from distributed.dashboard.components import DashboardComponent
 from distributed.dashboard.components.scheduler import individual_doc
 from distributed.dashboard.core import BokehApplication
@@ -21,7 +23,12 @@ from distributed.scheduler import Scheduler
 from tornado.ioloop import IOLoop
 
 PAGE: Final = "/individual-xzcache"
+_INTERVAL: Final = 500
+"""Milliseconds."""
 _KEPT: Final = 600
+_RATED: Final = 10
+"""Points that a hit rate is made of: workers tell only now and then."""
+_COUNTERS: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source")
 _CACHE, _SOURCE = "#2a7f62", "#c8553d"
 
 
@@ -37,7 +44,9 @@ class Xzcache(DashboardComponent):
 
     def __init__(self, scheduler: Scheduler, **kwargs: Any) -> None:
         self.scheduler = scheduler
-        self._samples: deque[tuple[float, ...]] = deque(maxlen=2)
+        self._counts: dict[str, tuple[float, ...]] = {}
+        self._reads: deque[tuple[float, float]] = deque(maxlen=_RATED)
+        self._then = time.time()
         names = ("time", "hit_rate", "from_cache", "from_source")
         self.series = ColumnDataSource({name: [] for name in names}, name="series")
         self.nodes = ColumnDataSource({"node": [], "used": [], "bound": []}, name="nodes")
@@ -64,18 +73,15 @@ class Xzcache(DashboardComponent):
 
     def update(self, messages: object = None) -> None:
         """Add a point, from what the workers said last."""
-        workers = [w.metrics for w in self.scheduler.workers.values() if "xzcache_hits" in w.metrics]
-        names = ("hits", "misses", "bytes_from_cache", "bytes_from_source")
-        totals = [float(sum(metrics[f"xzcache_{name}"] for metrics in workers)) for name in names]
-        self._samples.append((time.time(), *totals))
-        then, now = self._samples[0], self._samples[-1]
-        seconds = max(now[0] - then[0], 1e-9)
-        # workers that left take their counts along
-        hits, misses, cached, fetched = (max(0.0, b - a) for a, b in zip(then[1:], now[1:], strict=True))
-        rate = 100 * hits / (hits + misses) if hits + misses else float("nan")
+        workers = [w.metrics for w in self.scheduler.workers.values() if "xzcache_process" in w.metrics]
+        hits, misses, cached, fetched = self._counted(workers)
+        self._reads.append((hits, misses))
+        from_cache, of_all = sum(h for h, _ in self._reads), sum(h + m for h, m in self._reads)
+        then, self._then = self._then, time.time()
+        seconds = max(self._then - then, 1e-9)
         point = {
-            "time": now[0] * 1e3,
-            "hit_rate": rate,
+            "time": self._then * 1e3,
+            "hit_rate": 100 * from_cache / of_all if of_all else math.nan,
             "from_cache": cached / seconds / 1e6,
             "from_source": fetched / seconds / 1e6,
         }
@@ -89,12 +95,28 @@ class Xzcache(DashboardComponent):
             "bound": [max(nodes[name]["xzcache_bound"], 0) / 1e9 for name in shown],
         }
 
+    def _counted(self, workers: list[dict[str, Any]]) -> list[float]:
+        """What was counted since this was last asked."""
+        counted = [0.0] * len(_COUNTERS)
+        for metrics in workers:
+            # each worker tells of its whole process, at a time of its own; what a new one did before is not known
+            (name,) = metrics["xzcache_process"]
+            now = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
+            before = self._counts.get(name, now)
+            # of a process that is not there any more, too: it may come back, and has not read it all again then
+            self._counts[name] = tuple(map(max, before, now))
+            counted = [sum(n) - b for *n, b in zip(counted, self._counts[name], before, strict=True)]
+        return counted
+
 
 def add_page(scheduler: Scheduler) -> None:
-    """Serve the page from a scheduler that runs its dashboard."""
+    """Serve the page from a scheduler that runs its dashboard; once, and not where that is off."""
+    boards = [board for board in scheduler.http_application.applications if isinstance(board, BokehTornado)]
+    if not boards or any(PAGE in board.app_paths for board in boards):
+        return
     variables = template_variables(scheduler)
-    pages = {PAGE: individual_doc(Xzcache, 500)}
-    page = BokehApplication(pages, scheduler, template_variables=variables)  # type: ignore[no-untyped-call]
+    pages = {PAGE: individual_doc(Xzcache, _INTERVAL)}
+    page = BokehApplication(pages, scheduler, boards[0].prefix, variables)  # type: ignore[no-untyped-call]
     scheduler.http_application.add_application(page)
     page.initialize(IOLoop.current())
     page.start()

@@ -38,6 +38,8 @@ class Keeper:
     ----------
     troubles : int
         How often the cache itself failed, in this process.
+    latest_trouble : BaseException or None
+        How it failed last.
     """
 
     def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None) -> None:
@@ -45,6 +47,7 @@ class Keeper:
         self.bound = bound
         self.default_bound = default_bound
         self.troubles = 0
+        self.latest_trouble: BaseException | None = None
         self._rebuild_after = 0.0
         self._owes_revocation = False
         self._told: set[tuple[type[BaseException], int | None]] = set()
@@ -121,6 +124,7 @@ class Keeper:
         if isinstance(error, NoRoom):
             return
         self.troubles += 1
+        self.latest_trouble = error
         kind = (type(error), getattr(error, "errno", None))
         if kind not in self._told:
             self._told.add(kind)

@@ -20,8 +20,8 @@ from xzcache import _config as settings
 from xzcache import _metering as metering
 from xzcache._config import DEFAULTS, config
 from xzcache._disk import is_on_network
+from xzcache._registry import open_directory
 from xzcache._usage import Gauge, Usage, own_folder
-from xzcache.local import LockedLocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,25 +167,34 @@ class CachePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Make the cache of this node the default one of a worker's process."""
         place = self.directory or _place_of_worker()
-        setup = _Setup(place, self.settings, Gauge(self._open(place)))
+        # where a bound is not given, one that another worker of this process was given does not count
+        with config.set(_process.configured()):
+            directory = self._open(place, worker)
+        setup = _Setup(place, self.settings, Gauge(directory))
         self._setups[worker.id] = setup
         _process.enter(setup)
         for name in _SHOWN:
             worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
         latest = setup.gauge.read()
+        # workers of one process count the same reads; Dask's table shows no lists
+        worker.metrics["xzcache_process"] = lambda _: [latest.process]
         worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
 
-    def _open(self, place: str) -> CacheDirectory:
-        settings.parse_root(place, "directory")
+    def _open(self, place: str, worker: Worker) -> CacheDirectory:
+        cause: BaseException | None = _refusal(place)
         asked = {name: self.settings[name] for name in ("max_size", "min_free") if name in self.settings}
-        directory = LockedLocalStore(place, **asked).directory
+        directory = open_directory(place, **asked)
         directory.set_lock_timeout(self.settings["lock_timeout"])
+        if not directory.prepare() and cause is None:
+            cause = directory.keeper.latest_trouble
+        if cause is not None:
+            _warn(worker, f"{worker.address} has no cache, and reads from the source: {cause}")
         if place not in _warned and is_on_network(place):
             _warned.add(place)
-            logger.warning(
-                "the cache directory %s is on a network file system: what it saves has to cross the network again, and "
-                "locks may not hold; give each node a directory on a disk of its own",
-                place,
+            _warn(
+                worker,
+                f"the cache directory {place} is on a network file system: what it saves has to cross the network "
+                "again, and locks may not hold; give each node a directory on a disk of its own",
             )
         return directory
 
@@ -193,10 +202,12 @@ class CachePlugin(WorkerPlugin):
         """Leave the worker's process as it was."""
         if (setup := self._setups.pop(worker.id, None)) is None:
             return
-        for name in _SHOWN:
+        for name in (*_SHOWN, "process"):
             worker.metrics.pop(f"xzcache_{name}", None)
         setup.gauge.close()
         _process.leave(setup)
+        if not _process.uses(setup.place):
+            settings.excused.discard(setup.place)
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if self.remove_on_close and leaving and not _process.uses(setup.place):
             setup.gauge.directory.remove_if_last()
@@ -211,6 +222,23 @@ def _place_of_worker() -> str:
     configured = config.get("directory") or os.environ.get("XZCACHE_DIRECTORY")
     parent = dask.config.get("temporary-directory", None) or tempfile.gettempdir()
     return str(configured or own_folder(parent))
+
+
+def _refusal(place: str) -> Exception | None:
+    """Why a path cannot be a cache directory here. Nobody is there to choose another: reads do without from then on."""
+    settings.excused.discard(place)
+    try:
+        settings.parse_root(place, "directory")
+    except ValueError as error:
+        settings.excused.add(place)
+        return error
+    return None
+
+
+def _warn(worker: Worker, message: str) -> None:
+    """In the worker's log, and wherever there is a client."""
+    logger.warning(message)
+    worker.log_event("warn", message)
 
 
 def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
@@ -235,6 +263,7 @@ class CacheDashboard(SchedulerPlugin):
     """Adds a page on the caches of all nodes to the scheduler's dashboard, ``/individual-xzcache``."""
 
     name = "xzcache-dashboard"
+    idempotent = True
 
     async def start(self, scheduler: Scheduler) -> None:
         """Add the page; where the dashboard is not as it is known here, there is none."""

@@ -1,0 +1,81 @@
+"""Clusters of Dask on this machine, and what they say of themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cloudpickle
+import dask
+from distributed import Client, LocalCluster
+from processes import PATIENCE
+
+Address = str
+
+# what workers are sent to do, they need not import the tests for
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@contextmanager
+def cluster(workers: int, **options: Any) -> Iterator[Client]:
+    """A cluster on this machine, each worker a process of its own, started from scratch as Dask does it."""
+    options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
+    # a worker that was killed is its nanny's business, and not to be given up while that restarts it
+    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
+    with patient, LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
+        yield client
+
+
+def threads(workers: int, **options: Any) -> Any:
+    """A cluster whose workers all run in this process."""
+    return cluster(workers, processes=False, **options)
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for what Dask tells nobody about."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.1)
+    return found
+
+
+async def _beat(dask_worker: Any) -> None:
+    await dask_worker.heartbeat()
+
+
+def metrics(client: Client) -> dict[Address, dict[str, Any]]:
+    """What each worker last said, at most a moment ago."""
+    client.run(_beat)
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {
+        address: {name.removeprefix("xzcache_"): value for name, value in worker["metrics"].items() if "xzc" in name}
+        for address, worker in workers.items()
+    }
+
+
+def total(seen: dict[Address, dict[str, Any]], name: str) -> int:
+    return sum(worker[name] for worker in seen.values())
+
+
+def pids(client: Client) -> dict[Address, int]:
+    return client.run(os.getpid)
+
+
+def kill_one(client: Client) -> Address:
+    """SIGKILL a worker, and wait until its nanny has put another one in its place."""
+    before = pids(client)
+    gone, pid = next(iter(before.items()))
+    os.kill(pid, signal.SIGKILL)
+
+    def replaced() -> bool:
+        now = client.scheduler_info(n_workers=-1)["workers"]
+        return gone not in now and len(now) == len(before)
+
+    until(replaced)
+    return gone
