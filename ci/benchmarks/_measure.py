@@ -56,7 +56,7 @@ def alternate(
     least: int = 5,
     most: int = 25,
     budget: float = 10.0,
-    before: Callable[[], object] | None = None,
+    before: Callable[[str], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Samples]:
     """Let contestants take turns.
@@ -73,7 +73,7 @@ def alternate(
     budget : float
         Seconds after which no round begins, unless there were too few.
     before : callable, optional
-        What to do before each turn; its time does not count.
+        What to do before each turn, given the contestant's name; its time does not count.
     clock : callable
         What tells seconds.
 
@@ -91,7 +91,7 @@ def alternate(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             if before is not None:
-                before()
+                before(name)
             gc.collect()
             begin = clock()
             contestants[name]()
