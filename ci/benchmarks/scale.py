@@ -230,7 +230,7 @@ def measure(report: Report, scratch: Path, sizes: list[int]) -> None:
         rows.append((act, *times, *(str(s.over(taken[first])) for n, s in taken.items() if n != first)))
     columns = ["microseconds each", *caches, *(f"{name} / {first}" for name in caches if name != first)]
     report.table("Side by side", columns, rows)
-    series = {
+    series: dict[str, dict[float, float]] = {
         act: {caches[name].entries: s.median / taken[first].median for name, s in taken.items()}
         for act, taken in compared.items()
     }
@@ -251,8 +251,8 @@ def measure(report: Report, scratch: Path, sizes: list[int]) -> None:
         "Memory of a process that works with the cache, beyond what importing takes", ["entries", "MB"], memory
     )
     largest = list(caches.values())[-1]
-    rows = pauses(largest)
-    report.table(f"Pauses, {largest.entries:,} entries", ["what waits", "99.9 %, ms", "longest, ms"], rows)
+    columns = ["what waits", "99.9 %, ms", "longest, ms"]
+    report.table(f"Pauses, {largest.entries:,} entries", columns, pauses(largest))
 
 
 if __name__ == "__main__":
