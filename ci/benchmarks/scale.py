@@ -123,7 +123,7 @@ def probe(what: str, seconds: str, root: str, entries: str) -> None:
     cache._new = count(os.getpid() << 20)
     cache.look_up()
     print("ready", flush=True)
-    taken = []
+    taken: list[float] = []
     end = time.perf_counter() + float(seconds)
     prototype = default_buffer_prototype()
 
