@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # each stands out from white and from nearly black by 3 to 1 or more
-TEXT = "#7d8590"
+TEXT = "#747b86"
 OURS = "#d9534f"
-OTHERS = ["#3b82c4", "#2f9e6e", "#a07cc5", "#b8860b", "#7d8590", "#c2699f", "#5f9ea0"]
+OTHERS = ["#3b82c4", "#2f9e6e", "#a07cc5", "#b8860b", "#8a8d2f", "#c2699f", "#5f9ea0"]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -79,10 +79,10 @@ class Report:
         self._markdown.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
     def bars(self, name: str, title: str, groups: Mapping[str, Mapping[str, float]], unit: str) -> None:
-        """Horizontal bars: for each group, a value for each contestant; ours are those with xzcache in their name."""
+        """Horizontal bars: for each group, a value for each contestant; ours, and limits, are told by their names."""
         with _picture(self._path(name), height=0.5 + 0.26 * sum(len(g) + 1 for g in groups.values())) as axes:
             names = list(dict.fromkeys(contestant for group in groups.values() for contestant in group))
-            colours = _colours(names)
+            colours = {name: OURS if "xzcache" in name else TEXT if "limit" in name else OTHERS[0] for name in names}
             labels: list[tuple[float, str]] = []
             place = 0.0
             for group, values in groups.items():
@@ -91,7 +91,12 @@ class Report:
                 for contestant, value in values.items():
                     axes.barh(place, value, color=colours[contestant], height=0.8)
                     axes.annotate(
-                        f" {value:.3g}", (value, place), color=TEXT, va="center", annotation_clip=False, fontsize=8
+                        f" {_rounded(value)}",
+                        (value, place),
+                        color=TEXT,
+                        va="center",
+                        annotation_clip=False,
+                        fontsize=8,
                     )
                     labels.append((place, contestant))
                     place -= 1
@@ -121,7 +126,7 @@ class Report:
             if logarithmic[1]:
                 axes.set_yscale("log")
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.08 * max(max(points.values()) for points in series.values()))
             axes.set_title(title, loc="left")
             axes.set_xlabel(x)
             axes.set_ylabel(y)
@@ -133,6 +138,10 @@ class Report:
 
     def _show(self, name: str, title: str) -> None:
         self._markdown.append(f"![{title}]({self.name}-{name}.svg)")
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:

@@ -87,7 +87,7 @@ def measure(kind: Kind, scratch: Path, report: Report, budget: float) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--budget", type=float, default=12, help="seconds for each comparison, if that is enough")
+    parser.add_argument("--budget", type=float, default=8, help="seconds for each comparison, if that is enough")
     options = parser.parse_args()
     with Report("processes", options.out) as report:
         for kind in FULL if options.full else DEFAULT:
