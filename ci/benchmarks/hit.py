@@ -31,6 +31,7 @@ class Contest:
         self.keys = [f"a/c/{number}" for number in range(max(8, min(MOST, TOTAL // size)))]
         self.size = size
         self.root = root / "source"
+        self.paths = [str(self.root / key) for key in self.keys]
         value = cpu.Buffer.from_bytes(os.urandom(size))
         self.source = LocalStore(self.root)
         self.theirs = TheirCacheStore(LocalStore(self.root), cache_store=LocalStore(root / "theirs"))
@@ -48,8 +49,7 @@ class Contest:
         self.ours.cache_info()  # waits until all is stored
 
     def bare(self) -> None:
-        paths = [str(self.root / key) for key in self.keys]
-        for path in paths:
+        for path in self.paths:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             os.read(fd, self.size)
             os.close(fd)
