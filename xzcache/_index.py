@@ -69,7 +69,8 @@ class Index:
         uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + "?mode=rw"
         self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=1)
         try:
-            for pragma in ("synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-8000"):
+            # 2 MB hold the inner pages of the index of a million entries; more is memory in each process for nothing
+            for pragma in ("synchronous=NORMAL", "wal_autocheckpoint=0", "cache_size=-2000"):
                 self.connection.execute(f"PRAGMA {pragma}")
             if create:
                 self.connection.execute("PRAGMA journal_mode=WAL")

@@ -1,0 +1,132 @@
+"""Reading an array for the first time, from a real S3 server that lets every request wait: what a cache adds to it.
+
+The server and its delay are processes of their own. Of a sharded array every second chunk is read, so that shards are
+read in parts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from _contestants import SIZES, Kind, make
+from _measure import Samples, alternate
+from _report import Report, arguments
+from zarr.abc.store import Store
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
+
+import xzcache
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from _s3 import S3Server, s3_server
+
+CHUNKS = 128
+KIND = Kind("64 KiB", "zstd")
+STRAIGHT, S3FS, OURS = "obstore", "s3fs", "xzcache over obstore"
+
+
+class Case(NamedTuple):
+    milliseconds: int
+    concurrency: int
+    sharded: bool
+
+    def __str__(self) -> str:
+        sharded = ", parts of shards" if self.sharded else ""
+        return f"{self.milliseconds} ms, {self.concurrency} at once{sharded}"
+
+
+FULL = [Case(ms, n, sharded) for ms in (0, 20, 100) for n in (10, 32) for sharded in (False, True)]
+DEFAULT = [Case(0, 10, False), Case(20, 10, False), Case(20, 10, True), Case(20, 32, False), Case(100, 10, False)]
+DEFAULT += [Case(100, 32, False)]
+
+
+def through_s3fs(server: S3Server, prefix: str) -> Store:
+    options = {
+        "key": server.access_key,
+        "secret": server.secret_key,
+        "client_kwargs": {"endpoint_url": server.endpoint, "region_name": "us-east-1"},
+    }
+    return FsspecStore.from_url(f"s3://bucket/{prefix}", storage_options=options, read_only=True)
+
+
+def prepare(buckets: Path) -> dict[bool, np.ndarray[Any, Any]]:
+    """Write both arrays where the server finds them, and say what a read of them gives."""
+    plain = make(LocalStore(buckets / "bucket" / "plain"), KIND, CHUNKS)
+    # a shard is a row of four chunks
+    width = SIZES[KIND.chunk] // 4
+    parts = {"chunks": (1, width // 4), "shards": (1, width)}
+    sharded = make(LocalStore(buckets / "bucket" / "sharded"), KIND, CHUNKS, **parts)
+    return {False: plain, True: sharded[:, : width // 2]}
+
+
+class Cold:
+    """Three ways to read one array; before each turn, the cache is emptied."""
+
+    def __init__(self, server: S3Server, case: Case, expected: np.ndarray[Any, Any], cache: Path) -> None:
+        self.case, self.expected = case, expected
+        prefix = "sharded" if case.sharded else "plain"
+        straight = server.store("bucket", prefix, read_only=True)
+        self.stores = {STRAIGHT: straight, S3FS: through_s3fs(server, prefix)}
+        self._anew: Callable[[], xzcache.CacheStore] = lambda: xzcache.CacheStore(straight, cache_store=cache)
+        self.forget(OURS)
+
+    def forget(self, name: str) -> None:
+        """A store that is new, over a cache that is empty."""
+        if name == OURS:
+            self.ours = self._anew()
+            sync(self.ours.clear_cache())
+
+    def read(self, name: str) -> None:
+        array: Any = zarr.open_array(self.ours if name == OURS else self.stores[name], mode="r")
+        data = array[:, : self.expected.shape[1]]
+        assert data[-1, -1] == self.expected[-1, -1]
+
+    def measure(self, budget: float) -> dict[str, Samples]:
+        contestants = {name: partial(self.read, name) for name in (*self.stores, OURS)}
+        with zarr.config.set({"async.concurrency": self.case.concurrency}):
+            return alternate(contestants, budget=budget, least=5, most=40, before=self.forget)
+
+    def check(self) -> None:
+        """What was cached is right, and all of it."""
+        source_requests = self.ours.cache_stats()["misses"]
+        array: Any = zarr.open_array(self.ours, mode="r")
+        np.testing.assert_array_equal(array[:, : self.expected.shape[1]], self.expected)
+        assert self.ours.cache_stats()["misses"] == source_requests
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--budget", type=float, default=12, help="seconds for each comparison, if that is enough")
+    options = parser.parse_args()
+    rows: list[tuple[str, ...]] = []
+    groups: dict[str, dict[str, float]] = {}
+    with Report("cold", options.out) as report, tempfile.TemporaryDirectory() as scratch:
+        expected = prepare(Path(scratch) / "buckets")
+        for case in FULL if options.full else DEFAULT:
+            cache = Path(scratch) / f"cache-{len(rows)}"
+            with s3_server(os.fspath(Path(scratch) / "buckets"), latency=case.milliseconds / 1e3) as server:
+                cold = Cold(server, case, expected[case.sharded], cache)
+                taken = cold.measure(options.budget)
+                cold.check()
+            for name, samples in taken.items():
+                spread = " to ".join(f"{quartile * 1e3:.0f}" for quartile in samples.quartiles)
+                ratio = samples.over(taken[STRAIGHT])
+                rounds = f"{ratio.low:.2f} to {ratio.high:.2f}"
+                rows.append((f"{case}: {name}", f"{samples.median * 1e3:.0f}", spread, str(ratio), rounds))
+            groups[str(case)] = {name: samples.median * 1e3 for name, samples in taken.items()}
+        columns = ["latency, requests: through", "ms", "quartiles", f"over {STRAIGHT}", "quartiles of the rounds"]
+        report.table(f"{CHUNKS} chunks of {KIND}, read for the first time", columns, rows)
+        report.bars("latency", f"{CHUNKS} chunks of {KIND}, read for the first time", groups, "milliseconds")
+
+
+if __name__ == "__main__":
+    main()
