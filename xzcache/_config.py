@@ -80,7 +80,7 @@ AS_ZARR: Final[Mapping[str, Any]] = {
     "namespace": None,
     "revalidate": "open",
     "policy": "lru",
-    "missing_max_age_seconds": 60,
+    "missing_max_age_seconds": UNSET,
 }
 """The settings of a store that a pickle of it need not tell."""
 

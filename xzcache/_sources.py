@@ -30,6 +30,11 @@ def is_url(store: object) -> bool:
     return "://" in store or "::" in store
 
 
+def is_at_hand(store: Store) -> bool:
+    """Whether asking a store costs no more than looking a thing up: a directory of this machine, or memory."""
+    return type(store) in (LocalStore, MemoryStore)
+
+
 def local_path(store: object) -> str | None:
     """The absolute path, links and all, of what is given as a path on this machine."""
     if isinstance(store, str) and (is_url(store) or store.startswith("file://")):

@@ -20,7 +20,7 @@ from xzcache._ranges import RangeReads
 from xzcache._readable import ReadableView
 from xzcache._reading import Reading
 from xzcache._readthrough import ReadThrough
-from xzcache._sources import local_path, open_source, spelled
+from xzcache._sources import is_at_hand, local_path, open_source, spelled
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
@@ -58,7 +58,7 @@ class CacheStore(ReadableView, WritableView):
         is dropped.
     missing_max_age_seconds : float or "infinity", optional
         For how long a chunk that the source does not have is not asked for again, in seconds; 0 to always ask.
-        Configured: 60.
+        Configured: 60; a local directory and memory are always asked, unless it is given here.
     policy : str, optional
         Which entries leave first: ``"lru"``.
     storage_options : mapping, optional
@@ -117,6 +117,10 @@ class CacheStore(ReadableView, WritableView):
         self._given_cache = cache_store
         chosen = settings.chosen("upstream", upstream, settings.parse_upstream)
         self._store = open_source(store, storage_options, read_only=read_only, upstream=chosen)
+        # of what is at hand, the chunks that are not there need not be remembered
+        given = not isinstance(missing_max_age_seconds, Unset)
+        self._asked_missing: Age | Unset = self.missing_max_age_seconds if given else UNSET
+        self._asks_always = not given and is_at_hand(self._store)
         self.source: Identity = identify(self._store)
         # the same source however it was spelled; but a path on this machine as xarray itself has it
         self._given_path = local_path(store) or self.source.url or spelled(store)
@@ -150,7 +154,7 @@ class CacheStore(ReadableView, WritableView):
             stats=self._stats,
             max_age=self.max_age_seconds,
             max_size=None if isinstance(self._asked_max_size, Unset) else self._asked_max_size,
-            missing_max_age=self.missing_max_age_seconds,
+            missing_max_age=0 if self._asks_always else self.missing_max_age_seconds,
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
         )
         self._reads = ReadThrough(reading)
@@ -177,7 +181,7 @@ class CacheStore(ReadableView, WritableView):
             "read_only": self.read_only,
             "namespace": self._given_namespace,
             "revalidate": self.revalidate,
-            "missing_max_age_seconds": self.missing_max_age_seconds,
+            "missing_max_age_seconds": self._asked_missing,
             "policy": self.policy,
         }
 
