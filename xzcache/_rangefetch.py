@@ -167,7 +167,7 @@ class RangeFetches:
             return found | {lead.entry: None for lead in leads}
         await self._must_agree(key, ticket, answers)
         found |= self._landed(leads, had | dict(zip(asked, fetched, strict=True)), hits=False)
-        await self._publish(key, dict(zip(asked, answers, strict=True)), leads, ticket, undone)
+        await self._publish(key, dict(zip(asked, answers, strict=True)), had, leads, ticket, undone)
         return found
 
     def _landed(self, leads: Iterable[_Lead], sources: dict[Span, memoryview], *, hits: bool) -> Found:
@@ -199,19 +199,26 @@ class RangeFetches:
         self,
         key: str,
         answers: dict[Span, upstream.Answer],
+        had: Iterable[Span],
         leads: list[_Lead],
         ticket: Any,
         undone: list[_Lead],
     ) -> None:
         """Store what was fetched, but for what is there already, in pieces that end where ranges do."""
         listed = self._backend.listed(key)
+        # what is there of a range that had to be fetched is damaged, or too old
+        unfit = {piece for lead in leads for piece in listed.overlapping(*lead.span)} - {
+            self._backend.entry(key, *part) for part in had
+        }
         seams = {seam for lead in leads for seam in lead.span}
         pieces = []
         for asked, answer in answers.items():
             assert answer.value is not None
             data = contents(answer.value)
             there = [
-                (piece.start, asked[1] if piece.stop == END else piece.stop) for piece in listed.overlapping(*asked)
+                (piece.start, asked[1] if piece.stop == END else piece.stop)
+                for piece in listed.overlapping(*asked)
+                if piece not in unfit
             ]
             for part in spans.without(asked, there):
                 for first, last in spans.cut(part, seams, _PIECE):

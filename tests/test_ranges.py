@@ -1,0 +1,599 @@
+"""Byte ranges and shards: cached on disk like whole objects, asked for as Zarr itself would, and never the wrong bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from processes import Team, audit, barrier
+from servers import S3Server, nobody, obstores_words, s3_server, tidy
+from sources import buffer, cached, memory_source, neighbours, read
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
+
+import xzcache
+from xzcache._documents import is_document
+
+__all__ = ["nobody", "tidy"]
+
+by_ranges = pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="this Zarr reads shards by `get`")
+PIPELINES = ["zarr.core.codec_pipeline.BatchedCodecPipeline"]
+if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
+    PIPELINES += ["zarr.core.codec_pipeline.FusedCodecPipeline", "xzcache.pipeline.CachePipeline"]
+DATA = bytes(random.Random(0).randbytes(5000))
+KEY = "a/c/0"
+PROTOTYPE = default_buffer_prototype()
+
+
+class Asked(NamedTuple):
+    requests: int
+    bytes: int
+
+
+class Tallying(LocalStore):
+    """A store that counts its requests for chunks, and the bytes of its answers, in a file all processes add to."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        return self._noted(key, await super().get(key, prototype, byte_range))
+
+    def get_sync(self, key: str, **options: Any) -> Buffer | None:
+        return self._noted(key, super().get_sync(key, **options))
+
+    def _noted(self, key: str, value: Buffer | None) -> Buffer | None:
+        if not is_document(key):
+            with open(f"{self.root}.log", "ab") as log:
+                log.write(b"%d\n" % (0 if value is None else len(value)))
+        return value
+
+    def asked(self) -> Asked:
+        """What was asked for since this was last called."""
+        log = Path(f"{self.root}.log")
+        sizes = [int(line) for line in log.read_text().split()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return Asked(len(sizes), sum(sizes))
+
+
+async def ranges(store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int) -> list[bytes]:
+    found: dict[int, bytes] = {}
+    async for group in store.get_ranges(key, wanted, prototype=PROTOTYPE, **limits):
+        found.update({place: value.to_bytes() for place, value in group})
+    return [found[place] for place in range(len(wanted))]
+
+
+def checked(store: xzcache.CacheStore) -> None:
+    """Leave the cache, and compare its index with its files."""
+    directory = store._reads.backend.directory
+    directory.close()
+    neighbours.run(leave, directory.root)
+    audit(directory.root)
+
+
+def leave(root: str) -> None:
+    xzcache.LockedLocalStore(root).directory.close()
+
+
+def between(*pairs: tuple[int, int]) -> list[RangeByteRequest]:
+    return [RangeByteRequest(*pair) for pair in pairs]
+
+
+async def opened(kind: str, tmp_path: Path, **options: Any) -> tuple[Any, xzcache.CacheStore]:
+    source = memory_source()
+    await source._store.set(KEY, buffer(DATA))
+    return source, cached(kind, source, tmp_path, **options)
+
+
+# -- ranges by themselves
+
+
+async def test_a_range_within_a_cached_one_is_not_asked_for(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    assert await read(store, KEY, RangeByteRequest(100, 500)) == DATA[100:500]
+    assert await read(store, KEY, SuffixByteRequest(80)) == DATA[-80:]
+    source.forget()
+    assert await read(store, KEY, RangeByteRequest(200, 300)) == DATA[200:300]
+    assert await read(store, KEY, SuffixByteRequest(30)) == DATA[-30:]
+    assert source.reads == 0
+
+
+async def test_a_whole_entry_serves_any_range(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    await read(store, KEY)
+    source.forget()
+    for wanted, expected in [
+        (RangeByteRequest(1, 9), DATA[1:9]),
+        (OffsetByteRequest(4990), DATA[4990:]),
+        (SuffixByteRequest(3), DATA[-3:]),
+        (RangeByteRequest(4990, 9000), DATA[4990:]),
+    ]:
+        assert await read(store, KEY, wanted) == expected
+    assert source.reads == 0
+
+
+@by_ranges
+async def test_overlapping_ranges_are_stored_once(tmp_path: Path) -> None:
+    source, store = await opened("directory", tmp_path)
+    for pair in [(0, 100), (50, 150), (120, 300), (0, 300), (20, 280)]:
+        assert await ranges(store, between(pair)) == [DATA[slice(*pair)]]
+    assert store.cache_info()["current_size"] == 300
+    assert source.count("get_ranges") + source.count("get") == 3
+    checked(store)
+
+
+@by_ranges
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["directory", "memory"]),
+    calls=st.lists(
+        st.lists(
+            st.one_of(
+                st.tuples(st.integers(0, 5200), st.integers(0, 900)).map(lambda p: RangeByteRequest(p[0], p[0] + p[1])),
+                st.integers(1, 6000).map(SuffixByteRequest),
+                st.integers(0, 5000).map(OffsetByteRequest),
+                st.none(),
+            ),
+            max_size=5,
+        ),
+        max_size=5,
+    ),
+    limits=st.fixed_dictionaries({"max_gap_bytes": st.integers(0, 400), "max_coalesced_bytes": st.integers(1, 2000)}),
+    bound=st.sampled_from([None, 700, 4000]),
+)
+def test_ranges_are_those_of_the_source(
+    kind: str, calls: list[list[ByteRequest | None]], limits: dict[str, int], bound: int | None, tmp_path_factory: Any
+) -> None:
+    async def compare() -> None:
+        source, store = await opened(kind, tmp_path_factory.mktemp("x"), max_size=bound)
+        for wanted in calls:
+            assert await ranges(store, wanted, **limits) == await ranges(source._store, wanted, **limits)
+            if bound is not None:
+                assert store.cache_info()["total_size"] <= bound
+
+    asyncio.run(compare())
+
+
+@by_ranges
+async def test_a_range_twice_in_a_call_and_ranges_of_nothing(cache_kind: str, tmp_path: Path) -> None:
+    _, store = await opened(cache_kind, tmp_path)
+    wanted = between((5, 9), (5, 9), (7, 7), (5000, 5001), (0, 1))
+    assert await ranges(store, wanted) == [DATA[5:9], DATA[5:9], b"", b"", DATA[:1]]
+
+
+@by_ranges
+async def test_an_absent_object_is_as_with_zarr(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    for each in (store, source):
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await ranges(each, between((0, 5), (100, 200)), key="a/c/9")
+        assert raised.value.split(FileNotFoundError)[1] is None
+
+
+@by_ranges
+async def test_a_failure_of_the_source_is_its_own_and_holds_nobody_up(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    source.errors["get_ranges"] = source.errors["get"] = error = ConnectionError("down")
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await ranges(store, between((0, 5), (100, 200)))
+    assert error in raised.value.exceptions
+    source.errors.clear()
+    assert await ranges(store, between((0, 5), (100, 200))) == [DATA[:5], DATA[100:200]]
+
+
+@by_ranges
+async def test_who_is_cancelled_holds_nobody_up(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    wanted = between((0, 5), (100, 200))
+    gate = source.hold("get", KEY, after=False)
+    leader = asyncio.create_task(ranges(store, wanted[:1]))
+    await gate.arrived()
+    follower = asyncio.create_task(ranges(store, wanted))
+    while source.count("get") + source.count("get_ranges") < 2:
+        await asyncio.sleep(0)
+    leader.cancel()
+    await asyncio.gather(leader, return_exceptions=True)
+    source.let_go("get", KEY)
+    assert await asyncio.wait_for(follower, 20) == [DATA[:5], DATA[100:200]]
+
+
+@by_ranges
+async def test_many_tasks_ask_once(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    wanted = between((0, 50), (3000, 3100))
+    found = await asyncio.gather(*(ranges(store, wanted, max_gap_bytes=0) for _ in range(16)))
+    assert found == [[DATA[:50], DATA[3000:3100]]] * 16
+    assert source.count("get_ranges") == 1
+
+
+async def test_a_write_drops_every_piece(cache_kind: str, tmp_path: Path) -> None:
+    _, store = await opened(cache_kind, tmp_path, cache_set_data=False)
+    for pair in [(0, 100), (200, 300)]:
+        await read(store, KEY, RangeByteRequest(*pair))
+    new = DATA[::-1]
+    await store.set(KEY, buffer(new))
+    for pair in [(0, 100), (10, 20), (200, 300), (210, 220)]:
+        assert await read(store, KEY, RangeByteRequest(*pair)) == new[slice(*pair)]
+
+
+@by_ranges
+async def test_damaged_and_truncated_pieces_are_fetched_again(tmp_path: Path) -> None:
+    source, store = await opened("directory", tmp_path)
+    wanted = between((0, 50), (3000, 3100))
+    await ranges(store, wanted, max_gap_bytes=0)
+    first, second = sorted(p for p in (tmp_path / "cache/.xzcache/ranges").rglob("*_*") if p.is_file())
+    first.write_bytes(bytes(first.stat().st_size))
+    second.write_bytes(second.read_bytes()[:-1])
+    source.forget()
+    assert await ranges(store, wanted, max_gap_bytes=0) == [DATA[:50], DATA[3000:3100]]
+    assert source.reads == 1
+    # and it is mended
+    source.forget()
+    assert await ranges(store, wanted, max_gap_bytes=0) == [DATA[:50], DATA[3000:3100]]
+    assert source.reads == 0
+
+
+# -- shards
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "raw": {"compressors": None},
+    "zstd": {"compressors": ZstdCodec()},
+    "blosc": {"compressors": BloscCodec()},
+    "crc32c": {"compressors": Crc32cCodec()},
+    "index first": {"compressors": ZstdCodec(), "index": "start"},
+}
+
+
+def make(store: Store, values: np.ndarray[Any, Any], layout: str, *, chunk: int = 16, shard: int = 64) -> None:
+    options = {**LAYOUTS[layout], "shards": (shard, shard)}
+    if (index := options.pop("index", None)) is not None:
+        options["shards"] = {"shape": (shard, shard), "index_location": index}
+    zarr.create_array(
+        store,
+        name="a",
+        overwrite=True,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(chunk, chunk),
+        fill_value=0,
+        **options,
+    )[:] = values
+
+
+def some(side: int = 256) -> np.ndarray[Any, Any]:
+    values = np.random.default_rng(0).random((side, side), dtype="f4")
+    values[:40, 70:] = 0  # chunks that are not there, and a shard
+    return values
+
+
+def array(store: Store, path: str) -> zarr.Array[Any]:
+    with zarr.config.set({"codec_pipeline.path": path}):
+        return zarr.open_array(store, path="a", mode="r")
+
+
+BOXES = [(slice(0, 20), slice(0, 20)), (slice(10, 100), slice(0, 64)), (slice(100, 200), slice(50, 250))]
+
+
+def show(source: Tallying, cache: Path, pipeline: str, boxes: Iterable[Any]) -> list[bytes]:
+    store = xzcache.CacheStore(source, cache_store=cache)
+    return [array(store, pipeline)[box].tobytes() for box in boxes]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shard_is_read_in_no_more_requests_than_without_and_then_never(
+    layout: str, pipeline: str, tmp_path: Path
+) -> None:
+    values = some()
+    source = Tallying(tmp_path / "source")
+    make(source, values, layout)
+    cache = tmp_path / "cache"
+    for box in BOXES:
+        plain = array(source, pipeline)
+        source.asked()
+        plain[box]
+        without = source.asked()
+        assert without.requests
+        assert show(source, cache, pipeline, [box]) == [values[box].tobytes()]
+        through = source.asked()
+        assert through.requests <= without.requests
+        assert through.bytes <= without.bytes
+    # whatever overlaps with what was read
+    inside = [(slice(12, 90), slice(3, 50)), (slice(150, 151), slice(60, 240)), (3, slice(0, 20)), *BOXES]
+    expected = [values[box].tobytes() for box in inside]
+    assert show(source, cache, pipeline, inside) == expected
+    assert neighbours.run(show, source, cache, pipeline, inside) == expected
+    assert source.asked() == (0, 0)
+
+
+def test_format_2_and_its_ranges(tmp_path: Path) -> None:
+    values = some(64)
+    source = Tallying(tmp_path / "source")
+    zarr.create_array(source, name="a", shape=values.shape, dtype="f4", chunks=(16, 16), zarr_format=2)[:] = values
+    for _ in range(2):
+        assert show(source, tmp_path / "cache", PIPELINES[0], [(slice(3, 40), slice(0, 64))]) == [
+            values[3:40].tobytes()
+        ]
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    source.asked()
+    assert asyncio.run(read(store, "a/0.0", RangeByteRequest(0, 16))) == asyncio.run(
+        read(source, "a/0.0", RangeByteRequest(0, 16))
+    )
+    assert source.asked().requests == 1  # by ourselves
+
+
+def boxes_of(link: Any, source: Tallying, cache: str, seed: int, side: int, count: int) -> list[tuple[int, ...]]:
+    """Read random boxes at the same time as others; the boxes."""
+    draw = random.Random(seed)
+    store = xzcache.CacheStore(source, cache_store=cache, max_size=None)
+    values = array(store, PIPELINES[0])
+    barrier(link)
+    boxes = []
+    for _ in range(count):
+        row, column = draw.randrange(side), draw.randrange(side)
+        box = (
+            row,
+            min(side, row + draw.randrange(1, side // 3)),
+            column,
+            min(side, column + draw.randrange(1, side // 3)),
+        )
+        found = values[box[0] : box[1], box[2] : box[3]]
+        rows = np.arange(box[0], box[1], dtype="u4")[:, None] * np.uint32(side)
+        np.testing.assert_array_equal(found, rows + np.arange(box[2], box[3], dtype="u4"))
+        boxes.append(box)
+    return boxes
+
+
+@by_ranges
+@pytest.mark.parametrize(
+    ("side", "count"), [(1024, 40), pytest.param(8192, 24, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+)
+def test_four_processes_fetch_each_byte_once(side: int, count: int, tmp_path: Path) -> None:
+    """Random boxes of one array in shards (of 256 MB in the soak): hardly a byte more than all that was touched.
+
+    There are so many that nearly everything is: what lies between two chunks of a request is fetched with them.
+    """
+    chunk, shard = side // 64, side // 8
+    source = Tallying(tmp_path / "source")
+    whole = np.arange(side * side, dtype="u4").reshape(side, side)
+    make(source, whole, "raw", chunk=chunk, shard=shard)
+    source.asked()
+    with Team() as team:
+        for seed in range(4):
+            team.start(boxes_of, source, str(tmp_path / "cache"), seed, side, count)
+        team.go()
+        boxes = [box for found in team.results() for box in found]
+    touched = np.zeros((side // chunk, side // chunk), bool)
+    for top, bottom, left, right in boxes:
+        touched[top // chunk : -(-bottom // chunk), left // chunk : -(-right // chunk)] = True
+    per = shard // chunk
+    shards = touched.reshape(side // shard, per, side // shard, per).any(axis=(1, 3)).sum()
+    least = int(touched.sum()) * chunk * chunk * 4 + int(shards) * (per * per * 16 + 4)
+    asked = source.asked()
+    assert asked.bytes <= 1.05 * least, (asked, least)
+
+
+# -- what is not there
+
+
+def sparse(source: Tallying, chunks: int, present: int) -> np.ndarray[Any, Any]:
+    values = np.zeros((chunks, 4), "f4")
+    values[:: chunks // present] = 1
+    zarr.create_array(source, name="a", shape=values.shape, dtype="f4", chunks=(1, 4), fill_value=0)[:] = values
+    return values
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_absent_chunks_are_asked_for_once(pipeline: str, tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    values = sparse(source, 400, 4)
+    source.asked()
+    assert show(source, tmp_path / "cache", pipeline, [...]) == [values.tobytes()]
+    assert source.asked().requests == 400
+    assert show(source, tmp_path / "cache", pipeline, [...]) == [values.tobytes()]
+    assert neighbours.run(show, source, tmp_path / "cache", pipeline, [...]) == [values.tobytes()]
+    assert source.asked().requests == 0
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    # the chunks that are there, and the document
+    assert store.cache_info()["cached_keys"] == 5
+    checked(store)
+
+
+def put(source: Tallying, cache: Path, key: str, data: bytes) -> None:
+    asyncio.run(xzcache.CacheStore(source, cache_store=cache).set(key, buffer(data)))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+def test_a_write_ends_an_absence(elsewhere: bool, tmp_path: Path) -> None:
+    source, cache = Tallying(tmp_path / "source"), tmp_path / "cache"
+    values = sparse(source, 20, 2)
+    show(source, cache, PIPELINES[0], [...])
+    chunk = asyncio.run(read(source, "a/c/0/0")) or b""
+    (neighbours.run if elsewhere else lambda f, *args: f(*args))(put, source, cache, "a/c/5/0", chunk)
+    values[5] = 1
+    assert show(source, cache, PIPELINES[0], [...]) == [values.tobytes()]
+
+
+async def test_absences_have_an_age_and_are_of_chunks_only(
+    cache_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, store = await opened(cache_kind, tmp_path, missing_max_age_seconds=30)
+    for key, times in [("a/c/7", 1), ("a/notes.txt", 3)]:
+        source.forget()
+        for _ in range(3):
+            assert await read(store, key) is None
+        assert source.count("get", key) == times
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 31)
+    source.forget()
+    assert await read(store, "a/c/7") is None
+    assert source.count("get", "a/c/7") == 1
+
+
+async def test_zero_remembers_no_absence(cache_kind: str, tmp_path: Path) -> None:
+    source, store = await opened(cache_kind, tmp_path, missing_max_age_seconds=0)
+    for _ in range(3):
+        assert await read(store, "a/c/7") is None
+    assert source.count("get", "a/c/7") == 3
+
+
+def test_what_is_at_hand_is_asked_again(tmp_path: Path) -> None:
+    source = MemoryStore()
+    store = xzcache.CacheStore(source, cache_store=tmp_path)
+    assert asyncio.run(read(store, KEY)) is None
+    asyncio.run(source.set(KEY, buffer(b"there")))
+    assert asyncio.run(read(store, KEY)) == b"there"
+
+
+# -- a source that tells states apart
+
+
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory, tidy: None) -> Any:
+    directory = tmp_path_factory.mktemp("buckets")
+    (directory / BUCKET).mkdir()
+    with s3_server(directory) as server:
+        yield server
+
+
+def through(s3: S3Server, cache: Path, **options: Any) -> xzcache.CacheStore:
+    url, words = f"s3://{BUCKET}/x.zarr", obstores_words(s3)
+    return xzcache.CacheStore(url, cache_store=cache, storage_options=words, upstream="obstore", **options)
+
+
+@by_ranges
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("layout", ["raw", "index first"])
+def test_a_real_server_is_asked_no_more_than_without(s3: S3Server, layout: str, tmp_path: Path) -> None:
+    values = some(128)
+    writer = s3.store(BUCKET, "x.zarr")
+    make(writer, values, layout)
+    box = (slice(5, 60), slice(20, 90))
+    plain = array(s3.store(BUCKET, "x.zarr"), PIPELINES[0])
+    s3.reset()
+    plain[box]
+    without = s3.counts()
+    for _ in range(2):
+        opened = array(through(s3, tmp_path), PIPELINES[0])
+        s3.reset()
+        np.testing.assert_array_equal(opened[box], values[box])
+        counted = s3.counts()
+        assert sum(t.requests for t in counted.tallies) <= sum(t.requests for t in without.tallies)
+        assert counted.bytes <= without.bytes
+        without = counted._replace(tallies=[]) if hasattr(counted, "_replace") else type(counted)([])
+
+
+@by_ranges
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_shard_that_was_replaced_never_gives_wrong_values(s3: S3Server, pipeline: str, tmp_path: Path) -> None:
+    """The index that is cached is that of the old shard; what is not cached would come from the new one."""
+    writer = s3.store(BUCKET, "x.zarr")
+    values = some(64)
+    make(writer, values, "zstd")
+    reader = array(through(s3, tmp_path), pipeline)
+    np.testing.assert_array_equal(reader[:16, :16], values[:16, :16])
+    new = values[::-1].copy()
+    # the document stays as it is
+    zarr.open_array(writer, path="a", mode="r+")[:] = new
+    try:
+        found = reader[40:, 40:]
+    except (OSError, BaseExceptionGroup) as error:
+        replaced = error if isinstance(error, OSError) else error.subgroup(OSError).exceptions[0]
+        assert replaced.errno == errno.ESTALE
+        assert not pipeline.startswith("xzcache")
+        found = reader[40:, 40:]
+    np.testing.assert_array_equal(found, new[40:, 40:])
+    np.testing.assert_array_equal(reader[:], new)
+
+
+# -- a model
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["read", "read", "read", "write", "clear"]),
+        st.integers(0, 1),
+        *(st.tuples(st.integers(0, 40), st.integers(1, 24)) for _ in range(2)),
+    ),
+    max_size=8,
+)
+
+
+def act(source: Any, cache: Path, options: Any, step: Any, number: int) -> bytes | None:
+    what, _, (top, height), (left, width) = step
+    store = xzcache.CacheStore(source, cache_store=cache, **options)
+    if what == "clear":
+        asyncio.run(store.clear_cache())
+        return None
+    box = slice(top, top + height), slice(left, left + width)
+    opened = zarr.open_array(store, path="a", mode="r" if what == "read" else "r+")
+    if what == "read":
+        return np.asarray(opened[box]).tobytes()
+    opened[box] = number
+    return None
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    shape=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    chunk=st.sampled_from([2, 4, 8]),
+    per=st.sampled_from([1, 2, 3]),
+    bound=st.sampled_from([None, 2000, 20_000]),
+    steps=STEPS,
+)
+def test_two_processes_read_and_write_shards_as_if_there_were_no_cache(
+    layout: str,
+    shape: Any,
+    chunk: int,
+    per: int,
+    bound: int | None,
+    steps: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    here = tmp_path_factory.mktemp("model")
+    source = LocalStore(here / "source")
+    truth = np.arange(shape[0] * shape[1], dtype="f4").reshape(shape) % 3
+    make(source, truth, layout, chunk=chunk, shard=chunk * per)
+    options = {"max_size": bound, "missing_max_age_seconds": 60}
+    for number, step in enumerate(steps):
+        what, where, (top, height), (left, width) = step
+        call = neighbours.run if where else lambda f, *args: f(*args)
+        found = call(act, source, here / "cache", options, step, number)
+        box = slice(top, top + height), slice(left, left + width)
+        if what == "write":
+            truth[box] = number
+        elif what == "read":
+            assert found == truth[box].tobytes()
+    checked(xzcache.CacheStore(source, cache_store=here / "cache", **options))
+
+
+def test_rectilinear_grids(tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    try:
+        with zarr.config.set({"array.rectilinear_chunks": True}):
+            made = zarr.create_array(source, name="a", shape=(30,), chunks=[[7, 3, 20]], dtype="i4")
+            made[:] = np.arange(30)
+            for _ in range(2):
+                assert show(source, tmp_path / "cache", PIPELINES[0], [slice(5, 25)]) == [
+                    np.arange(5, 25, dtype="i4").tobytes()
+                ]
+    except (TypeError, ValueError, KeyError) as error:
+        pytest.skip(f"this Zarr has no rectilinear grids: {error}")
+    assert source.asked().requests <= 3
