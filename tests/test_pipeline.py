@@ -17,7 +17,7 @@ from zarr.storage import LocalStore
 
 import xzcache
 
-pipeline = pytest.importorskip("xzcache.pipeline", reason="this Zarr has no FusedCodecPipeline")
+pipeline = pytest.importorskip("xzcache.pipeline", reason="this Zarr has no FusedCodecPipeline", exc_type=ImportError)
 
 OURS = "xzcache.pipeline.CachePipeline"
 SHAPE = (37, 50)

@@ -28,6 +28,8 @@ from xzcache._documents import is_document
 
 __all__ = ["nobody", "tidy"]
 
+# of the tests before, which older versions of pytest-asyncio leave to the garbage collector, and Hypothesis calls that
+loops_of_others = pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
 by_ranges = pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="this Zarr reads shards by `get`")
 PIPELINES = ["zarr.core.codec_pipeline.BatchedCodecPipeline"]
 if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
@@ -134,6 +136,7 @@ async def test_overlapping_ranges_are_stored_once(tmp_path: Path) -> None:
 
 
 @by_ranges
+@loops_of_others
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["directory", "memory"]),
@@ -539,6 +542,7 @@ def act(source: Any, cache: Path, options: Any, step: Any, number: int) -> bytes
     return None
 
 
+@loops_of_others
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),
