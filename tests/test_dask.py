@@ -575,6 +575,7 @@ SETTINGS: dict[str, Any] = {
     "max_size": "3 MB",
     "min_free": "1 kB",
     "max_age_seconds": 77,
+    "missing_max_age_seconds": 55,
     "revalidate": False,
     "cache_set_data": False,
     "policy": "lru",

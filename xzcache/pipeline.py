@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import zarr
+from zarr.core.chunk_utils import ChunkTransform
 from zarr.core.codec_pipeline import FusedCodecPipeline, _resolve_max_workers
 from zarr.registry import register_pipeline
 from zarr.storage import StorePath
@@ -26,6 +27,7 @@ from xzcache.store import CacheStore
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, Codec
     from zarr.abc.store import ByteRequest
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer
@@ -66,8 +68,11 @@ class CachePipeline(FusedCodecPipeline):
 
     Notes
     -----
-    Pickles by reference to this class, with its codecs.
+    Pickles as its codecs, in few objects: a graph refers to each of them.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.array_array_codecs, self.array_bytes_codec, self.bytes_bytes_codecs, self.batch_size)
 
     async def read(self, batch_info: Iterable[Item], out: NDBuffer, drop_axes: tuple[int, ...] = ()) -> tuple[Any, ...]:
         """Read a batch of chunks into `out`; as in Zarr."""
@@ -118,6 +123,18 @@ class CachePipeline(FusedCodecPipeline):
             except NotCached:
                 results.append(None)
         return results
+
+
+def _restored(
+    first: tuple[ArrayArrayCodec, ...], middle: ArrayBytesCodec, last: tuple[BytesBytesCodec, ...], batch_size: int
+) -> CachePipeline:
+    codecs: tuple[Codec, ...] = (*first, middle, *last)
+    try:
+        transform = ChunkTransform(codecs=codecs)
+    except TypeError:
+        # one of them can only be awaited
+        transform = None
+    return CachePipeline(codecs, first, middle, last, transform, batch_size)
 
 
 def _reads_of(batch: Sequence[Item]) -> ReadThrough | None:
