@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -101,13 +102,21 @@ def test_two_event_loops(tmp_path: Path) -> None:
     ds.forget_requests()
     together = threading.Barrier(2, timeout=PATIENCE)
 
+    # older versions of Dask cannot start two clusters of one process at once
+    starting = threading.Lock()
+
     async def compute() -> tuple[float, Any]:
-        async with (
-            LocalCluster(
-                n_workers=1, processes=False, threads_per_worker=4, dashboard_address=":0", asynchronous=True
-            ) as made,
-            Client(made, asynchronous=True, set_as_default=False) as client,
-        ):
+        async with AsyncExitStack() as stack:
+            await asyncio.to_thread(starting.acquire)
+            try:
+                made = await stack.enter_async_context(
+                    LocalCluster(
+                        n_workers=1, processes=False, threads_per_worker=4, dashboard_address=":0", asynchronous=True
+                    )
+                )
+                client = await stack.enter_async_context(Client(made, asynchronous=True, set_as_default=False))
+            finally:
+                starting.release()
             await client.register_plugin(xzcache.CachePlugin(ds.root))
             # both have begun before either goes on
             await asyncio.to_thread(together.wait)
