@@ -88,9 +88,9 @@ class StoreBackend(Alone):
         """The byte ranges that are cached of an object."""
         return Listed(key, [(piece.start, piece.stop) for piece in self._ledger.pieces(key)])
 
-    def validator_of_pieces(self, key: str) -> str:
-        """What tells the state of an object from others, as its byte ranges have it; empty where nothing does."""
-        return next((told for piece in self._ledger.pieces(key) if (told := self._ledger.validator(piece))), "")
+    def states_of(self, key: str) -> set[str]:
+        """What tells the state of an object from others, as what is cached of it has it."""
+        return {self._ledger.validator(entry) for entry in self._ledger.of_key(key)} - {""}
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
         ticket = self._ledger.ticket(entry.key)
@@ -125,6 +125,10 @@ class StoreBackend(Alone):
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
+        others = {self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry}
+        if validator and others - {"", validator}:
+            # parts of two states of an object must not be mixed
+            return False
         size, limit = len(data), max_size
         if limit is None and not entry.is_whole:
             limit = self._ledger.size - self._ledger.in_memory + _RANGES_WITHOUT_BOUND

@@ -208,6 +208,13 @@ class Index:
         """The whole object and all byte ranges of one key."""
         return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ?", (key,))]
 
+    def piece_of(self, key: str) -> Row | None:
+        """One byte range of a key."""
+        row = self._do(
+            f"SELECT {_COLUMNS} FROM entry WHERE key = ? AND (start != 0 OR stop != -1) LIMIT 1", (key,)
+        ).fetchone()
+        return None if row is None else _row(row)
+
     def beneath(self, prefix: str, limit: int) -> list[Row]:
         """Entries whose key begins with ``prefix + "/"``; every entry for an empty prefix."""
         where, bounds = range_of(prefix)

@@ -159,7 +159,7 @@ class Publisher:
                         ticket is not None and not self._may_enter(member, index, entry, ticket)
                     ):
                         return False
-                    if exclusive and self._is_there(entry):
+                    if (exclusive and self._is_there(entry)) or not self._agrees(index, entry, validator):
                         return False
                     replaced, odd = self._enter(
                         member, index, entry, stamp, sequence, temporary, spending, over_foreign=ticket is None
@@ -182,6 +182,17 @@ class Publisher:
     def _may_enter(member: Membership, index: Index, entry: Entry, ticket: Ticket) -> bool:
         """Whether nobody has written the key since the ticket was taken, or is writing it now."""
         return ticket == current_ticket(member, entry.key) and not index.notes.is_written(entry.key)
+
+    def _agrees(self, index: Index, entry: Entry, validator: str) -> bool:
+        """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
+        if not validator:
+            return True
+        for row in (index.find(entry.whole), index.piece_of(entry.key)):
+            if row is not None and row.entry != entry:
+                stamp = files.read_stamp(self._path(row.entry, odd=row.odd))
+                if stamp is not None and stamp.validator not in ("", validator):
+                    return False
+        return True
 
     def _is_there(self, entry: Entry) -> bool:
         places = (True,) if self._is_odd(entry) else (False, True)

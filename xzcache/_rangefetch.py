@@ -33,7 +33,7 @@ _PIECE: Final = 1 << 20
 Found = dict["Entry", memoryview | None]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Lead:
     """A byte range that this task fetches for all who wait."""
 
@@ -190,8 +190,8 @@ class RangeFetches:
 
     async def _must_agree(self, key: str, ticket: Any, answers: Iterable[upstream.Answer]) -> None:
         """Whoever asks for ranges has read where they are: bytes of another state of the object would be wrong ones."""
-        states = {answer.validator for answer in answers} | {self._backend.validator_of_pieces(key)}
-        if len(states - {""}) > 1:
+        told = {answer.validator for answer in answers} - {""}
+        if told and len(told | self._backend.states_of(key)) > 1:
             await self._backend.forget(key, ticket)
             raise Replaced(key)
 
@@ -236,7 +236,8 @@ class RangeFetches:
 
         if pieces:
             # whoever stores the last one lets go of the ranges
-            undone[:] = [lead for lead in undone if lead not in leads]
+            ours = set(leads)
+            undone[:] = [lead for lead in undone if lead not in ours]
         try:
             for entry, of, validator in pieces:
                 await self._backend.publish_soon(entry, of, ticket, self._reading.max_size, validator, done)

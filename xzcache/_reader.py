@@ -237,15 +237,16 @@ class Reader:
         """What tells the state of what would be found of an entry from others; empty where nothing does."""
         return "" if (found := self.find(entry)) is None else self._validator(found)
 
-    def validator_of_pieces(self, key: str) -> str:
-        """What tells the state of an object from others, as its byte ranges have it; empty where nothing does."""
-        piece = self.listed(key).any()
+    def states_of(self, key: str) -> set[str]:
+        """What tells the state of an object from others, as the whole of it and one of its byte ranges have it."""
+        states = set()
         try:
-            found = None if piece is None else self._open(piece)
+            for entry in (Entry(key), self.listed(key).any()):
+                if entry is not None and (found := self._open(entry)) is not None:
+                    states.add(self._validator(found))
         except OSError as error:
             self._keeper.trouble(error)
-            return ""
-        return "" if found is None else self._validator(found)
+        return states - {""}
 
     def _validator(self, found: Found) -> str:
         stamp = files.read_stamp(found.opened.fd)

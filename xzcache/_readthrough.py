@@ -228,7 +228,7 @@ class ReadThrough:
     async def _agree(self, request: Request, validator: str, ticket: Any) -> Any:
         """Forget parts of what the object was before; the ticket to publish with."""
         key, entry = request.key, request.entry
-        if not validator or self.backend.validator_of_pieces(key) in ("", validator):
+        if not validator or not self.backend.states_of(key) - {validator}:
             return ticket
         ticket = await self.backend.forget(key, ticket)
         if _READS_SHARDS_BY_GET and entry.start > 0:

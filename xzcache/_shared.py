@@ -129,9 +129,9 @@ class SharedBackend:
         """The byte ranges that are cached of an object."""
         return self.directory.reader.listed(f"{self.namespace}/{key}")
 
-    def validator_of_pieces(self, key: str) -> str:
-        """What tells the state of an object from others, as its byte ranges have it; empty where nothing does."""
-        return self.directory.reader.validator_of_pieces(f"{self.namespace}/{key}")
+    def states_of(self, key: str) -> set[str]:
+        """What tells the state of an object from others, as what is cached of it has it."""
+        return self.directory.reader.states_of(f"{self.namespace}/{key}")
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry; what gives that up again, or None."""
