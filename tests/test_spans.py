@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,12 +20,31 @@ def covered(*of: spans.Span) -> set[int]:
     return {place for first, last in of for place in range(first, last)}
 
 
-@given(SPANS, st.lists(SPANS, max_size=6))
-def test_without(span: spans.Span, others: list[spans.Span]) -> None:
-    left = spans.without(span, others)
-    assert covered(*left) == covered(span) - covered(*others)
-    assert left == sorted(left)
-    assert all(first < last for first, last in left)
+@given(st.lists(SPANS, max_size=6), SPANS)
+def test_cover(of: list[spans.Span], span: spans.Span) -> None:
+    cover = spans.Cover(of)
+    assert covered(*cover.spans) == covered(*of)
+    assert all(a[1] < b[0] for a, b in pairwise(cover.spans))
+    for parts, bytes_ in (
+        (list(cover.parts(span)), covered(span) & covered(*of)),
+        (cover.missing(span), covered(span) - covered(*of)),
+    ):
+        assert covered(*parts) == bytes_
+        assert parts == sorted(parts)
+        assert all(first < last for first, last in parts)
+
+
+@given(st.integers(1, 90), st.lists(SPANS, max_size=8), st.lists(SPANS, min_size=1, max_size=4))
+def test_a_mosaic_is_what_was_put_into_it(size: int, tiles: list[spans.Span], wanted: list[spans.Span]) -> None:
+    whole = bytes(range(size))
+    mosaic = spans.Mosaic()
+    for first, last in tiles:
+        mosaic.add((first, last), memoryview(whole[first:last]))
+    for span in wanted:
+        missing = mosaic.missing(span)
+        assert covered(*missing) == covered(span) - covered(*tiles)
+        for part in [span] if not missing else spans.Cover(missing).missing(span):
+            assert mosaic.of(part) == whole[slice(*part)]
 
 
 @given(st.lists(SPANS, min_size=1, max_size=8), st.integers(0, 15), st.integers(1, 60))
@@ -39,6 +60,17 @@ def test_merged_is_what_zarr_does(wanted: list[spans.Span], gap: int, most: int)
     if len({first for first, _ in wanted}) == len(wanted):
         assert merged == zarrs
     assert spans.merged(merged, gap=gap, most=most) == merged
+
+
+@given(st.lists(SPANS, min_size=1, max_size=8), st.lists(SPANS, max_size=4))
+def test_what_is_worth_a_request_is_not_asked_for_again(wanted: list[spans.Span], walls: list[spans.Span]) -> None:
+    large = spans.NEGLIGIBLE
+    wanted, walls = ([(large * a, large * b) for a, b in some] for some in (wanted, walls))
+    needs = [part for span in wanted for part in spans.Cover(walls).missing(span)]
+    merged = spans.merged(needs, gap=1 << 40, most=1 << 40, walls=spans.Cover(walls))
+    again = [b - a for span in merged for a, b in spans.Cover(walls).parts(span)]
+    assert all(size <= spans.NEGLIGIBLE for size in again)
+    assert all(not spans.Cover(merged).missing(span) for span in needs)
 
 
 @given(SPANS, st.lists(st.integers(0, 90), max_size=12), st.integers(1, 30))

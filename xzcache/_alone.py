@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from xzcache._config import Age
     from xzcache._keys import Entry
     from xzcache._nodes import Nodes
+    from xzcache._spans import Span
 
 
 class Alone:
@@ -32,6 +33,10 @@ class Alone:
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """No other process shares these books."""
+        return lambda: None
+
+    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
+        """As `lead`, of some bytes of an object."""
         return lambda: None
 
     async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:

@@ -15,7 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xzcache._alone import Alone
-from xzcache._flights import Flights, through
+from xzcache._flights import Claims, Flights, through
 from xzcache._keys import Entry, clip, within
 from xzcache._ledger import Ledger, Ticket
 from xzcache._nodes import Nodes
@@ -56,6 +56,7 @@ class StoreBackend(Alone):
         self.token = uuid.uuid4().hex
         self.namespace = source
         self.flights: Flights[memoryview | None] = Flights()
+        self.claims = Claims()
         self.evictions = self.troubles = 0
         self._ledger = Ledger()
         self._nodes = Nodes(self._ledger)

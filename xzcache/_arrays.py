@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
 from xzcache._keys import Entry, data_slot, prefix_slot
-from xzcache._publisher import Ticket, current_ticket
+from xzcache._leaders import Ticket, current_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

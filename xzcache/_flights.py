@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xzcache._fork import renew_after_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Hashable
+    from collections.abc import Callable, Coroutine, Hashable
+
+    from xzcache._spans import Span
 
 T = TypeVar("T")
 
@@ -85,6 +88,58 @@ class Flights(Generic[T]):
             if self._flights.get(what) is flight:
                 del self._flights[what]
         flight.fail(HandedOver())
+
+
+@dataclass(eq=False)
+class Claim:
+    """Bytes of one object that somebody fetches for all who wait."""
+
+    span: Span
+    flight: Flight[memoryview | None] = field(default_factory=Flight)
+
+
+class Claims:
+    """Which bytes of which objects this process is fetching, none twice. As `Flights`, safe and empty after a fork."""
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """Begin with nothing under way."""
+        self._lock = threading.Lock()
+        self._claims: dict[Hashable, list[Claim]] = {}
+
+    def make(self, what: Hashable, choose: Callable[[list[Span]], list[Span]]) -> tuple[list[Claim], list[Claim]]:
+        """Claim bytes of an object.
+
+        Parameters
+        ----------
+        what : hashable
+            The object, and what else has to be the same for two to want the same bytes.
+        choose : callable
+            From the spans that are claimed already to those that shall be; these must not overlap any of those.
+
+        Returns
+        -------
+        made, others : list of Claim
+        """
+        with self._lock:
+            others = list(self._claims.get(what, ()))
+            made = [Claim(span) for span in choose([claim.span for claim in others])]
+            if made:
+                self._claims.setdefault(what, []).extend(made)
+            return made, others
+
+    def leave(self, what: Hashable, claim: Claim) -> None:
+        """The leader is done, one way or the other; again if need be."""
+        with self._lock:
+            claims = self._claims.get(what, [])
+            if claim in claims:
+                claims.remove(claim)
+                if not claims:
+                    del self._claims[what]
+        claim.flight.fail(HandedOver())
 
 
 async def through(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:

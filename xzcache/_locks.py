@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from xzcache._errors import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import TracebackType
 
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -203,60 +201,6 @@ def _poll(attempt: Callable[[], bool], timeout: float) -> bool:
             return False
         time.sleep(_LONGEST_PAUSE)
     return True
-
-
-class ByteLocks:
-    """One exclusive lock a byte, spread over a few files; each protects whatever its number stands for.
-
-    Open-file-description locks where the platform has them (Linux), else POSIX locks, which serve as well because each
-    file is opened once a process. Threads of a process do not exclude each other here.
-
-    Parameters
-    ----------
-    paths : sequence of str
-        The lock files. The kernel searches a list per file, so thousands of locks want several.
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._fds = [open_lock_file(path) for path in paths]
-        self._mutex = threading.Lock()
-        self._held: Counter[int] = Counter()
-
-    def try_lock(self, offset: int) -> bool:
-        """Take a lock; False while another process has it. The same process may take it several times."""
-        with self._mutex:
-            if not self._held[offset]:
-                try:
-                    self._control(offset, fcntl.F_WRLCK)
-                except BlockingIOError:
-                    del self._held[offset]
-                    return False
-                except BaseException:
-                    del self._held[offset]
-                    raise
-            self._held[offset] += 1
-            return True
-
-    def unlock(self, offset: int) -> None:
-        """Undo one `try_lock`."""
-        with self._mutex:
-            self._held[offset] -= 1
-            if self._held[offset] <= 0:
-                del self._held[offset]
-                self._control(offset, fcntl.F_UNLCK)
-
-    def _control(self, offset: int, kind: int) -> None:
-        fd = self._fds[offset % len(self._fds)]
-        if hasattr(fcntl, "F_OFD_SETLK"):
-            # struct flock: type, whence, start, length, pid; native alignment, padded to a multiple of 8
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, offset, 1, 0))
-        else:
-            operation = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
-            fcntl.lockf(fd, operation, 1, offset, os.SEEK_SET)
-
-    def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
 
 
 class WriteCounters:

@@ -8,9 +8,10 @@ import threading
 from contextlib import suppress
 from typing import Final
 
+from xzcache._bytelocks import ByteLocks
 from xzcache._errors import Damaged, Unusable
 from xzcache._index import Index
-from xzcache._locks import ByteLocks, Guard, StoringLock, WriteCounters
+from xzcache._locks import Guard, StoringLock, WriteCounters
 
 _KEY_LOCK_FILES: Final = 16
 _MOST_OWNERS: Final = 10_000

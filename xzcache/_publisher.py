@@ -1,4 +1,4 @@
-"""Publishing entries: who fetches one, when it may be stored, and the order of the steps that survives a crash."""
+"""Publishing entries: when one may be stored, and the order of the steps that survives a crash."""
 
 from __future__ import annotations
 
@@ -8,37 +8,21 @@ import sqlite3
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
-from xzcache._documents import is_document
 from xzcache._errors import Damaged, NoRoom
-from xzcache._keys import Entry, all_slots, is_plain, namespace_of, relative_path
+from xzcache._keys import Entry, is_plain, namespace_of, relative_path
+from xzcache._leaders import Ticket, current_ticket
 from xzcache._space import recovery_due
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from xzcache._index import Index
     from xzcache._keeper import Keeper
     from xzcache._membership import Membership
     from xzcache._schema import Dying
     from xzcache._space import Space
-
-
-class Ticket(NamedTuple):
-    """What the write counters said when a fill began: it may publish only while they still say so."""
-
-    member: int
-    generation: int
-    counts: tuple[int, ...]
-
-
-def current_ticket(member: Membership, key: str) -> Ticket:
-    """What the write counters say now."""
-    counts = tuple(member.writes.read(number) for number in all_slots(key, data=not is_document(key)))
-    return Ticket(id(member), member.generation, counts)
 
 
 @dataclass
@@ -65,40 +49,6 @@ class Publisher:
         self._root = keeper.books.root
         self._space = space
         self._folds = folds
-
-    def lead(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to become the one process that fetches an entry.
-
-        Returns
-        -------
-        callable or None
-            What gives the lead up again; None while another process has it. Never waits.
-        """
-        member = self._books.current
-        if member is None:
-            return lambda: None
-        offset = entry.lock_offset()
-        try:
-            if not member.keys.try_lock(offset):
-                return None
-        except OSError as error:
-            # a lock is only there to save a fetch
-            self._keeper.trouble(error)
-            return lambda: None
-        return lambda: member.keys.unlock(offset)
-
-    def ticket(self, entry: Entry) -> Ticket | None:
-        """Take note of the writes so far, before a fetch begins. Never waits."""
-        member = self._books.current
-        if member is None:
-            return None
-        try:
-            return current_ticket(member, entry.key)
-        except OSError as error:
-            self._keeper.trouble(error)
-            return None
-
-    # -- publishing
 
     def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, validator: str = "") -> bool:
         """Store an entry for every process, unless it was written since the ticket was taken.

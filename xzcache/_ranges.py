@@ -34,7 +34,7 @@ class RangeReads:
         self._reads = reads
         self._reading = reads.reading
         self._backend = reads.backend
-        self._fetches = RangeFetches(reads)
+        self._fetches = RangeFetches(reads.reading)
 
     async def get(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _pool as pool
-from xzcache._flights import Flights
+from xzcache._flights import Claims, Flights
 from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, is_cacheable, within
 
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
+    from xzcache._leaders import Ticket
     from xzcache._pieces import Listed
-    from xzcache._publisher import Ticket
     from xzcache._reader import Found
+    from xzcache._spans import Span
     from xzcache._writes import Begun
 
 _INLINE: Final = 1 << 20
 """Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
 
 _flights: Final[Flights[memoryview | None]] = Flights()
+_claims: Final = Claims()
 
 
 class SharedBackend:
@@ -42,6 +44,7 @@ class SharedBackend:
     """
 
     flights = _flights
+    claims = _claims
 
     def __init__(self, directory: CacheDirectory, namespace: str, *, lasting: bool = True) -> None:
         self.directory = directory
@@ -135,11 +138,15 @@ class SharedBackend:
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry; what gives that up again, or None."""
-        return self.directory.publisher.lead(entry)
+        return self.directory.leaders.lead(entry)
+
+    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
+        """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
+        return self.directory.leaders.claim(f"{self.namespace}/{key}", span)
 
     def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""
-        return self.directory.publisher.ticket(entry)
+        return self.directory.leaders.ticket(entry)
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""

@@ -5,30 +5,50 @@ The rule by which spans are merged into one request is Zarr's own (`zarr.core._c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 Span = tuple[int, int]
 
-
-def without(span: Span, others: Iterable[Span]) -> list[Span]:
-    """The parts of a span that none of the others covers."""
-    at, end = span
-    left = []
-    for first, last in sorted(others):
-        if first >= end or last <= at:
-            continue
-        if first > at:
-            left.append((at, first))
-        at = max(at, last)
-    if at < end:
-        left.append((at, end))
-    return left
+NEGLIGIBLE: Final = 1 << 14
+"""So many bytes are not worth a request of their own to save."""
 
 
-def merged(spans: Iterable[Span], *, gap: int, most: int) -> list[Span]:
+class Cover:
+    """The bytes of some spans, as few spans in order."""
+
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        self.spans: list[Span] = []
+        for first, last in sorted(spans):
+            if self.spans and first <= self.spans[-1][1]:
+                self.spans[-1] = self.spans[-1][0], max(self.spans[-1][1], last)
+            elif first < last:
+                self.spans.append((first, last))
+
+    def parts(self, span: Span) -> Iterator[Span]:
+        """What of a span is covered, in order."""
+        for at in range(max(0, bisect_right(self.spans, (span[0], span[0])) - 1), len(self.spans)):
+            first, last = self.spans[at]
+            if first >= span[1]:
+                return
+            if last > span[0]:
+                yield max(first, span[0]), min(last, span[1])
+
+    def missing(self, span: Span) -> list[Span]:
+        """What of a span is not covered, in order."""
+        at, end = span
+        left = []
+        for first, last in self.parts(span):
+            if at < first:
+                left.append((at, first))
+            at = last
+        return [*left, (at, end)] if at < end else left
+
+
+def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = None) -> list[Span]:
     """Spans that are asked for together, as one.
 
     Parameters
@@ -38,12 +58,16 @@ def merged(spans: Iterable[Span], *, gap: int, most: int) -> list[Span]:
         Bytes that may lie between two of them, and are asked for as well.
     most : int
         Bytes that are asked for at once, unless a single span has more.
+    walls : Cover, optional
+        What is not asked for again, unless it is negligible.
     """
     together: list[Span] = []
     for first, last in sorted(spans):
         if together:
             begin, end = together[-1]
-            if first - end <= gap and max(end, last) - begin <= most:
+            near = first - end <= gap and max(end, last) - begin <= most
+            between = 0 if walls is None or not near else sum(b - a for a, b in walls.parts((end, first)))
+            if near and between <= NEGLIGIBLE:
                 together[-1] = begin, max(end, last)
                 continue
         together.append((first, last))
@@ -61,3 +85,34 @@ def cut(span: Span, seams: Iterable[int], most: int) -> list[Span]:
             begin = last
         last = seam
     return [*parts, (begin, end)] if end > begin else parts
+
+
+class Mosaic:
+    """Bytes of one object, put together from spans of it."""
+
+    def __init__(self) -> None:
+        self._tiles: list[Span] = []
+        self._data: list[memoryview] = []
+
+    def add(self, span: Span, data: memoryview) -> None:
+        """Put the bytes of a span in their place; fewer than it is long, where the object ends."""
+        for first, last in self.missing(span):
+            at = bisect_right(self._tiles, (first, last))
+            self._tiles.insert(at, (first, last))
+            self._data.insert(at, data[first - span[0] : last - span[0]])
+
+    def missing(self, span: Span) -> list[Span]:
+        """The parts of a span that are not there."""
+        return Cover(tile for tile, _ in self._within(span)).missing(span)
+
+    def of(self, span: Span) -> memoryview:
+        """The bytes of a span that is there; fewer where the object ends."""
+        parts = [data[max(0, span[0] - first) : max(0, span[1] - first)] for (first, _), data in self._within(span)]
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def _within(self, span: Span) -> Iterator[tuple[Span, memoryview]]:
+        for at in range(max(0, bisect_right(self._tiles, (span[0], span[0])) - 1), len(self._tiles)):
+            if self._tiles[at][0] >= span[1]:
+                return
+            if self._tiles[at][1] > span[0]:
+                yield self._tiles[at], self._data[at]

@@ -119,7 +119,8 @@ async def ask_for_spans(
     validator = await _of_file(source, key) if isinstance(source, LocalStore) else ""
     answers = [Answer(None)] * len(ranges)
     try:
-        async for group in source.get_ranges(key, ranges, prototype=prototype, **limits):
+        # what lies between them is left out on purpose
+        async for group in source.get_ranges(key, ranges, prototype=prototype, **limits | {"max_gap_bytes": 0}):
             for at, value in group:
                 answers[at] = Answer(value, validator)
     except BaseExceptionGroup as failures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache._keys import Entry, prefix_slot, write_slot
-from xzcache._publisher import Ticket, current_ticket
+from xzcache._leaders import Ticket, current_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -79,7 +79,7 @@ class Cache:
         publisher = self.directory.publisher
         for _ in range(number):
             entry = Entry(f"{NAMESPACE}/new/c/{next(self._new)}")
-            assert publisher.publish(entry, VALUE, publisher.ticket(entry))
+            assert publisher.publish(entry, VALUE, self.directory.leaders.ticket(entry))
 
     def evict(self, number: int = EVICTIONS) -> None:
         assert self.directory.space.evict(number * len(VALUE)) == number * len(VALUE)
