@@ -29,6 +29,7 @@ FLOORS = {
     "_readable": 20,
     "_readthrough": 17,
     "_revalidation": 16,
+    "_assembly": 16,
     "_reading": 15,
     "_sourceview": 15,
     "_places": 15,

@@ -46,6 +46,10 @@ class Listed:
     def __len__(self) -> int:
         return len(self.starts) + len(self.suffixes) + 1
 
+    def __iter__(self) -> Iterator[Entry]:
+        """Those from a beginning."""
+        return map(self._piece, range(len(self.starts)))
+
     def _piece(self, at: int) -> Entry:
         return Entry(self._key, self.starts[at], END if self.stops[at] == _LARGEST else self.stops[at])
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import Store
 
+from xzcache._assembly import assembled
 from xzcache._documents import is_document
 from xzcache._errors import Replaced
 from xzcache._flights import Flight, HandedOver
@@ -237,6 +238,10 @@ class ReadThrough:
 
     async def _ask(self, request: Request) -> tuple[Answer, memoryview | None]:
         """Ask the source; what is cached, where that is only too old and the source still has it."""
+        if request.entry.is_whole and not is_document(request.key):
+            answer = await assembled(self.reading, request)
+            if answer is not None:
+                return answer, None
         if self.reading.max_age == "infinity":
             return await self.reading.ask(request), None
         return await self.reading.ask_again(request)

@@ -36,6 +36,8 @@ _ETAG: Final = re.compile(r'"[^"]+"|[0-9A-Fa-fx-]{8,}')
 """A strong one: a weak one promises the same meaning, not the same bytes."""
 _SETTLED_SECONDS: Final = 60.0
 """A time of modification tells states apart only once it is as old as this: clocks differ, and tick in seconds."""
+_SETTLED_HERE_SECONDS: Final = 2.0
+"""The same for files, which have a clock that we know, and another inode when they were replaced."""
 
 
 class Answer(NamedTuple):
@@ -80,8 +82,8 @@ async def ask(
     if kind in (zarr.storage.ObjectStore, WebStore) and (options := _range_of(byte_range)) is not None:
         return await _of_obstore(source, key, prototype, byte_range, known, options)
     # the state of a file is told by a look at it; that of an object elsewhere by one more request
-    if known or certain or (byte_range is not None and kind is LocalStore):
-        look = _LOOKS.get(kind)
+    if known or certain or (byte_range is not None and isinstance(source, LocalStore)):
+        look = _of_file if isinstance(source, LocalStore) else _LOOKS.get(kind)
         if look is not None:
             return await _looked_at(source, key, prototype, byte_range, known, look)
     return Answer(await source.get(key, prototype, byte_range))
@@ -237,7 +239,7 @@ async def _looked_at(
 async def _of_file(source: LocalStore, key: str) -> str:
     with suppress(OSError):
         status = os.stat(source.root / key)
-        if time.time() - status.st_mtime > _SETTLED_SECONDS:
+        if time.time() - status.st_mtime > _SETTLED_HERE_SECONDS:
             return f"file {status.st_ino} {status.st_size} {status.st_mtime_ns}"
     return ""
 
@@ -253,4 +255,4 @@ async def _of_fsspec(source: FsspecStore, key: str) -> str:
     return ""
 
 
-_LOOKS: Final[dict[type, Callable[[Any, str], Awaitable[str]]]] = {LocalStore: _of_file, FsspecStore: _of_fsspec}
+_LOOKS: Final[dict[type, Callable[[Any, str], Awaitable[str]]]] = {FsspecStore: _of_fsspec}
