@@ -19,6 +19,9 @@ _REMEMBERED: Final = 65536
 _PAGE: Final = 4096
 _MOST_ROWS: Final = 1 << 18
 _COUNT_EVERY: Final = 1 << 14
+_LONG_SECONDS: Final = 0.005
+_REST: Final = 10
+"""After a look that took long, nobody looks again for so many times as long: not to know only costs a request."""
 
 
 class _Noted(NamedTuple):
@@ -46,7 +49,10 @@ class Absences:
         self._keeper = keeper
         self._books = keeper.books
         self._noted: dict[str, _Noted] = {}
+        # the counter up to which all that is noted of an array is known here, and the counts above that are our own
         self._read_at: dict[str, int] = {}
+        self._own: dict[str, set[int]] = {}
+        self._rest_until = 0.0
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._pending: dict[str, _Noted] = {}
@@ -61,7 +67,9 @@ class Absences:
             self._noted.pop(key, None)
             return False
         array = _array_of(key)
-        return False if self._count(array) == self._read_at.get(array, 0) else None
+        if self._count(array) <= self._read_at.get(array, 0) or time.monotonic() < self._rest_until:
+            return False
+        return None
 
     def look(self, key: str, max_age: Age) -> bool:
         """Whether a key is absent, as anybody has noted."""
@@ -69,7 +77,11 @@ class Absences:
             # another thread may have looked meanwhile
             if (known := self.knows(key, max_age)) is not None:
                 return known
-            return self._keeper.attempt(lambda: self._look(key, max_age), False)
+            begun = time.monotonic()
+            found = self._keeper.attempt(lambda: self._look(key, max_age), False)
+            if (took := time.monotonic() - begun) > _LONG_SECONDS:
+                self._rest_until = begun + (1 + _REST) * took
+            return found
 
     def _look(self, key: str, max_age: Age) -> bool:
         array = _array_of(key)
@@ -84,10 +96,21 @@ class Absences:
             with self._books.section() as (_, index):
                 noted = index.notes.absent_since(key)
             return noted is not None and _is_fresh(noted, max_age)
-        self._read_at[array] = count
-        if len(self._read_at) > _REMEMBERED:
-            self._read_at.clear()
+        with self._lock:
+            if len(self._read_at) > _REMEMBERED:
+                self._read_at.clear()
+                self._own.clear()
+            self._advance(array, count)
         return bool(self.knows(key, max_age))
+
+    def _advance(self, array: str, count: int) -> None:
+        """All up to a count is known, and what follows it as far as that is our own."""
+        count = max(count, self._read_at.get(array, 0))
+        own = self._own.setdefault(array, set())
+        while count + 1 in own:
+            count += 1
+        self._own[array] = {number for number in own if number > count}
+        self._read_at[array] = count
 
     def _rows(self, array: str) -> dict[str, float]:
         """What is noted of an array; the guard is let go of now and then."""
@@ -126,10 +149,12 @@ class Absences:
                     index.notes.set_absent(key, noted.at)
                     arrays.add(_array_of(key))
             for array in arrays:
-                count = member.writes.bump(absence_slot(array))
-                if self._read_at.get(array, 0) == count - 1:
-                    # nobody else's notes are news
-                    self._read_at[array] = count
+                with self._lock:
+                    # known before it shows: our own notes are no news to us
+                    count = member.writes.read(absence_slot(array))
+                    self._own.setdefault(array, set()).add(count + 1)
+                    self._advance(array, self._read_at.get(array, 0))
+                member.writes.bump(absence_slot(array))
             self._uncounted += len(pending)
             if self._uncounted >= _COUNT_EVERY:
                 self._uncounted = 0
