@@ -33,7 +33,7 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
 from xzcache._keys import META, Entry, relative_path
-from xzcache._publisher import Publisher
+from xzcache._leaders import Leaders
 from xzcache._registry import _close_all
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
@@ -174,17 +174,17 @@ def barrier(link: Connection) -> None:
 
 def tell_when_waiting(link: Connection) -> None:
     """In a child: send "waiting" once for each entry whose lead turns out to be another process's."""
-    lead = Publisher.lead
+    lead = Leaders.lead
     told = set()
 
-    def watched(self: Publisher, entry: Entry) -> Any:
+    def watched(self: Leaders, entry: Entry) -> Any:
         unlock = lead(self, entry)
         if unlock is None and entry not in told:
             told.add(entry)
             link.send("waiting")
         return unlock
 
-    Publisher.lead = watched  # type: ignore[method-assign]  # so that a race can be an event
+    Leaders.lead = watched  # type: ignore[method-assign]  # so that a race can be an event
 
 
 def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -107,7 +107,7 @@ def probe(link: Connection, root: str) -> None:
     while question := link.recv():
         kind, what = question
         if kind == "key":
-            unlock = store.directory.publisher.lead(what)
+            unlock = store.directory.leaders.lead(what)
             if unlock is not None:
                 unlock()
             link.send(unlock is not None)
@@ -133,14 +133,14 @@ def host(link: Connection, root: str, scene: str) -> None:
 
 def key_lock_stays(root: str, is_free: Callable[[str, Any], bool]) -> None:
     store, _ = opened(root)
-    unlock = store.directory.publisher.lead(KEY)
+    unlock = store.directory.leaders.lead(KEY)
     assert unlock is not None
     assert not is_free("key", KEY)
 
     def child() -> None:
         # the parent leads, for the child as for anybody
         put(store, "from-child")
-        assert store.directory.publisher.lead(KEY) is None
+        assert store.directory.leaders.lead(KEY) is None
         store.directory.close()
 
     forked(child)()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache._documents import arrays_of
 from xzcache._keys import absence_slot
-from xzcache._publisher import Ticket, current_ticket
+from xzcache._leaders import Ticket, current_ticket
 
 if TYPE_CHECKING:
     from xzcache._config import Age

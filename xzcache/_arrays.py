@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
 from xzcache._keys import Entry, data_slot, prefix_slot
-from xzcache._publisher import Ticket, current_ticket
+from xzcache._leaders import Ticket, current_ticket
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -174,7 +174,7 @@ class Arrays:
             if valid and absent:
                 index.notes.set_absent(full, time.time())
             elif not absent:
-                index.notes.drop_absent(full)
+                index.notes.drop_absent([full])
             for attributes, digest in described.attributes.items():
                 index.notes.set_node(_join(namespace, attributes), digest)
             for path in changed:

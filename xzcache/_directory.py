@@ -22,6 +22,7 @@ from xzcache._books import Books
 from xzcache._doubts import Doubts
 from xzcache._errors import Foreign
 from xzcache._keeper import Keeper
+from xzcache._leaders import Leaders
 from xzcache._publisher import Publisher
 from xzcache._reader import Reader
 from xzcache._schema import Totals
@@ -57,7 +58,7 @@ class CacheDirectory:
 
     Attributes
     ----------
-    reader, publisher, writes, absences, arrays, space
+    reader, leaders, publisher, writes, absences, arrays, space
         The parts: what they do with the directory they do for all processes.
     """
 
@@ -72,7 +73,7 @@ class CacheDirectory:
     ) -> None:
         self.root = root
         self.books = Books(root, lock_timeout)
-        self.background = Background()
+        self.background = Background(lambda parcels: self.publisher.publish_all(parcels))
         self._min_free = min_free
         self._start(max_size, default_max_size)
 
@@ -82,6 +83,7 @@ class CacheDirectory:
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
         self.reader = Reader(self.keeper, folds=folds)
+        self.leaders = Leaders(self.keeper)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
         self.doubts = Doubts(self.keeper, self.reader)
         self.writes = Writes(self.doubts, self.space, self.publisher)

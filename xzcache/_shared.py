@@ -11,6 +11,7 @@ from xzcache import _pool as pool
 from xzcache._flights import Flights
 from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, is_cacheable, within
+from xzcache._parcels import Parcel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
+    from xzcache._leaders import Ticket
     from xzcache._pieces import Listed
-    from xzcache._publisher import Ticket
     from xzcache._reader import Found
     from xzcache._writes import Begun
 
@@ -135,11 +136,11 @@ class SharedBackend:
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry; what gives that up again, or None."""
-        return self.directory.publisher.lead(entry)
+        return self.directory.leaders.lead(entry)
 
     def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""
-        return self.directory.publisher.ticket(entry)
+        return self.directory.leaders.ticket(entry)
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
@@ -149,14 +150,7 @@ class SharedBackend:
         self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
         """As `publish`, but without waiting for it: the last to leave `fetching` does."""
-
-        def work() -> None:
-            try:
-                self.directory.publisher.publish(entry, data, ticket, validator)
-            finally:
-                done()
-
-        self.directory.background.add(work, len(data))
+        self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
 
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
@@ -226,7 +220,7 @@ class SharedBackend:
     async def note_lack(self, key: str, ticket: Ticket) -> None:
         """Remember that the source does not have a chunk."""
         if self.directory.absences.note(f"{self.namespace}/{key}", ticket):
-            self.directory.background.add(self.directory.absences.flush, 0)
+            self.directory.background.add(self.directory.absences.flush)
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""

@@ -1,0 +1,94 @@
+"""Who fetches, among the processes of a machine, and what was written since one began."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from xzcache._documents import is_document
+from xzcache._keys import Entry, all_slots
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xzcache._keeper import Keeper
+    from xzcache._membership import Membership
+
+
+class Ticket(NamedTuple):
+    """What the write counters said when a fill began: it may publish only while they still say so."""
+
+    member: int
+    generation: int
+    counts: tuple[int, ...]
+
+
+def current_ticket(member: Membership, key: str) -> Ticket:
+    """What the write counters say now."""
+    return Tickets(member).of(key)
+
+
+class Tickets:
+    """Tickets of several keys at one moment: a counter that they have in common is read once.
+
+    Parameters
+    ----------
+    member : Membership
+    """
+
+    def __init__(self, member: Membership) -> None:
+        self._member = member
+        self._counts: dict[int, int] = {}
+
+    def of(self, key: str) -> Ticket:
+        """What the write counters of a key say, each as it was when it was first asked for here."""
+        counts = self._counts
+        slots = all_slots(key, data=not is_document(key))
+        for slot in slots:
+            if slot not in counts:
+                counts[slot] = self._member.writes.read(slot)
+        return Ticket(id(self._member), self._member.generation, tuple([counts[slot] for slot in slots]))
+
+
+class Leaders:
+    """Finds the one process that fetches something for a cache directory. Never waits.
+
+    Parameters
+    ----------
+    keeper : Keeper
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._books = keeper.books
+
+    def lead(self, entry: Entry) -> Callable[[], None] | None:
+        """Try to become the one process that fetches an entry.
+
+        Returns
+        -------
+        callable or None
+            What gives the lead up again; None while another process has it. Never waits.
+        """
+        member = self._books.current
+        if member is None:
+            return lambda: None
+        offset = entry.lock_offset()
+        try:
+            if not member.keys.try_lock(offset):
+                return None
+        except OSError as error:
+            # a lock is only there to save a fetch
+            self._keeper.trouble(error)
+            return lambda: None
+        return lambda: member.keys.unlock(offset)
+
+    def ticket(self, entry: Entry) -> Ticket | None:
+        """Take note of the writes so far, before a fetch begins. Never waits."""
+        member = self._books.current
+        if member is None:
+            return None
+        try:
+            return current_ticket(member, entry.key)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
