@@ -7,6 +7,7 @@ beyond, the caller has to wait after all.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from xzcache._parcels import Parcel
+
+logger = logging.getLogger("xzcache")
 
 _MOST_BYTES: Final = 64 << 20
 
@@ -86,7 +89,10 @@ class Background:
 
     def _go_on(self) -> None:
         while True:
-            self._do_next()
+            try:
+                self._do_next()
+            except Exception:
+                logger.exception("what was to be stored in a cache may not be")
             with self._lock:
                 self._is_busy = bool(self._queue)
             # back to the end of the line, so that other directories have their turn
