@@ -73,6 +73,7 @@ FLOORS = {
     "_disk": 1,
     "_pieces": 1,
     "_spans": 0,
+    "_straight": 0,
     "_files": 1,
     "_looks": 0,
     "_opened": 1,

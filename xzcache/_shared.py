@@ -16,6 +16,8 @@ from xzcache._parcels import Parcel
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+    import numpy as np
+
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
@@ -74,6 +76,19 @@ class SharedBackend:
         if data is not None and directory.recency.note(entry):
             pool.submit(directory.flush)
         return data
+
+    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+        directory = self.directory
+        if not directory.is_ready:
+            return False
+        entry = Entry(f"{self.namespace}/{key}")
+        max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
+        if not directory.reader.into(entry, max_age_ns, place, patient=patient):
+            return False
+        if directory.recency.note(entry):
+            pool.submit(directory.flush)
+        return True
 
     def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
         """As `find`, where waiting for the disk is no harm."""
