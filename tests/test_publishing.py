@@ -181,9 +181,12 @@ class Recorder:
         self.batches: list[list[str]] = []
         self.let = threading.Semaphore(0)
         self.error: Exception | None = None
+        self.interrupt = False
 
     def __call__(self, batch: Sequence[Parcel]) -> None:
         self.batches.append([one.entry.key for one in batch])
+        if self.interrupt:
+            raise KeyboardInterrupt
         assert self.let.acquire(timeout=30)
         if self.error is not None:
             raise self.error
@@ -276,3 +279,29 @@ async def test_a_caller_who_is_alone_waits_for_what_is_stored() -> None:
     await waiting
     assert recorder.batches == [["a", "b"]]
     background.leave()
+
+
+async def test_where_no_thread_can_be_had_it_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    background = Background(recorder)
+    recorder.let.release(1000)
+    monkeypatch.setattr("xzcache._background.try_in_order", lambda function: False)
+    await given(background, [f"{number}" for number in range(3 * parcels_.MOST)])
+    background.wait()
+    assert [len(batch) for batch in recorder.batches] == [parcels_.MOST] * 3
+
+
+async def test_who_is_interrupted_leaves_the_rest_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    background = Background(recorder)
+    recorder.let.release(1000)
+    monkeypatch.setattr("xzcache._background.try_in_order", lambda function: False)
+    for key in ("a", "b", "a"):
+        background._add(Parcel(Entry(key), b"", None), 0)
+    recorder.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        background.wait()
+    recorder.interrupt = False
+    background.enter()
+    await asyncio.wait_for(background.pause(), 10)
+    assert recorder.batches == [["a", "b"], ["a"]]

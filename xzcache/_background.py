@@ -80,12 +80,15 @@ class Background:
             self._queue.append((what, future))
 
     def _begin(self) -> None:
-        with self._lock:
-            if self._is_busy or not self._queue:
-                return
-            self._is_busy = True
-        if not try_in_order(self._go_on):
+        if self._may_begin() and not try_in_order(self._go_on):
             self._go_on()
+
+    def _may_begin(self) -> bool:
+        """Whether there is something to do that nobody does; it is the caller's then."""
+        with self._lock:
+            mine = bool(self._queue) and not self._is_busy
+            self._is_busy = self._is_busy or mine
+            return mine
 
     def _go_on(self) -> None:
         while True:
@@ -93,10 +96,11 @@ class Background:
                 self._do_next()
             except Exception:
                 logger.exception("what was to be stored in a cache may not be")
-            with self._lock:
-                self._is_busy = bool(self._queue)
+            finally:
+                with self._lock:
+                    self._is_busy = False
             # back to the end of the line, so that other directories have their turn
-            if not self._is_busy or try_in_order(self._go_on):
+            if not self._may_begin() or try_in_order(self._go_on):
                 return
 
     def _do_next(self) -> None:
@@ -144,6 +148,7 @@ class Background:
                 last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
             if last is None:
                 return
+            self._begin()
             # meanwhile others may come, fetch, and leave it to this one
             await asyncio.shield(asyncio.wrap_future(last))
 
