@@ -9,7 +9,7 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from zarr.storage import LocalStore, WrapperStore
 import xzcache
 from xzcache import _files, _recovery
 from xzcache._index import Index
+from xzcache._keys import Entry
+from xzcache._parcels import Parcel
 from xzcache._publisher import Publisher
 from xzcache._space import Space
 
@@ -238,18 +240,29 @@ def halfway(write: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def between(reveal: Callable[..., Any]) -> Callable[..., Any]:
-    """Of the two steps that make a file an entry: after the commit."""
+    """Of the two steps that make files entries: after the commit."""
 
-    def replaced(index: Index, temporary: str, path: str) -> None:
+    def replaced(index: Index, moves: Any) -> None:
         index.commit()
         die()
 
     return replaced
 
 
-def rename_first(index: Index, temporary: str, path: str) -> None:
+def amidst(reveal: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the two steps that make files entries: when half of the files have their names."""
+
+    def replaced(index: Index, moves: Any) -> None:
+        reveal(index, moves[: (len(moves) + 1) // 2])
+        die()
+
+    return replaced
+
+
+def rename_first(index: Index, moves: Any) -> None:
     """The two steps in the wrong order, and the end between them."""
-    _files.move(temporary, path)
+    for item, path in moves:
+        _files.move(item.temporary, path)
     die()
 
 
@@ -279,6 +292,13 @@ STEPS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "before-settling": (Space, "settle", before),
     "after-settling": (Space, "settle", after),
 }
+
+
+STEPS_OF_SEVERAL = STEPS | {
+    "amidst-writing": (_files, "write", third),
+    "amidst-renaming": (Publisher, "_commit_and_reveal", amidst),
+}
+"""What may be met when several are published together."""
 
 
 def patch(owner: object, name: str, change: Callable[..., Any]) -> None:
@@ -316,6 +336,28 @@ def die_at(link: Connection, root: str, step: str) -> None:
     fill(store, range(9, 30))
 
 
+def publish_together(store: xzcache.LockedLocalStore, keys: Iterable[str]) -> list[bool]:
+    """Publish several values as fetches do; which of them were stored."""
+    directory = store.directory
+    assert directory.prepare()
+    parcels = []
+    for key in keys:
+        entry = Entry(key)
+        ticket = directory.leaders.ticket(entry)
+        parcels.append(Parcel(entry, memoryview(made(entry.key, 0, VALUE)), ticket, "etag"))
+    directory.publisher.publish_all(parcels)
+    return [parcel.is_stored for parcel in parcels]
+
+
+def die_together(link: Connection, root: str, step: str) -> None:
+    """As `die_at`, of several that are published together."""
+    store = xzcache.LockedLocalStore(root, max_size=BOUND)
+    fill(store, range(9))
+    patch(*STEPS_OF_SEVERAL[step])
+    for first in range(8, 30, 4):
+        publish_together(store, [f"k{number}" for number in range(first, first + 4)])
+
+
 def go_on(link: Connection, root: str) -> int:
     """Use a directory as if nothing had happened; how many values there were."""
     store = xzcache.LockedLocalStore(root)
@@ -338,6 +380,17 @@ def test_a_kill_at_a_named_step(tmp_path: Path, step: str) -> None:
     visit(root)
     assert audit(root) >= 8
     assert run(go_on, root) >= 8
+    assert audit(root) >= 8
+
+
+@pytest.mark.parametrize("step", STEPS_OF_SEVERAL)
+def test_a_kill_amidst_several(tmp_path: Path, step: str) -> None:
+    root = str(tmp_path)
+    killed(die_together, root, step)
+    assert findings(root), "the kill came too early or too late to leave anything"
+    visit(root)
+    assert audit(root) >= 4
+    assert run(go_on, root) >= 4
     assert audit(root) >= 8
 
 
@@ -481,6 +534,14 @@ def write_and_evict(root: str) -> None:
     store.directory.close()
 
 
+def publish_several(root: str) -> None:
+    """Replace one, evict for others, and have one whose place another of them takes."""
+    store = xzcache.LockedLocalStore(root, max_size=BOUND)
+    assert publish_together(store, ["k9", "k10", "k11"]) == [True] * 3
+    assert publish_together(store, ["k11", "k12", "k12/beneath", "k13"]) == [True] * 4
+    store.directory.close()
+
+
 def recover(root: str) -> None:
     xzcache.LockedLocalStore(root).directory.prepare()
 
@@ -509,6 +570,7 @@ def nothing(root: str) -> None:
 SCENES: dict[str, tuple[Callable[[str], None], Callable[[str], None]]] = {
     "first-use": (nothing, recover),
     "writing": (prepared, write_and_evict),
+    "publishing": (prepared, publish_several),
     "recovering": (crashed, recover),
     "rebuilding": (damage, recover),
 }
@@ -549,7 +611,7 @@ def test_a_kill_at_every_step(tmp_path: Path, scene: str) -> None:
 def die_with_a_name_and_no_row(link: Connection, root: str) -> None:
     store = xzcache.LockedLocalStore(root, max_size=BOUND)
     fill(store, range(3))
-    Publisher._commit_and_reveal = staticmethod(rename_first)  # type: ignore[method-assign]  # that is the point
+    Publisher._commit_and_reveal = staticmethod(rename_first)  # type: ignore[method-assign,assignment]  # that is the point
     fill(store, range(3, 4))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import xarray as xr
 import zarr
 from sources import CountingStore, memory_source, neighbours
+from zarr.codecs import BytesCodec, TransposeCodec
 from zarr.storage import LocalStore
 
 import xzcache
+from xzcache._shared import SharedBackend
 
 pipeline = pytest.importorskip("xzcache.pipeline", reason="this Zarr has no FusedCodecPipeline", exc_type=ImportError)
 
@@ -86,6 +90,122 @@ def test_half_of_it_cached(tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened(store)[:], values)
     asked = [key for call, key in source.calls if call == "get" and "/c/" in key]
     assert sorted(asked) == sorted({f"a/c/{row}/{column}" for row in (2, 3, 4) for column in range(4)})
+
+
+def test_a_hit_that_was_in_vain_is_not_counted(tmp_path: Path) -> None:
+    """A shard of which a part is cached is read again where the rest is missing."""
+    source, values = made("sharded")
+    store = xzcache.CacheStore(source, cache_store=tmp_path)
+    array = opened(store)
+    np.testing.assert_array_equal(array[16:20, 32:40], values[16:20, 32:40])
+    store.cache_info()
+    before = store.cache_stats()
+    np.testing.assert_array_equal(array[16:24, 32:40], values[16:24, 32:40])
+    after = store.cache_stats()
+    assert after["misses"] == before["misses"] + 1
+    # the index of the shard, and the chunk that was there
+    assert after["hits"] == before["hits"] + 2
+
+
+# -- chunks that are read straight into the result
+
+
+RAW: dict[str, dict[str, Any]] = {
+    "rows": {"shape": (7, 12), "chunks": (1, 12)},
+    "blocks": {"shape": (7, 12), "chunks": (2, 5)},
+    "bands": {"shape": (7, 12), "chunks": (3, 12)},
+    "one": {"shape": (7, 12), "chunks": (7, 12)},
+    "cubes": {"shape": (4, 3, 6), "chunks": (1, 3, 2)},
+    "scalar": {"shape": (), "chunks": ()},
+    "big-endian": {"shape": (7, 12), "chunks": (1, 12), "serializer": BytesCodec(endian="big")},
+    "columns": {"shape": (7, 12), "chunks": (7, 1), "config": {"order": "F"}},
+    "transposed": {"shape": (7, 12), "chunks": (1, 12), "filters": TransposeCodec(order=(1, 0))},
+    "booleans": {"shape": (7, 12), "chunks": (1, 12), "dtype": "bool"},
+    "dates": {"shape": (7, 12), "chunks": (1, 12), "dtype": "datetime64[s]"},
+    "format-2": {"shape": (7, 12), "chunks": (1, 12), "zarr_format": 2},
+    "others-way-round": {"shape": (7, 12), "chunks": (1, 12), "zarr_format": 2, "dtype": ">i4"},
+}
+READS: dict[str, Callable[[Any], Any]] = {
+    "all": lambda array: array[...],
+    "a row": lambda array: array[-1] if array.ndim else array[()],
+    "part": lambda array: array[1:5, 3:11] if array.ndim else array[()],
+    "each": lambda array: [array[number] for number in range(array.shape[0])] if array.ndim else array[()],
+    "steps": lambda array: array[::2, ::3] if array.ndim else array[()],
+    "scattered": lambda array: array.oindex[[3, 1], :] if isinstance(array, zarr.Array) and array.ndim == 2 else 0,
+}
+
+
+@pytest.mark.parametrize("layout", RAW)
+def test_raw_chunks_however_they_lie(layout: str, tmp_path: Path) -> None:
+    source = memory_source()
+    options = {"dtype": "i4", "compressors": None} | RAW[layout]
+    values = np.arange(np.prod(options["shape"], dtype=int)).reshape(options["shape"]).astype(options["dtype"])
+    zarr.create_array(source, name="a", **options)[...] = values
+    for _ in range(2):
+        array = opened(xzcache.CacheStore(source, cache_store=tmp_path))
+        for name, read in READS.items():
+            for _ in range(2):
+                expected = values[[3, 1]] if name == "scattered" and values.ndim == 2 else read(values)
+                np.testing.assert_array_equal(read(array), expected)
+
+
+def read_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[bool]]:
+    """An array of rows that has been read twice, its values, and a record of what is read straight from then on."""
+    source = memory_source()
+    values = np.arange(200_000, dtype="i4").reshape(2, 100_000)
+    options: dict[str, Any] = {"dtype": "i4", "compressors": None, "chunks": (1, 100_000)}
+    zarr.create_array(source, name="a", shape=values.shape, **options)[:] = values
+    store = xzcache.CacheStore(source, cache_store=tmp_path)
+    array = opened(store)
+    for _ in range(2):
+        assert (array[:] == values).all()
+        store.cache_info()
+    straight: list[bool] = []
+    into = SharedBackend.into
+
+    def watched(*args: Any, **options: Any) -> bool:
+        straight.append(into(*args, **options))
+        return straight[-1]
+
+    monkeypatch.setattr(SharedBackend, "into", watched)
+    return array, values, straight
+
+
+def test_whole_chunks_are_read_straight_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, values, straight = read_rows(tmp_path, monkeypatch)
+    before = array.store.cache_stats()
+    np.testing.assert_array_equal(array[:], values)
+    np.testing.assert_array_equal(array[1], values[1])
+    assert straight == [True] * 3
+    after = array.store.cache_stats()
+    assert after["hits"] == before["hits"] + 3
+    assert after["bytes_from_cache"] == before["bytes_from_cache"] + 3 * 400_000
+
+
+@pytest.mark.parametrize("how", ["shorter", "longer", "other", "gone"])
+def test_a_file_that_somebody_changed_is_not_read_straight(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array, values, straight = read_rows(tmp_path, monkeypatch)
+    (path,) = (path for path in tmp_path.rglob("c/0/0") if path.is_file())
+    if how == "shorter":
+        os.truncate(path, 1000)
+    elif how == "longer":
+        os.truncate(path, 400_001)
+    elif how == "other":
+        path.write_bytes(bytes(400_000))
+    else:
+        path.unlink()
+    np.testing.assert_array_equal(array[:], values)
+    assert sorted(straight) == [False, True]
+
+
+def test_a_read_that_comes_up_short_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, values, straight = read_rows(tmp_path, monkeypatch)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, *rest: preadv(fd, [buffers[0][:1000]], *rest))
+    np.testing.assert_array_equal(array[:], values)
+    assert straight == [False, False]
 
 
 def test_arrays_of_other_stores_are_read_as_ever() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
+
     from xzcache._config import Age
     from xzcache._keys import Entry
     from xzcache._nodes import Nodes
@@ -26,6 +28,10 @@ class Alone:
     def at_once(self, key: str, max_age: Age) -> memoryview | None:
         """What the store that caches has to be asked for is never to be had at once."""
         return None
+
+    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """Nor into bytes that somebody has."""
+        return False
 
     def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
         """Nor by a thread, which is not the one of that store's event loop."""

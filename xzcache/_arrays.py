@@ -174,7 +174,7 @@ class Arrays:
             if valid and absent:
                 index.notes.set_absent(full, time.time())
             elif not absent:
-                index.notes.drop_absent(full)
+                index.notes.drop_absent([full])
             for attributes, digest in described.attributes.items():
                 index.notes.set_node(_join(namespace, attributes), digest)
             for path in changed:

@@ -1,37 +1,55 @@
 """Work that its caller does not wait for: storing what somebody has been given already.
 
-One thread does it, in order. How many bytes may be waiting is bounded: beyond, the caller has to wait after all.
+One thread does it, in order; what has gathered meanwhile is stored together. How many bytes may be waiting is bounded:
+beyond, the caller has to wait after all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+from collections import deque
+from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
+from xzcache import _parcels as parcels
 from xzcache._fork import renew_after_fork
-from xzcache._pool import submit_in_order
+from xzcache._pool import try_in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
+    from collections.abc import Callable, Sequence
+
+    from xzcache._parcels import Parcel
+
+logger = logging.getLogger("xzcache")
 
 _MOST_BYTES: Final = 64 << 20
 
 
 class Background:
-    """What is yet to be stored in one cache directory. Safe for threads and event loops; empty after a fork."""
+    """What is yet to be stored in one cache directory. Safe for threads and event loops; empty after a fork.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    publish_all : callable
+        What stores several parcels together.
+    """
+
+    def __init__(self, publish_all: Callable[[Sequence[Parcel]], None]) -> None:
+        self._publish_all = publish_all
         self.after_fork_in_child()
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
         """The parent does what it has begun."""
         self._lock = threading.Lock()
+        self._queue: deque[tuple[Parcel | Callable[[], None], Future[None]]] = deque()
         self._waiting: dict[Future[None], int] = {}
         self._bytes = 0
         self._readers = 0
+        self._is_busy = False
 
     def enter(self) -> None:
         """Somebody begins to fetch."""
@@ -43,31 +61,100 @@ class Background:
         with self._lock:
             self._readers -= 1
 
-    def add(self, work: Callable[[], None], size: int) -> None:
-        """Have something done that holds `size` bytes until it is."""
+    def add(self, work: Callable[[], None]) -> None:
+        """Have something done."""
+        self._add(work, 0)
+        self._begin()
+
+    def publish(self, parcel: Parcel) -> None:
+        """Have something stored, on a running loop; its bytes are held until it is."""
+        self._add(parcel, len(parcel.data))
+        # tasks that were woken with this one are about to bring theirs
+        asyncio.get_running_loop().call_soon(self._begin)
+
+    def _add(self, what: Parcel | Callable[[], None], size: int) -> None:
+        future: Future[None] = Future()
         with self._lock:
             self._bytes += size
-            future = submit_in_order(work)
             self._waiting[future] = size
-        future.add_done_callback(self._done)
+            self._queue.append((what, future))
 
-    def _done(self, future: Future[None]) -> None:
+    def _begin(self) -> None:
+        if self._may_begin() and not try_in_order(self._go_on):
+            self._go_on()
+
+    def _may_begin(self) -> bool:
+        """Whether there is something to do that nobody does; it is the caller's then."""
         with self._lock:
-            self._bytes -= self._waiting.pop(future, 0)
+            mine = bool(self._queue) and not self._is_busy
+            self._is_busy = self._is_busy or mine
+            return mine
+
+    def _go_on(self) -> None:
+        while True:
+            try:
+                self._do_next()
+            except Exception:
+                logger.exception("what was to be stored in a cache may not be")
+            finally:
+                with self._lock:
+                    self._is_busy = False
+            # back to the end of the line, so that other directories have their turn
+            if not self._may_begin() or try_in_order(self._go_on):
+                return
+
+    def _do_next(self) -> None:
+        with self._lock:
+            batch = self._take()
+        try:
+            first = batch[0][0] if batch else None
+            if callable(first):
+                first()
+            elif batch:
+                self._publish_all([what for what, _ in batch if not callable(what)])
+        finally:
+            with ExitStack() as stack:
+                for what, future in reversed(batch):
+                    stack.callback(self._finish, what, future)
+
+    def _take(self) -> list[tuple[Parcel | Callable[[], None], Future[None]]]:
+        """The next piece of work, or as many of the next parcels as may be published together."""
+        batch: list[tuple[Parcel | Callable[[], None], Future[None]]] = []
+        size, entries = 0, set()
+        while self._queue and len(batch) < parcels.MOST:
+            what, _ = self._queue[0]
+            if callable(what):
+                return batch or [self._queue.popleft()]
+            size += len(what.data)
+            if batch and (size > parcels.MOST_BYTES or what.entry in entries):
+                break
+            entries.add(what.entry)
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _finish(self, what: Parcel | Callable[[], None], future: Future[None]) -> None:
+        try:
+            if not callable(what) and what.done is not None:
+                what.done()
+        finally:
+            with self._lock:
+                self._bytes -= self._waiting.pop(future, 0)
+            future.set_result(None)
 
     async def pause(self) -> None:
         """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
         while True:
             with self._lock:
-                waiting = list(self._waiting) if self._readers <= 1 or self._bytes > _MOST_BYTES else []
-            if not waiting:
+                last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
+            if last is None:
                 return
+            self._begin()
             # meanwhile others may come, fetch, and leave it to this one
-            for future in waiting:
-                await asyncio.shield(asyncio.wrap_future(future))
+            await asyncio.shield(asyncio.wrap_future(last))
 
     def wait(self) -> None:
         """Wait until all is done that there is to do now."""
+        self._begin()
         with self._lock:
             waiting = list(self._waiting)
         for future in waiting:

@@ -73,7 +73,7 @@ class CacheDirectory:
     ) -> None:
         self.root = root
         self.books = Books(root, lock_timeout)
-        self.background = Background()
+        self.background = Background(lambda parcels: self.publisher.publish_all(parcels))
         self._min_free = min_free
         self._start(max_size, default_max_size)
 

@@ -208,6 +208,10 @@ class Index:
         """The whole object and all byte ranges of one key."""
         return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ?", (key,))]
 
+    def knows(self, key: str) -> bool:
+        """Whether there is any entry of a key."""
+        return self._do("SELECT 1 FROM entry WHERE key = ? LIMIT 1", (key,)).fetchone() is not None
+
     def piece_of(self, key: str) -> Row | None:
         """One byte range of a key."""
         row = self._do(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -44,11 +45,17 @@ class Entry(NamedTuple):
 
     def digest(self) -> bytes:
         """16 bytes that stand for this entry wherever its name would be too long."""
-        return blake2b(f"{self.key}\0{self.start}\0{self.stop}".encode(), digest_size=16).digest()
+        return _digest(self.key, self.start, self.stop)
 
     def lock_offset(self) -> int:
         """The byte of the lock files that stands for this entry."""
         return int.from_bytes(self.digest()[:8], "little") & ((1 << _SLOTS) - 1)
+
+
+@lru_cache(maxsize=4096)
+def _digest(key: str, start: int, stop: int) -> bytes:
+    # asked for several times in the life of a fetch
+    return blake2b(f"{key}\0{start}\0{stop}".encode(), digest_size=16).digest()
 
 
 def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:
@@ -158,7 +165,7 @@ def absence_slot(array: str) -> int:
     return Entry(array + "///").lock_offset()
 
 
-def all_slots(key: str, *, data: bool) -> list[int]:
+def all_slots(key: str, *, data: bool) -> tuple[int, ...]:
     """The numbers of all counters that a write of a key, or of anything above it, raises.
 
     Parameters
@@ -167,7 +174,12 @@ def all_slots(key: str, *, data: bool) -> list[int]:
     data : bool
         Whether it is something else than a metadata document.
     """
-    parts = key.split("/")
-    above = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-    slots = [write_slot(key), *map(prefix_slot, above)]
-    return [*slots, *map(data_slot, above)] if data else slots
+    return (write_slot(key), *_slots_above(key[: key.rfind("/") + 1], data=data))
+
+
+@lru_cache(maxsize=1024)
+def _slots_above(directory: str, *, data: bool) -> tuple[int, ...]:
+    # the same for all chunks of an array; a directory ends in a slash
+    above = [directory[:end] for end, character in enumerate(directory) if character == "/"]
+    slots = tuple(map(prefix_slot, above))
+    return (*slots, *map(data_slot, above)) if data else slots

@@ -25,8 +25,29 @@ class Ticket(NamedTuple):
 
 def current_ticket(member: Membership, key: str) -> Ticket:
     """What the write counters say now."""
-    counts = tuple(member.writes.read(number) for number in all_slots(key, data=not is_document(key)))
-    return Ticket(id(member), member.generation, counts)
+    return Tickets(member).of(key)
+
+
+class Tickets:
+    """Tickets of several keys at one moment: a counter that they have in common is read once.
+
+    Parameters
+    ----------
+    member : Membership
+    """
+
+    def __init__(self, member: Membership) -> None:
+        self._member = member
+        self._counts: dict[int, int] = {}
+
+    def of(self, key: str) -> Ticket:
+        """What the write counters of a key say, each as it was when it was first asked for here."""
+        counts = self._counts
+        slots = all_slots(key, data=not is_document(key))
+        for slot in slots:
+            if slot not in counts:
+                counts[slot] = self._member.writes.read(slot)
+        return Ticket(id(self._member), self._member.generation, tuple([counts[slot] for slot in slots]))
 
 
 class Leaders:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Iterable
+
+
+class Writings(NamedTuple):
+    """Keys that are being written, and prefixes of keys."""
+
+    keys: set[str]
+    prefixes: list[str]
+
+    def concern(self, key: str) -> bool:
+        """Whether a key is one of them, or beneath one."""
+        return key in self.keys or any(map(key.startswith, self.prefixes))
 
 
 class Notes:
@@ -13,6 +25,7 @@ class Notes:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._do = connection.execute
+        self._do_many = connection.executemany
 
     # -- the documents under which the entries of an array were filled
 
@@ -55,12 +68,14 @@ class Notes:
     def drop_writing(self, id_: int, owner: int) -> None:
         self._do("DELETE FROM writing WHERE id = ? AND owner = ?", (id_, owner))
 
+    def writings(self) -> Writings:
+        """What is being written, whoever does it."""
+        rows = self._do("SELECT key, beneath FROM writing").fetchall()
+        return Writings({key for key, beneath in rows if not beneath}, [f"{key}/" for key, beneath in rows if beneath])
+
     def is_written(self, key: str) -> bool:
         """Whether somebody is writing a key, or something above it."""
-        if self._do("SELECT 1 FROM writing WHERE beneath = 0 AND key = ?", (key,)).fetchone():
-            return True
-        prefixes = self._do("SELECT key FROM writing WHERE beneath = 1").fetchall()
-        return any(key.startswith(f"{prefix}/") for (prefix,) in prefixes)
+        return self.writings().concern(key)
 
     def writing_of(self, owner: int) -> list[tuple[str, bool]]:
         """Keys, and prefixes of keys, that an owner is writing."""
@@ -93,8 +108,8 @@ class Notes:
             oldest = "SELECT key FROM absent ORDER BY noted LIMIT ?"
             self._do(f"DELETE FROM absent WHERE key IN ({oldest})", (surplus + most // 8,))
 
-    def drop_absent(self, key: str) -> None:
-        self._do("DELETE FROM absent WHERE key = ?", (key,))
+    def drop_absent(self, keys: Iterable[str]) -> None:
+        self._do_many("DELETE FROM absent WHERE key = ?", [(key,) for key in keys])
 
     def drop_absent_beneath(self, prefix: str) -> None:
         where, bounds = range_of(prefix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -72,6 +72,34 @@ def read_unchanged(path: str, signature: Signature, most: int) -> memoryview | N
         return read_resident(fd, 0, size)
     except OSError:
         return None
+    finally:
+        os.close(fd)
+
+
+def read_unchanged_into(path: str, signature: Signature, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+    """As `read_unchanged`, into bytes that somebody has; what is there after False is undefined.
+
+    Parameters
+    ----------
+    path : str
+    signature : (int, int, int)
+    place : ndarray of uint8
+    patient : bool
+        Whether the disk may be waited for.
+    """
+    try:
+        fd = os.open(path, _READ)
+    except OSError:
+        return False
+    try:
+        status = os.fstat(fd)
+        size = status.st_size
+        if (status.st_ino, status.st_mtime_ns, size) != signature or size != len(place):
+            return False
+        return os.preadv(fd, [place], 0, 0 if patient else os.RWF_NOWAIT) == size
+    except (OSError, AttributeError) as error:
+        # a file system that is memory does not know the flag
+        return getattr(error, "errno", None) == errno.EOPNOTSUPP and os.preadv(fd, [place], 0) == size
     finally:
         os.close(fd)
 

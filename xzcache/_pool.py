@@ -71,21 +71,24 @@ class _Once(Generic[T]):
 
 def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """Run a function in a thread of ours; where there are none to be had, as at the end of the process, right here."""
-    return _submit(_pool, partial(function, *args, **kwargs))
-
-
-def submit_in_order(function: Callable[[], T]) -> Future[T]:
-    """Run a function in one thread of ours, after all that was submitted in this way before."""
-    return _submit(_queue, function)
-
-
-def _submit(pool: _Pool, call: Callable[[], T]) -> Future[T]:
-    once = _Once(call)
+    once = _Once(partial(function, *args, **kwargs))
     try:
-        pool.executor().submit(once)
+        _pool.executor().submit(once)
     except RuntimeError:
         once()
     return once.future
+
+
+def try_in_order(function: Callable[[], None]) -> bool:
+    """Run a function in one thread of ours, after all that was submitted in this way before; False if there is none.
+
+    It may be run once more where that was said: an executor keeps what it could not start a thread for.
+    """
+    try:
+        _queue.executor().submit(function)
+    except RuntimeError:
+        return False
+    return True
 
 
 async def outcome(future: Future[T]) -> T:

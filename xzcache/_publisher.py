@@ -1,35 +1,37 @@
-"""Publishing entries: when one may be stored, and the order of the steps that survives a crash."""
+"""Publishing entries: when one may be stored, and the order of the steps that survives a crash.
+
+Several that wait are published together. Each has its own file and its own checks; they have one wait for the guard and
+one transaction in common.
+"""
 
 from __future__ import annotations
 
 import errno
-import os
 import sqlite3
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from xzcache import _files as files
 from xzcache import _recovery as recovery
+from xzcache._admission import Admission
 from xzcache._errors import Damaged, NoRoom
-from xzcache._keys import Entry, is_plain, namespace_of, relative_path
-from xzcache._leaders import Ticket, current_ticket
+from xzcache._keys import namespace_of, relative_path
+from xzcache._leaders import Tickets
+from xzcache._parcels import InFlight, Parcel
 from xzcache._space import recovery_due
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from xzcache._index import Index
     from xzcache._keeper import Keeper
+    from xzcache._keys import Entry
+    from xzcache._leaders import Ticket
     from xzcache._membership import Membership
     from xzcache._schema import Dying
     from xzcache._space import Space
-
-
-@dataclass
-class _Spending:
-    """Whether the bytes that were taken from the lease are the index's to count now."""
-
-    done: bool = False
 
 
 class Publisher:
@@ -48,7 +50,7 @@ class Publisher:
         self._books = keeper.books
         self._root = keeper.books.root
         self._space = space
-        self._folds = folds
+        self._admission = Admission(self._root, folds=folds)
 
     def publish(self, entry: Entry, data: files.Data, ticket: Ticket | None, validator: str = "") -> bool:
         """Store an entry for every process, unless it was written since the ticket was taken.
@@ -67,9 +69,18 @@ class Publisher:
         bool
             Whether it was stored.
         """
-        if ticket is None:
-            return False
-        return self._keeper.attempt(lambda: self._publish(entry, data, ticket, validator=validator), False)
+        parcel = Parcel(entry, data, ticket, validator)
+        self.publish_all([parcel])
+        return parcel.is_stored
+
+    def publish_all(self, parcels: Sequence[Parcel]) -> None:
+        """As `publish`, of several together, no two of them the same entry; each tells whether it was stored."""
+        todo = [parcel for parcel in parcels if parcel.ticket is not None]
+        if len(todo) > 1:
+            # what one of them lacks must not harm the others
+            todo = self._keeper.attempt(lambda: self._together(todo), [])
+        for parcel in todo:
+            self._keeper.attempt(partial(self._alone, parcel), None)
 
     def store(self, entry: Entry, data: files.Data, *, exclusive: bool = False) -> bool:
         """Store an entry that has no source, over whatever file lies at its key.
@@ -91,155 +102,158 @@ class Publisher:
         CacheFault, OSError
             It could not be.
         """
-        return self._keeper.insist(lambda: self._publish(entry, data, None, exclusive=exclusive))
+        parcel = Parcel(entry, data, None, exclusive=exclusive)
+        self._keeper.insist(lambda: self._alone(parcel))
+        return parcel.is_stored
 
-    def _publish(
-        self, entry: Entry, data: files.Data, ticket: Ticket | None, *, exclusive: bool = False, validator: str = ""
-    ) -> bool:
-        size = len(data)
+    def _alone(self, parcel: Parcel) -> None:
+        for item in self._publish([parcel]):
+            if item.failure is not None:
+                raise item.failure
+
+    def _together(self, parcels: list[Parcel]) -> list[Parcel]:
+        """Publish several; returns those that are to be tried alone."""
+        try:
+            return [item.parcel for item in self._publish(parcels) if item.failure is not None]
+        except NoRoom:
+            return parcels
+
+    def _publish(self, parcels: list[Parcel]) -> list[InFlight]:
         overtaken: list[Dying] = []
         with self._books.storing() as member:
-            self._space.take(member, size)
-            sequence, temporary = member.next_temporary()
-            spending = _Spending()
+            self._space.take(member, sum(len(parcel.data) for parcel in parcels))
+            items: list[InFlight] = []
             try:
-                stamp = self._write(temporary, entry, data, validator)
+                for parcel in parcels:
+                    stamp = files.stamp_of(parcel.entry, parcel.data, parcel.validator)
+                    items.append(InFlight(parcel, *member.next_temporary(), stamp))
+                for item in items:
+                    self._write(item)
                 with self._books.section() as (current, index):
-                    if current is not member or (
-                        ticket is not None and not self._may_enter(member, index, entry, ticket)
-                    ):
-                        return False
-                    if (exclusive and self._is_there(entry)) or not self._agrees(index, entry, validator):
-                        return False
-                    replaced, odd = self._enter(
-                        member, index, entry, stamp, sequence, temporary, spending, over_foreign=ticket is None
-                    )
-                    self._bury(index, replaced, renamed_over=odd)
-                    if ticket is not None and ticket != current_ticket(member, entry.key):
-                        # somebody who could not wait for the guard has written the key: see `Writes`
-                        overtaken = self._space.condemn(member, index, index.of_key(entry.key))
+                    if current is member:
+                        overtaken = self._enter(member, index, items)
             finally:
-                if not spending.done:
-                    files.discard(temporary)
-                    member.give_back(size)
+                self._give_back(member, items, parcels)
         self._space.release(overtaken)
         if recovery_due(member):
-            # whatever comes of that, this entry is stored
+            # whatever comes of that, these entries are stored
             self._keeper.attempt(lambda: recovery.recover(self._books), None)
-        return not overtaken
+        return items
 
     @staticmethod
-    def _may_enter(member: Membership, index: Index, entry: Entry, ticket: Ticket) -> bool:
-        """Whether nobody has written the key since the ticket was taken, or is writing it now."""
-        return ticket == current_ticket(member, entry.key) and not index.notes.is_written(entry.key)
+    def _give_back(member: Membership, items: Sequence[InFlight], parcels: Sequence[Parcel]) -> None:
+        """Give back what was leased and not spent, once nothing of it is on disk."""
+        member.give_back(sum(len(parcel.data) for parcel in parcels[len(items) :]))
+        for item in items:
+            if not item.is_spent:
+                try:
+                    files.discard(item.temporary)
+                except OSError as error:
+                    # what cannot be unlinked stays counted
+                    item.failure = item.failure or error
+                else:
+                    member.give_back(item.stamp.size)
 
-    def _agrees(self, index: Index, entry: Entry, validator: str) -> bool:
-        """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
-        if not validator:
-            return True
-        for row in (index.find(entry.whole), index.piece_of(entry.key)):
-            if row is not None and row.entry != entry:
-                stamp = files.read_stamp(self._path(row.entry, odd=row.odd))
-                if stamp is not None and stamp.validator not in ("", validator):
-                    return False
-        return True
-
-    def _is_there(self, entry: Entry) -> bool:
-        places = (True,) if self._is_odd(entry) else (False, True)
-        return any(os.path.lexists(self._path(entry, odd=odd)) for odd in places)
-
-    def _write(self, temporary: str, entry: Entry, data: files.Data, validator: str) -> files.Stamp:
-        stamp = files.stamp_of(entry, data, validator)
+    def _write(self, item: InFlight) -> None:
+        item.odd = self._admission.is_odd(item.parcel.entry)
         try:
-            files.write(temporary, data, self._for_place(stamp, entry, odd=self._is_odd(entry)))
+            files.write(item.temporary, item.parcel.data, item.stamp_in_place)
         except OSError as error:
+            item.failure = error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 # for the next one
-                self._space.evict(stamp.size)
-                raise NoRoom(f"the disk of {self._root} is full") from error
-            raise
-        return stamp
+                self._space.evict(item.stamp.size)
+                item.failure = NoRoom(f"the disk of {self._root} is full")
 
-    def _is_odd(self, entry: Entry) -> bool:
-        return entry.is_whole and not is_plain(entry.key, folds=self._folds)
+    # -- under the guard
 
-    @staticmethod
-    def _for_place(stamp: files.Stamp, entry: Entry, *, odd: bool) -> files.Stamp:
-        """Only a file that does not lie at its own key has to carry it."""
-        return stamp._replace(key=entry.key) if odd or not entry.is_whole else stamp
-
-    def _enter(
-        self,
-        member: Membership,
-        index: Index,
-        entry: Entry,
-        stamp: files.Stamp,
-        sequence: int,
-        temporary: str,
-        spending: _Spending,
-        *,
-        over_foreign: bool,
-    ) -> tuple[list[Dying], bool]:
-        """Give an entry its row, then its file its name; what it replaced, and whether it lies at an odd place."""
-        old = index.find(entry)
-        odd = self._is_odd(entry)
-        if not odd and entry.is_whole:
-            path = self._path(entry, odd=False)
-            known = old is not None and not old.odd
-            odd = not files.is_regular(path) if over_foreign else files.blocked(path, entry, known=known)
-            if odd:
-                files.attach(temporary, self._for_place(stamp, entry, odd=True))
-        replaced = [] if old is None else [index.add_dying(old, member.owner)]
-        if old is not None:
-            index.remove(old.id)
+    def _enter(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
+        """Give entries their rows, then their files their names; returns what somebody wrote in the meantime."""
+        entering = self._admission.of(member, index, items)
+        if not entering:
+            return []
+        keys = {item.parcel.entry.key for item in entering}
         used = time.time_ns()
-        index.notes.drop_absent(entry.key)
-        index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=sequence)
-        index.change_lease(member.owner, -stamp.size)
+        for item in entering:
+            entry, stamp, number = item.parcel.entry, item.stamp, item.sequence
+            if (old := item.old) is not None:
+                item.replaced = index.add_dying(old, member.owner)
+                index.remove(old.id)
+            index.add(entry, odd=item.odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=number)
+        index.notes.drop_absent(keys)
+        index.change_lease(member.owner, -sum(item.stamp.size for item in entering))
         self._space.trim_lease(member, index)
         self._space.recency.tell(index)
-        self._books.note_made(namespace_of(entry.key))
+        for namespace in set(map(namespace_of, keys)):
+            self._books.note_made(namespace)
         # whatever interrupts us from here on, it may be after the commit
-        spending.done = True
+        for item in entering:
+            item.is_spent = True
         try:
-            self._commit_and_reveal(index, temporary, self._path(entry, odd=odd))
+            self._commit_and_reveal(index, [(item, self._path(item)) for item in entering])
         except sqlite3.Error:
-            spending.done = False
+            for item in entering:
+                item.is_spent = False
             raise
-        except OSError:
-            self._undo(member, index, entry, stamp.size)
-            spending.done = False
-            self._bury(index, replaced, renamed_over=None)
-            raise
-        return replaced, odd
-
-    def _bury(self, index: Index, replaced: list[Dying], *, renamed_over: bool | None) -> None:
-        """Give back the bytes of what was replaced: its place was renamed over (plain or odd), or it is unlinked."""
-        for item in replaced:
-            # what cannot be unlinked stays counted
-            with suppress(OSError):
-                if item.odd != renamed_over:
-                    files.discard_ours(self._path(item.entry, odd=item.odd), item.entry)
-                index.drop_dying([item.id])
+        self._undo(member, index, [item for item in entering if item.failure is not None])
+        if any(item.replaced for item in entering):
+            index.begin()
+            self._bury(index, entering)
+        return self._overtaken(member, index, [item for item in entering if item.failure is None])
 
     @staticmethod
-    def _commit_and_reveal(index: Index, temporary: str, path: str) -> None:
+    def _commit_and_reveal(index: Index, moves: Iterable[tuple[InFlight, str]]) -> None:
         """In this order: a row without a named file is finished by the next process, a file without a row is lost."""
         index.commit()
-        files.move(temporary, path)
+        for item, path in moves:
+            try:
+                files.move(item.temporary, path)
+            except OSError as error:
+                item.failure = error
 
     @staticmethod
-    def _undo(member: Membership, index: Index, entry: Entry, size: int) -> None:
-        """Take a row back whose file could not be given its name."""
+    def _undo(member: Membership, index: Index, failed: Sequence[InFlight]) -> None:
+        """Take rows back whose files could not be given their names."""
+        if not failed:
+            return
         try:
             index.begin()
-            if (row := index.find(entry)) is not None:
-                index.remove(row.id)
-            index.change_lease(member.owner, size)
+            for item in failed:
+                if (row := index.find(item.parcel.entry)) is not None:
+                    index.remove(row.id)
+                index.change_lease(member.owner, item.stamp.size)
             index.commit()
         except sqlite3.Error as error:
             # the index counts bytes that are not there: only a new one is right again
             raise Damaged("an entry without a file could not be taken out of the index") from error
+        for item in failed:
+            item.is_spent = False
 
-    def _path(self, entry: Entry, *, odd: bool) -> str:
-        return f"{self._root}/{relative_path(entry, odd=odd)}"
+    def _bury(self, index: Index, items: Iterable[InFlight]) -> None:
+        """Give back the bytes of what was replaced: its place was renamed over, or it is unlinked."""
+        for item in items:
+            if (old := item.replaced) is not None:
+                # what cannot be unlinked stays counted
+                with suppress(OSError):
+                    if item.failure is not None or old.odd != item.odd:
+                        files.discard_ours(f"{self._root}/{relative_path(old.entry, odd=old.odd)}", old.entry)
+                    index.drop_dying([old.id])
+
+    def _overtaken(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
+        """Condemn what was written by somebody who could not wait for the guard: see `Writes`."""
+        tickets = Tickets(member)
+        keys = set()
+        for item in items:
+            ticket, key = item.parcel.ticket, item.parcel.entry.key
+            if ticket is None or ticket == tickets.of(key):
+                item.parcel.is_stored = True
+            else:
+                keys.add(key)
+        if not keys:
+            return []
+        index.commit()
+        index.begin()
+        return self._space.condemn(member, index, [row for key in keys for row in index.of_key(key)])
+
+    def _path(self, item: InFlight) -> str:
+        return f"{self._root}/{relative_path(item.parcel.entry, odd=item.odd)}"

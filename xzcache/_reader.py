@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from xzcache import _files as files
 from xzcache import _opened as opening
@@ -15,6 +15,8 @@ from xzcache._pieces import Listed, Pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy as np
 
     from xzcache._keeper import Keeper
     from xzcache._schema import Row
@@ -104,12 +106,23 @@ class Reader:
         The shortest way of all: whoever gets None goes the long one.
         """
         path = f"{self._root}/{entry.key}"
+        signature = self._checked_at(path, max_age_ns)
+        return None if signature is None else opening.read_unchanged(path, signature, most)
+
+    def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+        path = f"{self._root}/{entry.key}"
+        signature = self._checked_at(path, max_age_ns)
+        return signature is not None and opening.read_unchanged_into(path, signature, place, patient=patient)
+
+    def _checked_at(self, path: str, max_age_ns: int | None) -> opening.Signature | None:
+        """The file that was checked at a path, if it may be served."""
         signature = self._checked.get(path)
         if signature is None or self.distrusted:
             return None
         if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
             return None
-        return opening.read_unchanged(path, signature, most)
+        return signature
 
     def listed(self, key: str) -> Listed:
         """The byte ranges of an object that there are, as far as can be seen."""

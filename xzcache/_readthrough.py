@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,8 +20,7 @@ from xzcache._revalidation import Revalidation
 from xzcache._upstream import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    import numpy as np
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
@@ -31,6 +31,10 @@ _READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
 """Then whoever asks for a byte range may have read before where in the object it is."""
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
+
+
+Count = Callable[[int, float], None]
+"""Told of a hit: its bytes, and the seconds that it took."""
 
 
 class NotCached(Exception):
@@ -56,39 +60,53 @@ class ReadThrough:
         self.freshness = reading.freshness
         self._revalidation = Revalidation(reading)
 
-    def at_once(self, key: str, prototype: BufferPrototype) -> Buffer | None:
+    def at_once(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
         """The value of a chunk, where it is cached and to be had without waiting; else None, and `get` tells."""
-        if self.freshness.revalidate is True or is_document(key):
-            return None
-        if self._revalidation.may_settle and not self._revalidation.is_settled(key):
+        if not self._may_serve(key):
             return None
         started = time.perf_counter()
         data = self.backend.at_once(key, self.reading.max_age)
         if data is None:
             return None
-        self.reading.stats.hit(len(data), time.perf_counter() - started)
+        (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
         return buffer_of(data, prototype)
 
-    def cached(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
-        """As `get`, from the cache alone, by a thread that may wait for the disk.
+    def into(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+        started = time.perf_counter()
+        if not self._may_serve(key) or not self.backend.into(key, self.reading.max_age, place, patient=patient):
+            return False
+        self.reading.stats.hit(len(place), time.perf_counter() - started)
+        return True
+
+    def _may_serve(self, key: str) -> bool:
+        """Whether what is cached of a key may be served without another word."""
+        if self.freshness.revalidate is True or is_document(key):
+            return False
+        return not self._revalidation.may_settle or self._revalidation.is_settled(key)
+
+    def cached(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, count: Count
+    ) -> Buffer | None:
+        """As `get`, from the cache alone, by a thread that may wait for the disk; `count` is told of a hit.
 
         Raises
         ------
         NotCached
             `get` has to be asked.
         """
-        if byte_range is None and (value := self.at_once(key, prototype)) is not None:
+        if byte_range is None and (value := self.at_once(key, prototype, count)) is not None:
             return value
         wanted = span(byte_range)
         entry = None if wanted is None or is_document(key) else self.backend.entry(key, *wanted)
-        unsettled = self._revalidation.may_settle and not self._revalidation.is_settled(key)
-        if entry is None or unsettled or self.freshness.revalidate is True:
+        if entry is None or not self._may_serve(key):
             raise NotCached
-        request = Request(key, entry, prototype, byte_range, time.perf_counter())
+        started = time.perf_counter()
         data = self.backend.find_now(entry, self.reading.max_age)
         if data is None and not self.reading.lacks_now(key):
             raise NotCached
-        return self.reading.hit(request, data)
+        count(0 if data is None else len(data), time.perf_counter() - started)
+        return None if data is None else buffer_of(data, prototype)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         """The value of a key or a byte range of it, as `Store.get`.

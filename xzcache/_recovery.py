@@ -77,8 +77,13 @@ def _bury_owner(books: Books, index: Index, owner: int) -> None:
     directory = f"{books.meta}/tmp/{owner}"
     for row in index.in_flight(owner, _numbers_in(directory)):
         # its row was committed, so the entry is whole: all that is missing is its name
-        with suppress(FileNotFoundError):
+        try:
             files.move(f"{directory}/{row.seq}", f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
+        except OSError:
+            # something else has taken its place: the entry goes, and before its file does
+            index.remove(row.id)
+            index.commit()
+            index.begin()
     files.empty(directory)
     dying = index.dying_of(owner)
     finish(books, index, dying)

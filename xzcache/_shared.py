@@ -11,9 +11,12 @@ from xzcache import _pool as pool
 from xzcache._flights import Claims, Flights
 from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, is_cacheable, within
+from xzcache._parcels import Parcel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    import numpy as np
 
     from xzcache._config import Age
     from xzcache._directory import CacheDirectory
@@ -76,6 +79,19 @@ class SharedBackend:
         if data is not None and directory.recency.note(entry):
             pool.submit(directory.flush)
         return data
+
+    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+        directory = self.directory
+        if not directory.is_ready:
+            return False
+        entry = Entry(f"{self.namespace}/{key}")
+        max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
+        if not directory.reader.into(entry, max_age_ns, place, patient=patient):
+            return False
+        if directory.recency.note(entry):
+            pool.submit(directory.flush)
+        return True
 
     def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
         """As `find`, where waiting for the disk is no harm."""
@@ -156,14 +172,7 @@ class SharedBackend:
         self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
         """As `publish`, but without waiting for it: the last to leave `fetching` does."""
-
-        def work() -> None:
-            try:
-                self.directory.publisher.publish(entry, data, ticket, validator)
-            finally:
-                done()
-
-        self.directory.background.add(work, len(data))
+        self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
 
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
@@ -233,7 +242,7 @@ class SharedBackend:
     async def note_lack(self, key: str, ticket: Ticket) -> None:
         """Remember that the source does not have a chunk."""
         if self.directory.absences.note(f"{self.namespace}/{key}", ticket):
-            self.directory.background.add(self.directory.absences.flush, 0)
+            self.directory.background.add(self.directory.absences.flush)
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""

@@ -116,7 +116,7 @@ class Writes:
     def _count(member: Membership, index: Index, key: str) -> Ticket:
         """Count a write; returns what the counters say now."""
         member.writes.bump(write_slot(key))
-        index.notes.drop_absent(key)
+        index.notes.drop_absent([key])
         return current_ticket(member, key)
 
     def _condemn_keys(self, member: Membership, index: Index, keys: Sequence[str]) -> list[Dying]:

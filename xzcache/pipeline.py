@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import zarr
+from zarr.abc.codec import GetResult
 from zarr.core.chunk_utils import ChunkTransform
 from zarr.core.codec_pipeline import FusedCodecPipeline, _resolve_max_workers
 from zarr.registry import register_pipeline
@@ -22,6 +23,7 @@ from zarr.storage import StorePath
 from xzcache import _pool as pool
 from xzcache._errors import Replaced
 from xzcache._readthrough import NotCached
+from xzcache._straight import place_of, stores_values
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ _SMALL: Final = 256 << 10
 Item = tuple[Any, Any, Any, Any, bool]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Cached:
     """Reads one key from the cache alone, as a codec asks for it."""
 
@@ -48,14 +50,23 @@ class _Cached:
     key: str
     patient: bool
     """Whether the disk may be waited for."""
+    hits: list[tuple[int, float]] = field(default_factory=list)
 
     def get_sync(self, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         if self.patient:
-            return self.reads.cached(self.key, prototype, byte_range)
-        value = self.reads.at_once(self.key, prototype) if byte_range is None else None
+            return self.reads.cached(self.key, prototype, byte_range, self._count)
+        value = self.reads.at_once(self.key, prototype, self._count) if byte_range is None else None
         if value is None:
             raise NotCached
         return value
+
+    def _count(self, size: int, seconds: float) -> None:
+        self.hits.append((size, seconds))
+
+    def tell(self) -> None:
+        """Count the hits, once it is certain that they were not in vain."""
+        for size, seconds in self.hits:
+            self.reads.reading.stats.hit(size, seconds)
 
 
 class CachePipeline(FusedCodecPipeline):
@@ -116,12 +127,20 @@ class CachePipeline(FusedCodecPipeline):
         self, reads: ReadThrough, batch: Sequence[Item], out: NDBuffer, drop_axes: tuple[int, ...], *, patient: bool
     ) -> list[Any]:
         results: list[Any] = []
-        for byte_getter, *rest in batch:
+        straight = stores_values((*self.array_array_codecs, self.array_bytes_codec, *self.bytes_bytes_codecs))
+        for byte_getter, spec, chunk_selection, out_selection, is_complete in batch:
+            place = place_of(spec, chunk_selection, out, out_selection) if straight else None
+            if place is not None and reads.into(byte_getter.path, place, patient=patient):
+                results.append(GetResult(status="present"))
+                continue
             cached = _Cached(reads, byte_getter.path, patient)
             try:
-                results += self.read_sync([(cached, *rest)], out, drop_axes)
+                item: Any = cached, spec, chunk_selection, out_selection, is_complete
+                results += self.read_sync([item], out, drop_axes)
             except NotCached:
                 results.append(None)
+            else:
+                cached.tell()
         return results
 
 

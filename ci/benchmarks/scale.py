@@ -76,10 +76,10 @@ class Cache:
         sync(read())
 
     def insert(self, number: int = INSERTS) -> None:
-        publisher = self.directory.publisher
+        publisher, leaders = self.directory.publisher, self.directory.leaders
         for _ in range(number):
             entry = Entry(f"{NAMESPACE}/new/c/{next(self._new)}")
-            assert publisher.publish(entry, VALUE, self.directory.leaders.ticket(entry))
+            assert publisher.publish(entry, VALUE, leaders.ticket(entry))
 
     def evict(self, number: int = EVICTIONS) -> None:
         assert self.directory.space.evict(number * len(VALUE)) == number * len(VALUE)

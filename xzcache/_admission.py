@@ -1,0 +1,97 @@
+"""Which entries may be stored, and where the file of each is to lie: decided under the guard."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from xzcache import _files as files
+from xzcache._keys import is_plain, relative_path
+from xzcache._leaders import Tickets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from xzcache._index import Index
+    from xzcache._keys import Entry
+    from xzcache._membership import Membership
+    from xzcache._parcels import InFlight, Parcel
+
+
+class Admission:
+    """Lets entries into one cache directory, or not.
+
+    Parameters
+    ----------
+    root : str
+        The cache directory.
+    folds : bool
+        Whether the file system takes names that differ in case for the same.
+    """
+
+    def __init__(self, root: str, *, folds: bool) -> None:
+        self._root = root
+        self._folds = folds
+
+    def of(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[InFlight]:
+        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted."""
+        tickets, writings = Tickets(member), index.notes.writings()
+        states: dict[str, str] = {}
+        admitted = []
+        for item in items:
+            parcel = item.parcel
+            key, state = parcel.entry.key, parcel.validator
+            if item.failure is not None or (
+                # somebody has written the key since the ticket was taken, or is writing it now
+                parcel.ticket is not None and (parcel.ticket != tickets.of(key) or writings.concern(key))
+            ):
+                continue
+            if parcel.exclusive and self._is_there(parcel.entry):
+                continue
+            known = index.knows(key)
+            item.old = index.find(parcel.entry) if known else None
+            if state and (states.get(key, state) != state or (known and not self._agrees(index, parcel))):
+                continue
+            if self._finds_place(item):
+                admitted.append(item)
+                if state:
+                    states[key] = state
+        return admitted
+
+    def is_odd(self, entry: Entry) -> bool:
+        """Whether the key of an entry cannot be a path."""
+        return entry.is_whole and not is_plain(entry.key, folds=self._folds)
+
+    def _agrees(self, index: Index, parcel: Parcel) -> bool:
+        """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
+        entry = parcel.entry
+        for row in (index.find(entry.whole), index.piece_of(entry.key)):
+            if row is not None and row.entry != entry:
+                stamp = files.read_stamp(self._path(row.entry, odd=row.odd))
+                if stamp is not None and stamp.validator not in ("", parcel.validator):
+                    return False
+        return True
+
+    def _is_there(self, entry: Entry) -> bool:
+        places = (True,) if self.is_odd(entry) else (False, True)
+        return any(os.path.lexists(self._path(entry, odd=odd)) for odd in places)
+
+    def _finds_place(self, item: InFlight) -> bool:
+        """Have an entry lie elsewhere where something of somebody else's is at its key; False if that cannot be."""
+        entry = item.parcel.entry
+        if item.odd or not entry.is_whole:
+            return True
+        path = self._path(entry, odd=False)
+        if item.parcel.ticket is None:
+            item.odd = not files.is_regular(path)
+        else:
+            item.odd = files.blocked(path, entry, known=item.old is not None and not item.old.odd)
+        if item.odd:
+            try:
+                files.attach(item.temporary, item.stamp_in_place)
+            except OSError as error:
+                item.failure = error
+        return item.failure is None
+
+    def _path(self, entry: Entry, *, odd: bool) -> str:
+        return f"{self._root}/{relative_path(entry, odd=odd)}"
