@@ -141,6 +141,41 @@ async def test_a_whole_entry_serves_any_range(cache_kind: str, tmp_path: Path) -
 
 
 @by_ranges
+async def test_a_whole_object_takes_the_place_of_its_pieces(tmp_path: Path) -> None:
+    """What is missing alone is asked for, nothing is stored twice, and who reads ranges goes on."""
+    source = Tallying(tmp_path / "source")
+    data = random.Random(1).randbytes(300_000)
+    await source.set(KEY, buffer(data))
+    os.utime(tmp_path / "source" / KEY, (1e9, 1e9))
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    await ranges(store, between((20_000, 120_000), (180_000, 200_000)), max_gap_bytes=0)
+    assert source.asked().bytes == 120_000
+    assert await read(store, KEY) == data
+    # the last byte that is there tells where the object ends
+    assert source.asked() == (3, 300_000 - 120_000 + 1, 300_000 - 120_000 + 1)
+    assert store.cache_info()["current_size"] == 300_000
+    assert store.cache_info()["cached_keys"] == 1
+    assert await ranges(store, between((5, 60), (119_000, 121_000))) == [data[5:60], data[119_000:121_000]]
+    assert source.asked().requests == 0
+    checked(store)
+
+
+@by_ranges
+async def test_pieces_of_another_state_are_no_part_of_the_whole(tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    before, after = (random.Random(number).randbytes(300_000) for number in (1, 2))
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    for data, at in ((before, 1e9), (after, 1e9 + 5)):
+        await source.set(KEY, buffer(data))
+        os.utime(tmp_path / "source" / KEY, (at, at))
+        if data is before:
+            await ranges(store, between((20_000, 120_000)))
+    assert await read(store, KEY) == after
+    assert await ranges(store, between((20_000, 120_000))) == [after[20_000:120_000]]
+    checked(store)
+
+
+@by_ranges
 async def test_overlapping_ranges_are_stored_once(tmp_path: Path) -> None:
     source, store = await opened("directory", tmp_path)
     for pair in [(0, 100), (50, 150), (120, 300), (0, 300), (20, 280)]:

@@ -48,7 +48,7 @@ class Admission:
                 continue
             if parcel.exclusive and self._is_there(parcel.entry):
                 continue
-            known = index.knows(key)
+            item.has_others = known = index.knows(key)
             item.old = index.find(parcel.entry) if known else None
             if state and (states.get(key, state) != state or (known and not self._agrees(index, parcel))):
                 continue

@@ -55,6 +55,8 @@ class InFlight:
     ----------
     old, replaced : Row or None, Dying or None
         What the index had of the entry before, and what has become of that.
+    has_others : bool
+        Whether the index may have other entries of the same object.
     is_spent : bool
         Whether the bytes are the index's to count now.
     failure : OSError, NoRoom or None
@@ -68,6 +70,7 @@ class InFlight:
     odd: bool = False
     old: Row | None = None
     replaced: Dying | None = None
+    has_others: bool = False
     is_spent: bool = False
     failure: OSError | NoRoom | None = None
 

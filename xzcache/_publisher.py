@@ -199,7 +199,7 @@ class Publisher:
         if any(item.replaced for item in entering):
             index.begin()
             self._bury(index, entering)
-        return self._overtaken(member, index, [item for item in entering if item.failure is None])
+        return self._superseded(member, index, [item for item in entering if item.failure is None])
 
     @staticmethod
     def _commit_and_reveal(index: Index, moves: Iterable[tuple[InFlight, str]]) -> None:
@@ -239,21 +239,22 @@ class Publisher:
                         files.discard_ours(f"{self._root}/{relative_path(old.entry, odd=old.odd)}", old.entry)
                     index.drop_dying([old.id])
 
-    def _overtaken(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
-        """Condemn what was written by somebody who could not wait for the guard: see `Writes`."""
+    def _superseded(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
+        """Condemn what somebody wrote who could not wait for the guard, see `Writes`, and pieces of what is whole."""
         tickets = Tickets(member)
-        keys = set()
+        rows = {}
         for item in items:
-            ticket, key = item.parcel.ticket, item.parcel.entry.key
-            if ticket is None or ticket == tickets.of(key):
-                item.parcel.is_stored = True
-            else:
-                keys.add(key)
-        if not keys:
+            ticket, entry = item.parcel.ticket, item.parcel.entry
+            item.parcel.is_stored = ticket is None or ticket == tickets.of(entry.key)
+            if not item.parcel.is_stored or (item.has_others and entry.is_whole):
+                for row in index.of_key(entry.key):
+                    if not item.parcel.is_stored or not row.entry.is_whole:
+                        rows[row.id] = row
+        if not rows:
             return []
         index.commit()
         index.begin()
-        return self._space.condemn(member, index, [row for key in keys for row in index.of_key(key)])
+        return self._space.condemn(member, index, rows.values())
 
     def _path(self, item: InFlight) -> str:
         return f"{self._root}/{relative_path(item.parcel.entry, odd=item.odd)}"
