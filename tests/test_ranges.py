@@ -176,6 +176,32 @@ async def test_pieces_of_another_state_are_no_part_of_the_whole(tmp_path: Path) 
 
 
 @by_ranges
+@pytest.mark.parametrize("fits", [True, False])
+async def test_an_object_that_is_read_in_many_pieces_is_promoted(fits: bool, tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    data = random.Random(1).randbytes(300_000)
+    await source.set(KEY, buffer(data))
+    with xzcache.config.set(promote_above="50 kB"):
+        store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", max_size="1 MB" if fits else "200 kB")
+    spans = [(at, at + 20_000) for at in range(0, 300_000, 25_000)]
+    for span in spans:
+        assert await ranges(store, between(span)) == [data[slice(*span)]]
+    # the third is above; an object that cannot stay is asked for as a whole once
+    assert source.asked().requests == (3 if fits else len(spans))
+    checked(store)
+
+
+@by_ranges
+async def test_an_absent_object_is_not_promoted(tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    with xzcache.config.set(promote_above=0):
+        store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await ranges(store, between((0, 10)))
+    assert caught.group_contains(FileNotFoundError)
+
+
+@by_ranges
 async def test_overlapping_ranges_are_stored_once(tmp_path: Path) -> None:
     source, store = await opened("directory", tmp_path)
     for pair in [(0, 100), (50, 150), (120, 300), (0, 300), (20, 280)]:

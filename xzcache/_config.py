@@ -42,6 +42,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "policy": "lru",
     # the library that reads URLs: "obstore", "fsspec", or "auto", obstore where it can
     "upstream": "auto",
+    # an object of which so many bytes were read in byte ranges is fetched whole at the next one; None: never
+    "promote_above": None,
     # seconds to wait for another process's fetch of the same object before fetching it ourselves
     "fetch_timeout": 30.0,
     # seconds to wait for the lock on the index before doing without the cache

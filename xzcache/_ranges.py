@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from zarr.abc.store import RangeByteRequest
 
 from xzcache._documents import is_document
-from xzcache._keys import span
+from xzcache._keys import END, span
 from xzcache._rangefetch import RangeFetches, request_for
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from xzcache._keys import Entry
     from xzcache._rangefetch import Found
     from xzcache._readthrough import ReadThrough
+
+_REMEMBERED: Final = 65536
 
 
 class RangeReads:
@@ -35,6 +37,7 @@ class RangeReads:
         self._reading = reads.reading
         self._backend = reads.backend
         self._fetches = RangeFetches(reads.reading)
+        self._promoted: set[str] = set()
 
     async def get(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int
@@ -65,6 +68,9 @@ class RangeReads:
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         if hits:
             yield [pair for pairs in hits for pair in pairs]
+        if missing and self._is_worth_the_whole(key, missing):
+            yield await self._whole(key, {entry: wanted[entry] for entry in missing}, prototype)
+            missing = []
         turn = asyncio.Semaphore(limits["max_concurrency"])
         calls = [self._one(key, byte_ranges[place], prototype, place, turn) for place in alone]
         if missing:
@@ -98,6 +104,27 @@ class RangeReads:
         if value is None:
             raise FileNotFoundError(key)
         return [(place, value)]
+
+    def _is_worth_the_whole(self, key: str, missing: Iterable[Entry]) -> bool:
+        """Whether so much of an object was read in pieces that it is promoted: once, as it may be too large to stay."""
+        most = self._reading.promote_above
+        if most is None or key in self._promoted:
+            return False
+        pieces = [*self._backend.listed(key), *missing]
+        due: bool = most < sum(piece.stop - piece.start for piece in pieces if piece.stop != END)
+        if due:
+            if len(self._promoted) >= _REMEMBERED:
+                self._promoted.clear()
+            self._promoted.add(key)
+        return due
+
+    async def _whole(
+        self, key: str, wanted: dict[Entry, list[int]], prototype: BufferPrototype
+    ) -> list[tuple[int, Buffer | None]]:
+        value = await self._reads.get(key, prototype, None)
+        if value is None:
+            raise BaseExceptionGroup("reading byte ranges failed", [FileNotFoundError(key)])
+        return [(place, value[entry.start : entry.stop]) for entry, places in wanted.items() for place in places]
 
     async def _missing(
         self, key: str, wanted: dict[Entry, list[int]], prototype: BufferPrototype, limits: dict[str, int]

@@ -54,6 +54,8 @@ class Reading:
         Seconds for which a chunk that the source does not have is not asked for again.
     timeout : float
         Seconds to wait for somebody else's fetch.
+    promote_above : int or None
+        Bytes of an object that are read in byte ranges before it is fetched whole; None for any.
     """
 
     source: Store
@@ -64,6 +66,7 @@ class Reading:
     max_size: int | None
     missing_max_age: Age
     timeout: float
+    promote_above: int | None = None
 
     async def lacks(self, key: str) -> bool:
         """Whether the source is known not to have a chunk."""

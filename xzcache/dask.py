@@ -41,6 +41,7 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "cache_set_data": settings.parse_flag,
     "policy": settings.parse_policy,
     "upstream": settings.parse_upstream,
+    "promote_above": settings.parse_size,
     "fetch_timeout": settings.parse_seconds,
     "lock_timeout": settings.parse_seconds,
     "threads": settings.parse_threads,
@@ -118,8 +119,8 @@ class CachePlugin(WorkerPlugin):
     max_size : int or str, optional
         The bound of the whole cache of a node, in bytes or as ``"200 GB"``. Where it is neither given nor configured, a
         directory keeps the bound it has.
-    min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, fetch_timeout,
-    lock_timeout, threads
+    min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, promote_above,
+    fetch_timeout, lock_timeout, threads
         As in `xzcache.config`. What is not given is as configured for the client: nothing depends on the environment of
         the workers.
     remove_on_close : bool, optional
