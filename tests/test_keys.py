@@ -352,7 +352,7 @@ def without(model: dict[str, bytes], key: str) -> dict[str, bytes]:
     return {name: value for name, value in model.items() if not name.startswith(f"{key}/")}
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(steps=operations)
 async def test_any_keys_in_a_store_of_its_own(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]]
