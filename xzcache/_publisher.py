@@ -205,7 +205,7 @@ class Publisher:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 # for the next one
-                self._space.evict(stamp.size)
+                self._space.make_room(stamp.size)
                 raise NoRoom(f"the disk of {self._root} is full") from error
             raise
         return stamp
@@ -247,7 +247,7 @@ class Publisher:
         index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=sequence)
         index.change_lease(member.owner, -stamp.size)
         self._space.trim_lease(member, index)
-        self._space.recency.tell(index)
+        self._space.recency.tell(index, [entry])
         self._books.note_made(namespace_of(entry.key))
         # whatever interrupts us from here on, it may be after the commit
         spending.done = True

@@ -1,0 +1,56 @@
+"""Uses of entries that are not in the index yet, and the trace that may be kept of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from xzcache._policies import Told
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from xzcache._index import Index
+    from xzcache._keys import Entry
+    from xzcache._policies import Policy
+
+
+class Recency:
+    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction."""
+
+    def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
+        self.policy = policy
+        self._most = most
+        self._longest = longest
+        self._lock = threading.Lock()
+        self._uses: dict[Entry, int] = {}
+        self._arrivals: dict[Entry, None] = {}
+        self._tell_after = 0.0
+
+    def note(self, entry: Entry) -> bool:
+        """Remember a use; True when it is time to tell the index."""
+        uses = self._uses
+        if not uses:
+            self._tell_after = time.monotonic() + self._longest
+        uses[entry] = time.time_ns()
+        if len(uses) < self._most and time.monotonic() < self._tell_after:
+            return False
+        if len(uses) > 64 * self._most:
+            # the index cannot be told: better to forget than to grow
+            uses.clear()
+        # whoever is told to tell has a second for it
+        due = time.monotonic() >= self._tell_after or len(uses) == self._most
+        self._tell_after = max(self._tell_after, time.monotonic() + 1.0) if due else self._tell_after
+        return due
+
+    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+        """Write what was remembered into the index, and that entries have arrived."""
+        with self._lock:
+            uses, self._uses = self._uses, {}
+        if uses or arrived:
+            # a copy: a hit that began before may still add to it
+            self.policy.tell(index, Told(dict(uses), arrived))
+
+    def __bool__(self) -> bool:
+        return bool(self._uses)
