@@ -24,8 +24,10 @@ _REMEMBERED: Final = 10
 """How many keys are remembered for each of them."""
 _SPARE: Final = 0.98
 _REFRESH: Final = (200, 2000)
-_PATIENCE: Final = (0.5, 2.0)
-"""Hits that have to be lost to follow the other order, in entries of the cache: at first, and after many changes."""
+_PATIENCE: Final = (0.5, 4.0)
+"""Hits that have to be lost to give up least recent use, in entries of the cache: at first, and after many changes."""
+_TRUST: Final = 0.25
+"""Hits that have to be lost to return to it."""
 _NOTHING: Final = 0.02
 """A hit ratio of least recent use below which there is nothing to lose by another order."""
 _AGES: Final = 1 << 60
@@ -167,26 +169,26 @@ class Adaptive:
         self._recency_hits *= keep
         self._seen *= keep
         self._patience = max(_PATIENCE[0], self._patience * keep**0.125)
-        if self._regret > self._patience * max(64, entries >> self._shift):
+        if self._regret > (self._patience if self.follows_recency else _TRUST) * max(64, entries >> self._shift):
+            if self.follows_recency:
+                self._patience = min(_PATIENCE[1], 2 * self._patience)
             self.follows_recency = not self.follows_recency
             self._regret = 0.0
-            self._patience = min(_PATIENCE[1], 2 * self._patience)
 
-    # -- the order
+    @property
+    def prefers_recency(self) -> bool:
+        """Whether entries had better leave by least recent use."""
+        return self.follows_recency and self._recency_hits > _NOTHING * self._seen
 
-    def order(self, gaps: Ints, last: Ints, used: Ints, now: int) -> Reals:
-        """The order in which entries leave: the lowest first.
+    def worth_of(self, gaps: Ints, ages: Ints) -> Reals:
+        """What entries are worth: who has the least leaves first.
 
         Parameters
         ----------
-        gaps, last, used : array of int
-            Of each entry: ticks between its uses, or 0; the tick of its last use; and when that was, in any unit.
-        now : int
-            The tick that it is now.
+        gaps, ages : array of int
+            Of each entry, in ticks: the time between its uses, or 0, and since its last one.
         """
-        if self.follows_recency and self._recency_hits > _NOTHING * self._seen:
-            return used.astype(np.float64)
-        return rate(self._worth, gaps, now - last)
+        return rate(self._worth, gaps, ages)
 
     # -- remembering
 

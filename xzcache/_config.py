@@ -40,6 +40,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "cache_set_data": True,
     # which entries leave first: "lru", "adaptive", or "none", which lets nothing leave
     "policy": "lru",
+    # a file to which the uses of what is cached are written, under hashes of their keys; None: nowhere
+    "trace": None,
     # the library that reads URLs: "obstore", "fsspec", or "auto", obstore where it can
     "upstream": "auto",
     # seconds to wait for another process's fetch of the same object before fetching it ourselves

@@ -25,7 +25,7 @@ from xzcache._keeper import Keeper
 from xzcache._policies import POLICIES
 from xzcache._publisher import Publisher
 from xzcache._reader import Reader
-from xzcache._recency import Recency
+from xzcache._recency import recency_for
 from xzcache._schema import Totals
 from xzcache._space import Space
 from xzcache._writes import Writes
@@ -83,7 +83,7 @@ class CacheDirectory:
         self._start(max_size, default_max_size)
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
-        self.recency = Recency(POLICIES[self._policy]())
+        self.recency = recency_for(POLICIES[self._policy]())
         self.keeper = Keeper(self.books, max_size, default_max_size)
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)

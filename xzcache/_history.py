@@ -17,9 +17,9 @@ _SLICES: Final = 32
 """In how many steps all ghosts are looked at for old ones."""
 _HASHES: Final = 1 << 62
 _NEXT_GAP: Final = (
-    "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, :now - tick) ELSE max(1, gap + (:now - tick - gap) / 4) END"
+    "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ?2 - tick) ELSE max(1, gap + (?2 - tick - gap) / 4) END"
 )
-_WHERE: Final = "WHERE key = :key AND start = :start AND stop = :stop"
+_IS: Final = "key = ?3 AND start = ?4 AND stop = ?5"
 
 
 def hash_of(entry: Entry) -> int:
@@ -43,34 +43,36 @@ class History:
 
     # -- uses
 
-    def pass_time(self, uses: int) -> int:
-        """Let so many uses pass; the tick before them."""
+    def pass_time(self, uses: int) -> tuple[int, int]:
+        """Let so many uses pass: the tick before them, and how many entries there are."""
         self._do("UPDATE total SET tick = tick + ?", (uses,))
-        return self.now() - uses
+        tick, entries = self._do("SELECT tick, n FROM total").fetchone()
+        return tick - uses, entries
 
     def now(self) -> int:
         """How many uses there have been, of anything."""
         return int(self._do("SELECT tick FROM total").fetchone()[0])
 
-    def touch(self, uses: Sequence[tuple[Entry, int]], tick: int) -> None:
-        """Record the last use of entries, in ns since the epoch, at one tick after the other."""
-        rows = ({**entry._asdict(), "used": used, "now": tick + n} for n, (entry, used) in enumerate(uses, 1))
-        self._do_many(f"UPDATE entry SET used = max(used, :used), gap = {_NEXT_GAP}, tick = :now {_WHERE}", rows)
-
-    def revive(self, entries: Iterable[Entry]) -> None:
-        """Give entries that have just come what is known of them from when they were here before."""
-        known = "FROM ghost WHERE ghost.key = :hash"
+    def touch(self, uses: Iterable[tuple[int, Entry, int]]) -> None:
+        """Record uses: tick, entry, and ns since the epoch."""
         self._do_many(
-            f"UPDATE entry SET tick = (SELECT tick {known}), gap = (SELECT gap {known}) {_WHERE} AND tick = 0 "
-            f"AND EXISTS (SELECT 1 {known})",
-            ({**entry._asdict(), "hash": hash_of(entry)} for entry in entries),
+            f"UPDATE entry SET used = max(used, ?1), gap = {_NEXT_GAP}, tick = ?2 WHERE {_IS}",
+            ((used, tick, *entry) for tick, entry, used in uses),
         )
+
+    def arrive(self, tick: int, entry: Entry, key: int) -> None:
+        """Record that an entry has come, and what is known of it from when it was here before."""
+        ghost, gap = self._do("SELECT tick, gap FROM ghost WHERE key = ?", (key,)).fetchone(), 0
+        if ghost is not None:
+            last, gap = ghost
+            gap = max(1, gap + (tick - last - gap) // 4 if gap else tick - last)
+        self._do(f"UPDATE entry SET tick = ?1, gap = ?2 WHERE {_IS}", (tick, gap, *entry))
 
     def hear(self, uses: Iterable[tuple[int, int, Entry]]) -> None:
         """Keep uses of watched keys, `(tick, hash, entry)`, until somebody learns from them."""
         self._do_many(
-            f"INSERT OR IGNORE INTO heard(tick, key, size) SELECT :now, :hash, size FROM entry {_WHERE}",
-            ({**entry._asdict(), "now": tick, "hash": key} for tick, key, entry in uses),
+            f"INSERT OR IGNORE INTO heard(tick, key, size) SELECT ?1, ?2, size FROM entry WHERE {_IS}",
+            ((tick, key, *entry) for tick, key, entry in uses),
         )
 
     def take_heard(self) -> list[tuple[int, int, int]]:
@@ -101,13 +103,13 @@ class History:
 
     # -- who leaves next
 
-    def some_entries(self, most: int, places: Sequence[float]) -> list[tuple[int, int, int, int]]:
-        """`(id, used, tick, gap)` of all entries; of more than `most`, runs from some places, numbers below 1."""
-        columns = "SELECT id, used, tick, gap FROM entry"
+    def some_entries(self, most: int, places: Sequence[float]) -> list[tuple[int, int, int]]:
+        """`(id, tick, gap)` of all entries; of more than `most`, runs from some places, numbers below 1."""
+        columns = "SELECT id, tick, gap FROM entry"
         last, count = self._do("SELECT (SELECT max(id) FROM entry), n FROM total").fetchone()
         if count <= most:
             return self._do(columns).fetchall()
-        rows: dict[int, tuple[int, int, int, int]] = {}
+        rows: dict[int, tuple[int, int, int]] = {}
         for place in places:
             run = self._do(f"{columns} WHERE id >= ? ORDER BY id LIMIT ?", (int(place * last), most // len(places)))
             rows.update((row[0], row) for row in run)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 _BATCH: Final = 128
 _HEARD: Final = 4096
 """How many uses of watched keys may wait until somebody learns from them."""
-_LOOKED_AT: Final = 4096
+_LOOKED_AT: Final = 8192
 _RUNS: Final = 32
-_LEAVING: Final = 16
+_LEAVING: Final = 32
 """Of those who were looked at, one in so many leaves, the least worth first."""
 _FEWEST: Final = 16
 _GHOSTS: Final = 8
@@ -96,58 +96,69 @@ class Learning:
     def __init__(self) -> None:
         self._adaptive = Adaptive()
         self._serial = 0
-        self._heard = 0
+        self._heard = self._learned_at = 0
         self._draw = random.Random()
 
     def tell(self, index: Index, told: Told) -> None:
         history = index.history
-        history.revive(told.arrived)
-        uses = [(entry, 0) for entry in told.arrived]
-        uses += sorted(told.uses.items(), key=lambda use: use[1])
-        tick = history.pass_time(len(uses))
-        history.touch(uses, tick)
-        limit = limit_for(index.totals().entries)
-        numbered = ((tick + n, hash_of(entry), entry) for n, (entry, _) in enumerate(uses, 1))
-        watched = [use for use in numbered if use[1] < limit]
+        before, entries = history.pass_time(len(told.arrived) + len(told.uses))
+        limit = limit_for(entries)
+        watched = []
+        for tick, entry in enumerate(told.arrived, before + 1):
+            key = hash_of(entry)
+            history.arrive(tick, entry, key)
+            if key < limit:
+                watched.append((tick, key, entry))
+        if told.uses:
+            latest = sorted(told.uses.items(), key=lambda use: use[1])
+            uses = [(tick, entry, used) for tick, (entry, used) in enumerate(latest, before + len(told.arrived) + 1)]
+            history.touch(uses)
+            watched += ((tick, key, entry) for tick, entry, _ in uses if (key := hash_of(entry)) < limit)
         history.hear(watched)
         self._heard += len(watched)
         if self._heard > _HEARD:
             self._learn(index)
 
     def choose(self, index: Index, want: int) -> list[Row]:
-        for is_last in (False, True):
-            victims = _first(index, partial(unused_since, index.history.chosen()), want)
-            if victims or is_last or not self._rank(index):
-                break
+        victims = self._next(index, want)
+        if not victims:
+            self._learn(index)
+            if not self._adaptive.prefers_recency and self._rank(index):
+                victims = self._next(index, want)
         victims = victims or _first(index, least_recently_used, want)
         index.history.bury((row.entry, row.id) for row in victims)
         return victims
 
+    def _next(self, index: Index, want: int) -> list[Row]:
+        """Of those who were ranked before all others, the next ones that were not used since."""
+        return _first(index, partial(unused_since, index.history.chosen()), want)
+
     def _rank(self, index: Index) -> bool:
         """Rank some of the least worth before all others; False where there is nobody."""
-        self._learn(index)
         rows = index.history.some_entries(_LOOKED_AT, [self._draw.random() for _ in range(_RUNS)])
         if not rows:
             return False
-        ids, used, ticks, gaps = _columns(rows, 4)
+        ids, ticks, gaps = _columns(rows, 3)
         now = index.history.now()
-        order = np.argsort(self._adaptive.order(gaps, ticks, used, now), kind="stable")
+        order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
         leaving = ids[order[: max(_FEWEST, len(ids) // _LEAVING)]]
         index.history.let_leave(leaving.tolist(), now)
-        kept_for = max(_FEWEST_GHOSTS, _GHOSTS * index.totals().entries)
-        index.history.forget_ghosts(now - kept_for, self._serial)
         return True
 
     def _learn(self, index: Index) -> None:
-        """Learn from what all processes have heard, on top of what any of them has learned."""
+        """Learn from what all processes have heard, on top of what any of them has learned, if there is enough."""
         history, totals = index.history, index.totals()
+        now = history.now()
+        if self._heard <= _HEARD and 0 <= now - self._learned_at < totals.entries // _LEAVING:
+            return
         if history.learned_serial() != self._serial:
             self._adaptive = _restored(index)
         heard = _columns(history.take_heard(), 3)
         room = float("inf") if totals.max_size is None else float(totals.max_size)
         self._adaptive.learn(Uses(*heard), totals.entries, room)
         self._serial = history.set_learned(self._adaptive.to_bytes())
-        self._heard = 0
+        self._heard, self._learned_at = 0, now
+        history.forget_ghosts(now - max(_FEWEST_GHOSTS, _GHOSTS * totals.entries), self._serial)
 
 
 POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = {
@@ -157,7 +168,10 @@ POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = 
 
 def _first(index: Index, chosen: Choice[Row], want: int) -> list[Row]:
     """Victims among the entries of lowest rank; ranks that lag behind are put right on the way."""
-    while rows := index.by_rank(2 * _BATCH):
+    totals = index.totals()
+    # so many leave, if they are as large as most; as many again may have been used meanwhile
+    expected = want * totals.entries // max(1, totals.size) + 1
+    while rows := index.by_rank(2 * min(_BATCH, expected)):
         victims, ranks = chosen(rows, want, _BATCH)
         index.set_rank(ranks)
         if victims or not ranks:

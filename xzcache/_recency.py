@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from xzcache._config import config
+from xzcache._history import hash_of
 from xzcache._policies import Told
 
 if TYPE_CHECKING:
@@ -25,7 +29,6 @@ class Recency:
         self._longest = longest
         self._lock = threading.Lock()
         self._uses: dict[Entry, int] = {}
-        self._arrivals: dict[Entry, None] = {}
         self._tell_after = 0.0
 
     def note(self, entry: Entry) -> bool:
@@ -54,3 +57,47 @@ class Recency:
 
     def __bool__(self) -> bool:
         return bool(self._uses)
+
+
+class Traced(Recency):
+    """Writes all uses to a file as well: when (ns since the epoch), what (a hash of its key), and its size in bytes.
+
+    Parameters
+    ----------
+    policy : Policy
+    path : str
+        The file; several processes may append to one.
+    """
+
+    def __init__(self, policy: Policy, path: str) -> None:
+        super().__init__(policy)
+        self._path = path
+        self._noted: list[tuple[int, Entry]] = []
+
+    def note(self, entry: Entry) -> bool:
+        """Remember a use; True when it is time to tell the index."""
+        self._noted.append((time.time_ns(), entry))
+        if len(self._noted) > 64 * self._most:
+            self._noted.clear()
+        return super().note(entry)
+
+    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+        """Write what was remembered into the index, and all uses into the file."""
+        noted, self._noted = self._noted, []
+        noted += ((time.time_ns(), entry) for entry in arrived)
+        rows = {entry: index.find(entry) for _, entry in noted}
+        lines = (f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in noted if (row := rows[entry]) is not None)
+        # a trace that cannot be written is no reason for anything else to fail
+        with suppress(OSError):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, "".join(lines).encode())
+            finally:
+                os.close(descriptor)
+        super().tell(index, arrived)
+
+
+def recency_for(policy: Policy) -> Recency:
+    """What remembers uses, and writes a trace of them where one is configured."""
+    path = config.get("trace")
+    return Recency(policy) if path in (None, "") else Traced(policy, os.path.expanduser(os.fspath(path)))
