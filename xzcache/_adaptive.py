@@ -24,12 +24,9 @@ _REMEMBERED: Final = 10
 """How many keys are remembered for each of them."""
 _SPARE: Final = 0.98
 _REFRESH: Final = (200, 2000)
-_PATIENCE: Final = (0.5, 4.0)
-"""Hits that have to be lost to give up least recent use, in entries of the cache: at first, and after many changes."""
-_TRUST: Final = 0.25
-"""Hits that have to be lost to return to it."""
-_NOTHING: Final = 0.02
-"""A hit ratio of least recent use below which there is nothing to lose by another order."""
+_PATIENCE: Final = 1.5
+"""Hits that have to be lost to follow the other order, in entries of the cache, where both have been as good."""
+_FEWEST: Final = 64
 _AGES: Final = 1 << 60
 _FORMAT: Final = 1
 
@@ -48,14 +45,19 @@ class Uses(NamedTuple):
 
 
 class Adaptive:
-    """What was learned from the uses of the watched keys."""
+    """What was learned from the uses of the watched keys.
+
+    Attributes
+    ----------
+    prefers_recency : bool
+        Whether entries had better leave by least recent use than by `worth_of`.
+    """
 
     def __init__(self) -> None:
         self.reuse = Reuse()
-        self.follows_recency = True
+        self.prefers_recency = True
         self._now = self._refreshed = self._shift = 0
-        self._patience, self._regret = _PATIENCE[0], 0.0
-        self._recency_hits = self._seen = 0.0
+        self._regret = self._hits = self._recency_hits = 0.0
         self._keys = self._last = self._gaps = self._sizes = np.zeros(0, np.int64)
         self._kept: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._worth = self.reuse.worth()
@@ -109,7 +111,7 @@ class Adaptive:
         rows = at[known]
         ages = np.maximum(0, uses.ticks[known] - self._last[rows])
         self.reuse.used(self._gaps[rows], ages)
-        self._compare(float(self._kept[rows].sum()), float((ages <= oldest).sum()), len(at))
+        self._compare(float(self._kept[rows].sum()), float((ages <= oldest).sum()))
         self._gaps[rows] = next_gap(self._gaps[rows], ages)
         self._last[rows] = np.maximum(self._last[rows], uses.ticks[known])
         self._sizes[rows] = uses.sizes[known]
@@ -158,27 +160,21 @@ class Adaptive:
 
     # -- which order to follow
 
-    def _compare(self, ours: float, recency: float, seen: int) -> None:
-        """Count the hits that the order not followed would have had more."""
+    def _compare(self, ours: float, recency: float) -> None:
+        """Count the hits of both orders, and those that the one not followed had more."""
+        self._hits += ours
         self._recency_hits += recency
-        self._seen += seen
-        self._regret = max(0.0, self._regret + (ours - recency if self.follows_recency else recency - ours))
+        self._regret = max(0.0, self._regret + (ours - recency if self.prefers_recency else recency - ours))
 
     def _choose(self, entries: int, keep: float) -> None:
-        """Change once as many hits were lost as the change may cost; who changes often is slower to change."""
+        """Follow the other order once as many hits were lost as the change may cost: the more, the better this one."""
+        self._hits *= keep
         self._recency_hits *= keep
-        self._seen *= keep
-        self._patience = max(_PATIENCE[0], self._patience * keep**0.125)
-        if self._regret > (self._patience if self.follows_recency else _TRUST) * max(64, entries >> self._shift):
-            if self.follows_recency:
-                self._patience = min(_PATIENCE[1], 2 * self._patience)
-            self.follows_recency = not self.follows_recency
+        one, other = self._hits + 1, self._recency_hits + 1
+        share = min(1.0, other / one if self.prefers_recency else one / other)
+        if self._regret > _PATIENCE * share * max(_FEWEST, entries >> self._shift):
+            self.prefers_recency = not self.prefers_recency
             self._regret = 0.0
-
-    @property
-    def prefers_recency(self) -> bool:
-        """Whether entries had better leave by least recent use."""
-        return self.follows_recency and self._recency_hits > _NOTHING * self._seen
 
     def worth_of(self, gaps: Ints, ages: Ints) -> Reals:
         """What entries are worth: who has the least leaves first.
@@ -195,7 +191,7 @@ class Adaptive:
     def to_bytes(self) -> bytes:
         """All of it, for `from_bytes`."""
         times = (self._now, self._refreshed, self._shift)
-        choice = (self.follows_recency, self._patience, self._regret, self._recency_hits, self._seen)
+        choice = (self.prefers_recency, self._regret, self._hits, self._recency_hits)
         numbers = np.array([_FORMAT, *times, *choice], np.float64)
         file = io.BytesIO()
         columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._kept]
@@ -213,24 +209,24 @@ class Adaptive:
             It is something else.
         """
         file = io.BytesIO(data)
+        self = cls()
         try:
             numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(8))
-            self = cls()
             self._restore(numbers, [column.astype(np.int64) for column in columns])
-            self.reuse = Reuse(uses, waited)
-        except (EOFError, OSError, TypeError, IndexError) as error:
+        except (EOFError, OSError, TypeError, ValueError) as error:
             raise ValueError("this is nothing that was learned") from error
-        if uses.shape != (CLASSES, BUCKETS) or waited.shape != uses.shape or len({len(c) for c in columns}) != 1:
+        if {uses.shape, waited.shape} != {(CLASSES, BUCKETS)} or len({column.shape for column in columns}) != 1:
             raise ValueError("what was learned is not of this version")
+        self.reuse = Reuse(uses, waited)
         self._worth = self.reuse.worth()
         return self
 
     def _restore(self, numbers: NDArray[Any], columns: list[Ints]) -> None:
-        version, now, refreshed, shift, follows, patience, regret, recency_hits, seen = numbers.tolist()
+        version, now, refreshed, shift, prefers_recency, regret, hits, recency_hits = numbers.tolist()
         if version != _FORMAT:
             raise ValueError("what was learned is not of this version")
         self._now, self._refreshed, self._shift = int(now), int(refreshed), int(shift)
-        self.follows_recency = bool(follows)
-        self._patience, self._regret, self._recency_hits, self._seen = patience, regret, recency_hits, seen
+        self.prefers_recency = bool(prefers_recency)
+        self._regret, self._hits, self._recency_hits = regret, hits, recency_hits
         self._keys, self._last, self._gaps, self._sizes = columns[:4]
         self._kept = columns[4].astype(np.bool_)

@@ -34,9 +34,9 @@ _RUNS: Final = 32
 _LEAVING: Final = 32
 """Of those who were looked at, one in so many leaves, the least worth first."""
 _FEWEST: Final = 16
-_GHOSTS: Final = 8
+_GHOSTS: Final = 16
 """For how many uses ghosts are kept, in entries of the cache: there are never more of them."""
-_FEWEST_GHOSTS: Final = 8192
+_FEWEST_GHOSTS: Final = 50_000
 
 
 class Told(NamedTuple):

@@ -100,4 +100,8 @@ class Traced(Recency):
 def recency_for(policy: Policy) -> Recency:
     """What remembers uses, and writes a trace of them where one is configured."""
     path = config.get("trace")
-    return Recency(policy) if path in (None, "") else Traced(policy, os.path.expanduser(os.fspath(path)))
+    if path in (None, ""):
+        return Recency(policy)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"trace={path!r} is not accepted: give the path of a file, or None for no trace")
+    return Traced(policy, os.path.expanduser(os.fspath(path)))

@@ -86,7 +86,8 @@ class LockedLocalStore(LocalStore):
         parse_threads("threads", config.get("threads"))
         self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
-        self.policy = policy if isinstance(policy, Unset) else parse_policy("policy", policy)
+        parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
+        self.policy = policy
         self._directory = open_directory(os.fspath(self.root), self.max_size, self.min_free, self.policy)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +101,14 @@ class Dueling:
         return hits / len(trace)
 
 
+def recorded(path: Path) -> tuple[Trace, Trace]:
+    """The keys of a trace that was recorded, numbered, in the order of time, and the sizes of what they are of."""
+    lines = sorted(line.split() for line in path.read_text().splitlines())
+    numbers: dict[str, int] = {}
+    keys = [numbers.setdefault(key, len(numbers)) for _, key, _ in lines]
+    return np.array(keys, np.int64), np.array([int(size) for *_, size in lines], np.int64)
+
+
 def hashed(keys: Trace) -> Trace:
     """62 bits, evenly."""
     x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -110,7 +119,7 @@ def hashed(keys: Trace) -> Trace:
 
 def adaptive(
     trace: Trace, room: int, *, processes: int = 4, late: int = 256, batch: float = 1 / 32, seed: int = 0,
-    make: Callable[[], Adaptive] = Adaptive, run: int = 16, ghosts: float = 10, least: int = 0, info: list | None = None,
+    make: Callable[[], Adaptive] = Adaptive, run: int = 16, ghosts: float = 10, least: int = 0, made: list[Adaptive] | None = None,
 ) -> float:
     """Through several processes that tell their hits in batches and evict in batches."""
     policy = make()
@@ -180,6 +189,6 @@ def adaptive(
             use(key)
         else:
             gaps[key], last[key] = 0, tick
-    if info is not None:
-        info.append(policy)
+    if made is not None:
+        made.append(policy)
     return found / len(trace)
