@@ -1,11 +1,15 @@
-"""Policies, run through traces: as pure objects, in the batches that the index would give them."""
+"""Policies as pure objects, run through traces of keys of one size; for each, the share of accesses that are hits.
+
+`adaptive` is the package's own, in the batches in which the index tells it of uses, and asks it who leaves.
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,91 +18,84 @@ from xzcache._adaptive import Adaptive, Uses
 
 Trace = NDArray[np.int64]
 
-
-def following(trace: Trace) -> Trace:
-    """For each access, when the same key is used next; a time after all others where it is not."""
-    order = np.lexsort((np.arange(len(trace)), trace))
-    result = np.full(len(trace), np.iinfo(np.int64).max // 2)
-    same = trace[order][1:] == trace[order][:-1]
-    result[order[:-1][same]] = order[1:][same]
-    return result
+PROCESSES: Final = 4
+IN_A_ROW: Final = 16
+"""How many accesses one process makes before another does."""
+_TOLD: Final = 256
+_LEAVING: Final = 32
+_FEWEST: Final = 16
+_GHOSTS: Final = (50_000, 16)
 
 
 def best(trace: Trace, room: int) -> float:
-    """Belady's MIN, which may also not admit; keys of one size."""
-    upcoming = following(trace).tolist()
-    never = len(trace)
+    """Belady's MIN, which need not admit: whoever is used next the latest leaves."""
+    order = np.lexsort((np.arange(len(trace)), trace))
+    upcoming = np.full(len(trace), len(trace))
+    same = trace[order][1:] == trace[order][:-1]
+    upcoming[order[:-1][same]] = order[1:][same]
     due: dict[int, int] = {}
-    heap: list[tuple[int, int]] = []
+    latest: list[tuple[int, int]] = []
     hits = 0
-    for key, then in zip(trace.tolist(), upcoming, strict=True):
-        if key in due:
-            hits += 1
-            del due[key]
-        if then >= never:
+    for key, then in zip(trace.tolist(), upcoming.tolist(), strict=True):
+        hits += due.pop(key, None) is not None
+        if then == len(trace):
             continue
         due[key] = then
-        heapq.heappush(heap, (-then, key))
+        heapq.heappush(latest, (-then, key))
         while len(due) > room:
-            late, loser = heapq.heappop(heap)
+            late, loser = heapq.heappop(latest)
             if due.get(loser) == -late:
                 del due[loser]
     return hits / len(trace)
 
 
+class _Recency:
+    """Keys in the order of their use; one that comes may be put where it leaves first."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._keys: OrderedDict[int, None] = OrderedDict()
+
+    def use(self, key: int, *, stays: bool = True) -> bool:
+        if key in self._keys:
+            self._keys.move_to_end(key)
+            return True
+        if len(self._keys) >= self.room:
+            self._keys.popitem(last=False)
+        self._keys[key] = None
+        self._keys.move_to_end(key, last=stays)
+        return False
+
+
 def least_recent(trace: Trace, room: int) -> float:
-    held: OrderedDict[int, None] = OrderedDict()
-    hits = 0
-    for key in trace.tolist():
-        if key in held:
-            hits += 1
-            held.move_to_end(key)
-        else:
-            held[key] = None
-            if len(held) > room:
-                held.popitem(last=False)
-    return hits / len(trace)
+    held = _Recency(room)
+    return sum(held.use(key) for key in trace.tolist()) / len(trace)
 
 
-def without_eviction(trace: Trace, room: int) -> float:
+def none(trace: Trace, room: int) -> float:
     held: set[int] = set()
     hits = 0
     for key in trace.tolist():
-        if key in held:
-            hits += 1
-        elif len(held) < room:
+        hits += key in held
+        if len(held) < room:
             held.add(key)
     return hits / len(trace)
 
 
-class Dueling:
-    """DIP: insertion at the recent or the old end, whichever loses fewer of the keys that are set aside for it."""
+def dueling(trace: Trace, room: int) -> float:
+    """DIP: of two small caches of every sixteenth key, one puts who comes where it leaves first, but for every 32nd.
 
-    def __init__(self, room: int, seed: int = 0) -> None:
-        self.room = room
-
-    def run(self, trace: Trace) -> float:
-        held: OrderedDict[int, None] = OrderedDict()
-        hits, duel, limit, count = 0, 0, 1024, 0
-        hashes = hashed(np.arange(int(trace.max()) + 1)) & 63
-        for key in trace.tolist():
-            if key in held:
-                hits += 1
-                held.move_to_end(key)
-                continue
-            team = hashes[key]
-            if team < 4:
-                duel = min(limit, duel + 1)
-            elif team < 8:
-                duel = max(-limit, duel - 1)
-            recent = team < 4 or (team >= 8 and duel <= 0)
-            if len(held) >= self.room:
-                held.popitem(last=False)
-            held[key] = None
-            count += 1
-            if not recent and count % 32:
-                held.move_to_end(key, last=False)
-        return hits / len(trace)
+    The whole cache does as whichever has fewer misses.
+    """
+    whole, plain, bimodal = _Recency(room), _Recency(max(1, room // 16)), _Recency(max(1, room // 16))
+    watched = (hashed(np.arange(int(np.max(trace)) + 1)) % 16 == 0).tolist()
+    hits = duel = 0
+    for come, key in enumerate(trace.tolist()):
+        if watched[key]:
+            duel += bimodal.use(key, stays=come % 32 == 0) - plain.use(key)
+            duel = max(-1024, min(1024, duel))
+        hits += whole.use(key, stays=duel <= 0 or come % 32 == 0)
+    return hits / len(trace)
 
 
 def recorded(path: Path) -> tuple[Trace, Trace]:
@@ -110,85 +107,104 @@ def recorded(path: Path) -> tuple[Trace, Trace]:
 
 
 def hashed(keys: Trace) -> Trace:
-    """62 bits, evenly."""
-    x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(2)).astype(np.int64)
+    """62 bits for each number, all as likely."""
+    mixed = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(2)).astype(np.int64))
 
 
-def adaptive(
-    trace: Trace, room: int, *, processes: int = 4, late: int = 256, batch: float = 1 / 32, seed: int = 0,
-    make: Callable[[], Adaptive] = Adaptive, run: int = 16, ghosts: float = 10, least: int = 0, made: list[Adaptive] | None = None,
-) -> float:
-    """Through several processes that tell their hits in batches and evict in batches."""
-    policy = make()
-    count = int(trace.max()) + 1
-    hashes = hashed(np.arange(count))
-    last, gaps = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    gone = np.full(count, -1, np.int64)
-    resident = [False] * count
-    rng = np.random.default_rng(seed)
-    who = np.repeat(rng.integers(0, processes, len(trace) // run + 1), run)[: len(trace)].tolist()
-    told: list[dict[int, None]] = [{} for _ in range(processes)]
-    log_ticks: list[int] = []
-    log_keys: list[int] = []
-    leavers: list[tuple[int, int]] = []
-    tick = used = found = left = 0
+def turns(length: int, seed: int = 0) -> Trace:
+    """Which process makes each access."""
+    draw = np.random.default_rng(seed).integers(0, PROCESSES, length // IN_A_ROW + 1)
+    return np.asarray(np.repeat(draw, IN_A_ROW)[:length])
 
-    def use(key: int) -> None:
-        gap, interval = int(gaps[key]), tick - int(last[key])
-        gaps[key] = max(1, gap + (interval - gap) // 4 if gap else interval)
-        last[key] = tick
 
-    def tell(process: int) -> None:
-        nonlocal tick
-        for key in told[process]:
-            tick += 1
-            log_ticks.append(tick)
-            log_keys.append(key)
-            use(key)
-        told[process].clear()
+class _Cache:
+    """What the index does for `adaptive`: time in uses, gaps between them, ghosts, and who is to leave."""
 
-    def plan() -> None:
-        keys = np.array(log_keys, np.int64)
-        policy.learn(Uses(np.array(log_ticks, np.int64), hashes[keys], np.ones(len(keys), np.int64)), used, room)
-        log_ticks.clear()
-        log_keys.clear()
-        rows = np.flatnonzero(resident)
-        score = last[rows] if policy.prefers_recency else policy.worth_of(gaps[rows], tick - last[rows])
-        most = max(16, int(batch * len(rows)))
-        order = rows[np.argsort(score, kind="stable")[:most]]
-        leavers.extend((int(row), int(last[row])) for row in order[::-1])
+    def __init__(self, policy: Adaptive, hashes: Trace, room: int) -> None:
+        self.policy = policy
+        self.room = room
+        self.is_here = [False] * len(hashes)
+        self._hashes = hashes
+        self._last, self._gaps = np.zeros(len(hashes), np.int64), np.zeros(len(hashes), np.int64)
+        self._told: list[dict[int, None]] = [{} for _ in range(PROCESSES)]
+        self._heard: list[tuple[int, int]] = []
+        self._leaving: list[tuple[int, int]] = []
+        self._tick = self._count = self._learned = 0
 
-    for key, process in zip(trace.tolist(), who, strict=True):
-        if resident[key]:
-            found += 1
-            told[process][key] = None
-            if len(told[process]) >= late:
-                tell(process)
-            continue
-        while used >= room:
-            tell(process)
-            while leavers:
-                row, seen = leavers.pop()
-                if resident[row] and last[row] == seen:
-                    resident[row] = False
-                    gone[row] = left
-                    left += 1
-                    used -= 1
-                    break
-            else:
-                plan()
-        tick += 1
-        log_ticks.append(tick)
-        log_keys.append(key)
-        resident[key] = True
-        used += 1
-        if gone[key] >= 0 and tick - last[key] <= max(ghosts * room, least):
-            use(key)
+    def hit(self, key: int, process: int) -> None:
+        self._told[process][key] = None
+        if len(self._told[process]) >= _TOLD:
+            self._tell(process)
+
+    def come(self, key: int, process: int) -> None:
+        while self._count >= self.room:
+            self._tell(process)
+            self._let_leave()
+        fewest, share = _GHOSTS
+        if self._last[key] and self._tick - self._last[key] > max(fewest, share * self.room):
+            self._last[key] = self._gaps[key] = 0
+        self._use(key)
+        self.is_here[key] = True
+        self._count += 1
+
+    def _tell(self, process: int) -> None:
+        for key in self._told[process]:
+            if self.is_here[key]:
+                self._use(key)
+        self._told[process].clear()
+
+    def _use(self, key: int) -> None:
+        self._tick += 1
+        if (last := int(self._last[key])) > 0:
+            gap, interval = int(self._gaps[key]), self._tick - last
+            self._gaps[key] = max(1, gap + (interval - gap) // 4 if gap else interval)
+        self._last[key] = self._tick
+        self._heard.append((self._tick, key))
+
+    def _let_leave(self) -> None:
+        while self._leaving:
+            key, last = self._leaving.pop()
+            if self.is_here[key] and self._last[key] == last:
+                self.is_here[key] = False
+                self._count -= 1
+                return
+        self._learn()
+        here = np.flatnonzero(self.is_here)
+        ages = self._tick - self._last[here]
+        worth = -ages if self.policy.prefers_recency else self.policy.worth_of(self._gaps[here], ages)
+        first = here[np.argsort(worth, kind="stable")][: max(_FEWEST, len(here) // _LEAVING)]
+        self._leaving = [(int(key), int(self._last[key])) for key in first[::-1]]
+
+    def _learn(self) -> None:
+        if self._tick - self._learned < self._count // _LEAVING:
+            return
+        ticks, keys = np.array(self._heard, np.int64).reshape(-1, 2).T
+        self.policy.learn(Uses(ticks, self._hashes[keys], np.ones(len(keys), np.int64)), self._count, self.room)
+        self._heard, self._learned = [], self._tick
+
+
+def adaptive(trace: Trace, room: int, *, made: list[Adaptive] | None = None) -> float:
+    """Several processes, which tell of their hits late."""
+    cache = _Cache(Adaptive(), hashed(np.arange(int(np.max(trace)) + 1)), room)
+    hits = 0
+    for key, process in zip(trace.tolist(), turns(len(trace)).tolist(), strict=True):
+        if cache.is_here[key]:
+            hits += 1
+            cache.hit(key, process)
         else:
-            gaps[key], last[key] = 0, tick
+            cache.come(key, process)
     if made is not None:
-        made.append(policy)
-    return found / len(trace)
+        made.append(cache.policy)
+    return hits / len(trace)
+
+
+POLICIES: Final[Mapping[str, Callable[[Trace, int], float]]] = {
+    "xzcache adaptive": adaptive,
+    "LRU": least_recent,
+    "none": none,
+    "DIP": dueling,
+    "MIN, the limit": best,
+}

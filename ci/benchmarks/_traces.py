@@ -158,11 +158,7 @@ def drifting(rng: Generator, keys: int, length: int) -> Trace:
 
 def zipf_and_scans(rng: Generator, keys: int, length: int) -> Trace:
     """A user who browses while every so often a job passes over everything."""
-    quiet = keys
-    return _fill(
-        length, lambda number: np.arange(keys) if number % 3 == 2 else _zipf(rng, keys, quiet, 0.9) if number else
-        _zipf(rng, keys, quiet, 0.9)
-    )
+    return _fill(length, lambda number: np.arange(keys) if number % 3 == 2 else _zipf(rng, keys, keys, 0.9))
 
 
 def growing(rng: Generator, keys: int, length: int) -> Trace:
