@@ -62,9 +62,8 @@ def summarize(report: Report, measured: Mapping[str, Cells]) -> None:
     loops = [(cell[OURS] / cell[MIN], at) for at, cell in cells.items() if at[0] in LOOPS and cell[MIN] > LEAST]
     if loops:
         value, (kind, share) = min(loops)
-        report.say(
-            f"Loops, shuffles, rolling windows and scans: adaptive has {value:.3f} of MIN or more ({kind}, {share:.0%})."
-        )
+        where = f"{kind}, {share:.0%}"
+        report.say(f"Loops, shuffles, windows, scans: adaptive has {value:.3f} of MIN or more ({where}).")
 
 
 def show(report: Report, measured: Mapping[str, Cells]) -> None:
