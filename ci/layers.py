@@ -58,6 +58,8 @@ FLOORS = {
     "_recovery": 5,
     "_books": 4,
     "_membership": 3,
+    "_recency": 4,
+    "_policies": 3,
     "_metering": 2,
     "_index": 2,
     # what a source is, and how it is read
@@ -87,6 +89,8 @@ FLOORS = {
     "_bytelocks": 2,
     "_locks": 1,
     "_notes": 1,
+    "_history": 1,
+    "_adaptive": 1,
     "_pool": 1,
     "_remembered": 1,
     "_schema": 1,
@@ -97,6 +101,7 @@ FLOORS = {
     "_documents": 0,
     "_errors": 0,
     "_eviction": 0,
+    "_reuse": 0,
     "_fork": 0,
     "_keys": 0,
 }

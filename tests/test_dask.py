@@ -584,7 +584,7 @@ SETTINGS: dict[str, Any] = {
     "lock_timeout": 4,
     "threads": 2,
 }
-PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000}
+PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000, "trace": None}
 
 
 def test_the_settings_of_the_client_are_those_of_the_workers(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class StoreBackend(Alone):
     Safe for threads and event loops. Space is taken before a value is written, and given back after it is deleted.
     """
 
+    evicts = True
     bound: int | None = None  # the store that caches here says how much it may
 
     def __init__(self, cache_store: Store, source: str) -> None:
@@ -182,7 +183,7 @@ class StoreBackend(Alone):
 
     async def _take(self, size: int, limit: int | None) -> bool:
         while not (answer := self._ledger.take(size, limit)).taken:
-            if answer.oldest is None or not await self._remove([answer.oldest]):
+            if not self.evicts or answer.oldest is None or not await self._remove([answer.oldest]):
                 return False
             self.evictions += 1
         return True

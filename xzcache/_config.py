@@ -38,8 +38,10 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "revalidate": "open",
     # whether what is written through the cache is cached
     "cache_set_data": True,
-    # which entries leave first
+    # which entries leave first: "lru", "adaptive", or "none", which lets nothing leave
     "policy": "lru",
+    # a file to which the uses of what is cached are written, under hashes of their keys; None: nowhere
+    "trace": None,
     # the library that reads URLs: "obstore", "fsspec", or "auto", obstore where it can
     "upstream": "auto",
     # an object of which so many bytes were read in byte ranges is fetched whole at the next one; None: never
@@ -81,7 +83,7 @@ AS_ZARR: Final[Mapping[str, Any]] = {
     "cache_set_data": True,
     "namespace": None,
     "revalidate": "open",
-    "policy": "lru",
+    "policy": UNSET,
     "missing_max_age_seconds": UNSET,
 }
 """The settings of a store that a pickle of it need not tell."""
@@ -181,10 +183,10 @@ def parse_flag(name: str, value: Any) -> bool:
 
 def parse_policy(name: str, value: Any) -> str:
     """The name of an eviction policy."""
-    if value != "lru":
+    if not isinstance(value, str) or value not in ("lru", "adaptive", "none"):
         error = ValueError if isinstance(value, str) else TypeError
-        raise _refuse(name, value, '"lru" (least recently used)', error)
-    return "lru"
+        raise _refuse(name, value, '"lru" (least recently used), "adaptive" or "none"', error)
+    return value
 
 
 def parse_upstream(name: str, value: Any) -> str:

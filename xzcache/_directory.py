@@ -23,10 +23,12 @@ from xzcache._doubts import Doubts
 from xzcache._errors import Foreign
 from xzcache._keeper import Keeper
 from xzcache._leaders import Leaders
+from xzcache._policies import POLICIES
 from xzcache._publisher import Publisher
 from xzcache._reader import Reader
+from xzcache._recency import recency_for
 from xzcache._schema import Totals
-from xzcache._space import Recency, Space
+from xzcache._space import Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class CacheDirectory:
         What to leave free of the file system: a fraction or bytes.
     lock_timeout : float
         Seconds to wait for the lock of the index.
+    policy : str
+        Which entries leave first, as far as this process decides it.
 
     Attributes
     ----------
@@ -70,15 +74,17 @@ class CacheDirectory:
         default_max_size: int | None,
         min_free: float | int,
         lock_timeout: float,
+        policy: str = "lru",
     ) -> None:
         self.root = root
         self.books = Books(root, lock_timeout)
         self.background = Background(lambda parcels: self.publisher.publish_all(parcels))
         self._min_free = min_free
+        self._policy = policy
         self._start(max_size, default_max_size)
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
-        self.recency = Recency()
+        self.recency = recency_for(POLICIES[self._policy]())
         self.keeper = Keeper(self.books, max_size, default_max_size)
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
@@ -146,6 +152,12 @@ class CacheDirectory:
     def set_min_free(self, min_free: float | int) -> None:
         """Ask for another reserve of free disk, in this process."""
         self._min_free = self.space.min_free = min_free
+
+    def set_policy(self, policy: str) -> None:
+        """Ask for another policy, in this process: whoever makes room does so by its own."""
+        if policy != self._policy:
+            self._policy = policy
+            self.recency.policy = POLICIES[policy]()
 
     def set_lock_timeout(self, seconds: float) -> None:
         """Ask for another time to wait for the lock of the index, in this process."""

@@ -6,27 +6,31 @@ guard.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from typing import TYPE_CHECKING, Final
 
 from xzcache._documents import is_document
 from xzcache._errors import CacheFault, Damaged, NoRoom
+from xzcache._history import History
 from xzcache._keys import Entry, namespace_of
 from xzcache._notes import Notes, range_of
-from xzcache._schema import SCHEMA, VERSION, Dying, Row, Totals
+from xzcache._schema import SCHEMA, UPGRADES, VERSION, Dying, Row, Totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+logger = logging.getLogger("xzcache")
 
 _MAGIC: Final = b"SQLite format 3\0"
 _DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCHEMA"}
 
 
-_COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq"
+_COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq, tick"
 
 
-def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int]) -> Row:
+def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int, int]) -> Row:
     id_, key, start, stop, odd, *rest = values
     return Row(id_, Entry(key, start, stop), bool(odd), *rest)
 
@@ -75,13 +79,21 @@ class Index:
             if create:
                 self.connection.execute("PRAGMA journal_mode=WAL")
                 self.connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
-            if self.connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
-                raise Damaged(f"the index is not of version {VERSION}")
+            self._upgrade(self.connection.execute("PRAGMA user_version").fetchone()[0])
         except BaseException:
             self.connection.close()
             raise
         self._do = self.connection.execute
         self.notes = Notes(self.connection)
+        self.history = History(self.connection)
+
+    def _upgrade(self, version: int) -> None:
+        if version == VERSION:
+            return
+        if version not in UPGRADES:
+            raise Damaged(f"the index is not of version {VERSION}")
+        self.connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[version]} PRAGMA user_version={VERSION}; COMMIT;")
+        logger.info("an index of version %d is one of version %d now: %s", version, VERSION, self._wal[:-4])
 
     # -- transactions
 

@@ -27,18 +27,23 @@ def checked_namespace(namespace: str | None) -> str | None:
     return namespace
 
 
-def cache_store_of(given: Store | str | Path | None, max_size: int | Unset | None) -> Store:
+def cache_store_of(
+    given: Store | str | Path | None, max_size: int | Unset | None, policy: str | Unset = UNSET
+) -> Store:
     """The store that holds the cache, from whatever was given for it."""
     accepted = "a Zarr store that supports deletes, a path, or None for the default cache"
     if isinstance(given, LockedLocalStore):
-        if not isinstance(max_size, Unset) and given.max_size not in (UNSET, max_size):
-            raise ValueError(
-                f"max_size={max_size!r} contradicts max_size={given.max_size!r} of the cache_store: give one of them"
-            )
-        return given if isinstance(max_size, Unset) else LockedLocalStore(given.root, max_size=max_size)
+        for name, asked in {"max_size": max_size, "policy": policy}.items():
+            if not isinstance(asked, Unset) and getattr(given, name) not in (UNSET, asked):
+                raise ValueError(
+                    f"{name}={asked!r} contradicts {name}={getattr(given, name)!r} of the cache_store: give one of them"
+                )
+        if isinstance(max_size, Unset) and isinstance(policy, Unset):
+            return given
+        return LockedLocalStore(given.root, max_size=max_size, policy=policy)
     if given is None:
         bound = chosen_max_size() if isinstance(max_size, Unset) else max_size
-        return LockedLocalStore(default_directory(), max_size=bound)
+        return LockedLocalStore(default_directory(), max_size=bound, policy=policy)
     if type(given) is LocalStore:
         if isinstance(max_size, Unset) and not (given.root / META).is_dir():
             # as with Zarr; a directory that is a cache already keeps its bound
@@ -49,7 +54,7 @@ def cache_store_of(given: Store | str | Path | None, max_size: int | Unset | Non
         raise ValueError(f"cache_store is a URL, which is not accepted: give {accepted}")
     if isinstance(given, str | os.PathLike):
         try:
-            return LockedLocalStore(given, max_size=max_size)
+            return LockedLocalStore(given, max_size=max_size, policy=policy)
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("root=", "cache_store=", 1)) from None
     if not isinstance(given, Store):
@@ -66,8 +71,10 @@ def label_of(cache: Store) -> str:
     return os.fspath(cache.root) if isinstance(cache, LocalStore) else type(cache).__name__
 
 
-def backend_of(cache: Store, namespace: str, *, lasting: bool) -> SharedBackend | StoreBackend:
+def backend_of(cache: Store, namespace: str, policy: str, *, lasting: bool) -> SharedBackend | StoreBackend:
     """What looks up and publishes in a cache store on behalf of one source."""
     if isinstance(cache, LockedLocalStore):
         return SharedBackend(cache.directory, namespace, lasting=lasting)
-    return store_backend(cache, namespace)
+    backend = store_backend(cache, namespace)
+    backend.evicts = policy != "none"
+    return backend

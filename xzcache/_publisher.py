@@ -162,7 +162,7 @@ class Publisher:
             item.failure = error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 # for the next one
-                self._space.evict(item.stamp.size)
+                self._space.make_room(item.stamp.size)
                 item.failure = NoRoom(f"the disk of {self._root} is full")
 
     # -- under the guard
@@ -183,7 +183,7 @@ class Publisher:
         index.notes.drop_absent(keys)
         index.change_lease(member.owner, -sum(item.stamp.size for item in entering))
         self._space.trim_lease(member, index)
-        self._space.recency.tell(index)
+        self._space.recency.tell(index, [item.parcel.entry for item in entering])
         for namespace in set(map(namespace_of, keys)):
             self._books.note_made(namespace)
         # whatever interrupts us from here on, it may be after the commit

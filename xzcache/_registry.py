@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache._anystore import StoreBackend
-from xzcache._config import UNSET, Unset, config, parse_min_free, parse_seconds, parse_size
+from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
 from xzcache._directory import CacheDirectory
 from xzcache._identity import identify
 
@@ -24,7 +24,10 @@ _lock = threading.Lock()
 
 
 def open_directory(
-    root: str, *, max_size: int | Unset | None = UNSET, min_free: float | int | Unset = UNSET
+    root: str,
+    max_size: int | Unset | None = UNSET,
+    min_free: float | int | Unset = UNSET,
+    policy: str | Unset = UNSET,
 ) -> CacheDirectory:
     """The object of a cache directory: the same one, however many stores use it and whatever path leads there.
 
@@ -35,6 +38,8 @@ def open_directory(
         A bound that somebody asks for, in bytes.
     min_free : float, int or UNSET
         A reserve of free disk that somebody asks for; else the configured one.
+    policy : str or UNSET
+        A policy that somebody asks for; else the configured one.
     """
     path = os.path.realpath(root)
     with _lock:
@@ -47,6 +52,7 @@ def open_directory(
                 default_max_size=parse_size("max_size", config.get("max_size")),
                 min_free=parse_min_free("min_free", reserve),
                 lock_timeout=parse_seconds("lock_timeout", config.get("lock_timeout")),
+                policy=chosen("policy", policy, parse_policy),
             )
         else:
             directory.reopen()
@@ -54,6 +60,8 @@ def open_directory(
                 directory.set_bound(max_size)
             if not isinstance(min_free, Unset):
                 directory.set_min_free(min_free)
+            if not isinstance(policy, Unset):
+                directory.set_policy(policy)
     return directory
 
 

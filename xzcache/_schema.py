@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from xzcache._keys import Entry
 
-VERSION: Final = 2
+VERSION: Final = 3
 
-SCHEMA: Final = """
+_OF_THE_PAST: Final = """
+CREATE TABLE heard(tick INTEGER PRIMARY KEY, key INTEGER NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE ghost(key INTEGER PRIMARY KEY, tick INTEGER NOT NULL, gap INTEGER NOT NULL);
+CREATE TABLE learned(
+  one INTEGER PRIMARY KEY CHECK(one = 1), serial INTEGER NOT NULL, state BLOB NOT NULL,
+  chosen INTEGER NOT NULL DEFAULT 0);
+"""
+
+SCHEMA: Final = f"""{_OF_THE_PAST}
 CREATE TABLE ns(
   id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, n INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE entry(
   id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
   odd INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, used INTEGER NOT NULL, rank INTEGER NOT NULL,
-  owner INTEGER NOT NULL, seq INTEGER NOT NULL, UNIQUE(key, start, stop));
+  owner INTEGER NOT NULL, seq INTEGER NOT NULL, tick INTEGER NOT NULL DEFAULT 0, gap INTEGER NOT NULL DEFAULT 0,
+  UNIQUE(key, start, stop));
 CREATE INDEX entry_rank ON entry(rank);
 CREATE INDEX entry_odd ON entry(key) WHERE odd = 1;
 CREATE TABLE dying(
@@ -33,8 +42,8 @@ CREATE INDEX writing_key ON writing(beneath, key);
 CREATE TABLE absent(key TEXT PRIMARY KEY, noted REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE total(
   one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
-  dying INTEGER NOT NULL, max_size INTEGER, serial INTEGER NOT NULL);
-INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0);
+  dying INTEGER NOT NULL, max_size INTEGER, serial INTEGER NOT NULL, tick INTEGER NOT NULL DEFAULT 0);
+INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0, 0);
 CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
   UPDATE total SET n = n + 1, bytes = bytes + NEW.size, serial = serial + 1;
   UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
@@ -47,6 +56,15 @@ CREATE TRIGGER lease_changes AFTER UPDATE OF lease ON owner BEGIN
   UPDATE total SET lease = lease + NEW.lease - OLD.lease; END;
 CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = lease - OLD.lease; END;
 """
+
+UPGRADES: Final = {
+    2: f"""{_OF_THE_PAST}
+ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
+"""
+}
+"""What makes an index of an older version, which is the key, one of this version."""
 
 
 class Totals(NamedTuple):
@@ -76,6 +94,7 @@ class Row(NamedTuple):
     rank: int
     owner: int
     seq: int
+    tick: int
 
 
 class Dying(NamedTuple):

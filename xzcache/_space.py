@@ -7,7 +7,6 @@ file is written only out of a lease, and its bytes are given back only after it 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +14,6 @@ from xzcache import _disk as disk
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._errors import NoRoom
-from xzcache._eviction import least_recently_used
 from xzcache._keys import relative_path
 
 if TYPE_CHECKING:
@@ -23,52 +21,16 @@ if TYPE_CHECKING:
 
     from xzcache._books import Books
     from xzcache._index import Index
-    from xzcache._keys import Entry
     from xzcache._membership import Membership
+    from xzcache._policies import Policy
+    from xzcache._recency import Recency
     from xzcache._schema import Dying, Row, Totals
 
 _LARGEST_LEASE: Final = 4 << 20
 _INDEX_RESERVE: Final = 4 << 20
-_BATCH: Final = 128
 _ATTEMPTS: Final = 8
-
-
-class Recency:
-    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction."""
-
-    def __init__(self, most: int = 256, longest: float = 5.0) -> None:
-        self._most = most
-        self._longest = longest
-        self._lock = threading.Lock()
-        self._uses: dict[Entry, int] = {}
-        self._tell_after = 0.0
-
-    def note(self, entry: Entry) -> bool:
-        """Remember a use; True when it is time to tell the index."""
-        uses = self._uses
-        if not uses:
-            self._tell_after = time.monotonic() + self._longest
-        uses[entry] = time.time_ns()
-        if len(uses) < self._most and time.monotonic() < self._tell_after:
-            return False
-        if len(uses) > 64 * self._most:
-            # the index cannot be told: better to forget than to grow
-            uses.clear()
-        # whoever is told to tell has a second for it
-        due = time.monotonic() >= self._tell_after or len(uses) == self._most
-        self._tell_after = max(self._tell_after, time.monotonic() + 1.0) if due else self._tell_after
-        return due
-
-    def tell(self, index: Index) -> None:
-        """Write what was remembered into the index."""
-        with self._lock:
-            uses, self._uses = self._uses, {}
-        if uses:
-            # a copy: a hit that began before may still add to it
-            index.touch(dict(uses))
-
-    def __bool__(self) -> bool:
-        return bool(self._uses)
+_PAUSE_WHILE_FULL: Final = 1.0
+"""Seconds for which a directory that was full, and from which nothing leaves, is not asked again."""
 
 
 class Space:
@@ -87,7 +49,14 @@ class Space:
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
+        self._full_until = 0.0
+        self._full_for = 0
         self._unreleased: list[Dying] = []
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides what leaves."""
+        return self.recency.policy
 
     # -- taking
 
@@ -113,11 +82,15 @@ class Space:
 
     def _take_more(self, member: Membership, size: int, whole: int) -> None:
         for attempt in range(_ATTEMPTS):
+            if not self.policy.evicts and whole >= self._full_for and time.monotonic() < self._full_until:
+                break
             short = self._enlarge(member, size, whole)
             if short <= 0:
                 return
-            if self.evict(short) == 0:
+            if self.make_room(short) == 0:
                 if attempt and not recovery_due(member):
+                    # what is smaller may still have room
+                    self._full_until, self._full_for = time.monotonic() + _PAUSE_WHILE_FULL, whole
                     break
                 recovery.recover(self.books)
         raise NoRoom(f"no room for {size} bytes in {self.books.root}")
@@ -176,13 +149,17 @@ class Space:
 
     # -- giving back
 
+    def make_room(self, want: int) -> int:
+        """Let entries go for new ones, if the policy lets any; returns the bytes freed."""
+        return self.evict(want) if self.policy.evicts else 0
+
     def evict(self, want: int) -> int:
-        """Let the least recently used entries go until `want` bytes are free; returns the bytes freed."""
+        """Let entries go until `want` bytes are free, those that the policy chooses; returns the bytes freed."""
         freed = 0
         while freed < want:
             with self.books.section() as (member, index):
                 self.recency.tell(index)
-                victims = self._choose(index, want - freed)
+                victims = self.policy.choose(index, want - freed)
                 dying = self.condemn(member, index, victims)
             self.release(dying)
             self.evictions += len(dying)
@@ -197,15 +174,6 @@ class Space:
             room = index.totals().room
         if room is not None and room < 0:
             self.evict(-room)
-
-    @staticmethod
-    def _choose(index: Index, want: int) -> list[Row]:
-        while rows := index.by_rank(2 * _BATCH):
-            victims, ranks = least_recently_used(rows, want, _BATCH)
-            index.set_rank(ranks)
-            if victims or not ranks:
-                return victims
-        return []
 
     def condemn(self, member: Membership, index: Index, rows: Iterable[Row]) -> list[Dying]:
         """Take entries out of the index, then their files out of sight; within a section, which is committed.

@@ -183,7 +183,7 @@ class CachePlugin(WorkerPlugin):
 
     def _open(self, place: str, worker: Worker) -> CacheDirectory:
         cause: BaseException | None = _refusal(place)
-        asked = {name: self.settings[name] for name in ("max_size", "min_free") if name in self.settings}
+        asked = {name: self.settings[name] for name in ("max_size", "min_free", "policy") if name in self.settings}
         directory = open_directory(place, **asked)
         directory.set_lock_timeout(self.settings["lock_timeout"])
         if not directory.prepare() and cause is None:

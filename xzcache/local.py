@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 class LockedLocalStore(LocalStore):
     """A `zarr.storage.LocalStore` whose entries, sizes, recency and locks are shared by every process that opens it.
 
-    It is a complete Zarr store, made to hold what can be fetched again: it never grows beyond its bound, and lets the
-    least recently used entries go for new ones. `CacheStore` keeps its entries in one.
+    It is a complete Zarr store, made to hold what can be fetched again: it never grows beyond its bound, and lets
+    entries go for new ones. `CacheStore` keeps its entries in one.
 
     Parameters
     ----------
@@ -57,7 +57,9 @@ class LockedLocalStore(LocalStore):
     min_free : float, int or str, optional
         What to leave free of the file system: ``"5%"``, a fraction below 1, or a size. Configured: 5 %.
     policy : str, optional
-        Which entries leave first: ``"lru"``.
+        Which entries leave first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be used
+        soon; ``"none"``, nothing leaves. Else what was asked for last in this process, or the configured one. Whoever
+        makes room does so by its own.
 
     Raises
     ------
@@ -84,8 +86,9 @@ class LockedLocalStore(LocalStore):
         parse_threads("threads", config.get("threads"))
         self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
-        self.policy = parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
-        self._directory = open_directory(os.fspath(self.root), max_size=self.max_size, min_free=self.min_free)
+        parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
+        self.policy = policy
+        self._directory = open_directory(os.fspath(self.root), self.max_size, self.min_free, self.policy)
 
     @property
     def directory(self) -> CacheDirectory:

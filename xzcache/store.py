@@ -60,7 +60,9 @@ class CacheStore(ReadableView, WritableView):
         For how long a chunk that the source does not have is not asked for again, in seconds; 0 to always ask.
         Configured: 60; a local directory and memory are always asked, unless it is given here.
     policy : str, optional
-        Which entries leave first: ``"lru"``.
+        Which entries leave first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be used
+        soon; ``"none"``, nothing leaves for anything new. A cache store that is no directory takes ``"adaptive"`` for
+        ``"lru"``.
     storage_options : mapping, optional
         Options for a `store` that is a URL, in the words of fsspec's clients or of obstore.
     upstream : {"auto", "obstore", "fsspec"}, optional
@@ -110,6 +112,7 @@ class CacheStore(ReadableView, WritableView):
             "missing_max_age_seconds", missing_max_age_seconds, settings.parse_age
         )
         self.policy: str = settings.chosen("policy", policy, settings.parse_policy)
+        self._asked_policy = policy if isinstance(policy, Unset) else self.policy
         settings.parse_threads("threads", config.get("threads"))
         self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
         settings.parse_flag("read_only", read_only)
@@ -125,7 +128,7 @@ class CacheStore(ReadableView, WritableView):
         # the same source however it was spelled; but a path on this machine as xarray itself has it
         self._given_path = local_path(store) or self.source.url or spelled(store)
         super().__init__(read_only=read_only or self._store.read_only)
-        self._cache = cache_store_of(cache_store, self._asked_max_size)
+        self._cache = cache_store_of(cache_store, self._asked_max_size, self._asked_policy)
         self._stats = Stats(process)
         self._read_through(self._fresh(Seen()))
         self._avoid_oneself()
@@ -146,7 +149,8 @@ class CacheStore(ReadableView, WritableView):
 
     def _read_through(self, freshness: Freshness) -> None:
         given = self._given_namespace
-        backend = backend_of(self._cache, given or self.source.namespace, lasting=bool(given) or self.source.lasting)
+        lasting = bool(given) or self.source.lasting
+        backend = backend_of(self._cache, given or self.source.namespace, self.policy, lasting=lasting)
         reading = Reading(
             self._store,
             backend,
@@ -183,7 +187,7 @@ class CacheStore(ReadableView, WritableView):
             "namespace": self._given_namespace,
             "revalidate": self.revalidate,
             "missing_max_age_seconds": self._asked_missing,
-            "policy": self.policy,
+            "policy": self._asked_policy,
         }
 
     def with_read_only(self, read_only: bool = False) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -133,6 +134,28 @@ class Report:
             axes.legend(frameon=False, labelcolor=TEXT, fontsize=8)
         self._show(name, title)
 
+    def panels(self, name: str, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]]) -> None:
+        """Many small pictures of the same contestants, with shares on both axes."""
+        across = 4
+        down = math.ceil((len(panels) + 1) / across)
+        with _pictures(self._path(name), height=0.6 + 1.5 * down, down=down, across=across) as grid:
+            colours = _colours(list(next(iter(panels.values()))))
+            for axes, (panel, series) in zip(grid, panels.items(), strict=False):
+                for contestant, points in series.items():
+                    style = {"linestyle": ":"} if "limit" in contestant else {}
+                    shown = TEXT if style else colours[contestant]
+                    axes.plot(
+                        list(points), list(points.values()), color=shown, label=contestant, linewidth=1.4, **style
+                    )
+                axes.set_title(panel, loc="left", fontsize=7)
+                axes.set_ylim(-0.02, 1.02)
+                axes.set_xticks([0, 0.5, 1])
+                axes.tick_params(labelsize=6)
+            for axes in grid[len(panels) :]:
+                axes.axis("off")
+            grid[-1].legend(*grid[0].get_legend_handles_labels(), frameon=False, labelcolor=TEXT, fontsize=8)
+        self._show(name, title)
+
     def _path(self, name: str) -> Path:
         return self.out / f"{self.name}-{name}.svg"
 
@@ -151,7 +174,14 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _picture(path: Path, *, height: float) -> Iterator[Axes]:
-    """A picture without a background, in colours that can be read on any; leaving the block writes it."""
+    """One picture, as of `_pictures`."""
+    with _pictures(path, height=height) as (axes,):
+        yield axes
+
+
+@contextmanager
+def _pictures(path: Path, *, height: float, down: int = 1, across: int = 1) -> Iterator[list[Axes]]:
+    """Pictures without a background, in colours that can be read on any; leaving the block writes them to one file."""
     # slow to import, and not needed by who only reads the help
     import matplotlib as mpl
 
@@ -165,9 +195,9 @@ def _picture(path: Path, *, height: float) -> Iterator[Axes]:
     style |= {"svg.fonttype": "none", "svg.hashsalt": path.stem}
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(style):
-        figure, axes = plt.subplots(figsize=(7.6, height), layout="constrained")
+        figure, grid = plt.subplots(down, across, figsize=(7.6, height), layout="constrained", squeeze=False)
         try:
-            yield axes
+            yield list(grid.flat)
             figure.savefig(path, transparent=True, metadata={"Date": None})
         finally:
             plt.close(figure)

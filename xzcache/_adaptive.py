@@ -1,0 +1,232 @@
+"""The policy ``adaptive``: what leaves first is what is least likely to be used soon, as far as the past can tell.
+
+It watches a sample of all keys, chosen by their hashes, cached or not: of each it remembers when it was used and how
+long its uses are apart, so that it learns of times longer than the cache holds anything. On the sample it also plays
+through what the cache would do, by its own order and by least recent use, and follows whichever has been doing better.
+
+No disk, no clock, no SQL: uses in, an order out. Time is counted in uses of anything.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any, Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xzcache._reuse import BUCKETS, CLASSES, Ints, Reals, Reuse, next_gap, rate
+
+HASH_BITS: Final = 62
+_WATCHED: Final = 2048
+"""Of how many entries of the cache the uses are watched, at the most."""
+_REMEMBERED: Final = 10
+"""How many keys are remembered for each of them."""
+_SPARE: Final = 0.98
+_REFRESH: Final = (200, 2000)
+_PATIENCE: Final = 1.5
+"""Hits that have to be lost to follow the other order, in entries of the cache, where both have been as good."""
+_FEWEST: Final = 64
+_AGES: Final = 1 << 60
+_FORMAT: Final = 1
+
+
+def limit_for(entries: int) -> int:
+    """Below which a hash is one of a watched key, in a cache of so many entries."""
+    return (1 << HASH_BITS) >> max(0, (max(1, entries) // _WATCHED).bit_length())
+
+
+class Uses(NamedTuple):
+    """Uses of watched keys, in the order of time: when, the hash of the key, and the size of the entry in bytes."""
+
+    ticks: Ints
+    keys: Ints
+    sizes: Ints
+
+
+class Adaptive:
+    """What was learned from the uses of the watched keys.
+
+    Attributes
+    ----------
+    prefers_recency : bool
+        Whether entries had better leave by least recent use than by `worth_of`.
+    """
+
+    def __init__(self) -> None:
+        self.reuse = Reuse()
+        self.prefers_recency = True
+        self._now = self._refreshed = self._shift = 0
+        self._regret = self._hits = self._recency_hits = 0.0
+        self._keys = self._last = self._gaps = self._sizes = np.zeros(0, np.int64)
+        self._kept: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._worth = self.reuse.worth()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    # -- learning
+
+    def learn(self, uses: Uses, entries: int, room: float) -> None:
+        """Learn from uses.
+
+        Parameters
+        ----------
+        uses : Uses
+        entries : int
+            How many the cache holds.
+        room : float
+            How many bytes it may hold.
+        """
+        self._watch(entries)
+        watched = uses.keys < limit_for(entries)
+        ticks, keys, sizes = (column[watched] for column in uses)
+        step = max(64, min(_REFRESH[1], (entries >> self._shift) // 16))
+        for begin in range(0, len(keys), step):
+            part = slice(begin, begin + step)
+            self._use(Uses(ticks[part], keys[part], sizes[part]), room / 2**self._shift)
+            self._refresh(entries)
+            self._evict(room / 2**self._shift)
+
+    def _watch(self, entries: int) -> None:
+        """Watch more or fewer keys, as the cache holds fewer or more entries."""
+        limit = limit_for(entries)
+        self._shift = HASH_BITS + 1 - limit.bit_length()
+        if len(self._keys) and self._keys[-1] >= limit:
+            self._select(self._keys < limit)
+
+    def _use(self, uses: Uses, room: float) -> None:
+        """Note uses, of which a key may have several; then each round notes one of each."""
+        oldest = self._age_of_recency(room)
+        while len(uses.keys):
+            first = np.unique(uses.keys, return_index=True)[1]
+            self._use_once(Uses(*(column[first] for column in uses)), oldest)
+            uses = Uses(*(np.delete(column, first) for column in uses))
+
+    def _use_once(self, uses: Uses, oldest: int) -> None:
+        at = np.searchsorted(self._keys, uses.keys)
+        known = np.zeros(len(at), np.bool_)
+        inside = at < len(self._keys)
+        known[inside] = self._keys[at[inside]] == uses.keys[inside]
+        rows = at[known]
+        ages = np.maximum(0, uses.ticks[known] - self._last[rows])
+        self.reuse.used(self._gaps[rows], ages)
+        self._compare(float(self._kept[rows].sum()), float((ages <= oldest).sum()))
+        self._gaps[rows] = next_gap(self._gaps[rows], ages)
+        self._last[rows] = np.maximum(self._last[rows], uses.ticks[known])
+        self._sizes[rows] = uses.sizes[known]
+        self._kept[rows] = True
+        new, where = ~known, at[~known]
+        if len(where):
+            self._keys = np.insert(self._keys, where, uses.keys[new])
+            self._last = np.insert(self._last, where, uses.ticks[new])
+            self._gaps = np.insert(self._gaps, where, 0)
+            self._sizes = np.insert(self._sizes, where, uses.sizes[new])
+            self._kept = np.insert(self._kept, where, True)
+        self._now = max(self._now, int(np.max(uses.ticks)))
+
+    def _age_of_recency(self, room: float) -> int:
+        """How old what a cache of least recent use holds is at the most."""
+        order = np.argsort(-self._last)
+        count = int((np.cumsum(self._sizes[order]) <= room).sum())
+        return _AGES if count == len(order) else self._now - int(self._last[order[count]]) - 1
+
+    def _evict(self, room: float) -> None:
+        """Play through what the cache would do by the order that was learned."""
+        held = float(self._sizes[self._kept].sum())
+        if held <= room:
+            return
+        rows = np.flatnonzero(self._kept)
+        leaving = rows[np.argsort(rate(self._worth, self._gaps[rows], self._now - self._last[rows]), kind="stable")]
+        count = int((np.cumsum(self._sizes[leaving]) < held - _SPARE * room).sum())
+        self._kept[leaving[: count + 1]] = False
+
+    def _refresh(self, entries: int) -> None:
+        passed = self._now - self._refreshed
+        if passed < max(_REFRESH[0], min(_REFRESH[1], entries // 8)):
+            return
+        keep = float(np.exp(-passed / (2 * max(1, len(self._keys) << self._shift))))
+        self.reuse.wait(self._gaps, self._now - self._last, passed, keep)
+        self._refreshed = self._now
+        self._worth = self.reuse.worth()
+        self._choose(entries, keep)
+        most = _REMEMBERED * max(_WATCHED, entries >> self._shift)
+        if len(self._keys) > most:
+            self._select(self._last > np.sort(self._last)[len(self._last) - most * 7 // 8])
+
+    def _select(self, rows: NDArray[np.bool_]) -> None:
+        self._keys, self._last, self._gaps = self._keys[rows], self._last[rows], self._gaps[rows]
+        self._sizes, self._kept = self._sizes[rows], self._kept[rows]
+
+    # -- which order to follow
+
+    def _compare(self, ours: float, recency: float) -> None:
+        """Count the hits of both orders, and those that the one not followed had more."""
+        self._hits += ours
+        self._recency_hits += recency
+        self._regret = max(0.0, self._regret + (ours - recency if self.prefers_recency else recency - ours))
+
+    def _choose(self, entries: int, keep: float) -> None:
+        """Follow the other order once as many hits were lost as the change may cost: the more, the better this one."""
+        self._hits *= keep
+        self._recency_hits *= keep
+        one, other = self._hits + 1, self._recency_hits + 1
+        share = min(1.0, other / one if self.prefers_recency else one / other)
+        if self._regret > _PATIENCE * share * max(_FEWEST, entries >> self._shift):
+            self.prefers_recency = not self.prefers_recency
+            self._regret = 0.0
+
+    def worth_of(self, gaps: Ints, ages: Ints) -> Reals:
+        """What entries are worth: who has the least leaves first.
+
+        Parameters
+        ----------
+        gaps, ages : array of int
+            Of each entry, in ticks: the time between its uses, or 0, and since its last one.
+        """
+        return rate(self._worth, gaps, ages)
+
+    # -- remembering
+
+    def to_bytes(self) -> bytes:
+        """All of it, for `from_bytes`."""
+        times = (self._now, self._refreshed, self._shift)
+        choice = (self.prefers_recency, self._regret, self._hits, self._recency_hits)
+        numbers = np.array([_FORMAT, *times, *choice], np.float64)
+        file = io.BytesIO()
+        columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._kept]
+        for array in (numbers, self.reuse.uses, self.reuse.waited, *columns):
+            np.save(file, array, allow_pickle=False)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` gave.
+
+        Raises
+        ------
+        ValueError
+            It is something else.
+        """
+        file = io.BytesIO(data)
+        self = cls()
+        try:
+            numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(8))
+            self._restore(numbers, [column.astype(np.int64) for column in columns])
+        except (EOFError, OSError, TypeError, ValueError) as error:
+            raise ValueError("this is nothing that was learned") from error
+        if {uses.shape, waited.shape} != {(CLASSES, BUCKETS)} or len({column.shape for column in columns}) != 1:
+            raise ValueError("what was learned is not of this version")
+        self.reuse = Reuse(uses, waited)
+        self._worth = self.reuse.worth()
+        return self
+
+    def _restore(self, numbers: NDArray[Any], columns: list[Ints]) -> None:
+        version, now, refreshed, shift, prefers_recency, regret, hits, recency_hits = numbers.tolist()
+        if version != _FORMAT:
+            raise ValueError("what was learned is not of this version")
+        self._now, self._refreshed, self._shift = int(now), int(refreshed), int(shift)
+        self.prefers_recency = bool(prefers_recency)
+        self._regret, self._hits, self._recency_hits = regret, hits, recency_hits
+        self._keys, self._last, self._gaps, self._sizes = columns[:4]
+        self._kept = columns[4].astype(np.bool_)
