@@ -365,7 +365,7 @@ def test_what_is_lost_in_a_crash_costs_hints_only(tmp_path: Path, loss: str) -> 
         assert team.start(die_in_the_middle, root).exit_code() == -signal.SIGKILL
     query(root, loss)
     store = xzcache.LockedLocalStore(root, policy="adaptive")
-    for number in range(3000):
+    for number in range(900):
         read_through(store, f"k{number % 150}")
     assert store.directory.keeper.troubles == 0
     assert store.directory.space.evictions > 0
@@ -453,7 +453,7 @@ def test_an_index_of_version_2_is_upgraded_in_place(
     assert store.directory.prepare()
     assert store.directory.keeper.troubles == 0
     if policy != "none":
-        for number in range(1000):
+        for number in range(400):
             read_through(store, f"k{number % 200}")
         assert store.directory.space.evictions > 0
     store.directory.close()
