@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 import zarr
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
@@ -35,6 +36,7 @@ import xzcache
 from xzcache._keys import META, Entry, relative_path
 from xzcache._leaders import Leaders
 from xzcache._registry import _close_all
+from xzcache._spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
 multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "xzcache", "google_crc32c", "zarr"])
@@ -173,18 +175,27 @@ def barrier(link: Connection) -> None:
 
 
 def tell_when_waiting(link: Connection) -> None:
-    """In a child: send "waiting" once for each entry whose lead turns out to be another process's."""
-    lead = Leaders.lead
+    """In a child: send "waiting" once for each entry, or object of which bytes are wanted, that another process has."""
+    lead, claim = Leaders.lead, Leaders.claim
     told = set()
 
-    def watched(self: Leaders, entry: Entry) -> Any:
-        unlock = lead(self, entry)
-        if unlock is None and entry not in told:
-            told.add(entry)
+    def tell(what: Entry | str) -> None:
+        if what not in told:
+            told.add(what)
             link.send("waiting")
+
+    def watched_lead(self: Leaders, entry: Entry) -> Any:
+        if (unlock := lead(self, entry)) is None:
+            tell(entry)
         return unlock
 
-    Leaders.lead = watched  # type: ignore[method-assign]  # so that a race can be an event
+    def watched_claim(self: Leaders, key: str, span: Span) -> Any:
+        if isinstance(answer := claim(self, key, span), tuple):
+            tell(key)
+        return answer
+
+    # so that a race can be an event
+    Leaders.lead, Leaders.claim = watched_lead, watched_claim  # type: ignore[method-assign]
 
 
 def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -239,6 +250,10 @@ class Source(WrapperStore[LocalStore]):
         if self.gate and Request(0, 0, key).is_chunk:
             await asyncio.to_thread(_pass, self.gate)
         return await super().get(key, *args, **kwargs)
+
+    def get_ranges(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        # each request by itself
+        return Store.get_ranges(self, key, *args, **kwargs)
 
     async def exists(self, key: str) -> bool:
         self._note(key)
@@ -373,8 +388,14 @@ class Made(WrapperStore[MemoryStore]):
         self.sizes = sizes
 
     async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Buffer | None:
-        assert byte_range is None
-        return default_buffer_prototype().buffer.from_bytes(made(key, 0, self.sizes[key]))
+        data = made(key, 0, self.sizes[key])
+        if byte_range is not None:
+            assert isinstance(byte_range, RangeByteRequest)
+            data = data[byte_range.start : byte_range.end]
+        return default_buffer_prototype().buffer.from_bytes(data)
+
+    def get_ranges(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        return Store.get_ranges(self, key, *args, **kwargs)
 
 
 # -- the disk

@@ -10,12 +10,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from zarr.abc.store import ByteRequest, Store
+import pytest
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
 
+by_ranges = pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="this Zarr reads shards by `get`")
 PATIENCE = 30.0
 """Seconds after which something that should have happened counts as never happening."""
 
@@ -24,14 +26,37 @@ def buffer(data: bytes) -> Buffer:
     return cpu.Buffer.from_bytes(data)
 
 
-async def read(store: Store, key: str, byte_range: ByteRequest | None = None) -> bytes | None:
-    value = await store.get(key, default_buffer_prototype(), byte_range)
+Part = ByteRequest | Sequence[ByteRequest | None] | None
+"""What is wanted of an object: one range of it, several that are asked for together, or all of it."""
+
+
+def between(*pairs: tuple[int, int]) -> list[RangeByteRequest]:
+    return [RangeByteRequest(*pair) for pair in pairs]
+
+
+async def read(store: Store, key: str, part: Part = None) -> bytes | None:
+    """A value, a range of one, or ranges one after the other; None where there is no such object."""
+    if isinstance(part, Sequence):
+        try:
+            return b"".join(await ranges(store, part, key))
+        except BaseExceptionGroup as failures:
+            if isinstance(failures.exceptions[0], FileNotFoundError):
+                return None
+            raise failures.exceptions[0] from None
+    value = await store.get(key, default_buffer_prototype(), part)
     return None if value is None else value.to_bytes()
 
 
-def read_now(store: Store, key: str, byte_range: ByteRequest | None = None) -> bytes | None:
+async def ranges(store: Store, wanted: Sequence[ByteRequest | None], key: str, **limits: int) -> list[bytes]:
+    found: dict[int, bytes] = {}
+    async for group in store.get_ranges(key, wanted, prototype=default_buffer_prototype(), **limits):
+        found.update({place: value.to_bytes() for place, value in group})
+    return [found[place] for place in range(len(wanted))]
+
+
+def read_now(store: Store, key: str, part: Part = None) -> bytes | None:
     """`read` from where no event loop runs, another process included."""
-    return asyncio.run(read(store, key, byte_range))
+    return asyncio.run(read(store, key, part))
 
 
 def write_now(store: Store, key: str, data: bytes) -> None:

@@ -16,7 +16,9 @@ from sources import (
     PATIENCE,
     CountingStore,
     again,
+    between,
     buffer,
+    by_ranges,
     cached,
     fill,
     local_source,
@@ -26,7 +28,7 @@ from sources import (
     read_now,
     write_now,
 )
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
@@ -45,6 +47,15 @@ WRITES: dict[str, tuple[Write, bytes | None]] = {
     "clear": (lambda store: store.clear(), None),
 }
 ALL = pytest.mark.parametrize("name", sorted(WRITES))
+PARTS = pytest.mark.parametrize(
+    ("part", "size"),
+    [(None, 3), (RangeByteRequest(0, 2), 2), pytest.param(between((0, 1), (1, 2)), 2, marks=by_ranges)],
+    ids=["whole", "range", "ranges"],
+)
+"""What is read of a value, which is its first so many bytes."""
+PARTS_THERE = [RangeByteRequest(0, 2), None]
+if hasattr(Store, "get_ranges"):
+    PARTS_THERE = [between((0, 1), (1, 2)), *PARTS_THERE]
 KEEP = pytest.mark.parametrize("keep", [True, False], ids=["keep", "drop"])
 
 
@@ -61,11 +72,17 @@ async def prevent(source: CountingStore, name: str) -> None:
         await source._store.delete(KEY)
 
 
+def first(size: int, expected: bytes | None) -> bytes | None:
+    return None if expected is None else expected[:size]
+
+
 async def check(store: xzcache.CacheStore, expected: bytes | None, *, at: str = KEY) -> None:
     """What is read now, by this store and by others, is the new value; and so is what the cache holds."""
     source = store._store
+    if hasattr(Store, "get_ranges"):
+        assert await read(store, at, between((0, 1), (1, 2))) == first(2, expected)
+    assert await read(store, at, RangeByteRequest(0, 2)) == first(2, expected)
     assert await read(store, at) == expected
-    assert await read(store, at, RangeByteRequest(0, 2)) == (None if expected is None else expected[:2])
     assert await read(again(store, revalidate=False), at) == expected
     offline = CountingStore(source._store)
     offline.errors["get"] = LookupError("the cache does not hold it")
@@ -78,9 +95,9 @@ async def check(store: xzcache.CacheStore, expected: bytes | None, *, at: str = 
 
 @ALL
 @KEEP
-@pytest.mark.parametrize("part", [None, RangeByteRequest(0, 2)], ids=["whole", "range"])
+@PARTS
 async def test_a_fill_that_began_before_a_write_does_not_outlive_it(
-    name: str, keep: bool, part: Any, cache_kind: str, tmp_path: Path
+    name: str, keep: bool, part: Any, size: int, cache_kind: str, tmp_path: Path
 ) -> None:
     source = memory_source()
     write, expected = await prepare(source, name)
@@ -93,15 +110,16 @@ async def test_a_fill_that_began_before_a_write_does_not_outlive_it(
     # whoever asks from now on does not get what the earlier reader waits for
     asking = asyncio.create_task(read(store, KEY, part))
     source.let_go("get", KEY)
-    assert await reading == (b"old" if part is None else b"ol")
-    assert await asking == (expected if part is None or expected is None else expected[:2])
+    assert await reading == b"old"[:size]
+    assert await asking == first(size, expected)
     await check(store, expected)
 
 
 @ALL
 @KEEP
+@PARTS
 async def test_a_fill_that_began_during_a_write_does_not_outlive_it(
-    name: str, keep: bool, cache_kind: str, tmp_path: Path
+    name: str, keep: bool, part: Any, size: int, cache_kind: str, tmp_path: Path
 ) -> None:
     source = memory_source()
     write, expected = await prepare(source, name)
@@ -112,20 +130,43 @@ async def test_a_fill_that_began_during_a_write_does_not_outlive_it(
     gate = source.hold(name, at, after=False)
     writing = asyncio.ensure_future(write(store))
     await gate.arrived()
-    assert await read(store, KEY) == (None if name == "set_if_not_exists" else b"old")
-    assert await read(store, KEY, RangeByteRequest(0, 2)) == (None if name == "set_if_not_exists" else b"ol")
+    assert await read(store, KEY, part) == (None if name == "set_if_not_exists" else b"old"[:size])
     source.let_go(name, at)
     await writing
     await check(store, expected)
 
 
+@by_ranges
+@pytest.mark.parametrize("wanted", [between((0, 6)), between((0, 6), (4, 5), (2, 4))], ids=["one", "several"])
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_a_range_is_never_of_two_states(wanted: Any, where: str, tmp_path: Path) -> None:
+    """Part of it is cached, and the object is written while the rest is asked for."""
+    source = local_source(tmp_path)
+    await fill(source, x__c__0=b"oldold")
+    store = cached("directory", source, tmp_path)
+    assert await read(store, KEY, between((0, 3))) == b"old"
+    gate = source.hold("get", KEY, after=False)
+    reading = asyncio.create_task(read(store, KEY, wanted))
+    await gate.arrived()
+    if where == "elsewhere":
+        await asyncio.to_thread(neighbours.run, write_now, store, KEY, b"newnew")
+    else:
+        await store.set(KEY, buffer(b"newnew"))
+    source.let_go("get", KEY)
+    found = await reading
+    assert found is not None
+    assert found[:6] in (b"oldold", b"newnew")
+    await check(store, b"newnew")
+
+
 @ALL
-async def test_a_fill_that_ends_before_a_write_does(name: str, cache_kind: str, tmp_path: Path) -> None:
+@PARTS
+async def test_a_fill_that_ends_before_a_write_does(name: str, part: Any, size: int, cache_kind: str, tmp_path: Path) -> None:
     source = memory_source()
     write, expected = await prepare(source, name)
     store = cached(cache_kind, source, tmp_path)
     reading = source.hold("get", KEY)
-    fetching = asyncio.create_task(read(store, KEY))
+    fetching = asyncio.create_task(read(store, KEY, part))
     await reading.arrived()
     await prevent(source, name)
     at = {"_set_many": "", "delete_dir": "x", "clear": ""}.get(name, KEY)
@@ -133,23 +174,24 @@ async def test_a_fill_that_ends_before_a_write_does(name: str, cache_kind: str, 
     task = asyncio.ensure_future(write(store))
     await writing.arrived()
     source.let_go("get", KEY)
-    assert await fetching == b"old"
+    assert await fetching == b"old"[:size]
     source.let_go(name, at)
     await task
     await check(store, expected)
 
 
 @ALL
-async def test_a_write_through_one_store_is_seen_by_all_others(name: str, cache_kind: str, tmp_path: Path) -> None:
+@PARTS
+async def test_a_write_through_one_store_is_seen_by_all_others(name: str, part: Any, size: int, cache_kind: str, tmp_path: Path) -> None:
     source = memory_source()
     write, expected = await prepare(source, name)
     store = cached(cache_kind, source, tmp_path)
     others = [again(store), again(store, revalidate=False), store.with_read_only(True)]
     for other in others:
-        assert await read(other, KEY) == b"old"
+        assert await read(other, KEY, part) == b"old"[:size]
     await prevent(source, name)
     await write(store)
-    assert [await read(other, KEY) for other in others] == [expected] * 3
+    assert [await read(other, KEY, part) for other in others] == [first(size, expected)] * 3
 
 
 async def test_a_write_that_failed_half_way_leaves_no_old_value(cache_kind: str, tmp_path: Path) -> None:
@@ -234,7 +276,8 @@ async def test_a_document_that_was_asked_for_before_it_was_written(cache_kind: s
     await check(store, b'{"new": 1}', at="x/zarr.json")
 
 
-async def test_a_changed_document_keeps_a_running_fill_out(cache_kind: str, tmp_path: Path) -> None:
+@PARTS
+async def test_a_changed_document_keeps_a_running_fill_out(part: Any, size: int, cache_kind: str, tmp_path: Path) -> None:
     source = memory_source()
     old = b'{"node_type": "array", "shape": [1]}'
     await fill(source, x__c__0=b"old", x__c__1=b"old", **{"x__zarr.json": old})
@@ -242,13 +285,13 @@ async def test_a_changed_document_keeps_a_running_fill_out(cache_kind: str, tmp_
     await read(store, "x/zarr.json")
     await read(store, "x/c/1")
     gate = source.hold("get", KEY)
-    reading = asyncio.create_task(read(store, KEY))
+    reading = asyncio.create_task(read(store, KEY, part))
     await gate.arrived()
     await source._store.set("x/zarr.json", buffer(b'{"node_type": "array", "shape": [2]}'))
     await source._store.set(KEY, buffer(b"new"))
     await read(again(store), "x/zarr.json")
     source.let_go("get", KEY)
-    assert await reading == b"old"
+    assert await reading == b"old"[:size]
     await check(store, b"new")
 
 
@@ -264,30 +307,32 @@ async def as_coroutine(write: Write, store: xzcache.CacheStore) -> None:
 
 
 @ALL
-async def test_a_write_in_another_process_keeps_a_running_fill_out(name: str, tmp_path: Path) -> None:
+@PARTS
+async def test_a_write_in_another_process_keeps_a_running_fill_out(name: str, part: Any, size: int, tmp_path: Path) -> None:
     source = local_source(tmp_path)
     _, expected = await prepare(source, name)
     store = cached("directory", source, tmp_path)
     gate = source.hold("get", KEY)
-    reading = asyncio.create_task(read(store, KEY))
+    reading = asyncio.create_task(read(store, KEY, part))
     await gate.arrived()
     await prevent(source, name)
     await asyncio.to_thread(neighbours.run, do, store, name)
     source.let_go("get", KEY)
-    assert await reading == b"old"
+    assert await reading == b"old"[:size]
     await check(store, expected)
     assert await asyncio.to_thread(neighbours.run, read_now, store, KEY) == expected
 
 
 @ALL
-async def test_a_write_here_is_seen_in_another_process(name: str, tmp_path: Path) -> None:
+@PARTS
+async def test_a_write_here_is_seen_in_another_process(name: str, part: Any, size: int, tmp_path: Path) -> None:
     source = local_source(tmp_path)
     write, expected = await prepare(source, name)
     store = cached("directory", source, tmp_path)
-    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY) == b"old"
+    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY, part) == b"old"[:size]
     await prevent(source, name)
     await write(store)
-    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY) == expected
+    assert await asyncio.to_thread(neighbours.run, read_now, store, KEY, part) == first(size, expected)
 
 
 class Fatal(CountingStore):
@@ -305,7 +350,8 @@ async def test_a_writer_that_dies_half_way_leaves_no_old_value(name: str, tmp_pa
     source = local_source(tmp_path)
     _, expected = await prepare(source, name)
     store = cached("directory", source, tmp_path, namespace="shared")
-    assert await read(store, KEY) == b"old"
+    for part in PARTS_THERE:
+        assert await read(store, KEY, part) == (b"old" if part is None else b"ol")
     await prevent(source, name)
     writer = cached("directory", Fatal(source._store), tmp_path, namespace="shared")
     process = multiprocessing.get_context("spawn").Process(target=do, args=(writer, name))
@@ -340,17 +386,18 @@ class Pipes(WrapperStore[LocalStore]):
 
 
 @ALL
-async def test_a_write_here_keeps_out_a_fill_that_runs_in_another_process(name: str, tmp_path: Path) -> None:
+@PARTS
+async def test_a_write_here_keeps_out_a_fill_that_runs_in_another_process(name: str, part: Any, size: int, tmp_path: Path) -> None:
     source = local_source(tmp_path)
     write, expected = await prepare(source, name)
     store = cached("directory", source, tmp_path, namespace="shared")
     held = cached("directory", Pipes.over(source._store, tmp_path), tmp_path, namespace="shared")
-    reading = neighbours.start(read_now, held, KEY)
+    reading = neighbours.start(read_now, held, KEY, part)
     await asyncio.to_thread((tmp_path / "arrived").read_text)
     await prevent(source, name)
     await write(store)
     await asyncio.to_thread((tmp_path / "go").write_text, "on")
-    assert await asyncio.wrap_future(reading) == b"old"
+    assert await asyncio.wrap_future(reading) == b"old"[:size]
     await check(store, expected)
 
 

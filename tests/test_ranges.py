@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import sources
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import Team, audit, barrier
 from servers import S3Server, nobody, obstores_words, s3_server, tidy
-from sources import buffer, cached, memory_source, neighbours, read
+from sources import between, buffer, by_ranges, cached, memory_source, neighbours, read
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -33,13 +34,11 @@ __all__ = ["nobody", "tidy"]
 
 # of the tests before, which older versions of pytest-asyncio leave to the garbage collector, and Hypothesis calls that
 loops_of_others = pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
-by_ranges = pytest.mark.skipif(not hasattr(Store, "get_ranges"), reason="this Zarr reads shards by `get`")
 PIPELINES = ["zarr.core.codec_pipeline.BatchedCodecPipeline"]
 if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
     PIPELINES += ["zarr.core.codec_pipeline.FusedCodecPipeline", "xzcache.pipeline.CachePipeline"]
 DATA = bytes(random.Random(0).randbytes(5000))
 KEY = "a/c/0"
-PROTOTYPE = default_buffer_prototype()
 
 
 class Asked(NamedTuple):
@@ -84,11 +83,10 @@ class Tallying(LocalStore):
         return Asked(len(lines), sum(sizes), distinct)
 
 
-async def ranges(store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int) -> list[bytes]:
-    found: dict[int, bytes] = {}
-    async for group in store.get_ranges(key, wanted, prototype=PROTOTYPE, **limits):
-        found.update({place: value.to_bytes() for place, value in group})
-    return [found[place] for place in range(len(wanted))]
+async def ranges(
+    store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int
+) -> list[bytes]:
+    return await sources.ranges(store, wanted, key, **limits)
 
 
 def checked(store: xzcache.CacheStore) -> None:
@@ -101,10 +99,6 @@ def checked(store: xzcache.CacheStore) -> None:
 
 def leave(root: str) -> None:
     xzcache.LockedLocalStore(root).directory.close()
-
-
-def between(*pairs: tuple[int, int]) -> list[RangeByteRequest]:
-    return [RangeByteRequest(*pair) for pair in pairs]
 
 
 async def opened(kind: str, tmp_path: Path, **options: Any) -> tuple[Any, xzcache.CacheStore]:

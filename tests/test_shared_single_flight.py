@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import Dataset, Gate, Team, audit, barrier, tell_when_waiting, visit
+from sources import Part, between, by_ranges, read
+from zarr.abc.store import RangeByteRequest
 from zarr.core.buffer import default_buffer_prototype
 
 THREADS = 8
@@ -67,7 +69,11 @@ def test_one_request_a_chunk(tmp_path: Path, processes: int, by_threads: bool) -
 # -- leaders that do not come back
 
 
-def get(link: Connection, data: Dataset, keys: list[str]) -> list[bytes]:
+PARTS: dict[str, Part] = {"whole": None, "range": RangeByteRequest(8, 800), "ranges": between((8, 800), (4000, 4100))}
+WHAT = pytest.mark.parametrize("what", ["whole", "range", pytest.param("ranges", marks=by_ranges)])
+
+
+def get(link: Connection, data: Dataset, keys: list[str], part: Part = None) -> list[bytes]:
     """Get keys one after the other, each on a word; tell when another process turns out to have the lead."""
     tell_when_waiting(link)
     store = data.store()
@@ -76,28 +82,32 @@ def get(link: Connection, data: Dataset, keys: list[str]) -> list[bytes]:
         found = []
         for key in keys:
             assert link.recv() == "get"
-            value = await store.get(key, default_buffer_prototype())
+            value = await read(store, key, part)
             assert value is not None
-            found.append(value.to_bytes())
+            found.append(value)
             link.send("got")
         return found
 
     return asyncio.run(get_all())
 
 
-def value_of(data: Dataset, key: str) -> bytes:
-    return Path(data.place, key).read_bytes()
+def value_of(data: Dataset, key: str, part: Part = None) -> bytes:
+    value = Path(data.place, key).read_bytes()
+    if part is None:
+        return value
+    return b"".join(value[each.start : each.end] for each in (part if isinstance(part, list) else [part]))
 
 
-def test_a_killed_leader_is_followed(tmp_path: Path) -> None:
+@WHAT
+def test_a_killed_leader_is_followed(tmp_path: Path, what: str) -> None:
     gate = Gate(tmp_path / "gate")
     data = Dataset(tmp_path, side=5, gate=gate)
-    keys = data.keys()[:20]
+    keys, part = data.keys()[: 20 if what == "whole" else 8], PARTS[what]
     delays = []
     with Team() as team:
-        waiter = team.start(get, data, keys)
+        waiter = team.start(get, data, keys, part)
         for key in keys:
-            leader = team.start(get, data, [key])
+            leader = team.start(get, data, [key], part)
             leader.send("get")
             arrived = gate.arrival()
             assert (arrived.pid, arrived.key) == (leader.pid, key)
@@ -111,7 +121,7 @@ def test_a_killed_leader_is_followed(tmp_path: Path) -> None:
             waiter.hear("got")
             gate.shut()
             team.dismiss(leader)
-        assert waiter.result() == [value_of(data, key) for key in keys]
+        assert waiter.result() == [value_of(data, key, part) for key in keys]
     gate.close()
     print(f"taken over after {statistics.median(delays):.1f} ms in the median, {max(delays):.1f} ms at the most")
     assert max(delays) < 1000
@@ -120,39 +130,40 @@ def test_a_killed_leader_is_followed(tmp_path: Path) -> None:
     assert audit(data.root) == len(keys)
 
 
-def test_a_stopped_leader_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+@WHAT
+def test_a_stopped_leader_is_waited_for_until_the_deadline(tmp_path: Path, what: str) -> None:
     gate = Gate(tmp_path / "gate")
     data = Dataset(tmp_path, side=2, gate=gate)
-    key = data.keys()[0]
+    key, part = data.keys()[0], PARTS[what]
     with Team() as team:
-        leader = team.start(get, data, [key])
+        leader = team.start(get, data, [key], part)
         leader.send("get")
         assert gate.arrival().pid == leader.pid
         leader.signal(signal.SIGSTOP)
-        waiter = team.start(get, data, [key], settings={"fetch_timeout": 0.5})
-        patient = team.start(get, data, [key])
+        waiter = team.start(get, data, [key], part, settings={"fetch_timeout": 0.5})
+        patient = team.start(get, data, [key], part)
         for child in (waiter, patient):
             child.send("get")
             child.hear("waiting")
         assert gate.arrival().pid == waiter.pid
         gate.open()
-        assert waiter.result() == [value_of(data, key)]
+        assert waiter.result() == [value_of(data, key, part)]
         # what the impatient one stored serves the patient one, although the leader still has the lock
-        assert patient.result() == [value_of(data, key)]
+        assert patient.result() == [value_of(data, key, part)]
         assert len(data.requests()) == 2
         leader.signal(signal.SIGCONT)
-        assert leader.result() == [value_of(data, key)]
+        assert leader.result() == [value_of(data, key, part)]
     gate.close()
     assert data.chunk_requests() == {key: 2}
     assert audit(data.root) == 1
 
 
-def be_cancelled(link: Connection, data: Dataset, key: str) -> None:
+def be_cancelled(link: Connection, data: Dataset, key: str, part: Part) -> None:
     """Lead, with a second task of the same process waiting; both are cancelled, and the process lives on."""
 
     async def lead() -> None:
         store = data.store()
-        leader = asyncio.create_task(store.get(key, default_buffer_prototype()))
+        leader = asyncio.create_task(read(store, key, part))
         assert await asyncio.to_thread(link.recv) == "cancel"
         leader.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -162,20 +173,21 @@ def be_cancelled(link: Connection, data: Dataset, key: str) -> None:
     asyncio.run(lead())
 
 
-def test_a_cancelled_leader_hands_over_to_another_process(tmp_path: Path) -> None:
+@WHAT
+def test_a_cancelled_leader_hands_over_to_another_process(tmp_path: Path, what: str) -> None:
     gate = Gate(tmp_path / "gate")
     data = Dataset(tmp_path, side=2, gate=gate)
-    key = data.keys()[0]
+    key, part = data.keys()[0], PARTS[what]
     with Team() as team:
-        leader = team.start(be_cancelled, data, key)
+        leader = team.start(be_cancelled, data, key, part)
         assert gate.arrival().pid == leader.pid
-        waiter = team.start(get, data, [key])
+        waiter = team.start(get, data, [key], part)
         waiter.send("get")
         waiter.hear("waiting")
         leader.send("cancel")
         assert gate.arrival().pid == waiter.pid
         gate.open()
-        assert waiter.result() == [value_of(data, key)]
+        assert waiter.result() == [value_of(data, key, part)]
         leader.send("end")
         leader.result()
     gate.close()
@@ -183,35 +195,68 @@ def test_a_cancelled_leader_hands_over_to_another_process(tmp_path: Path) -> Non
     assert audit(data.root) == 1
 
 
-def cancel_one_of_two(link: Connection, data: Dataset, key: str) -> bytes:
+def cancel_one_of_two(link: Connection, data: Dataset, key: str, part: Part) -> bytes:
     async def read() -> bytes:
         store = data.store()
-        leader = asyncio.create_task(store.get(key, default_buffer_prototype()))
-        waiter = asyncio.create_task(store.get(key, default_buffer_prototype()))
+        leader = asyncio.create_task(read(store, key, part))
+        waiter = asyncio.create_task(read(store, key, part))
         assert await asyncio.to_thread(link.recv) == "cancel"
         leader.cancel()
         value = await waiter
         assert leader.cancelled()
         assert value is not None
-        return value.to_bytes()
+        return value
 
     return asyncio.run(read())
 
 
-def test_a_cancelled_leader_hands_over_to_a_task_of_its_own(tmp_path: Path) -> None:
+@WHAT
+def test_a_cancelled_leader_hands_over_to_a_task_of_its_own(tmp_path: Path, what: str) -> None:
     gate = Gate(tmp_path / "gate")
     data = Dataset(tmp_path, side=2, gate=gate)
-    key = data.keys()[0]
+    key, part = data.keys()[0], PARTS[what]
     with Team() as team:
-        child = team.start(cancel_one_of_two, data, key)
+        child = team.start(cancel_one_of_two, data, key, part)
         gate.arrival()
         child.send("cancel")
         gate.arrival()
         gate.open()
-        assert child.result() == value_of(data, key)
+        assert child.result() == value_of(data, key, part)
     gate.close()
     assert data.chunk_requests() == {key: 2}
     assert audit(data.root) == 1
+
+
+@by_ranges
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_bytes_that_a_lost_leader_was_to_fetch_are_fetched_by_who_waits_for_them(tmp_path: Path, end: str) -> None:
+    """Who wants some of them as well asks for the others at once, and waits for those."""
+    gate = Gate(tmp_path / "gate")
+    data = Dataset(tmp_path, side=2, gate=gate)
+    key, theirs, ours = data.keys()[0], between((0, 1000)), between((500, 2000))
+    with Team() as team:
+        leader = team.start(get, data, [key], theirs)
+        leader.send("get")
+        assert gate.arrival().pid == leader.pid
+        waiter = team.start(get, data, [key], ours, settings={"fetch_timeout": 0.5 if end == "stopped" else 60})
+        other = team.start(get, data, [key], between((2000, 3000)))
+        for child in (waiter, other):
+            child.send("get")
+            assert gate.arrival().pid == child.pid
+        waiter.hear("waiting")
+        leader.signal(signal.SIGSTOP)
+        gate.open()
+        # of the same object, but nobody's
+        assert other.result() == [value_of(data, key, between((2000, 3000)))]
+        if end == "killed":
+            leader.kill()
+        assert waiter.result() == [value_of(data, key, ours)]
+        if end == "stopped":
+            leader.signal(signal.SIGCONT)
+            assert leader.result() == [value_of(data, key, theirs)]
+    gate.close()
+    visit(data.root)
+    audit(data.root)
 
 
 # -- a directory that is not there yet

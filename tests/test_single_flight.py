@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import PATIENCE, CountingStore, again, buffer, cached, fill, local_source, read, read_now
+from sources import (
+    PATIENCE,
+    CountingStore,
+    again,
+    between,
+    buffer,
+    by_ranges,
+    cached,
+    fill,
+    local_source,
+    read,
+    read_now,
+)
 from zarr.abc.store import RangeByteRequest
 
 import xzcache
@@ -22,10 +34,17 @@ PARTS = pytest.mark.parametrize(
     [
         (KEY, None, b"0123456789"),
         (KEY, RangeByteRequest(2, 5), b"234"),
+        pytest.param(KEY, between((2, 5), (7, 9)), b"23478", marks=by_ranges),
         ("zarr.json", None, b"{}"),
         ("nothing", None, None),
+        pytest.param("x/c/9", between((2, 5), (7, 9)), None, marks=by_ranges),
     ],
-    ids=["chunk", "range", "document", "missing"],
+    ids=["chunk", "range", "ranges", "document", "missing", "missing ranges"],
+)
+OF_A_CHUNK = pytest.mark.parametrize(
+    ("part", "expected"),
+    [(None, b"0123456789"), pytest.param(between((2, 5), (7, 9)), b"23478", marks=by_ranges)],
+    ids=["whole", "ranges"],
 )
 
 
@@ -93,7 +112,8 @@ async def test_many_tasks(key: str, part: Any, expected: bytes | None, cache_kin
     assert await asyncio.gather(*tasks) == [expected] * CROWD
     assert source.count("get", key) == source.reads == 1
     stats = store.cache_stats()
-    assert (stats["hits"], stats["misses"]) == (CROWD - 1, 2)
+    each = len(part) if isinstance(part, list) else 1
+    assert (stats["hits"], stats["misses"]) == ((CROWD - 1) * each, 1 + each)
 
 
 @PARTS
@@ -111,33 +131,35 @@ def test_many_threads_with_a_loop_each(
     assert source.reads == 1 or expected is None
 
 
-def test_two_event_loops(cache_kind: str, tmp_path: Path) -> None:
+@OF_A_CHUNK
+def test_two_event_loops(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
     source = source_of(tmp_path)
     store = cached(cache_kind, source, tmp_path)
 
     async def crowd() -> list[bytes | None]:
-        return await asyncio.gather(*(read(store, KEY) for _ in range(CROWD // 2)))
+        return await asyncio.gather(*(read(store, KEY, part) for _ in range(CROWD // 2)))
 
     gate = source.hold("get", KEY)
     loops = Crowd(lambda: asyncio.run(crowd()), 2)
     gate.wait_arrived()
     source.let_go("get", KEY)
-    assert loops.join() == [[b"0123456789"] * (CROWD // 2)] * 2
+    assert loops.join() == [[expected] * (CROWD // 2)] * 2
     assert source.reads == 1
     # and a third one, when both are closed
-    assert asyncio.run(crowd()) == [b"0123456789"] * (CROWD // 2)
+    assert asyncio.run(crowd()) == [expected] * (CROWD // 2)
     assert source.reads == 1
 
 
-async def test_different_stores_over_one_cache_share_a_fetch(cache_kind: str, tmp_path: Path) -> None:
+@OF_A_CHUNK
+async def test_different_stores_over_one_cache_share_a_fetch(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
     source, store = await opened(cache_kind, tmp_path)
     stores = [store, again(store), store.with_read_only(True)]
     gate = source.hold("get", KEY)
-    tasks = [asyncio.create_task(read(one, KEY)) for one in stores]
+    tasks = [asyncio.create_task(read(one, KEY, part)) for one in stores]
     await gate.arrived()
     await settle()
     source.let_go("get", KEY)
-    assert await asyncio.gather(*tasks) == [b"0123456789"] * 3
+    assert await asyncio.gather(*tasks) == [expected] * 3
     assert source.reads == 1
 
 
@@ -177,34 +199,36 @@ async def test_a_cancelled_leader_hands_over(
     assert source.reads == 2
 
 
-async def test_a_cancelled_waiter_disturbs_nobody(cache_kind: str, tmp_path: Path) -> None:
+@OF_A_CHUNK
+async def test_a_cancelled_waiter_disturbs_nobody(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
     source, store = await opened(cache_kind, tmp_path)
     gate = source.hold("get", KEY)
-    tasks = [asyncio.create_task(read(store, KEY)) for _ in range(4)]
+    tasks = [asyncio.create_task(read(store, KEY, part)) for _ in range(4)]
     await gate.arrived()
     await settle()
     tasks[2].cancel()
     with pytest.raises(asyncio.CancelledError):
         await tasks[2]
     source.let_go("get", KEY)
-    assert await asyncio.gather(tasks[0], tasks[1], tasks[3]) == [b"0123456789"] * 3
+    assert await asyncio.gather(tasks[0], tasks[1], tasks[3]) == [expected] * 3
     assert source.reads == 1
 
 
-def test_a_leader_whose_loop_is_closed_hands_over(cache_kind: str, tmp_path: Path) -> None:
+@OF_A_CHUNK
+def test_a_leader_whose_loop_is_closed_hands_over(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
     source = source_of(tmp_path)
     store = cached(cache_kind, source, tmp_path)
 
     async def give_up() -> None:
         gate = source.hold("get", KEY)
-        leader = asyncio.create_task(read(store, KEY))
+        leader = asyncio.create_task(read(store, KEY, part))
         await gate.arrived()
         assert not leader.done()
         source._gates.clear()
 
     # `asyncio.run` cancels what is left
     asyncio.run(give_up())
-    assert read_now(store, KEY) == b"0123456789"
+    assert read_now(store, KEY, part) == expected
     assert source.reads == 2
 
 
@@ -229,14 +253,15 @@ async def test_the_leaders_exception_reaches_all_and_is_not_kept(
     assert await read(store, key, part) == expected
 
 
-def test_an_exception_in_one_thread_reaches_the_others(cache_kind: str, tmp_path: Path) -> None:
+@OF_A_CHUNK
+def test_an_exception_in_one_thread_reaches_the_others(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
     source = source_of(tmp_path)
     store = cached(cache_kind, source, tmp_path)
     source.errors["get"] = ConnectionError("down")
-    outcomes = Crowd(lambda: read_now(store, KEY), CROWD).join()
+    outcomes = Crowd(lambda: read_now(store, KEY, part), CROWD).join()
     assert all(outcome is source.errors["get"] for outcome in outcomes)
     del source.errors["get"]
-    assert read_now(store, KEY) == b"0123456789"
+    assert read_now(store, KEY, part) == expected
 
 
 def test_no_loop_is_kept(cache_kind: str, tmp_path: Path) -> None:
@@ -255,10 +280,11 @@ def test_no_loop_is_kept(cache_kind: str, tmp_path: Path) -> None:
     assert outcomes == [None] * 3
 
 
-async def test_a_store_is_pickled_while_it_is_fought_over(cache_kind: str, tmp_path: Path) -> None:
+@OF_A_CHUNK
+async def test_a_store_is_pickled_while_it_is_fought_over(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
     source, store = await opened(cache_kind, tmp_path)
     gate = source.hold("get", KEY)
-    tasks = [asyncio.create_task(read(store, KEY)) for _ in range(CROWD)]
+    tasks = [asyncio.create_task(read(store, KEY, part)) for _ in range(CROWD)]
     await gate.arrived()
     await settle()
     during = pickle.dumps(store)
@@ -267,4 +293,4 @@ async def test_a_store_is_pickled_while_it_is_fought_over(cache_kind: str, tmp_p
     for data in (during, pickle.dumps(store)):
         copy = pickle.loads(data)
         assert copy == store
-        assert await read(copy, KEY) == b"0123456789"
+        assert await read(copy, KEY, part) == expected

@@ -117,6 +117,8 @@ class _Fetch:
         deadline = time.monotonic() + self._reading.timeout
         pause = _FIRST_POLL
         while True:
+            if self._is_overtaken():
+                self._mosaic = Mosaic()
             self._ticket = self._backend.ticket(self._wanted[0])
             needs = self._needs(self._names())
             mine, others = self._claim(needs, alone=self._ticket is None or time.monotonic() >= deadline)
@@ -175,7 +177,13 @@ class _Fetch:
                 self._unfit.add(piece)
             else:
                 self._mosaic.add(_span_of(piece), data)
+        if self._is_overtaken():
+            self._mosaic = Mosaic()
         self._assemble()
+
+    def _is_overtaken(self) -> bool:
+        """Whether the object was written since: bytes from before and from after that are not of one state of it."""
+        return bool(self._backend.ticket(self._wanted[0]) != self._ticket)
 
     def _assemble(self) -> None:
         for entry, span in list(self._left.items()):
@@ -209,6 +217,9 @@ class _Fetch:
 
     def _land(self, span: Span, data: memoryview | None) -> None:
         if data is not None:
+            if self._is_overtaken():
+                # these are of one state, by themselves
+                self._mosaic = Mosaic()
             self._mosaic.add(span, data)
             self._assemble()
         else:
