@@ -22,7 +22,7 @@ from servers import S3Server, nobody, obstores_words, s3_server, tidy
 from sources import between, buffer, by_ranges, cached, memory_source, neighbours, read
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
@@ -83,9 +83,7 @@ class Tallying(LocalStore):
         return Asked(len(lines), sum(sizes), distinct)
 
 
-async def ranges(
-    store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int
-) -> list[bytes]:
+async def ranges(store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int) -> list[bytes]:
     return await sources.ranges(store, wanted, key, **limits)
 
 

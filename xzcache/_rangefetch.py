@@ -8,15 +8,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from zarr.abc.store import RangeByteRequest
-from zarr.core.buffer import default_buffer_prototype
-
 from xzcache import _upstream as upstream
 from xzcache._errors import Replaced
 from xzcache._flights import Claim, HandedOver
 from xzcache._keys import END
 from xzcache._rangeleads import Lead, Leads
-from xzcache._reading import Request, contents
+from xzcache._reading import contents, request_for
 from xzcache._spans import Cover, Mosaic, cut, merged
 
 if TYPE_CHECKING:
@@ -300,9 +297,3 @@ class _Fetch:
 
 def _span_of(piece: Entry) -> Span:
     return piece.start, piece.stop
-
-
-def request_for(key: str, entry: Entry) -> Request:
-    """What asks for one range, by itself."""
-    byte_range = RangeByteRequest(entry.start, entry.stop)
-    return Request(key, entry, default_buffer_prototype(), byte_range, time.perf_counter())

@@ -9,7 +9,8 @@ from zarr.abc.store import RangeByteRequest
 
 from xzcache._documents import is_document
 from xzcache._keys import END, span
-from xzcache._rangefetch import RangeFetches, request_for
+from xzcache._rangefetch import RangeFetches
+from xzcache._reading import request_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from zarr.core.buffer import cpu
+from zarr.abc.store import RangeByteRequest
+from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import _upstream as upstream
 from xzcache._documents import is_chunk
@@ -129,6 +130,12 @@ def whole() -> tuple[int, int]:
     wanted = span(None)
     assert wanted is not None
     return wanted
+
+
+def request_for(key: str, entry: Entry) -> Request:
+    """What asks for one range, by itself."""
+    byte_range = RangeByteRequest(entry.start, entry.stop)
+    return Request(key, entry, default_buffer_prototype(), byte_range, time.perf_counter())
 
 
 def buffer_of(data: memoryview, prototype: BufferPrototype) -> Buffer:
