@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import Child, Team, audit, findings, index_path, made, run, version_of, visit
-from zarr.abc.store import RangeByteRequest
+from processes import Child, Made, Team, audit, findings, index_path, made, run, version_of, visit
+from sources import by_ranges, ranges
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
 
@@ -55,6 +56,10 @@ class Versions:
         mode = "r+" if os.path.exists(path) else "w+"
         self._table = np.memmap(path, dtype="u8", mode=mode, shape=(3, len(self._keys)))
 
+    def begun(self, key: str) -> int:
+        """No reader that is done now can have seen a later one."""
+        return int(self._table[0, self._keys[key]])
+
     def begin(self, key: str) -> int:
         self._table[0, self._keys[key]] += 1
         return int(self._table[0, self._keys[key]])
@@ -89,6 +94,7 @@ class Work:
 
     async def go_on(self, link: Connection) -> None:
         steps = [self.read] * 12 + [self.read_part] * 3 + [self.write] * 3
+        steps += [self.read_ranges] * 6 * hasattr(Store, "get_ranges")
         steps += [self.write_direct] * 3 + [self.read_direct] * 3 + [self.delete_direct]
         while not link.poll():
             # the keys of the steps that run at once differ, as a process orders its own writes of a key by itself
@@ -96,7 +102,7 @@ class Work:
             keys = iter(self.draw.sample(list(SIZES), 4))
             own = iter(self.draw.sample(self.own, 4))
             direct = iter(self.draw.sample(self.own_direct, 4))
-            given = {self.write: own, self.read: keys, self.read_part: keys}
+            given = {self.write: own, self.read: keys, self.read_part: keys, self.read_ranges: keys}
             await asyncio.gather(*(step(next(given.get(step, direct))) for step in todo))
             self.versions.done(self.slot, len(todo))
 
@@ -110,6 +116,15 @@ class Work:
 
     async def read_part(self, key: str) -> None:
         await self.read(key, RangeByteRequest(0, 600))
+
+    async def read_ranges(self, key: str) -> None:
+        """Each is of one state of the value, whichever was there meanwhile."""
+        least = self.versions.least(key)
+        wanted = [RangeByteRequest(*sorted(self.draw.sample(range(SIZES[key] + 1), 2))) for _ in range(3)]
+        found = await ranges(self.store, wanted, key, max_gap_bytes=500)
+        values = [made(key, version, SIZES[key]) for version in range(least, self.versions.begun(key) + 1)]
+        for each, part in zip(wanted, found, strict=True):
+            assert any(part == value[each.start : each.end] for value in values), f"{key}, {each}: from {least} on"
 
     async def write(self, key: str) -> None:
         version = self.versions.begin(key)
@@ -372,8 +387,39 @@ def killed(target: Callable[..., Any], *args: Any) -> None:
         assert team.start(target, *args).exit_code() == -signal.SIGKILL
 
 
+def read_pieces(root: str, numbers: range) -> int:
+    """Read values that are made up, two ranges of each; how many ranges were cached."""
+    store = xzcache.CacheStore(
+        Made({f"k{number}": VALUE for number in numbers}), cache_store=root, max_size=BOUND, namespace="made"
+    )
+    wanted = [RangeByteRequest(0, 45_000), RangeByteRequest(55_000, VALUE)]
+    for number in numbers:
+        parts = asyncio.run(ranges(store, wanted, f"k{number}", max_gap_bytes=0))
+        value = made(f"k{number}", 0, VALUE)
+        assert parts == [value[:45_000], value[55_000:]]
+    return int(store.cache_stats()["hits"])
+
+
+def die_at_pieces(link: Connection, root: str, step: str) -> None:
+    """As `die_at`, where the entries are pieces."""
+    read_pieces(root, range(9))
+    patch(*STEPS[step])
+    read_pieces(root, range(9, 30))
+
+
+def go_on_pieces(link: Connection, root: str) -> int:
+    return read_pieces(root, range(30))
+
+
+@pytest.mark.parametrize(
+    ("die_at", "go_on"),
+    [(die_at, go_on), pytest.param(die_at_pieces, go_on_pieces, marks=by_ranges)],
+    ids=["whole", "pieces"],
+)
 @pytest.mark.parametrize("step", STEPS)
-def test_a_kill_at_a_named_step(tmp_path: Path, step: str) -> None:
+def test_a_kill_at_a_named_step(
+    tmp_path: Path, step: str, die_at: Callable[..., None], go_on: Callable[..., int]
+) -> None:
     root = str(tmp_path)
     killed(die_at, root, step)
     assert findings(root), "the kill came too early or too late to leave anything"

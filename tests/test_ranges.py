@@ -19,7 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import Team, audit, barrier
 from servers import S3Server, nobody, obstores_words, s3_server, tidy
-from sources import between, buffer, by_ranges, cached, memory_source, neighbours, read
+from sources import (
+    between,
+    buffer,
+    by_ranges,
+    cached,
+    local_source,
+    memory_source,
+    neighbours,
+    read,
+    read_now,
+    write_now,
+)
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -499,6 +510,75 @@ def test_a_write_ends_an_absence(elsewhere: bool, tmp_path: Path) -> None:
     (neighbours.run if elsewhere else lambda f, *args: f(*args))(put, source, cache, "a/c/5/0", chunk)
     values[5] = 1
     assert show(source, cache, PIPELINES[0], [...]) == [values.tobytes()]
+
+
+PARTS = [None, RangeByteRequest(1, 3), pytest.param(between((1, 2), (2, 3)), marks=by_ranges)]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+@pytest.mark.parametrize("part", PARTS, ids=["whole", "range", "ranges"])
+async def test_an_absence_that_was_asked_for_before_a_write_does_not_outlive_it(
+    part: Any, elsewhere: bool, tmp_path: Path
+) -> None:
+    source = local_source(tmp_path)
+    store = cached("directory", source, tmp_path)
+    gate = source.hold("get", KEY)
+    reading = asyncio.create_task(read(store, KEY, part))
+    await gate.arrived()
+    if elsewhere:
+        await asyncio.to_thread(neighbours.run, write_now, store, KEY, b"there")
+    else:
+        await store.set(KEY, buffer(b"there"))
+    # whoever asks from now on does not get what the earlier reader waits for
+    asking = asyncio.create_task(read(store, KEY, part))
+    source.let_go("get", KEY)
+    assert await reading is None
+    for found in (await asking, await read(store, KEY, part), await asyncio.to_thread(look_there, store, part)):
+        assert found == (b"there" if part is None else b"he")
+
+
+def look_there(store: xzcache.CacheStore, part: Any) -> bytes | None:
+    found: bytes | None = neighbours.run(read_now, store, KEY, part)
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS, ids=["whole", "range", "ranges"])
+async def test_an_absence_that_was_found_during_a_write_does_not_outlive_it(
+    part: Any, cache_kind: str, tmp_path: Path
+) -> None:
+    source = memory_source() if cache_kind == "memory" else local_source(tmp_path)
+    store = cached(cache_kind, source, tmp_path)
+    gate = source.hold("set", KEY, after=False)
+    writing = asyncio.create_task(store.set(KEY, buffer(b"there")))
+    await gate.arrived()
+    assert await read(store, KEY, part) is None
+    source.let_go("set", KEY)
+    await writing
+    source.forget()
+    assert await read(store, KEY, part) == (b"there" if part is None else b"he")
+    if cache_kind == "directory":
+        assert await asyncio.to_thread(look_there, store, part) == (b"there" if part is None else b"he")
+
+
+@pytest.mark.parametrize("part", PARTS, ids=["whole", "range", "ranges"])
+async def test_what_is_deleted_elsewhere_while_it_is_fetched_is_absent_then(part: Any, tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    await source._store.set(KEY, buffer(b"there"))
+    store = cached("directory", source, tmp_path)
+    gate = source.hold("get", KEY)
+    reading = asyncio.create_task(read(store, KEY, part))
+    await gate.arrived()
+    await asyncio.to_thread(neighbours.run, remove_now, store)
+    source.let_go("get", KEY)
+    assert await reading == (b"there" if part is None else b"he")
+    assert await read(store, KEY, part) is None
+    # and is there again as soon as it is written
+    await asyncio.to_thread(neighbours.run, write_now, store, KEY, b"again")
+    assert await read(store, KEY, part) == (b"again" if part is None else b"ga")
+
+
+def remove_now(store: xzcache.CacheStore) -> None:
+    asyncio.run(store.delete(KEY))
 
 
 async def test_absences_have_an_age_and_are_of_chunks_only(
