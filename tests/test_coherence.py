@@ -161,7 +161,9 @@ async def test_a_range_is_never_of_two_states(wanted: Any, where: str, tmp_path:
 
 @ALL
 @PARTS
-async def test_a_fill_that_ends_before_a_write_does(name: str, part: Any, size: int, cache_kind: str, tmp_path: Path) -> None:
+async def test_a_fill_that_ends_before_a_write_does(
+    name: str, part: Any, size: int, cache_kind: str, tmp_path: Path
+) -> None:
     source = memory_source()
     write, expected = await prepare(source, name)
     store = cached(cache_kind, source, tmp_path)
@@ -182,7 +184,9 @@ async def test_a_fill_that_ends_before_a_write_does(name: str, part: Any, size: 
 
 @ALL
 @PARTS
-async def test_a_write_through_one_store_is_seen_by_all_others(name: str, part: Any, size: int, cache_kind: str, tmp_path: Path) -> None:
+async def test_a_write_through_one_store_is_seen_by_all_others(
+    name: str, part: Any, size: int, cache_kind: str, tmp_path: Path
+) -> None:
     source = memory_source()
     write, expected = await prepare(source, name)
     store = cached(cache_kind, source, tmp_path)
@@ -277,7 +281,9 @@ async def test_a_document_that_was_asked_for_before_it_was_written(cache_kind: s
 
 
 @PARTS
-async def test_a_changed_document_keeps_a_running_fill_out(part: Any, size: int, cache_kind: str, tmp_path: Path) -> None:
+async def test_a_changed_document_keeps_a_running_fill_out(
+    part: Any, size: int, cache_kind: str, tmp_path: Path
+) -> None:
     source = memory_source()
     old = b'{"node_type": "array", "shape": [1]}'
     await fill(source, x__c__0=b"old", x__c__1=b"old", **{"x__zarr.json": old})
@@ -308,7 +314,9 @@ async def as_coroutine(write: Write, store: xzcache.CacheStore) -> None:
 
 @ALL
 @PARTS
-async def test_a_write_in_another_process_keeps_a_running_fill_out(name: str, part: Any, size: int, tmp_path: Path) -> None:
+async def test_a_write_in_another_process_keeps_a_running_fill_out(
+    name: str, part: Any, size: int, tmp_path: Path
+) -> None:
     source = local_source(tmp_path)
     _, expected = await prepare(source, name)
     store = cached("directory", source, tmp_path)
@@ -387,7 +395,9 @@ class Pipes(WrapperStore[LocalStore]):
 
 @ALL
 @PARTS
-async def test_a_write_here_keeps_out_a_fill_that_runs_in_another_process(name: str, part: Any, size: int, tmp_path: Path) -> None:
+async def test_a_write_here_keeps_out_a_fill_that_runs_in_another_process(
+    name: str, part: Any, size: int, tmp_path: Path
+) -> None:
     source = local_source(tmp_path)
     write, expected = await prepare(source, name)
     store = cached("directory", source, tmp_path, namespace="shared")

@@ -94,9 +94,7 @@ class Tallying(LocalStore):
         return Asked(len(lines), sum(sizes), distinct)
 
 
-async def ranges(
-    store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int
-) -> list[bytes]:
+async def ranges(store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int) -> list[bytes]:
     return await sources.ranges(store, wanted, key, **limits)
 
 

@@ -151,7 +151,9 @@ def test_two_event_loops(part: Any, expected: bytes, cache_kind: str, tmp_path: 
 
 
 @OF_A_CHUNK
-async def test_different_stores_over_one_cache_share_a_fetch(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
+async def test_different_stores_over_one_cache_share_a_fetch(
+    part: Any, expected: bytes, cache_kind: str, tmp_path: Path
+) -> None:
     source, store = await opened(cache_kind, tmp_path)
     stores = [store, again(store), store.with_read_only(True)]
     gate = source.hold("get", KEY)
@@ -254,7 +256,9 @@ async def test_the_leaders_exception_reaches_all_and_is_not_kept(
 
 
 @OF_A_CHUNK
-def test_an_exception_in_one_thread_reaches_the_others(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
+def test_an_exception_in_one_thread_reaches_the_others(
+    part: Any, expected: bytes, cache_kind: str, tmp_path: Path
+) -> None:
     source = source_of(tmp_path)
     store = cached(cache_kind, source, tmp_path)
     source.errors["get"] = ConnectionError("down")
@@ -281,7 +285,9 @@ def test_no_loop_is_kept(cache_kind: str, tmp_path: Path) -> None:
 
 
 @OF_A_CHUNK
-async def test_a_store_is_pickled_while_it_is_fought_over(part: Any, expected: bytes, cache_kind: str, tmp_path: Path) -> None:
+async def test_a_store_is_pickled_while_it_is_fought_over(
+    part: Any, expected: bytes, cache_kind: str, tmp_path: Path
+) -> None:
     source, store = await opened(cache_kind, tmp_path)
     gate = source.hold("get", KEY)
     tasks = [asyncio.create_task(read(store, KEY, part)) for _ in range(CROWD)]
