@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pytest
 import zarr
-from sources import CountingStore
+from sources import CountingStore, read_now
 from zarr.storage import LocalStore
 
 import xzcache
@@ -87,6 +87,21 @@ def read_anew(source: str, cache: str, names: Sequence[str], times: int = 2, **s
     counting = counted(source)
     store = xzcache.CacheStore(counting, cache_store=cache, revalidate=False, **settings)
     return passes(store, counting, names, times)
+
+
+def parts(store: Any, source: CountingStore, part: Any, times: int = 3) -> list[tuple[bytes | None, int]]:
+    """Read part of the first chunk of `a` several times over: its bytes, and how many requests that took."""
+    found = []
+    for _ in range(times):
+        source.forget()
+        found.append((read_now(store, "a/c/0", part), source.reads))
+    return found
+
+
+def parts_anew(source: str, cache: str, part: Any, times: int = 3) -> list[tuple[bytes | None, int]]:
+    """As `parts`, with a store of its own."""
+    counting = counted(source)
+    return parts(xzcache.CacheStore(counting, cache_store=cache, revalidate=False), counting, part, times)
 
 
 def bound_of(source: str, cache: str) -> int | None:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,15 +26,16 @@ from damage import (
     entry_files,
     in_process,
     make_source,
+    parts,
+    parts_anew,
     passes,
     read,
     read_anew,
     read_until_told,
     snapshot,
 )
-from sources import CountingStore
+from sources import CountingStore, between, by_ranges, read_now
 from sources import read as get
-from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore
 
 import xzcache
@@ -322,21 +324,83 @@ def test_damage_is_counted_and_said_once(rig: Rig, caplog: pytest.LogCaptureFixt
     assert [r.levelname for r in caplog.records if r.name.startswith("xzcache")] == ["WARNING"]
 
 
+# what is read first, so that it is cached; and what is read then
+PIECES = pytest.mark.parametrize(
+    ("cached", "wanted"),
+    [
+        (between((8, 40))[0], between((8, 40))[0]),
+        (between((8, 40))[0], between((16, 20))[0]),
+        pytest.param(between((8, 24), (24, 48)), between((8, 24), (24, 48)), marks=by_ranges),
+        # put together from what is cached, and what is not
+        pytest.param(between((8, 24)), between((4, 20), (16, 60)), marks=by_ranges),
+    ],
+    ids=["range", "within", "ranges", "mosaic"],
+)
+
+
+def cut_out(rig: Rig, part: Any) -> bytes:
+    whole = (rig.source_path / "a/c/0").read_bytes()
+    return b"".join(whole[each.start : each.end] for each in (part if isinstance(part, list) else [part]))
+
+
+def pieces_of(rig: Rig) -> list[Path]:
+    return sorted(path for path in (rig.meta / "ranges").glob("*/*/*"))
+
+
+@PIECES
+@pytest.mark.parametrize("process", ["same", "new"])
 @pytest.mark.parametrize("damage", [*CHANGED, *STAMPS, *TAKEN, vanish], ids=name_of)
-async def test_byte_ranges_damaged(rig: Rig, damage: Damage) -> None:
+def test_byte_ranges_damaged(rig: Rig, damage: Damage, process: str, cached: Any, wanted: Any) -> None:
     store = rig.open()
-    wanted = RangeByteRequest(8, 40)
-    expected = await get(store, "a/c/0", wanted)
-    assert expected is not None
-    assert len(expected) == 32
-    (path,) = (rig.meta / "ranges").glob("*/*/*")
-    damage(path, rig)
-    for _ in range(2):
-        assert await get(store, "a/c/0", wanted) == expected
+    parts(store, rig.source, cached)
+    for path in pieces_of(rig):
+        damage(path, rig)
+    expected = cut_out(rig, wanted)
+    if process == "same":
+        found = parts(store, rig.source, wanted)
+    else:
+        found = in_process(parts_anew, str(rig.source_path), str(rig.cache), wanted)
+    assert [data for data, _ in found] == [expected] * 3
     if damage not in (directory, full_directory):
-        rig.source.forget()
-        assert await get(store, "a/c/0", wanted) == expected
-        assert rig.source.reads == 0
+        assert found[-1][1] == 0
+
+
+@pytest.mark.parametrize("process", ["same", "new"])
+def test_a_copy_of_another_piece(rig: Rig, process: str) -> None:
+    """Same size, valid stamp and checksum; of another place of the same object, or of another object."""
+    store = rig.open()
+    there = between((0, 16))[0], between((32, 48))[0]
+    for part in there:
+        parts(store, rig.source, part)
+    first, second = pieces_of(rig)
+    read_now(store, "a/c/1", there[0])
+    (other,) = set(pieces_of(rig)) - {first, second}
+    for path, of in [(first, second), (second, other)]:
+        data, stamp = of.read_bytes(), os.getxattr(of, XATTR)
+        rewrite(path, lambda mine, data=data: mine.__setitem__(slice(None), data))
+        os.setxattr(path, XATTR, stamp)
+    for part in there:
+        if process == "same":
+            found = parts(store, rig.source, part)
+        else:
+            found = in_process(parts_anew, str(rig.source_path), str(rig.cache), part)
+        assert [data for data, _ in found] == [cut_out(rig, part)] * 3
+        assert found[-1][1] == 0
+
+
+@by_ranges
+def test_one_bit_anywhere_in_pieces(rig: Rig) -> None:
+    store = rig.open()
+    parts(store, rig.source, between((8, 24)))
+    wanted = between((0, 20), (30, 40))
+    parts(store, rig.source, wanted)
+    expected = cut_out(rig, wanted)
+    for path in pieces_of(rig):
+        for position in rig.random.sample(range(8 * path.stat().st_size), 20):
+            rewrite(path, lambda data, position=position: flip_bit(data, position))
+            (first, _), second = parts(store, rig.source, wanted, 2)
+            assert first == expected
+            assert second == (expected, 0)
 
 
 @pytest.mark.parametrize("damage", CHANGED, ids=name_of)
@@ -566,6 +630,20 @@ def test_books_that_cannot_be_mended(rig: Rig, damage: Callable[[Rig], None], pr
     found = rig.use(process, store, "ab")
     assert [p.values for p in found] == [rig.expected["a"], rig.expected["b"]] * 2
     assert [p.requests for p in found][::2] == [0, 0], "what is there is still served"
+
+
+@pytest.mark.parametrize("damage", [*INDEX, gone("ranges"), becomes_file("ranges")], ids=name_of)
+def test_books_of_pieces_damaged(rig: Rig, damage: Callable[[Rig], None]) -> None:
+    part = between((8, 24))[0]
+    in_process(parts_anew, str(rig.source_path), str(rig.cache), part)
+    damage(rig)
+    found = in_process(parts_anew, str(rig.source_path), str(rig.cache), part)
+    assert [data for data, _ in found] == [cut_out(rig, part)] * 3
+    if damage in INDEX:
+        assert found[0][1] == 0
+    if damage.__name__ != "ranges_is_a_file":
+        assert found[-1][1] == 0
+        audit(rig.cache)
 
 
 @pytest.mark.parametrize("damage", INDEX, ids=name_of)

@@ -196,7 +196,7 @@ def test_a_cancelled_leader_hands_over_to_another_process(tmp_path: Path, what: 
 
 
 def cancel_one_of_two(link: Connection, data: Dataset, key: str, part: Part) -> bytes:
-    async def read() -> bytes:
+    async def read_twice() -> bytes:
         store = data.store()
         leader = asyncio.create_task(read(store, key, part))
         waiter = asyncio.create_task(read(store, key, part))
@@ -207,7 +207,7 @@ def cancel_one_of_two(link: Connection, data: Dataset, key: str, part: Part) -> 
         assert value is not None
         return value
 
-    return asyncio.run(read())
+    return asyncio.run(read_twice())
 
 
 @WHAT

@@ -90,12 +90,12 @@ class Reader:
             remembered = self._pieces.remembered(entry.key)
             for piece in remembered.covering(entry) if remembered is not None else ():
                 tried.add(piece)
-                if (found := self._open(piece)) is not None:
+                if (found := self._open_if_possible(piece)) is not None:
                     yield found
-            if (found := self._open(entry.whole)) is not None:
+            if (found := self._open_if_possible(entry.whole)) is not None:
                 yield found
             for piece in self._pieces.listed(entry.key).covering(entry):
-                if piece not in tried and (found := self._open(piece)) is not None:
+                if piece not in tried and (found := self._open_if_possible(piece)) is not None:
                     yield found
         except OSError as error:
             self._keeper.trouble(error)
@@ -142,6 +142,14 @@ class Reader:
     @property
     def distrusts_all(self) -> bool:
         return _ALL in self.distrusted
+
+    def _open_if_possible(self, entry: Entry) -> Found | None:
+        """As `_open`, where another file may hold the same."""
+        try:
+            return self._open(entry)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
 
     def _open(self, entry: Entry) -> Found | None:
         odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
