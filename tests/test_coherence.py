@@ -466,3 +466,40 @@ def test_a_generic_cache_store_holds_the_new_value_only() -> None:
     for data in (b"first value", b"second value"):
         write_now(store, KEY, data)
     assert {key: value.to_bytes() for key, value in cache._store_dict.items()} == {KEY: b"second value"}
+
+
+@by_ranges
+async def test_a_range_of_two_answers_is_of_one_state(
+    cache_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a write is under way, one answer may be from before it and one from after it."""
+    source = local_source(tmp_path) if cache_kind == "directory" else memory_source()
+    await fill(source, x__c__0=b"oldold", warm=b"1")
+    store = cached(cache_kind, source, tmp_path)
+    await read(store, "warm")
+    before = source.hold("set", KEY, after=False)
+    writing = asyncio.create_task(store.set(KEY, buffer(b"newnew")))
+    await before.arrived()
+    early = source.hold("get", KEY, after=True)
+    a_part = asyncio.create_task(read(store, KEY, between((0, 3))))
+    await early.arrived()
+    late = source.hold("get", KEY, after=False)
+    all_of_it = asyncio.create_task(read(store, KEY, between((0, 6))))
+    await late.arrived()
+    ended, may_end, end = asyncio.Event(), asyncio.Event(), store._reads.backend.end
+
+    async def held(*args: Any) -> None:
+        ended.set()
+        await may_end.wait()
+        await end(*args)
+
+    monkeypatch.setattr(store._reads.backend, "end", held)
+    before.open()
+    await asyncio.wait_for(ended.wait(), PATIENCE)
+    early.open()
+    source.let_go("get", KEY)
+    assert await a_part == b"old"
+    assert await all_of_it == b"newnew"
+    may_end.set()
+    await writing
+    assert await read(store, KEY, between((0, 6))) == b"newnew"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+from xzcache._flights import Claims, Flights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +24,13 @@ class Alone:
 
     is_open = True
     _nodes: Nodes
+
+    def __init__(self) -> None:
+        self.flights: Flights[memoryview | None] = Flights()
+        self.claims = Claims()
+        self.evictions = self.troubles = 0
+        # keys that are being written, and prefixes that end with a slash
+        self._written: Counter[str] = Counter()
 
     async def prepare(self) -> None:
         """Nothing has to be opened."""
@@ -44,6 +54,16 @@ class Alone:
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
         """As `lead`, of some bytes of an object."""
         return lambda: None
+
+    def _write_begins(self, *written: str) -> None:
+        self._written.update(written)
+
+    def _write_ends(self, *written: str) -> None:
+        self._written -= Counter(written)
+
+    async def is_written(self, key: str) -> bool:
+        """Whether somebody is just writing a key at the source, through this backend."""
+        return any(of in (key, "/") or (of.endswith("/") and key.startswith(of)) for of in list(self._written))
 
     async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
         """No other process shares these books, so there is nothing that it could not know of."""

@@ -15,7 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xzcache._alone import Alone
-from xzcache._flights import Claims, Flights, through
+from xzcache._flights import through
 from xzcache._keys import Entry, clip, within
 from xzcache._ledger import Ledger, Ticket
 from xzcache._nodes import Nodes
@@ -56,9 +56,7 @@ class StoreBackend(Alone):
         # what makes a pickled copy of a store equal to it, where the cache is in memory
         self.token = uuid.uuid4().hex
         self.namespace = source
-        self.flights: Flights[memoryview | None] = Flights()
-        self.claims = Claims()
-        self.evictions = self.troubles = 0
+        super().__init__()
         self._ledger = Ledger()
         self._nodes = Nodes(self._ledger)
         self._told: set[type[Exception]] = set()
@@ -209,10 +207,12 @@ class StoreBackend(Alone):
 
     async def begin(self, keys: Sequence[str]) -> list[tuple[str, Ticket | None]]:
         """Before the source of some keys is written: forget them."""
+        self._write_begins(*keys)
         return [(key, await self._forget(key)) for key in keys]
 
     async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """After the source of some keys was written: forget what was filled meanwhile, and store the new values."""
+        self._write_ends(*(key for key, _ in writes))
         for (key, begun), value in zip(writes, values, strict=True):
             ticket = await self.forget(key, begun)
             if value is not None and ticket is not None:
@@ -226,11 +226,13 @@ class StoreBackend(Alone):
 
     async def begin_drop(self, prefix: str) -> str:
         """Before all keys beneath a prefix are deleted at the source."""
+        self._write_begins(f"{prefix}/")
         await self.drop(prefix)
         return prefix
 
     async def end_drop(self, begun: Any) -> None:
         """After they were deleted."""
+        self._write_ends(f"{begun}/")
         await self.drop(begun)
 
     async def _forget(self, key: str) -> Ticket | None:

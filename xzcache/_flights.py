@@ -95,7 +95,8 @@ class Claim:
     """Bytes of one object that somebody fetches for all who wait."""
 
     span: Span
-    flight: Flight[memoryview | None] = field(default_factory=Flight)
+    flight: Flight[tuple[memoryview | None, str]] = field(default_factory=Flight)
+    """Ends with the bytes, or None, and what tells the state of the object from others."""
 
 
 class Claims:

@@ -12,9 +12,9 @@ from xzcache import _upstream as upstream
 from xzcache._errors import Replaced
 from xzcache._flights import Claim, HandedOver
 from xzcache._keys import END
-from xzcache._rangeleads import Lead, Leads
+from xzcache._rangeleads import Lead, Leads, pieces_of
 from xzcache._reading import contents, request_for
-from xzcache._spans import Cover, Mosaic, cut, merged
+from xzcache._spans import Cover, Mosaic, merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from xzcache._reading import Reading
     from xzcache._spans import Span
 
-_PIECE: Final = 1 << 20
-"""Bytes of one cached piece, unless a single range has more: all of it is checked when a process first reads of it."""
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
 
@@ -105,6 +103,9 @@ class _Fetch:
         self._found: Found = {}
         self._mosaic = Mosaic()
         self._asked: list[Span] = []
+        # what came from the source, to this task or another, and what tells its state; what was put together of that
+        self._answers: dict[Span, str] = {}
+        self._joined: list[Entry] = []
         # cached, but damaged, too old or gone
         self._unfit: set[Entry] = set()
         self._ticket: Any = None
@@ -138,6 +139,7 @@ class _Fetch:
                 # another process is fetching
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.2, _LONGEST_POLL)
+        await self._make_sure()
         return self._found
 
     # -- what is there
@@ -186,6 +188,22 @@ class _Fetch:
         for entry, span in list(self._left.items()):
             if not self._mosaic.missing(span):
                 self._take(entry, self._mosaic.of(span))
+                answers = [of for of in self._answers if of[0] < span[1] and span[0] < of[1]]
+                if answers and not any(of[0] <= span[0] and span[1] <= of[1] for of in answers):
+                    self._joined.append(entry)
+
+    async def _make_sure(self) -> None:
+        """What was put together of several answers may be of several states, where the object is just being written."""
+        if not self._joined:
+            return
+        await self._must_agree(set(self._answers.values()))
+        if await self._backend.is_written(self._key):
+            spans = [(entry.start, entry.stop) for entry in self._joined]
+            answers = await upstream.ask_for_spans(
+                self._reading.source, self._key, self._prototype, spans, **self._limits
+            )
+            for entry, answer in zip(self._joined, answers, strict=True):
+                self._found[entry] = None if answer.value is None else contents(answer.value)
 
     def _take(self, entry: Entry, data: memoryview | None) -> None:
         span = self._left.pop(entry)
@@ -210,14 +228,15 @@ class _Fetch:
     async def _wait(self, claim: Claim) -> None:
         """What another task of this process is fetching; nothing where it gave up."""
         with suppress(HandedOver, TimeoutError):
-            self._land(claim.span, await asyncio.wait_for(claim.flight.outcome(), self._reading.timeout))
+            self._land(claim.span, *await asyncio.wait_for(claim.flight.outcome(), self._reading.timeout))
 
-    def _land(self, span: Span, data: memoryview | None) -> None:
+    def _land(self, span: Span, data: memoryview | None, validator: str) -> None:
         if data is not None:
             if self._is_overtaken():
                 # these are of one state, by themselves
                 self._mosaic = Mosaic()
             self._mosaic.add(span, data)
+            self._answers[span] = validator
             self._assemble()
         else:
             for entry in list(self._left):
@@ -242,57 +261,31 @@ class _Fetch:
                 stats.miss(0, 0.0)
             if len(fetched) < len(answers):
                 for lead in leads:
-                    lead.claim.flight.land(None)
+                    lead.claim.flight.land((None, ""))
                 await self._reading.note_lack(self._key, self._ticket)
-                self._land(spans[0], None)
+                self._land(spans[0], None, "")
                 return
-            await self._must_agree(answers)
-            for lead, data in zip(leads, fetched, strict=True):
-                lead.claim.flight.land(data)
-                self._land(lead.claim.span, data)
-            await self._publish(leads, answers, fetched)
+            await self._must_agree({answer.validator for answer in answers})
+            for lead, answer, data in zip(leads, answers, fetched, strict=True):
+                lead.claim.flight.land((data, answer.validator))
+                self._land(lead.claim.span, data, answer.validator)
+            listed = self._backend.listed(self._key)
+            # what is there already is not stored again
+            there = [_span_of(piece) for span in spans for piece in self._fit(listed.overlapping(*span))]
+            seams = {seam for entry in self._wanted for seam in (entry.start, entry.stop)}
+            pieces = pieces_of(leads, answers, there, seams)
+            await self._leads.store(self._key, pieces, self._ticket, self._reading.max_size)
         except BaseException as error:
             for lead in leads:
                 lead.claim.flight.fail(error)
             raise
 
-    async def _must_agree(self, answers: Iterable[upstream.Answer]) -> None:
+    async def _must_agree(self, validators: set[str]) -> None:
         """Whoever asks for ranges has read where they are: bytes of another state of the object would be wrong ones."""
-        told = {answer.validator for answer in answers} - {""}
+        told = validators - {""}
         if told and len(told | self._backend.states_of(self._key)) > 1:
             await self._backend.forget(self._key, self._ticket)
             raise Replaced(self._key)
-
-    async def _publish(
-        self, leads: Sequence[Lead], answers: Sequence[upstream.Answer], fetched: Sequence[memoryview]
-    ) -> None:
-        """Store what was fetched, but for what is there already, in pieces that end where ranges do."""
-        listed = self._backend.listed(self._key)
-        seams = {seam for entry in self._wanted for seam in (entry.start, entry.stop)}
-        pieces = []
-        for lead, answer, data in zip(leads, answers, fetched, strict=True):
-            asked = lead.claim.span
-            there = Cover(_span_of(piece) for piece in self._fit(listed.overlapping(*asked)))
-            for part in there.missing(asked):
-                for first, last in cut(part, seams, _PIECE):
-                    entry = self._backend.entry(self._key, first, last)
-                    if entry is not None and (of := data[first - asked[0] : last - asked[0]]):
-                        pieces.append((lead, entry, of, answer.validator))
-                        lead.unstored += 1
-        try:
-            for lead, entry, of, validator in pieces:
-                await self._backend.publish_soon(
-                    entry, of, self._ticket, self._reading.max_size, validator, partial(self._stored, lead)
-                )
-        except BaseException:
-            for lead in leads:
-                lead.unstored = 0
-            raise
-
-    def _stored(self, lead: Lead) -> None:
-        lead.unstored -= 1
-        if lead.unstored == 0:
-            self._leads.leave(lead)
 
 
 def _span_of(piece: Entry) -> Span:

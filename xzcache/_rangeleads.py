@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from xzcache._flights import Claim
-from xzcache._spans import Cover
+from xzcache._reading import contents
+from xzcache._spans import Cover, cut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from xzcache._anystore import StoreBackend
     from xzcache._shared import SharedBackend
     from xzcache._spans import Span
+    from xzcache._upstream import Answer
+
+_PIECE: Final = 1 << 20
+"""Bytes of one cached piece, unless a single range has more: all of it is checked when a process first reads of it."""
 
 
 class Plan(Protocol):
@@ -32,6 +38,15 @@ class Lead:
     unlock: Callable[[], None] | None = None
     unstored: int = 0
     """Pieces that are yet to be stored; whoever stores the last one lets go."""
+
+
+class Piece(NamedTuple):
+    """Bytes that are to be stored."""
+
+    lead: Lead
+    span: Span
+    data: memoryview
+    validator: str
 
 
 class Leads:
@@ -102,3 +117,37 @@ class Leads:
             # a lock that cannot be given back goes with the process
             with suppress(OSError):
                 unlock()
+
+    async def store(self, key: str, pieces: Sequence[Piece], ticket: Any, max_size: int | None) -> None:
+        """Store pieces; whoever stores the last one of a claim lets go of it."""
+        for piece in pieces:
+            piece.lead.unstored += 1
+        try:
+            for lead, (first, last), data, validator in pieces:
+                entry = self._backend.entry(key, first, last)
+                assert entry is not None
+                await self._backend.publish_soon(entry, data, ticket, max_size, validator, partial(self._stored, lead))
+        except BaseException:
+            for piece in pieces:
+                piece.lead.unstored = 0
+            raise
+
+    def _stored(self, lead: Lead) -> None:
+        lead.unstored -= 1
+        if lead.unstored == 0:
+            self.leave(lead)
+
+
+def pieces_of(leads: Sequence[Lead], answers: Sequence[Answer], there: list[Span], seams: set[int]) -> list[Piece]:
+    """What was fetched, but for what is there already, in pieces that end where ranges do."""
+    cached = Cover(there)
+    pieces = []
+    for lead, answer in zip(leads, answers, strict=True):
+        if answer.value is None:
+            continue
+        asked, data = lead.claim.span, contents(answer.value)
+        for part in cached.missing(asked):
+            for first, last in cut(part, seams, _PIECE):
+                if of := data[first - asked[0] : last - asked[0]]:
+                    pieces.append(Piece(lead, (first, last), of, answer.validator))
+    return pieces

@@ -160,6 +160,10 @@ class SharedBackend:
         """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
         return self.directory.leaders.claim(f"{self.namespace}/{key}", span)
 
+    async def is_written(self, key: str) -> bool:
+        """Whether somebody is just writing a key at the source, through any cache of this directory."""
+        return await pool.run(self.directory.leaders.is_written, f"{self.namespace}/{key}")
+
     def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""
         return self.directory.leaders.ticket(entry)
