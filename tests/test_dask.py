@@ -580,11 +580,12 @@ SETTINGS: dict[str, Any] = {
     "cache_set_data": False,
     "policy": "lru",
     "upstream": "fsspec",
+    "promote_above": "2 MB",
     "fetch_timeout": 3,
     "lock_timeout": 4,
     "threads": 2,
 }
-PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000, "trace": None}
+PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000, "promote_above": 2_000_000, "trace": None}
 
 
 def test_the_settings_of_the_client_are_those_of_the_workers(tmp_path: Path) -> None:
