@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import audit
+from processes import PATIENCE, audit
 
 import xzcache
 from xzcache import _files
@@ -179,12 +179,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.begun = threading.Event()
         self.let = threading.Semaphore(0)
         self.error: Exception | None = None
         self.interrupt = False
 
     def __call__(self, batch: Sequence[Parcel]) -> None:
         self.batches.append([one.entry.key for one in batch])
+        self.begun.set()
         if self.interrupt:
             raise KeyboardInterrupt
         assert self.let.acquire(timeout=30)
@@ -205,8 +207,7 @@ async def test_what_gathers_is_published_together_and_in_order() -> None:
     background = Background(recorder)
     done: list[str] = []
     await given(background, ["a", "b"])
-    while not recorder.batches:
-        await asyncio.sleep(0.001)
+    assert await asyncio.to_thread(recorder.begun.wait, PATIENCE)
     await given(background, ["c", "d"], done=lambda: done.append("parcel"))
     background.add(lambda: done.append("work"))
     await given(background, ["e", "f", "e"])
@@ -273,7 +274,8 @@ async def test_a_caller_who_is_alone_waits_for_what_is_stored() -> None:
     background.enter()
     await given(background, ["a", "b"])
     waiting = asyncio.ensure_future(background.pause())
-    await asyncio.sleep(0.05)
+    # it is being stored, and cannot end before it may
+    assert await asyncio.to_thread(recorder.begun.wait, PATIENCE)
     assert not waiting.done()
     recorder.let.release(10)
     await waiting

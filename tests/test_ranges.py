@@ -195,6 +195,19 @@ async def test_an_object_that_is_read_in_many_pieces_is_promoted(fits: bool, tmp
 
 
 @by_ranges
+async def test_a_failure_to_fetch_the_whole_comes_as_one_of_ranges(tmp_path: Path) -> None:
+    """In a group, as `Store.get_ranges` has it, with the source's own exception."""
+    source = memory_source()
+    await source._store.set(KEY, buffer(DATA))
+    with xzcache.config.set(promote_above=0):
+        store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    source.errors["get"] = OSError("the line is down")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await ranges(store, between((0, 10)))
+    assert caught.group_contains(OSError, match="the line is down")
+
+
+@by_ranges
 async def test_an_absent_object_is_not_promoted(tmp_path: Path) -> None:
     source = Tallying(tmp_path / "source")
     with xzcache.config.set(promote_above=0):

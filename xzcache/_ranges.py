@@ -69,13 +69,12 @@ class RangeReads:
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         if hits:
             yield [pair for pairs in hits for pair in pairs]
-        if missing and self._is_worth_the_whole(key, missing):
-            yield await self._whole(key, {entry: wanted[entry] for entry in missing}, prototype)
-            missing = []
         turn = asyncio.Semaphore(limits["max_concurrency"])
         calls = [self._one(key, byte_ranges[place], prototype, place, turn) for place in alone]
         if missing:
-            calls.append(self._missing(key, {entry: wanted[entry] for entry in missing}, prototype, limits))
+            rest = {entry: wanted[entry] for entry in missing}
+            promoted = self._is_worth_the_whole(key, missing)
+            calls.append(self._whole(key, rest, prototype) if promoted else self._missing(key, rest, prototype, limits))
         failures = []
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -124,7 +123,7 @@ class RangeReads:
     ) -> list[tuple[int, Buffer | None]]:
         value = await self._reads.get(key, prototype, None)
         if value is None:
-            raise BaseExceptionGroup("reading byte ranges failed", [FileNotFoundError(key)])
+            raise FileNotFoundError(key)
         return [(place, value[entry.start : entry.stop]) for entry, places in wanted.items() for place in places]
 
     async def _missing(
