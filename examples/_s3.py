@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -193,9 +194,10 @@ class _Front(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # 5 by default, which a few dozen connections opened at once overrun
 
-    def __init__(self, upstream: str, latency: float) -> None:
+    def __init__(self, upstream: str, directory: str, latency: float) -> None:
         super().__init__((HOST, 0), _Relay)
         self.upstream = upstream
+        self.directory = directory
         self.latency = latency
         self._requests: Counter[tuple[str, str, int]] = Counter()
         self._bytes: Counter[tuple[str, str, int]] = Counter()
@@ -241,13 +243,12 @@ class _Relay(BaseHTTPRequestHandler):
 
     def _relay(self) -> None:
         time.sleep(self.front.latency)
-        # The headers go on as they came: the signature covers them, Host included.
-        self._upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            self._upstream.putheader(name, value)
-        self._upstream.endheaders(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-        response = self._upstream.getresponse()
-        body = response.read()
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        response, body = self._ask(sent)
+        deadline = time.monotonic() + 5
+        while self._is_outdated(response) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            response, body = self._ask(sent)
         # To a request for a range rclone answers 200, and with the whole object's checksum if it knows that.
         # Body and Content-Range are right, but obstore insists on 206, and botocore checks the checksum.
         partial = response.status == 200 and response.headers["Content-Range"] is not None
@@ -263,6 +264,30 @@ class _Relay(BaseHTTPRequestHandler):
         self.send_header("Content-Length", head_length or str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _ask(self, sent: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        # The headers go on as they came: the signature covers them, Host included.
+        self._upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            self._upstream.putheader(name, value)
+        self._upstream.endheaders(sent)
+        response = self._upstream.getresponse()
+        return response, response.read()
+
+    def _is_outdated(self, response: http.client.HTTPResponse) -> bool:
+        """Whether rclone tells a size that the object had while it was written.
+
+        It reads its directories once a second, also while it is writing into them, and goes by that for the next
+        second: an object may be empty though its PUT was answered.
+        """
+        if self.command not in ("GET", "HEAD") or response.status not in (200, 206):
+            return False
+        told = (response.headers["Content-Range"] or "").rpartition("/")[2] or response.headers["Content-Length"]
+        try:
+            found = os.stat(os.path.join(self.front.directory, unquote(urlsplit(self.path).path).strip("/")))
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and told != str(found.st_size)
 
     def _control(self) -> None:
         if self.command == "DELETE":
@@ -307,7 +332,7 @@ def _serve(rclone: str, directory: str, latency: str) -> None:
                 sys.exit(1)
             # From here on clients are told by its answers; a full pipe would stop it.
             threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()
-            front = _Front(started[1], float(latency))
+            front = _Front(started[1], directory, float(latency))
             threading.Thread(target=front.serve_forever, daemon=True).start()
             print(front.server_address[1], flush=True)
             sys.stdin.read()  # nothing is ever sent: this returns when the process that started us is gone
