@@ -109,7 +109,8 @@ class Leaders:
         if member is None:
             return None
         try:
-            return current_ticket(member, entry.key)
+            slots = all_slots(entry.key, data=not is_document(entry.key))
+            return Ticket(id(member), member.generation, member.writes.before(slots))
         except OSError as error:
             self._keeper.trouble(error)
             return None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache._errors import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -24,6 +24,7 @@ _FIRST_PAUSE: Final = 0.0001
 _LONGEST_PAUSE: Final = 0.002
 _IMPATIENCE: Final = 6
 _IMPATIENT_WAIT: Final = 0.05
+_MOST_SEEN: Final = 4096
 
 
 def open_lock_file(path: str) -> int:
@@ -213,21 +214,50 @@ class WriteCounters:
     ----------
     path : str
         The file of counters.
+
+    Notes
+    -----
+    One more counter, behind all slots, is raised after any of them was: while it stands still, so do they.
     """
 
     SLOTS: Final = 1 << 20
 
     def __init__(self, path: str) -> None:
         self._fd = open_lock_file(path)
+        self._seen: tuple[int, dict[int, int]] = (0, {})
 
     def read(self, slot: int) -> int:
-        raw = os.pread(self._fd, 8, (slot % self.SLOTS) * 8)
-        return int.from_bytes(raw, "little") if len(raw) == 8 else 0
+        return self._read(slot % self.SLOTS)
+
+    def before(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """The counts of some slots, now or, where another process is just raising one, a moment ago.
+
+        Most need no look at the file. Older counts are safe for whoever begins something that may only be finished
+        while `read` still says the same.
+        """
+        total = self._read(self.SLOTS)
+        seen, counts = self._seen
+        if seen != total or len(counts) > _MOST_SEEN:
+            counts = {}
+            self._seen = total, counts
+        for slot in slots:
+            if slot not in counts:
+                counts[slot] = self.read(slot)
+        return tuple([counts[slot] for slot in slots])
 
     def bump(self, slot: int) -> int:
         """Count one write; returns the new count."""
-        count = (self.read(slot) + 1) & 0xFFFF_FFFF_FFFF_FFFF
-        os.pwrite(self._fd, count.to_bytes(8, "little"), (slot % self.SLOTS) * 8)
+        count = self._raise(slot % self.SLOTS)
+        self._raise(self.SLOTS)
+        return count
+
+    def _read(self, position: int) -> int:
+        raw = os.pread(self._fd, 8, position * 8)
+        return int.from_bytes(raw, "little") if len(raw) == 8 else 0
+
+    def _raise(self, position: int) -> int:
+        count = (self._read(position) + 1) & 0xFFFF_FFFF_FFFF_FFFF
+        os.pwrite(self._fd, count.to_bytes(8, "little"), position * 8)
         return count
 
     def close(self) -> None:
