@@ -55,7 +55,8 @@ class Adaptive:
 
     def __init__(self) -> None:
         self.reuse = Reuse()
-        self.prefers_recency = True
+        # most reads that a cache is too small for are passes, of which recency keeps nothing
+        self.prefers_recency = False
         self._now = self._refreshed = self._shift = 0
         self._regret = self._hits = self._recency_hits = 0.0
         self._keys = self._last = self._gaps = self._sizes = np.zeros(0, np.int64)

@@ -120,10 +120,22 @@ def turns(length: int, seed: int = 0) -> Trace:
     return np.asarray(np.repeat(draw, IN_A_ROW)[:length])
 
 
+class _NoPolicy:
+    """Learns nothing, and lets what was not used for the longest time leave."""
+
+    prefers_recency = True
+
+    def learn(self, uses: Uses, entries: int, room: float) -> None:
+        pass
+
+    def worth_of(self, gaps: Trace, ages: Trace) -> NDArray[np.float64]:
+        raise NotImplementedError
+
+
 class _Cache:
     """What the index does for `adaptive`: time in uses, gaps between them, ghosts, and who is to leave."""
 
-    def __init__(self, policy: Adaptive, hashes: Trace, room: int) -> None:
+    def __init__(self, policy: Adaptive | _NoPolicy, hashes: Trace, room: int) -> None:
         self.policy = policy
         self.room = room
         self.is_here = [False] * len(hashes)
@@ -188,7 +200,19 @@ class _Cache:
 
 def adaptive(trace: Trace, room: int, *, made: list[Adaptive] | None = None) -> float:
     """Several processes, which tell of their hits late."""
-    cache = _Cache(Adaptive(), hashed(np.arange(int(np.max(trace)) + 1)), room)
+    policy = Adaptive()
+    if made is not None:
+        made.append(policy)
+    return _shared(trace, room, policy)
+
+
+def least_recent_told(trace: Trace, room: int) -> float:
+    """As `least_recent`, by several processes, which tell of their hits as late as those of `adaptive` do."""
+    return _shared(trace, room, _NoPolicy())
+
+
+def _shared(trace: Trace, room: int, policy: Adaptive | _NoPolicy) -> float:
+    cache = _Cache(policy, hashed(np.arange(int(np.max(trace)) + 1)), room)
     hits = 0
     for key, process in zip(trace.tolist(), turns(len(trace)).tolist(), strict=True):
         if cache.is_here[key]:
@@ -196,13 +220,12 @@ def adaptive(trace: Trace, room: int, *, made: list[Adaptive] | None = None) -> 
             cache.hit(key, process)
         else:
             cache.come(key, process)
-    if made is not None:
-        made.append(cache.policy)
     return hits / len(trace)
 
 
 POLICIES: Final[Mapping[str, Callable[[Trace, int], float]]] = {
     "xzcache adaptive": adaptive,
+    "xzcache LRU": least_recent_told,
     "LRU": least_recent,
     "none": none,
     "DIP": dueling,

@@ -23,7 +23,7 @@ from zarr.core.buffer import default_buffer_prototype
 import xzcache
 
 SHARES: Final = (0.1, 0.25, 0.5, 0.8)
-OURS, LRU, MIN = "xzcache adaptive", "LRU", "MIN, the limit"
+OURS, OUR_LRU, LRU, MIN = "xzcache adaptive", "xzcache LRU", "LRU", "MIN, the limit"
 END_TO_END: Final = ("epochs over everything", "a fresh shuffle each epoch", "Zipf 0.8", "ping-pong scan")
 SMALL: Final = 2000
 """Keys of the traces that run end to end, of which each process may have told of hits to a tenth when it evicts."""
@@ -47,17 +47,23 @@ def mean(cells: Sequence[Mapping[str, float]], name: str) -> float:
     return float(np.exp(np.mean(np.log(some)))) if some else float("nan")
 
 
+def worst_against(other: str, name: str, cells: Mapping[tuple[str, float], Mapping[str, float]]) -> str:
+    """By how much one policy is behind another one where it is most so."""
+    kind, share = worst = min(cells, key=lambda at: cells[at][name] - cells[at][other])
+    return f"{cells[worst][name] - cells[worst][other]:+.3f} ({kind}, {share:.0%})"
+
+
 def summarize(report: Report, measured: Mapping[str, Cells]) -> None:
     cells = {(kind, share): cell for kind, all_ in measured.items() for share, cell in all_.items()}
     rows = []
     for name in POLICIES:
-        worst = min(cells, key=lambda at: cells[at][name] - cells[at][LRU])
+        behind = [worst_against(other, name, cells) for other in (OUR_LRU, LRU)]
         good = sum(cell[name] >= 0.9 * cell[MIN] for cell in cells.values())
-        difference = f"{cells[worst][name] - cells[worst][LRU]:+.3f} ({worst[0]}, {worst[1]:.0%})"
         described = [cell for (kind, _), cell in cells.items() if kind in DESCRIBED]
         means = f"{mean(list(cells.values()), name):.3f}", f"{mean(described, name):.3f}"
-        rows.append((name, *means, difference, f"{good} of {len(cells)}"))
-    columns = ["policy", "hits over MIN, mean", "of kinds described", "worst against LRU", "at 0.9 of MIN or above"]
+        rows.append((name, *means, *behind, f"{good} of {len(cells)}"))
+    against = ["worst against LRU as it is in xzcache", "against LRU told of each hit at once"]
+    columns = ["policy", "hits over MIN, mean", "of kinds described", *against, "at 0.9 of MIN or above"]
     report.table("All traces and sizes; geometric means", columns, rows)
     loops = [(cell[OURS] / cell[MIN], at) for at, cell in cells.items() if at[0] in LOOPS and cell[MIN] > LEAST]
     if loops:
@@ -122,7 +128,7 @@ def run_real(report: Report, seed: int, length: int) -> None:
         for share in (0.25, 0.5):
             room = int(share * len(np.unique(trace)))
             row = [f"{kind}, {share:.0%}"]
-            for policy, name in {"adaptive": OURS, "lru": LRU}.items():
+            for policy, name in {"adaptive": OURS, "lru": OUR_LRU}.items():
                 real, pure = end_to_end(trace, policy, room), POLICIES[name](trace, room)
                 row += [f"{real:.3f}", f"{pure:.3f}", f"{real - pure:+.3f}"]
             rows.append(tuple(row))
