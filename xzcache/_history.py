@@ -104,16 +104,19 @@ class History:
     # -- who leaves next
 
     def some_entries(self, most: int, places: Sequence[float]) -> list[tuple[int, int, int]]:
-        """`(id, tick, gap)` of all entries; of more than `most`, runs from some places, numbers below 1."""
+        """`(id, tick, gap)` of all entries; of more than `most`, runs from some places, numbers below 1.
+
+        Runs may overlap: then what they have in common is there twice.
+        """
         columns = "SELECT id, tick, gap FROM entry"
         last, count = self._do("SELECT (SELECT max(id) FROM entry), n FROM total").fetchone()
         if count <= most:
             return self._do(columns).fetchall()
-        rows: dict[int, tuple[int, int, int]] = {}
+        rows: list[tuple[int, int, int]] = []
         for place in places:
-            run = self._do(f"{columns} WHERE id >= ? ORDER BY id LIMIT ?", (int(place * last), most // len(places)))
-            rows.update((row[0], row) for row in run)
-        return list(rows.values())
+            begin, run = int(place * last), most // len(places)
+            rows += self._do(f"{columns} WHERE id >= ? ORDER BY id LIMIT ?", (begin, run)).fetchall()
+        return rows
 
     def let_leave(self, ids: Sequence[int], tick: int) -> None:
         """Rank entries before all others, in this order, unless they are used after a tick."""

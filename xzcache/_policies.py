@@ -139,7 +139,8 @@ class Learning:
         if not rows:
             return False
         ids, ticks, gaps = _columns(rows, 3)
-        now = index.history.now()
+        ids, first = np.unique(ids, return_index=True)
+        ticks, gaps, now = ticks[first], gaps[first], index.history.now()
         order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
         leaving = ids[order[: max(_FEWEST, len(ids) // _LEAVING)]]
         index.history.let_leave(leaving.tolist(), now)
