@@ -23,11 +23,10 @@ from zarr.storage import MemoryStore
 
 import xzcache
 from xzcache._adaptive import HASH_BITS, Adaptive, Uses, limit_for
-from xzcache._eviction import least_recently_used, unused_since
 from xzcache._history import hash_of
 from xzcache._keys import Entry
 from xzcache._reuse import Reuse, next_gap, rate
-from xzcache._schema import VERSION, Row
+from xzcache._schema import VERSION
 
 sys.path.append(str(Path(__file__).parents[1] / "ci" / "benchmarks"))
 
@@ -68,7 +67,7 @@ def query(root: str, statement: str, *values: object) -> list[Any]:
 
 def uses(keys: list[int], begin: int = 1) -> Uses:
     hashes = simulated.hashed(np.array(keys, np.int64))
-    return Uses(np.arange(begin, begin + len(keys)), hashes, np.ones(len(keys), np.int64))
+    return Uses(np.arange(begin, begin + len(keys)), hashes, np.ones(len(keys), np.int64), np.array(keys, np.int64))
 
 
 def test_without_any_knowledge_who_was_used_last_leaves_last() -> None:
@@ -160,22 +159,6 @@ def test_what_was_not_learned_is_refused(cut: int) -> None:
         Adaptive.from_bytes(b"\x93NUMPY" + bytes(100))
 
 
-def row(id_: int, *, used: int, rank: int, tick: int = 0) -> Row:
-    return Row(id_, Entry(f"k{id_}"), False, 10, 0, used, rank, 1, 1, tick)
-
-
-def test_who_was_ranked_first_and_used_since_is_passed_over() -> None:
-    rows = [row(1, used=5, rank=-3, tick=9), row(2, used=7, rank=-2, tick=11), row(3, used=4, rank=-1, tick=2)]
-    rows.append(row(4, used=1, rank=1))
-    victims, ranks = unused_since(10, rows, 1000, 10)
-    assert [victim.id for victim in victims] == [1, 3]
-    assert ranks == [(7, 2)]
-    # a process of another policy takes such ranks for ranks that lag behind
-    victims, ranks = least_recently_used(rows, 1000, 10)
-    assert [victim.id for victim in victims] == [4]
-    assert ranks == [(5, 1), (7, 2), (4, 3)]
-
-
 # -- in a directory
 
 
@@ -239,6 +222,29 @@ def test_a_loop_with_each_policy(tmp_path: Path) -> None:
         audit(str(tmp_path / policy))
     assert ratios["lru"] < 0.05
     assert ratios["adaptive"] > 0.5
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_of_a_large_cache_a_part_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_watched: bool
+) -> None:
+    """After many rounds the ids of those who stayed are few and far between: any of them must be as likely to be seen.
+
+    Looked for by ids alone, it is always the same ones who are seen, and who leave.
+    """
+    monkeypatch.setattr("xzcache._policies._LOOKED_AT", 64)
+    monkeypatch.setattr("xzcache._policies._RUNS", 16)
+    monkeypatch.setattr("xzcache._policies._FEWEST", 4)
+    monkeypatch.setattr("xzcache._policies._ANYWHERE", 0.1 if is_watched else 1.0)
+    if not is_watched:
+        monkeypatch.setattr(Adaptive, "some_ids", lambda *_: np.zeros(0, np.int64))
+    store = xzcache.LockedLocalStore(tmp_path, max_size=150 * VALUE, policy="adaptive")
+    hits = 0
+    for round_, number in itertools.product(range(30), range(500)):
+        hits += read_through(store, f"k{number}") and round_ >= 20
+    assert store.directory.keeper.troubles == 0
+    best = 10 * 150
+    assert hits > 0.75 * best if is_watched else hits < 0.6 * best
 
 
 def mixed(link: Connection, root: str, policy: str, seed: int, seconds: float) -> None:
@@ -352,7 +358,7 @@ def die_in_the_middle(link: Connection, root: str) -> None:
         "DELETE FROM ghost",
         "DELETE FROM heard",
         "UPDATE learned SET state = x'00'",
-        "UPDATE learned SET state = zeroblob(50000), chosen = 1 << 60",
+        "UPDATE learned SET state = zeroblob(50000)",
         "UPDATE total SET tick = 0",
         "UPDATE entry SET tick = 0, gap = 0",
         "UPDATE entry SET tick = 1 << 60, gap = 1 << 60",

@@ -28,7 +28,7 @@ _PATIENCE: Final = 1.5
 """Hits that have to be lost to follow the other order, in entries of the cache, where both have been as good."""
 _FEWEST: Final = 64
 _AGES: Final = 1 << 60
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 
 def limit_for(entries: int) -> int:
@@ -37,11 +37,12 @@ def limit_for(entries: int) -> int:
 
 
 class Uses(NamedTuple):
-    """Uses of watched keys, in the order of time: when, the hash of the key, and the size of the entry in bytes."""
+    """Uses of watched keys, in the order of time: when, the hash of the key, the entry's size in bytes, and its id."""
 
     ticks: Ints
     keys: Ints
     sizes: Ints
+    ids: Ints
 
 
 class Adaptive:
@@ -59,7 +60,7 @@ class Adaptive:
         self.prefers_recency = False
         self._now = self._refreshed = self._shift = 0
         self._regret = self._hits = self._recency_hits = 0.0
-        self._keys = self._last = self._gaps = self._sizes = np.zeros(0, np.int64)
+        self._keys = self._last = self._gaps = self._sizes = self._ids = np.zeros(0, np.int64)
         self._kept: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._worth = self.reuse.worth()
 
@@ -81,11 +82,11 @@ class Adaptive:
         """
         self._watch(entries)
         watched = uses.keys < limit_for(entries)
-        ticks, keys, sizes = (column[watched] for column in uses)
+        uses = Uses(*(column[watched] for column in uses))
         step = max(64, min(_REFRESH[1], (entries >> self._shift) // 16))
-        for begin in range(0, len(keys), step):
-            part = slice(begin, begin + step)
-            self._use(Uses(ticks[part], keys[part], sizes[part]), room / 2**self._shift)
+        for begin in range(0, len(uses.keys), step):
+            part = Uses(*(column[begin : begin + step] for column in uses))
+            self._use(part, room / 2**self._shift)
             self._refresh(entries)
             self._evict(room / 2**self._shift)
 
@@ -115,7 +116,7 @@ class Adaptive:
         self._compare(float(self._kept[rows].sum()), float((ages <= oldest).sum()))
         self._gaps[rows] = next_gap(self._gaps[rows], ages)
         self._last[rows] = np.maximum(self._last[rows], uses.ticks[known])
-        self._sizes[rows] = uses.sizes[known]
+        self._sizes[rows], self._ids[rows] = uses.sizes[known], uses.ids[known]
         self._kept[rows] = True
         new, where = ~known, at[~known]
         if len(where):
@@ -123,6 +124,7 @@ class Adaptive:
             self._last = np.insert(self._last, where, uses.ticks[new])
             self._gaps = np.insert(self._gaps, where, 0)
             self._sizes = np.insert(self._sizes, where, uses.sizes[new])
+            self._ids = np.insert(self._ids, where, uses.ids[new])
             self._kept = np.insert(self._kept, where, True)
         self._now = max(self._now, int(np.max(uses.ticks)))
 
@@ -157,7 +159,7 @@ class Adaptive:
 
     def _select(self, rows: NDArray[np.bool_]) -> None:
         self._keys, self._last, self._gaps = self._keys[rows], self._last[rows], self._gaps[rows]
-        self._sizes, self._kept = self._sizes[rows], self._kept[rows]
+        self._sizes, self._ids, self._kept = self._sizes[rows], self._ids[rows], self._kept[rows]
 
     # -- which order to follow
 
@@ -187,6 +189,10 @@ class Adaptive:
         """
         return rate(self._worth, gaps, ages)
 
+    def some_ids(self, random: np.random.Generator, most: int) -> Ints:
+        """The ids that some of the watched keys had when they were used last, whether or not they are still here."""
+        return random.choice(self._ids, min(most, len(self)), replace=False)
+
     # -- remembering
 
     def to_bytes(self) -> bytes:
@@ -195,7 +201,7 @@ class Adaptive:
         choice = (self.prefers_recency, self._regret, self._hits, self._recency_hits)
         numbers = np.array([_FORMAT, *times, *choice], np.float64)
         file = io.BytesIO()
-        columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._kept]
+        columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._ids, self._kept]
         for array in (numbers, self.reuse.uses, self.reuse.waited, *columns):
             np.save(file, array, allow_pickle=False)
         return file.getvalue()
@@ -212,7 +218,7 @@ class Adaptive:
         file = io.BytesIO(data)
         self = cls()
         try:
-            numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(8))
+            numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(9))
             self._restore(numbers, [column.astype(np.int64) for column in columns])
         except (EOFError, OSError, TypeError, ValueError) as error:
             raise ValueError("this is nothing that was learned") from error
@@ -229,5 +235,5 @@ class Adaptive:
         self._now, self._refreshed, self._shift = int(now), int(refreshed), int(shift)
         self.prefers_recency = bool(prefers_recency)
         self._regret, self._hits, self._recency_hits = regret, hits, recency_hits
-        self._keys, self._last, self._gaps, self._sizes = columns[:4]
-        self._kept = columns[4].astype(np.bool_)
+        self._keys, self._last, self._gaps, self._sizes, self._ids = columns[:5]
+        self._kept = columns[5].astype(np.bool_)

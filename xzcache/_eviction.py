@@ -19,17 +19,9 @@ class Candidate(Protocol):
     def used(self) -> int: ...
     @property
     def rank(self) -> int: ...
-    @property
-    def tick(self) -> int: ...
 
 
 C = TypeVar("C", bound=Candidate)
-
-
-class Choice(Protocol[C]):
-    """From rows of lowest rank, lowest first, bytes to free, and how many at the most: victims, and ranks to set."""
-
-    def __call__(self, rows: Sequence[C], want: int, most: int, /) -> tuple[list[C], list[tuple[int, int]]]: ...
 
 
 def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C], list[tuple[int, int]]]:
@@ -65,40 +57,6 @@ def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C
         if row.used > row.rank:
             ranks.append((row.used, row.id))
             horizon = row.used if horizon is None else min(horizon, row.used)
-        else:
-            victims.append(row)
-            freed += row.size
-    return victims, ranks
-
-
-def unused_since(chosen: int, rows: Sequence[C], want: int, most: int) -> tuple[list[C], list[tuple[int, int]]]:
-    """Choose victims among the rows that were ranked below 0 at a tick, unless they were used since.
-
-    Parameters
-    ----------
-    chosen : int
-        The tick.
-    rows : sequence of Candidate
-        The entries of lowest rank, lowest first.
-    want : int
-        Bytes to free.
-    most : int
-        How many victims at the most.
-
-    Returns
-    -------
-    victims : list of Candidate
-    ranks : list of (int, int)
-        `(rank, id)` of the entries that were used since.
-    """
-    victims: list[C] = []
-    ranks: list[tuple[int, int]] = []
-    freed = 0
-    for row in rows:
-        if row.rank >= 0 or freed >= want or len(victims) >= most:
-            break
-        if row.tick > chosen:
-            ranks.append((row.used, row.id))
         else:
             victims.append(row)
             freed += row.size

@@ -20,6 +20,11 @@ _NEXT_GAP: Final = (
     "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ?2 - tick) ELSE max(1, gap + (?2 - tick - gap) / 4) END"
 )
 _IS: Final = "key = ?3 AND start = ?4 AND stop = ?5"
+BIRTH: Final = (
+    "(SELECT tick + 1 FROM total), coalesce((SELECT max(1, CASE WHEN gap = 0 THEN total.tick + 1 - ghost.tick "
+    "ELSE gap + (total.tick + 1 - ghost.tick - gap) / 4 END) FROM ghost, total WHERE key = ?), 0)"
+)
+"""Tick and gap of an entry that comes, given its hash: as `_NEXT_GAP`, after what its ghost has."""
 
 
 def hash_of(entry: Entry) -> int:
@@ -60,24 +65,17 @@ class History:
             ((used, tick, *entry) for tick, entry, used in uses),
         )
 
-    def arrive(self, tick: int, entry: Entry, key: int) -> None:
-        """Record that an entry has come, and what is known of it from when it was here before."""
-        ghost, gap = self._do("SELECT tick, gap FROM ghost WHERE key = ?", (key,)).fetchone(), 0
-        if ghost is not None:
-            last, gap = ghost
-            gap = max(1, gap + (tick - last - gap) // 4 if gap else tick - last)
-        self._do(f"UPDATE entry SET tick = ?1, gap = ?2 WHERE {_IS}", (tick, gap, *entry))
-
-    def hear(self, uses: Iterable[tuple[int, int, Entry]]) -> None:
-        """Keep uses of watched keys, `(tick, hash, entry)`, until somebody learns from them."""
+    def hear(self, uses: Iterable[tuple[int, Entry]]) -> None:
+        """Keep the latest uses of watched keys, `(hash, entry)`, until somebody learns from them."""
         self._do_many(
-            f"INSERT OR IGNORE INTO heard(tick, key, size) SELECT ?1, ?2, size FROM entry WHERE {_IS}",
-            ((tick, key, *entry) for tick, key, entry in uses),
+            "INSERT OR IGNORE INTO heard(tick, key, size, id) "
+            "SELECT tick, ?, size, id FROM entry WHERE key = ? AND start = ? AND stop = ? AND tick > 0",
+            ((key, *entry) for key, entry in uses),
         )
 
-    def take_heard(self) -> list[tuple[int, int, int]]:
-        """The uses that were kept, `(tick, hash, size)`; they are not kept any longer."""
-        rows = self._do("SELECT tick, key, size FROM heard ORDER BY tick").fetchall()
+    def take_heard(self) -> list[tuple[int, int, int, int]]:
+        """The uses that were kept, `(tick, hash, size, id)`; they are not kept any longer."""
+        rows = self._do("SELECT tick, key, size, id FROM heard ORDER BY tick").fetchall()
         self._do("DELETE FROM heard")
         return rows
 
@@ -103,30 +101,18 @@ class History:
 
     # -- who leaves next
 
-    def some_entries(self, most: int, places: Sequence[float]) -> list[tuple[int, int, int]]:
-        """`(id, tick, gap)` of all entries; of more than `most`, runs from some places, numbers below 1.
+    def entries_from(self, id_: int, most: int) -> list[tuple[int, int, int]]:
+        """`(id, tick, gap)` of the first entries whose ids are not below one."""
+        return self._do("SELECT id, tick, gap FROM entry WHERE id >= ? ORDER BY id LIMIT ?", (id_, most)).fetchall()
 
-        Runs may overlap: then what they have in common is there twice.
-        """
-        columns = "SELECT id, tick, gap FROM entry"
-        last, count = self._do("SELECT (SELECT max(id) FROM entry), n FROM total").fetchone()
-        if count <= most:
-            return self._do(columns).fetchall()
-        rows: list[tuple[int, int, int]] = []
-        for place in places:
-            begin, run = int(place * last), most // len(places)
-            rows += self._do(f"{columns} WHERE id >= ? ORDER BY id LIMIT ?", (begin, run)).fetchall()
-        return rows
+    def present(self, ids: Sequence[int]) -> list[int]:
+        """Those of some ids that are of entries."""
+        places = ", ".join("?" * len(ids))
+        return [id_ for (id_,) in self._do(f"SELECT id FROM entry WHERE id IN ({places})", ids)]
 
-    def let_leave(self, ids: Sequence[int], tick: int) -> None:
-        """Rank entries before all others, in this order, unless they are used after a tick."""
-        self._do_many("UPDATE entry SET rank = ? WHERE id = ?", [(n - len(ids), id_) for n, id_ in enumerate(ids)])
-        self._do("UPDATE learned SET chosen = ?", (tick,))
-
-    def chosen(self) -> int:
-        """The tick at which entries were last ranked before all others."""
-        row = self._do("SELECT chosen FROM learned").fetchone()
-        return 0 if row is None else int(row[0])
+    def last_id(self) -> int:
+        """The greatest id; 0 where there is no entry."""
+        return int(self._do("SELECT max(id) FROM entry").fetchone()[0] or 0)
 
     # -- ghosts
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache._documents import is_document
 from xzcache._errors import CacheFault, Damaged, NoRoom
-from xzcache._history import History
+from xzcache._history import BIRTH, History, hash_of
 from xzcache._keys import Entry, namespace_of
 from xzcache._notes import Notes, range_of
 from xzcache._schema import SCHEMA, UPGRADES, VERSION, Dying, Row, Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 logger = logging.getLogger("xzcache")
 
@@ -179,10 +179,11 @@ class Index:
         return None if row is None else _row(row)
 
     def add(self, entry: Entry, *, odd: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
+        """Give an entry a row, which remembers what its ghost does."""
         self._do(
-            "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq) "
-            "VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._namespace(entry.key), *entry, odd, size, crc, used, used, owner, seq),
+            "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq, tick, gap) "
+            f"VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {BIRTH})",
+            (self._namespace(entry.key), *entry, odd, size, crc, used, used, owner, seq, hash_of(entry)),
         )
 
     def _namespace(self, key: str) -> int:
@@ -215,6 +216,11 @@ class Index:
     def set_rank(self, ranks: Iterable[tuple[int, int]]) -> None:
         """Set `(rank, id)` pairs."""
         self.connection.executemany("UPDATE entry SET rank = ? WHERE id = ?", ranks)
+
+    def of_ids(self, ids: Sequence[int]) -> list[Row]:
+        """The entries of these ids that are there."""
+        places = ", ".join("?" * len(ids))
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE id IN ({places})", ids)]
 
     def of_key(self, key: str) -> list[Row]:
         """The whole object and all byte ranges of one key."""
@@ -272,14 +278,14 @@ class Index:
         return Dying(cursor.lastrowid, row.entry, row.odd, row.size)
 
     def dying_of(self, owner: int) -> list[Dying]:
-        rows = self._do("SELECT id, key, start, stop, odd, size FROM dying WHERE owner = ?", (owner,))
-        return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+        return self._dying("owner = ?", owner)
 
     def dying_of_nobody(self) -> list[Dying]:
         """Files whose owner has signed off."""
-        rows = self._do(
-            "SELECT id, key, start, stop, odd, size FROM dying WHERE owner NOT IN (SELECT id FROM owner)"
-        ).fetchall()
+        return self._dying("owner NOT IN (SELECT id FROM owner)")
+
+    def _dying(self, where: str, *values: int) -> list[Dying]:
+        rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
 
     def dying_ids(self) -> set[int]:

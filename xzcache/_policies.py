@@ -6,21 +6,19 @@ index keeps another from working.
 
 from __future__ import annotations
 
-import random
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from xzcache._adaptive import Adaptive, Uses, limit_for
-from xzcache._eviction import least_recently_used, unused_since
+from xzcache._eviction import least_recently_used
 from xzcache._history import hash_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from xzcache._eviction import Choice
+    from xzcache._history import History
     from xzcache._index import Index
     from xzcache._keys import Entry
     from xzcache._reuse import Ints
@@ -29,11 +27,17 @@ if TYPE_CHECKING:
 _BATCH: Final = 128
 _HEARD: Final = 4096
 """How many uses of watched keys may wait until somebody learns from them."""
-_LOOKED_AT: Final = 8192
-_RUNS: Final = 32
+_LOOKED_AT: Final = 4096
+_RUNS: Final = 64
 _LEAVING: Final = 32
-"""Of those who were looked at, one in so many leaves, the least worth first."""
+"""Where all entries are looked at, one in so many leaves, the least worth first."""
+_LEAVING_OF_SOME: Final = 16
 _FEWEST: Final = 16
+_CANDIDATES: Final = 900
+"""Of how many watched keys it is asked whether they are here, to find some that are."""
+_ANYWHERE: Final = 0.125
+_EVERY: Final = 32
+"""What was heard is learned from once so many uses have passed: one in so many of the entries."""
 _GHOSTS: Final = 16
 """For how many uses ghosts are kept, in entries of the cache: there are never more of them."""
 _FEWEST_GHOSTS: Final = 50_000
@@ -77,7 +81,7 @@ class LeastRecentlyUsed:
             index.touch(told.uses)
 
     def choose(self, index: Index, want: int) -> list[Row]:
-        return _first(index, least_recently_used, want)
+        return _oldest(index, want)
 
 
 class Admitting(LeastRecentlyUsed):
@@ -96,65 +100,98 @@ class Learning:
     def __init__(self) -> None:
         self._adaptive = Adaptive()
         self._serial = 0
-        self._heard = self._learned_at = 0
-        self._draw = random.Random()
+        self._entries = self._heard = self._learned_at = 0
+        self._leaving: list[tuple[int, int]] = []
+        self._found_at = 0
+        self._random = np.random.default_rng()
 
     def tell(self, index: Index, told: Told) -> None:
         history = index.history
-        before, entries = history.pass_time(len(told.arrived) + len(told.uses))
-        limit = limit_for(entries)
-        watched = []
-        for tick, entry in enumerate(told.arrived, before + 1):
-            key = hash_of(entry)
-            history.arrive(tick, entry, key)
-            if key < limit:
-                watched.append((tick, key, entry))
+        self._entries += len(told.arrived)
+        self._hear(history, told.arrived)
         if told.uses:
+            before, self._entries = history.pass_time(len(told.uses))
             latest = sorted(told.uses.items(), key=lambda use: use[1])
-            uses = [(tick, entry, used) for tick, (entry, used) in enumerate(latest, before + len(told.arrived) + 1)]
-            history.touch(uses)
-            watched += ((tick, key, entry) for tick, entry, _ in uses if (key := hash_of(entry)) < limit)
-        history.hear(watched)
-        self._heard += len(watched)
+            history.touch((tick, entry, used) for tick, (entry, used) in enumerate(latest, before + 1))
+            self._hear(history, told.uses)
         if self._heard > _HEARD:
             self._learn(index)
+
+    def _hear(self, history: History, entries: Iterable[Entry]) -> None:
+        limit = limit_for(self._entries)
+        watched = [(key, entry) for entry in entries if (key := hash_of(entry)) < limit]
+        if watched:
+            history.hear(watched)
+            self._heard += len(watched)
 
     def choose(self, index: Index, want: int) -> list[Row]:
         victims = self._next(index, want)
         if not victims:
             self._learn(index)
-            if not self._adaptive.prefers_recency and self._rank(index):
+            if not self._adaptive.prefers_recency:
+                self._look(index)
                 victims = self._next(index, want)
-        victims = victims or _first(index, least_recently_used, want)
+        victims = victims or _oldest(index, want)
         index.history.bury((row.entry, row.id) for row in victims)
         return victims
 
     def _next(self, index: Index, want: int) -> list[Row]:
-        """Of those who were ranked before all others, the next ones that were not used since."""
-        return _first(index, partial(unused_since, index.history.chosen()), want)
+        """The next of those who were to leave, without those who were used since."""
+        totals = index.totals()
+        self._entries = totals.entries
+        if not 0 <= index.history.now() - self._found_at <= totals.entries:
+            self._leaving.clear()
+        victims: list[Row] = []
+        freed = 0
+        while self._leaving and freed < want and len(victims) < _BATCH:
+            count = min(_BATCH - len(victims), (want - freed) * totals.entries // max(1, totals.size) + 1)
+            ticks = dict(self._leaving[:count])
+            del self._leaving[:count]
+            unused = [row for row in index.of_ids(list(ticks)) if row.tick == ticks[row.id]]
+            victims += unused
+            freed += sum(row.size for row in unused)
+        return victims
 
-    def _rank(self, index: Index) -> bool:
-        """Rank some of the least worth before all others; False where there is nobody."""
-        rows = index.history.some_entries(_LOOKED_AT, [self._draw.random() for _ in range(_RUNS)])
-        if not rows:
-            return False
-        ids, ticks, gaps = _columns(rows, 3)
-        ids, first = np.unique(ids, return_index=True)
-        ticks, gaps, now = ticks[first], gaps[first], index.history.now()
-        order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
-        leaving = ids[order[: max(_FEWEST, len(ids) // _LEAVING)]]
-        index.history.let_leave(leaving.tolist(), now)
-        return True
+    def _look(self, index: Index) -> None:
+        """Look at all entries, or at some of many, for the least worth of them."""
+        history = index.history
+        if self._entries <= _LOOKED_AT:
+            rows, share = history.entries_from(0, _LOOKED_AT), _LEAVING
+        else:
+            places, run = self._places(history), _LOOKED_AT // _RUNS
+            rows, share = [row for place in places for row in history.entries_from(place, run)], _LEAVING_OF_SOME
+        if rows:
+            ids, ticks, gaps = _columns(rows, 3)
+            # runs may have met
+            ids, first = np.unique(ids, return_index=True)
+            ticks, gaps, now = ticks[first], gaps[first], history.now()
+            order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
+            leaving = order[: max(_FEWEST, len(ids) // share)]
+            self._leaving = list(zip(ids[leaving].tolist(), ticks[leaving].tolist(), strict=True))
+            self._found_at = now
+
+    def _places(self, history: History) -> list[int]:
+        """Ids from which to look at entries, so that it is as likely for each of them to be looked at.
+
+        They are those of watched entries, of which there are as many among any so many. Now and then one is any number
+        instead: where entries are that nobody has used for longer than anything is remembered, none is watched.
+        """
+        places = history.present(self._adaptive.some_ids(self._random, _CANDIDATES).tolist())
+        self._random.shuffle(places)
+        any_ = 1 if self._random.random() < _ANYWHERE else 0
+        del places[_RUNS - any_ :]
+        others = self._random.integers(0, history.last_id(), _RUNS - len(places), endpoint=True)
+        return [*places, *others.tolist()]
 
     def _learn(self, index: Index) -> None:
         """Learn from what all processes have heard, on top of what any of them has learned, if there is enough."""
         history, totals = index.history, index.totals()
         now = history.now()
-        if self._heard <= _HEARD and 0 <= now - self._learned_at < totals.entries // _LEAVING:
+        if self._heard <= _HEARD and 0 <= now - self._learned_at < totals.entries // _EVERY:
             return
         if history.learned_serial() != self._serial:
             self._adaptive = _restored(index)
-        heard = _columns(history.take_heard(), 3)
+        heard = _columns(history.take_heard(), 4)
         room = float("inf") if totals.max_size is None else float(totals.max_size)
         self._adaptive.learn(Uses(*heard), totals.entries, room)
         self._serial = history.set_learned(self._adaptive.to_bytes())
@@ -167,13 +204,13 @@ POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = 
 }
 
 
-def _first(index: Index, chosen: Choice[Row], want: int) -> list[Row]:
-    """Victims among the entries of lowest rank; ranks that lag behind are put right on the way."""
+def _oldest(index: Index, want: int) -> list[Row]:
+    """Victims by least recent use; ranks that lag behind are put right on the way."""
     totals = index.totals()
     # so many leave, if they are as large as most; as many again may have been used meanwhile
     expected = want * totals.entries // max(1, totals.size) + 1
     while rows := index.by_rank(2 * min(_BATCH, expected)):
-        victims, ranks = chosen(rows, want, _BATCH)
+        victims, ranks = least_recently_used(rows, want, _BATCH)
         index.set_rank(ranks)
         if victims or not ranks:
             return victims

@@ -1,6 +1,7 @@
 """The tables of the shared books, and what a row of them is.
 
-The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift.
+The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift. Time, for the
+policies, is counted in ticks: one for each entry that comes, and for each use that the index is told of.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from xzcache._keys import Entry
 
-VERSION: Final = 3
+VERSION: Final = 4
 
-_OF_THE_PAST: Final = """
-CREATE TABLE heard(tick INTEGER PRIMARY KEY, key INTEGER NOT NULL, size INTEGER NOT NULL);
+_HEARD: Final = """
+CREATE TABLE heard(
+  tick INTEGER PRIMARY KEY, key INTEGER NOT NULL, size INTEGER NOT NULL, id INTEGER NOT NULL);
+"""
+
+_OF_THE_PAST: Final = f"""{_HEARD}
 CREATE TABLE ghost(key INTEGER PRIMARY KEY, tick INTEGER NOT NULL, gap INTEGER NOT NULL);
 CREATE TABLE learned(
-  one INTEGER PRIMARY KEY CHECK(one = 1), serial INTEGER NOT NULL, state BLOB NOT NULL,
-  chosen INTEGER NOT NULL DEFAULT 0);
+  one INTEGER PRIMARY KEY CHECK(one = 1), serial INTEGER NOT NULL, state BLOB NOT NULL);
+"""
+
+_ENTRY_COMES: Final = """
+CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
+  UPDATE total SET n = n + 1, bytes = bytes + NEW.size, serial = serial + 1, tick = tick + 1;
+  UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
 """
 
 SCHEMA: Final = f"""{_OF_THE_PAST}
@@ -43,11 +53,7 @@ CREATE TABLE absent(key TEXT PRIMARY KEY, noted REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE total(
   one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
   dying INTEGER NOT NULL, max_size INTEGER, serial INTEGER NOT NULL, tick INTEGER NOT NULL DEFAULT 0);
-INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0, 0);
-CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
-  UPDATE total SET n = n + 1, bytes = bytes + NEW.size, serial = serial + 1;
-  UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
-CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
+INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0, 0);{_ENTRY_COMES}CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
   UPDATE total SET n = n - 1, bytes = bytes - OLD.size, serial = serial + 1;
   UPDATE ns SET n = n - 1, bytes = bytes - OLD.size WHERE id = OLD.ns; END;
 CREATE TRIGGER dying_comes AFTER INSERT ON dying BEGIN UPDATE total SET dying = dying + NEW.size; END;
@@ -62,7 +68,8 @@ UPGRADES: Final = {
 ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
-"""
+DROP TRIGGER entry_comes;{_ENTRY_COMES}""",
+    3: f"DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}",
 }
 """What makes an index of an older version, which is the key, one of this version."""
 

@@ -22,8 +22,13 @@ PROCESSES: Final = 4
 IN_A_ROW: Final = 16
 """How many accesses one process makes before another does."""
 _TOLD: Final = 256
-_LEAVING: Final = 32
+_EVERY: Final = 32
 _FEWEST: Final = 16
+_RUNS: Final = 16
+_LEAVING, _LEAVING_OF_SOME = 32, 16
+_ALL: Final = 4096
+_SOME: Final = 128
+"""How many entries are looked at in place of 4096, as if the cache were as much larger."""
 _GHOSTS: Final = (50_000, 16)
 
 
@@ -120,31 +125,27 @@ def turns(length: int, seed: int = 0) -> Trace:
     return np.asarray(np.repeat(draw, IN_A_ROW)[:length])
 
 
-class _NoPolicy:
-    """Learns nothing, and lets what was not used for the longest time leave."""
-
-    prefers_recency = True
-
-    def learn(self, uses: Uses, entries: int, room: float) -> None:
-        pass
-
-    def worth_of(self, gaps: Trace, ages: Trace) -> NDArray[np.float64]:
-        raise NotImplementedError
-
-
 class _Cache:
-    """What the index does for `adaptive`: time in uses, gaps between them, ghosts, and who is to leave."""
+    """What the index does for a policy: time in uses, gaps between them, ghosts, and who is to leave.
 
-    def __init__(self, policy: Adaptive | _NoPolicy, hashes: Trace, room: int) -> None:
+    Without a policy, what was not used for the longest time leaves.
+    """
+
+    def __init__(self, policy: Adaptive | None, hashes: Trace, room: int, looked_at: int) -> None:
         self.policy = policy
         self.room = room
         self.is_here = [False] * len(hashes)
         self._hashes = hashes
+        self._looked_at = looked_at
+        self._random = np.random.default_rng(0)
+        self._came = np.zeros(0, np.int64)
+        """The key of each entry that has come, by its id."""
+        self._ids = np.full(len(hashes), -1)
         self._last, self._gaps = np.zeros(len(hashes), np.int64), np.zeros(len(hashes), np.int64)
         self._told: list[dict[int, None]] = [{} for _ in range(PROCESSES)]
         self._heard: list[tuple[int, int]] = []
         self._leaving: list[tuple[int, int]] = []
-        self._tick = self._count = self._learned = 0
+        self._tick = self._count = self._learned = self._next = 0
 
     def hit(self, key: int, process: int) -> None:
         self._told[process][key] = None
@@ -161,6 +162,10 @@ class _Cache:
         self._use(key)
         self.is_here[key] = True
         self._count += 1
+        if self._next == len(self._came):
+            self._came = np.append(self._came, np.full(10_000 + self._next, -1))
+        self._came[self._next], self._ids[key] = key, self._next
+        self._next += 1
 
     def _tell(self, process: int) -> None:
         for key in self._told[process]:
@@ -178,23 +183,42 @@ class _Cache:
 
     def _let_leave(self) -> None:
         while self._leaving:
-            key, last = self._leaving.pop()
-            if self.is_here[key] and self._last[key] == last:
+            id_, last = self._leaving.pop()
+            key = int(self._came[id_])
+            if key >= 0 and self._last[key] == last:
+                self._came[id_] = -1
                 self.is_here[key] = False
                 self._count -= 1
                 return
         self._learn()
-        here = np.flatnonzero(self.is_here)
-        ages = self._tick - self._last[here]
-        worth = -ages if self.policy.prefers_recency else self.policy.worth_of(self._gaps[here], ages)
-        first = here[np.argsort(worth, kind="stable")][: max(_FEWEST, len(here) // _LEAVING)]
-        self._leaving = [(int(key), int(self._last[key])) for key in first[::-1]]
+        if self.policy is None or self.policy.prefers_recency:
+            here = np.flatnonzero(self.is_here)
+            first = here[np.argsort(self._last[here], kind="stable")][: max(1, len(here) // _EVERY)]
+            self._leaving = list(zip(self._ids[first].tolist(), self._last[first].tolist(), strict=True))[::-1]
+        else:
+            self._look(self.policy)
+
+    def _look(self, policy: Adaptive) -> None:
+        here, share = np.flatnonzero(self._came[: self._next] >= 0), _LEAVING
+        if len(here) > self._looked_at:
+            watched = policy.some_ids(self._random, 20 * _RUNS)
+            watched = watched[np.isin(watched, here)][:_RUNS]
+            if self._random.random() < 1 / 8 or not len(watched):
+                watched = np.append(watched[1:], self._random.integers(0, self._next))
+            begins, run = np.searchsorted(here, watched), self._looked_at // _RUNS
+            here, share = np.unique(np.concatenate([here[begin : begin + run] for begin in begins])), _LEAVING_OF_SOME
+        keys = self._came[here]
+        worth = policy.worth_of(self._gaps[keys], self._tick - self._last[keys])
+        fewest = min(_FEWEST, self._looked_at // share)
+        first = np.argsort(worth, kind="stable")[: max(fewest, len(here) // share)]
+        self._leaving = list(zip(here[first].tolist(), self._last[keys[first]].tolist(), strict=True))[::-1]
 
     def _learn(self) -> None:
-        if self._tick - self._learned < self._count // _LEAVING:
+        if self.policy is None or self._tick - self._learned < self._count // _EVERY:
             return
         ticks, keys = np.array(self._heard, np.int64).reshape(-1, 2).T
-        self.policy.learn(Uses(ticks, self._hashes[keys], np.ones(len(keys), np.int64)), self._count, self.room)
+        uses = Uses(ticks, self._hashes[keys], np.ones(len(keys), np.int64), self._ids[keys])
+        self.policy.learn(uses, self._count, self.room)
         self._heard, self._learned = [], self._tick
 
 
@@ -203,16 +227,21 @@ def adaptive(trace: Trace, room: int, *, made: list[Adaptive] | None = None) -> 
     policy = Adaptive()
     if made is not None:
         made.append(policy)
-    return _shared(trace, room, policy)
+    return _shared(trace, room, policy, _ALL)
+
+
+def adaptive_in_parts(trace: Trace, room: int) -> float:
+    """As in a cache so large that only a part of it is looked at before somebody leaves."""
+    return _shared(trace, room, Adaptive(), _SOME)
 
 
 def least_recent_told(trace: Trace, room: int) -> float:
     """As `least_recent`, by several processes, which tell of their hits as late as those of `adaptive` do."""
-    return _shared(trace, room, _NoPolicy())
+    return _shared(trace, room, None, _ALL)
 
 
-def _shared(trace: Trace, room: int, policy: Adaptive | _NoPolicy) -> float:
-    cache = _Cache(policy, hashed(np.arange(int(np.max(trace)) + 1)), room)
+def _shared(trace: Trace, room: int, policy: Adaptive | None, looked_at: int) -> float:
+    cache = _Cache(policy, hashed(np.arange(int(np.max(trace)) + 1)), room, looked_at)
     hits = 0
     for key, process in zip(trace.tolist(), turns(len(trace)).tolist(), strict=True):
         if cache.is_here[key]:
@@ -225,6 +254,7 @@ def _shared(trace: Trace, room: int, policy: Adaptive | _NoPolicy) -> float:
 
 POLICIES: Final[Mapping[str, Callable[[Trace, int], float]]] = {
     "xzcache adaptive": adaptive,
+    "adaptive, large xzcache": adaptive_in_parts,
     "xzcache LRU": least_recent_told,
     "LRU": least_recent,
     "none": none,
