@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 
 import xzcache
 from xzcache._adaptive import HASH_BITS, Adaptive, Uses, limit_for
-from xzcache._history import hash_of
+from xzcache._history import hash_of, lot_of
 from xzcache._keys import Entry
 from xzcache._reuse import Reuse, next_gap, rate
 from xzcache._schema import VERSION
@@ -139,6 +139,24 @@ def test_memory_is_bounded_whatever_comes() -> None:
 def test_of_large_caches_some_thousand_entries_are_watched() -> None:
     for entries in (1, 100, 2000, 5000, 10**5, 10**7):
         assert min(entries, 1000) <= entries * limit_for(entries) / (1 << HASH_BITS) <= 2048
+
+
+@pytest.mark.parametrize("name", ["c/{0}", "c/{0:06d}", "c/{1}/{2}/{3}", "ranges"])
+def test_keys_are_watched_without_a_pattern(name: str) -> None:
+    numbers = range(100_000)
+    if name == "ranges":
+        entries = [Entry("k", 8 * at, 8 * at + 8) for at in numbers]
+    else:
+        entries = [Entry(name.format(at, at // 1000, at // 30 % 34, at % 30)) for at in numbers]
+    hashes = np.array([hash_of(entry) for entry in entries])
+    assert len(np.unique(hashes)) == len(entries)
+    assert [lot_of(entry) for entry in entries] == (hashes >> 30).tolist()
+    for entries_held in (8_000, 40_000):
+        watched = hashes < limit_for(entries_held)
+        share = limit_for(entries_held) / (1 << HASH_BITS)
+        # of any thousand in a row as many as of all, give or take no more than chance would
+        counted = watched.reshape(-1, 1000).mean(1).std() / np.sqrt(share * (1 - share) / 1000)
+        assert counted < 1.3
 
 
 def test_what_was_learned_survives_being_written_down() -> None:

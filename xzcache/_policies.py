@@ -13,7 +13,7 @@ import numpy as np
 
 from xzcache._adaptive import Adaptive, Uses, limit_for
 from xzcache._eviction import least_recently_used
-from xzcache._history import hash_of
+from xzcache._history import hash_of, lot_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -118,8 +118,8 @@ class Learning:
             self._learn(index)
 
     def _hear(self, history: History, entries: Iterable[Entry]) -> None:
-        limit = limit_for(self._entries)
-        watched = [(key, entry) for entry in entries if (key := hash_of(entry)) < limit]
+        limit = limit_for(self._entries) >> 30
+        watched = [(hash_of(entry), entry) for entry in entries if lot_of(entry) < limit]
         if watched:
             history.hear(watched)
             self._heard += len(watched)
