@@ -99,6 +99,13 @@ def test_a_loop_larger_than_the_cache_is_served_in_part(share: float) -> None:
     assert simulated.adaptive(trace, room) > 0.85 * simulated.best(trace, room)
 
 
+@pytest.mark.parametrize(("kind", "least"), [("epochs over everything", 0.9), ("a fresh shuffle each epoch", 0.7)])
+def test_a_few_passes_are_enough(kind: str, least: float) -> None:
+    """Who reads everything four times does not want to wait for three of them until it is noticed."""
+    trace = traces.make(kind, 7, 800, 4 * 800)
+    assert simulated.adaptive(trace, 240) > least * simulated.best(trace, 240)
+
+
 def test_what_suits_least_recent_use_is_left_to_it() -> None:
     trace = traces.make("ping-pong scan", 7, 1000, 30_000)
     room = 300
