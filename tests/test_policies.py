@@ -444,19 +444,42 @@ CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = l
 """
 """The tables as version 0.1 of the package made them first."""
 
+FROM_2_TO_3 = """
+CREATE TABLE heard(tick INTEGER PRIMARY KEY, key INTEGER NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE ghost(key INTEGER PRIMARY KEY, tick INTEGER NOT NULL, gap INTEGER NOT NULL);
+CREATE TABLE learned(
+  one INTEGER PRIMARY KEY CHECK(one = 1), serial INTEGER NOT NULL, state BLOB NOT NULL,
+  chosen INTEGER NOT NULL DEFAULT 0);
+ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
+"""
+"""What version 3 had more; some of its entries were ranked below 0, to leave first."""
+
+AS_IT_WAS_USED = """
+INSERT INTO heard VALUES(1, 2, 3);
+INSERT INTO learned VALUES(1, 5, x'934e554d5059', 7);
+UPDATE entry SET tick = id, rank = -id WHERE id % 3 = 0;
+UPDATE total SET tick = 100;
+"""
+
 
 def make_old(root: str, version: int = 2) -> None:
-    """Turn the index of a directory into one of version 2 with the same entries."""
+    """Turn the index of a directory into one of an older version with the same entries."""
     path = index_file(root)
     columns = "id, ns, key, start, stop, odd, size, crc, used, rank, owner, seq"
     with closing(sqlite3.connect(path)) as new, closing(sqlite3.connect(path + ".old")) as old:
         old.execute("PRAGMA journal_mode=WAL")
         old.executescript(VERSION_2)
+        if version == 3:
+            old.executescript(FROM_2_TO_3)
         old.executemany("INSERT INTO ns(id, name) VALUES(?, ?)", new.execute("SELECT id, name FROM ns"))
         rows = new.execute(f"SELECT {columns} FROM entry").fetchall()
         old.executemany(f"INSERT INTO entry({columns}) VALUES({', '.join('?' * 12)})", rows)
         totals = new.execute("SELECT max_size, serial FROM total").fetchone()
         old.execute("UPDATE total SET max_size = ?, serial = ?", totals)
+        if version == 3:
+            old.executescript(AS_IT_WAS_USED)
         old.execute(f"PRAGMA user_version = {version}")
         old.commit()
     for suffix in ("-wal", "-shm"):
@@ -470,13 +493,14 @@ def fill(link: Connection, root: str) -> None:
         store.set_sync(f"k{number}", put(f"k{number}"))
 
 
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_index_of_version_2_is_upgraded_in_place(
-    tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture
+def test_an_older_index_is_upgraded_in_place(
+    tmp_path: Path, policy: str, version: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = str(tmp_path)
     run(fill, root)
-    make_old(root)
+    make_old(root, version)
     name = index_file(root)
     caplog.set_level(logging.INFO, "xzcache")
     store = xzcache.LockedLocalStore(root, policy=policy)
@@ -490,6 +514,10 @@ def test_an_index_of_version_2_is_upgraded_in_place(
     store.directory.close()
     assert index_file(root) == name
     assert query(root, "PRAGMA user_version") == [(VERSION,)]
+    assert {name for _, name, *_ in query(root, "PRAGMA table_info(heard)")} == {"tick", "key", "size", "id"}
+    if policy != "none":
+        # whoever comes makes time pass, by the trigger of today
+        assert query(root, "SELECT tick >= 200 FROM total") == [(1,)]
     assert audit(root) >= 80
     told = [record.getMessage() for record in caplog.records if "version" in record.getMessage()]
     assert len(told) == 1
