@@ -512,18 +512,18 @@ async def test_a_range_of_two_answers_is_of_one_state(
 def test_counts_of_before_are_those_of_the_file(tmp_path: Path) -> None:
     mine, other = (WriteCounters(str(tmp_path / "writes")) for _ in range(2))
     slots = [3, 5 + WriteCounters.SLOTS, 7]
-    assert mine.before(slots) == (0, 0, 0)
+    assert mine.before(slots) == (0, 0, 0, 0)
     for slot in (5, 5, 7 + WriteCounters.SLOTS):
         other.bump(slot)
         # raised by somebody else, and seen at once
-        assert mine.before(slots) == other.before(slots) == tuple(map(other.read, slots))
-    assert mine.before(slots) == (0, 2, 1)
+        assert mine.before(slots) == other.before(slots) == (0, *map(other.read, slots))
+    assert mine.before(slots) == (0, 0, 2, 1)
     # half a bump, as of a process that was killed: what is seen is from before it, never from after
     other._raise(3)
-    assert mine.before(slots) == (0, 2, 1)
-    assert mine.before([11, *slots]) == (0, 0, 2, 1)
+    assert mine.before(slots) == (0, 0, 2, 1)
+    assert mine.before([11, *slots]) == (0, 0, 0, 2, 1)
     other.bump(11)
-    assert mine.before(slots) == (1, 2, 1)
+    assert mine.before(slots) == (0, 1, 2, 1)
     for counters in (mine, other):
         counters.close()
 

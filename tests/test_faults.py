@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import zarr
@@ -47,12 +48,15 @@ from damage import (
 )
 from sources import CountingStore, buffer, memory_source
 from sources import read as get
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
 from xzcache._keys import META
 
 KIB, MIB = 1 << 10, 1 << 20
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -191,6 +195,72 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, kind: str) -> None:
     steps = in_process(on, kind, start_on_a_full_disk, tmp_path / "source", tmp_path / "disk")
     assert all(step.right for step in steps)
     assert steps[-1][1:3] == (0, 0)
+
+
+def in_a_fork(function: Callable[..., T], *args: Any) -> T:
+    """What a function returns in another process that sees the same file systems, and ends without any cleaning up."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            with open(writing, "wb") as file:
+                pickle.dump(function(*args), file)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        result: T = pickle.load(file)
+    os.waitpid(pid, 0)
+    return result
+
+
+def read_fresh(source: Path, cache: Path) -> tuple[bytes | None, bytes | None]:
+    store = xzcache.CacheStore(LocalStore(source), cache_store=cache, revalidate=False)
+    return sync(get(store, "a/c/0")), sync(get(store, "b/c/0"))
+
+
+def write_on_a_full_disk(source: Path, disk: Path) -> list[object]:
+    """Write and delete through the cache while somebody else has all that was left of its disk, and leave."""
+    here = OnDisk(source, disk)
+    here.step("a")
+    here.step("b")
+    fill_up(disk)
+    sync(here.store.set("a/c/0", buffer(b"new")))
+    sync(here.store.delete_dir("b"))
+    late = xzcache.CacheStore(LocalStore(source), cache_store=here.cache, revalidate=False)
+    return [sync(get(late, "a/c/0")), sync(get(late, "b/c/0"))]
+
+
+def read_after_writes_on_a_full_disk(kind: str, source: Path, disk: Path) -> list[object]:
+    mounts(kind)(disk)
+    before = in_a_fork(read_fresh, source, disk / "cache")
+    assert None not in before
+    seen = list(in_a_fork(write_on_a_full_disk, source, disk))
+    while_full = in_a_fork(read_fresh, source, disk / "cache")
+    (disk / "ballast").unlink()
+    return [*seen, *while_full, *in_a_fork(read_fresh, source, disk / "cache")]
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_writes_on_a_full_disk_are_seen_by_all(tmp_path: Path, kind: str) -> None:
+    make_large_source(tmp_path / "source", "ab")
+    seen = in_process(read_after_writes_on_a_full_disk, kind, tmp_path / "source", tmp_path / "disk")
+    assert seen == [b"new", None] * 3
+
+
+def clear_on_a_full_disk(kind: str, source: Path, disk: Path) -> tuple[int, int, int]:
+    mounts(kind)(disk)
+    here = OnDisk(source, disk)
+    here.step("a")
+    fill_up(disk)
+    sync(here.store.clear_cache())
+    info = here.store.cache_info()
+    return info["current_size"], info["total_size"], len([p for p in entry_files(here.cache) if META not in p.parts])
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_clearing_makes_room_on_a_full_disk(tmp_path: Path, kind: str) -> None:
+    make_large_source(tmp_path / "source", "a")
+    assert in_process(clear_on_a_full_disk, kind, tmp_path / "source", tmp_path / "disk") == (0, 0, 0)
 
 
 def run_out_of_inodes(source: Path, disk: Path) -> tuple[list[Step], int]:

@@ -182,6 +182,11 @@ def test_what_was_not_learned_is_refused(cut: int) -> None:
         Adaptive.from_bytes(Adaptive().to_bytes()[:cut])
     with pytest.raises(ValueError, match="learned"):
         Adaptive.from_bytes(b"\x93NUMPY" + bytes(100))
+    damaged = bytearray(Adaptive().to_bytes())
+    # the numbers of an array's header would make numpy raise all kinds of things
+    damaged[20 + cut] ^= 0x5B
+    with pytest.raises(ValueError, match="learned"):
+        Adaptive.from_bytes(bytes(damaged))
 
 
 # -- in a directory
@@ -247,6 +252,83 @@ def test_a_loop_with_each_policy(tmp_path: Path) -> None:
         audit(str(tmp_path / policy))
     assert ratios["lru"] < 0.05
     assert ratios["adaptive"] > 0.5
+
+
+@pytest.mark.parametrize("policy", ["lru", "adaptive"])
+def test_no_more_leaves_than_has_to(tmp_path: Path, policy: str) -> None:
+    store = xzcache.LockedLocalStore(tmp_path, max_size=400 * VALUE, policy=policy)
+    large = default_buffer_prototype().buffer.from_bytes(bytes(20 * VALUE))
+    for number in range(300):
+        if number % 10:
+            store.set_sync(f"small/{number}", put(f"small/{number}"))
+        else:
+            store.set_sync(f"large/{number}", large)
+        store.get_sync("small/1")
+    for want in (1, VALUE, 5 * VALUE, 30 * VALUE):
+        before = store.directory.totals().size
+        freed = store.directory.space.evict(want)
+        assert want <= freed < want + 20 * VALUE
+        assert store.directory.totals().size == before - freed
+
+
+def hear_a_little(link: Connection, root: str) -> None:
+    store = xzcache.LockedLocalStore(root, max_size=1000 * VALUE, policy="adaptive")
+    for _ in range(25):
+        for number in range(20):
+            read_through(store, f"k{number}")
+        store.directory.flush()
+    store.directory.close()
+
+
+def test_what_short_sessions_heard_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leaves before it has heard enough; the next one goes on from there."""
+    root = str(tmp_path)
+    for _ in range(3):
+        run(hear_a_little, root)
+    assert query(root, "SELECT count(*) FROM heard") == [(3 * 25 * 20,)]
+    monkeypatch.setattr("xzcache._policies._HEARD", 1000)
+    monkeypatch.setattr("xzcache._policies._MOST_HEARD", 400)
+    store = xzcache.LockedLocalStore(root, policy="adaptive")
+    store.get_sync("k1")
+    store.directory.close()
+    assert query(root, "SELECT count(*) FROM heard") == [(0,)]
+    assert query(root, "SELECT serial FROM learned") == [(1,)]
+
+
+def evict_one(link: Connection, root: str) -> int:
+    directory = xzcache.LockedLocalStore(root, policy="adaptive").directory
+    assert directory.space.evict(1) == VALUE
+    with directory.books.section() as (_, index):
+        return index.history.learned_serial()
+
+
+def test_what_another_process_has_just_learned_is_not_learned_again(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    run(loop, root, "adaptive", 500, 4, join=False)
+    first = run(evict_one, root)
+    assert first > 1
+    # each chooses by itself, and has nothing to learn
+    assert [run(evict_one, root) for _ in range(3)] == [first] * 3
+
+
+def read_often(link: Connection, root: str) -> None:
+    store = xzcache.LockedLocalStore(root, policy="lru")
+    for _ in range(3):
+        for number in range(100):
+            assert store.get_sync(f"hot{number}") is not None
+        store.directory.flush()
+    store.directory.close()
+
+
+def test_uses_by_others_with_least_recent_use_count(tmp_path: Path) -> None:
+    """Time does not pass for them, but who was used is not old any more."""
+    store = xzcache.LockedLocalStore(tmp_path, max_size=300 * VALUE, policy="adaptive")
+    for name, number in itertools.product(("hot", "cold"), range(100)):
+        store.set_sync(f"{name}{number}", put(f"{name}{number}"))
+    run(read_often, str(tmp_path))
+    store.directory.close()
+    assert query(str(tmp_path), "SELECT DISTINCT tick FROM entry WHERE key LIKE 'hot%'") == [(200,)]
+    assert query(str(tmp_path), "SELECT max(tick) FROM entry WHERE key = 'cold0'") == [(101,)]
 
 
 @pytest.mark.parametrize("is_watched", [True, False])

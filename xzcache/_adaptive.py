@@ -10,7 +10,9 @@ No disk, no clock, no SQL: uses in, an order out. Time is counted in uses of any
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any, Final, NamedTuple, Self
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,8 @@ from xzcache._reuse import BUCKETS, CLASSES, Ints, Reals, Reuse, next_gap, rate
 HASH_BITS: Final = 62
 _WATCHED: Final = 2048
 """Of how many entries of the cache the uses are watched, at the most."""
-_REMEMBERED: Final = 10
-"""How many keys are remembered for each of them."""
+_REMEMBERED: Final = 10 * _WATCHED
+"""How many keys are remembered, cached or not."""
 _SPARE: Final = 0.98
 _REFRESH: Final = (200, 2000)
 _PATIENCE: Final = 1.5
@@ -29,6 +31,7 @@ _PATIENCE: Final = 1.5
 _FEWEST: Final = 64
 _AGES: Final = 1 << 60
 _FORMAT: Final = 2
+_SUM: Final = struct.Struct("<I")
 
 
 def limit_for(entries: int) -> int:
@@ -67,6 +70,11 @@ class Adaptive:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def now(self) -> int:
+        """The tick of the latest use that it has learned of."""
+        return self._now
+
     # -- learning
 
     def learn(self, uses: Uses, entries: int, room: float) -> None:
@@ -83,7 +91,7 @@ class Adaptive:
         self._watch(entries)
         watched = uses.keys < limit_for(entries)
         uses = Uses(*(column[watched] for column in uses))
-        step = max(64, min(_REFRESH[1], (entries >> self._shift) // 16))
+        step = max(64, (entries >> self._shift) // 16)
         for begin in range(0, len(uses.keys), step):
             part = Uses(*(column[begin : begin + step] for column in uses))
             self._use(part, room / 2**self._shift)
@@ -153,9 +161,8 @@ class Adaptive:
         self._refreshed = self._now
         self._worth = self.reuse.worth()
         self._choose(entries, keep)
-        most = _REMEMBERED * max(_WATCHED, entries >> self._shift)
-        if len(self._keys) > most:
-            self._select(self._last > np.sort(self._last)[len(self._last) - most * 7 // 8])
+        if len(self._keys) > _REMEMBERED:
+            self._select(self._last > np.sort(self._last)[len(self._last) - _REMEMBERED * 7 // 8])
 
     def _select(self, rows: NDArray[np.bool_]) -> None:
         self._keys, self._last, self._gaps = self._keys[rows], self._last[rows], self._gaps[rows]
@@ -204,7 +211,7 @@ class Adaptive:
         columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._ids, self._kept]
         for array in (numbers, self.reuse.uses, self.reuse.waited, *columns):
             np.save(file, array, allow_pickle=False)
-        return file.getvalue()
+        return _SUM.pack(crc32(file.getbuffer())) + file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -215,8 +222,9 @@ class Adaptive:
         ValueError
             It is something else.
         """
-        file = io.BytesIO(data)
-        self = cls()
+        self, file = cls(), io.BytesIO(data[_SUM.size :])
+        if data[: _SUM.size] != _SUM.pack(crc32(file.getbuffer())):
+            raise ValueError("this is nothing that was learned")
         try:
             numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(9))
             self._restore(numbers, [column.astype(np.int64) for column in columns])

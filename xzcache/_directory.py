@@ -173,13 +173,11 @@ class CacheDirectory:
 
     def flush(self) -> None:
         """Tell the index of the latest uses."""
-        if self.recency:
+        # who has only read so far has not joined yet
+        if self.recency and (self.books.current is not None or (self.wants_preparing and self.prepare())):
             self.keeper.attempt(self._flush, None)
 
     def _flush(self) -> None:
-        if self.books.current is None:
-            # closed meanwhile: not opened again for this
-            return
         with self.books.section() as (_, index):
             self.recency.tell(index)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from xzcache import _files as files
-from xzcache._errors import Unusable
+from xzcache._errors import NoRoom, Unusable
 from xzcache._keys import META, Entry, is_plain, namespace_of, prefix_slot, range_directory, relative_path, write_slot
 from xzcache._locks import WriteCounters
 
@@ -47,7 +48,12 @@ class Doubts:
             What to do, and how without the index.
         """
         done: list[T] = []
-        if self._keeper.attempt(lambda: _into(done, action), False):
+        try:
+            done.append(self._keeper.insist(action))
+        except Exception as error:
+            self._keeper.trouble(error)
+            is_full = isinstance(error, NoRoom) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        else:
             self.make_up()
             return done[-1]
         if self._reader.distrusts_all:
@@ -56,7 +62,10 @@ class Doubts:
         try:
             if by_hand is not None:
                 by_hand()
-                return None
+                # what was unlinked from a full disk may have made the room that was missing
+                if is_full:
+                    self._keeper.attempt(lambda: _into(done, action), False)
+                return done[-1] if done else None
         except Exception as error:
             self._keeper.trouble(error)
         doubts = set(about) if by_hand is None else {namespace_of(key) for key in about}
@@ -78,22 +87,30 @@ class Doubts:
                 return
             self._reader.distrusted.difference_update(doubts)
 
-    def _bump_by_hand(self, number: int) -> None:
-        """Count a write without the guard: two such counts may become one, which is still a change."""
-        if (member := self._books.current) is not None:
-            member.writes.bump(number)
-        elif os.path.exists(self._books.meta):
-            counters = WriteCounters(f"{self._books.meta}/writes")
-            try:
-                counters.bump(number)
-            finally:
-                counters.close()
+    def _bump_by_hand(self, number: int, failures: list[OSError]) -> None:
+        """Count a write without the guard: two such counts may become one, which is still a change.
+
+        Where it cannot be counted, what is there has to go all the same; then somebody may still publish what he
+        fetched before.
+        """
+        try:
+            if (member := self._books.current) is not None:
+                member.writes.bump(number)
+            elif os.path.exists(self._books.meta):
+                counters = WriteCounters(f"{self._books.meta}/writes")
+                try:
+                    counters.bump(number)
+                finally:
+                    counters.close()
+        except OSError as error:
+            failures.append(error)
 
     def unlink_keys(self, keys: Sequence[str]) -> None:
         """Make keys invisible without the index."""
+        failures: list[OSError] = []
         for key in keys:
             # counted first: whoever publishes meanwhile looks at the counters after he has given a file its name
-            self._bump_by_hand(write_slot(key))
+            self._bump_by_hand(write_slot(key), failures)
             entry = Entry(key)
             if is_plain(key):
                 self._unlink(key, entry)
@@ -101,10 +118,13 @@ class Doubts:
             ranges = f"{self._books.root}/{range_directory(key)}"
             if os.path.isdir(ranges):
                 shutil.rmtree(ranges)
+        if failures:
+            raise failures[0]
 
     def unlink_beneath(self, prefix: str) -> None:
         """Make everything beneath a prefix invisible without the index."""
-        self._bump_by_hand(prefix_slot(prefix))
+        failures: list[OSError] = []
+        self._bump_by_hand(prefix_slot(prefix), failures)
         if is_plain(prefix):
             for path in files.walk(f"{self._books.root}/{prefix}"):
                 key = os.path.relpath(path, self._books.root).replace(os.sep, "/")
@@ -114,6 +134,8 @@ class Doubts:
                 stamp = files.read_stamp(path)
                 if stamp is None or stamp.key.startswith(f"{prefix}/"):
                     files.discard(path)
+        if failures:
+            raise failures[0]
 
     def _unlink(self, relative: str, entry: Entry) -> None:
         path = f"{self._books.root}/{relative}"

@@ -80,11 +80,15 @@ class History:
             ((key, *entry) for key, entry in uses),
         )
 
-    def take_heard(self) -> list[tuple[int, int, int, int]]:
-        """The uses that were kept, `(tick, hash, size, id)`; they are not kept any longer."""
-        rows = self._do("SELECT tick, key, size, id FROM heard ORDER BY tick").fetchall()
+    def heard(self, most: int) -> int:
+        """How many uses are kept, counted up to a number."""
+        return int(self._do("SELECT count(*) FROM (SELECT 1 FROM heard LIMIT ?)", (most,)).fetchone()[0])
+
+    def take_heard(self, most: int) -> list[tuple[int, int, int, int]]:
+        """The latest of the uses that were kept, `(tick, hash, size, id)`; none is kept any longer."""
+        rows = self._do("SELECT tick, key, size, id FROM heard ORDER BY tick DESC LIMIT ?", (most,)).fetchall()
         self._do("DELETE FROM heard")
-        return rows
+        return rows[::-1]
 
     # -- what was learned
 
@@ -108,9 +112,10 @@ class History:
 
     # -- who leaves next
 
-    def entries_from(self, id_: int, most: int) -> list[tuple[int, int, int]]:
-        """`(id, tick, gap)` of the first entries whose ids are not below one."""
-        return self._do("SELECT id, tick, gap FROM entry WHERE id >= ? ORDER BY id LIMIT ?", (id_, most)).fetchall()
+    def entries_from(self, id_: int, over: int, most: int) -> list[tuple[int, int, int]]:
+        """`(id, tick, gap)` of the first entries whose ids are not below one, after passing over some."""
+        statement = "SELECT id, tick, gap FROM entry WHERE id >= ? ORDER BY id LIMIT ? OFFSET ?"
+        return self._do(statement, (id_, most, over)).fetchall()
 
     def present(self, ids: Sequence[int]) -> list[int]:
         """Those of some ids that are of entries."""
@@ -119,7 +124,7 @@ class History:
 
     def last_id(self) -> int:
         """The greatest id; 0 where there is no entry."""
-        return int(self._do("SELECT max(id) FROM entry").fetchone()[0] or 0)
+        return max(0, self._do("SELECT max(id) FROM entry").fetchone()[0] or 0)
 
     # -- ghosts
 

@@ -205,7 +205,8 @@ class Index:
     def touch(self, uses: Mapping[Entry, int]) -> None:
         """Record the last use of entries, in ns since the epoch; those that are gone are passed over."""
         self.connection.executemany(
-            "UPDATE entry SET used = max(used, ?) WHERE key = ? AND start = ? AND stop = ?",
+            "UPDATE entry SET used = max(used, ?), tick = (SELECT tick FROM total) "
+            "WHERE key = ? AND start = ? AND stop = ?",
             [(used, *entry) for entry, used in uses.items()],
         )
 
@@ -217,10 +218,10 @@ class Index:
         """Set `(rank, id)` pairs."""
         self.connection.executemany("UPDATE entry SET rank = ? WHERE id = ?", ranks)
 
-    def of_ids(self, ids: Sequence[int]) -> list[Row]:
-        """The entries of these ids that are there."""
+    def of_ids(self, ids: Sequence[int]) -> dict[int, Row]:
+        """By their ids, the entries that are there."""
         places = ", ".join("?" * len(ids))
-        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE id IN ({places})", ids)]
+        return {r[0]: _row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE id IN ({places})", ids)}
 
     def of_key(self, key: str) -> list[Row]:
         """The whole object and all byte ranges of one key."""

@@ -38,6 +38,7 @@ class Tickets:
 
     def __init__(self, member: Membership) -> None:
         self._member = member
+        self._lost = member.writes.lost()
         self._counts: dict[int, int] = {}
 
     def of(self, key: str) -> Ticket:
@@ -47,7 +48,7 @@ class Tickets:
         for slot in slots:
             if slot not in counts:
                 counts[slot] = self._member.writes.read(slot)
-        return Ticket(id(self._member), self._member.generation, tuple([counts[slot] for slot in slots]))
+        return Ticket(id(self._member), self._member.generation, (self._lost, *[counts[slot] for slot in slots]))
 
 
 class Leaders:

@@ -7,10 +7,12 @@ the child would release the parent's lock.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache._errors import Busy
@@ -217,48 +219,60 @@ class WriteCounters:
 
     Notes
     -----
-    One more counter, behind all slots, is raised after any of them was: while it stands still, so do they.
+    One more counter, behind all slots, is raised after any of them was: while it stands still, so do they. Beside it is
+    the one of `lost` writes, whose own slot could not be raised for want of room; these two have their room from the
+    beginning.
     """
 
     SLOTS: Final = 1 << 20
 
     def __init__(self, path: str) -> None:
         self._fd = open_lock_file(path)
-        self._seen: tuple[int, dict[int, int]] = (0, {})
+        self._seen: tuple[bytes, dict[int, int]] = (b"", {})
+        if hasattr(os, "posix_fallocate"):
+            with suppress(OSError):
+                os.posix_fallocate(self._fd, self.SLOTS * 8, 16)
 
     def read(self, slot: int) -> int:
         return self._read(slot % self.SLOTS)
 
+    def lost(self) -> int:
+        """How many writes could not be counted: each may have been of any key."""
+        return self._read(self.SLOTS + 1)
+
     def before(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """The counts of some slots, now or, where another process is just raising one, a moment ago.
+        """How many were lost, and the counts of some slots: now, or from a moment ago, where somebody just raises one.
 
         Most need no look at the file. Older counts are safe for whoever begins something that may only be finished
         while `read` still says the same.
         """
-        total = self._read(self.SLOTS)
+        totals = os.pread(self._fd, 16, self.SLOTS * 8)
         seen, counts = self._seen
-        if seen != total or len(counts) > _MOST_SEEN:
+        if seen != totals or len(counts) > _MOST_SEEN:
             counts = {}
-            self._seen = total, counts
+            self._seen = totals, counts
         for slot in slots:
             if slot not in counts:
                 counts[slot] = self.read(slot)
-        return tuple([counts[slot] for slot in slots])
+        return (int.from_bytes(totals[8:], "little"), *[counts[slot] for slot in slots])
 
-    def bump(self, slot: int) -> int:
-        """Count one write; returns the new count."""
-        count = self._raise(slot % self.SLOTS)
+    def bump(self, slot: int) -> None:
+        """Count one write."""
+        try:
+            self._raise(slot % self.SLOTS)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._raise(self.SLOTS + 1)
         self._raise(self.SLOTS)
-        return count
 
     def _read(self, position: int) -> int:
         raw = os.pread(self._fd, 8, position * 8)
         return int.from_bytes(raw, "little") if len(raw) == 8 else 0
 
-    def _raise(self, position: int) -> int:
+    def _raise(self, position: int) -> None:
         count = (self._read(position) + 1) & 0xFFFF_FFFF_FFFF_FFFF
         os.pwrite(self._fd, count.to_bytes(8, "little"), position * 8)
-        return count
 
     def close(self) -> None:
         os.close(self._fd)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from xzcache._adaptive import Adaptive, Uses, limit_for
+from xzcache._adaptive import HASH_BITS, Adaptive, Uses, limit_for
 from xzcache._eviction import least_recently_used
 from xzcache._history import hash_of, lot_of
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _BATCH: Final = 128
 _HEARD: Final = 4096
 """How many uses of watched keys may wait until somebody learns from them."""
+_MOST_HEARD: Final = 4 * _HEARD
+"""How many uses are learned from at once: of more, the latest."""
 _LOOKED_AT: Final = 4096
 _RUNS: Final = 64
 _LEAVING: Final = 32
@@ -100,13 +102,17 @@ class Learning:
     def __init__(self) -> None:
         self._adaptive = Adaptive()
         self._serial = 0
-        self._entries = self._heard = self._learned_at = 0
+        self._entries = self._learned_at = 0
+        self._heard = -1
         self._leaving: list[tuple[int, int]] = []
         self._found_at = 0
         self._random = np.random.default_rng()
 
     def tell(self, index: Index, told: Told) -> None:
         history = index.history
+        if self._heard < 0:
+            # others may have left before there was enough
+            self._heard = history.heard(_HEARD + 1)
         self._entries += len(told.arrived)
         self._hear(history, told.arrived)
         if told.uses:
@@ -115,7 +121,7 @@ class Learning:
             history.touch((tick, entry, used) for tick, (entry, used) in enumerate(latest, before + 1))
             self._hear(history, told.uses)
         if self._heard > _HEARD:
-            self._learn(index)
+            self._learn(index, is_full=False)
 
     def _hear(self, history: History, entries: Iterable[Entry]) -> None:
         limit = limit_for(self._entries) >> 30
@@ -127,7 +133,7 @@ class Learning:
     def choose(self, index: Index, want: int) -> list[Row]:
         victims = self._next(index, want)
         if not victims:
-            self._learn(index)
+            self._learn(index, is_full=True)
             if not self._adaptive.prefers_recency:
                 self._look(index)
                 victims = self._next(index, want)
@@ -144,22 +150,30 @@ class Learning:
         victims: list[Row] = []
         freed = 0
         while self._leaving and freed < want and len(victims) < _BATCH:
+            # so many leave, if they are as large as most
             count = min(_BATCH - len(victims), (want - freed) * totals.entries // max(1, totals.size) + 1)
-            ticks = dict(self._leaving[:count])
-            del self._leaving[:count]
-            unused = [row for row in index.of_ids(list(ticks)) if row.tick == ticks[row.id]]
-            victims += unused
-            freed += sum(row.size for row in unused)
+            rows = index.of_ids([id_ for id_, _ in self._leaving[:count]])
+            passed = 0
+            for id_, tick in self._leaving[:count]:
+                if freed >= want:
+                    break
+                passed += 1
+                row = rows.get(id_)
+                if row is not None and row.tick == tick:
+                    victims.append(row)
+                    freed += row.size
+            del self._leaving[:passed]
         return victims
 
     def _look(self, index: Index) -> None:
         """Look at all entries, or at some of many, for the least worth of them."""
         history = index.history
         if self._entries <= _LOOKED_AT:
-            rows, share = history.entries_from(0, _LOOKED_AT), _LEAVING
+            rows, share = history.entries_from(0, 0, _LOOKED_AT), _LEAVING
         else:
             places, run = self._places(history), _LOOKED_AT // _RUNS
-            rows, share = [row for place in places for row in history.entries_from(place, run)], _LEAVING_OF_SOME
+            rows = [row for id_, over in places for row in history.entries_from(id_, over, run)]
+            share = _LEAVING_OF_SOME
         if rows:
             ids, ticks, gaps = _columns(rows, 3)
             # runs may have met
@@ -170,33 +184,43 @@ class Learning:
             self._leaving = list(zip(ids[leaving].tolist(), ticks[leaving].tolist(), strict=True))
             self._found_at = now
 
-    def _places(self, history: History) -> list[int]:
-        """Ids from which to look at entries, so that it is as likely for each of them to be looked at.
+    def _places(self, history: History) -> list[tuple[int, int]]:
+        """From where to look at entries, so that it is as likely for each of them: ids, and how many to pass over.
 
-        They are those of watched entries, of which there are as many among any so many. Now and then one is any number
-        instead: where entries are that nobody has used for longer than anything is remembered, none is watched.
+        They are those of watched entries, of which there are as many among any so many, and of those that follow upon
+        them before the next watched one. Now and then one is any number instead: where entries are that nobody has used
+        for longer than anything is remembered, none is watched.
         """
         places = history.present(self._adaptive.some_ids(self._random, _CANDIDATES).tolist())
         self._random.shuffle(places)
         any_ = 1 if self._random.random() < _ANYWHERE else 0
         del places[_RUNS - any_ :]
         others = self._random.integers(0, history.last_id(), _RUNS - len(places), endpoint=True)
-        return [*places, *others.tolist()]
+        apart = (1 << HASH_BITS) // limit_for(self._entries)
+        return list(zip([*places, *others.tolist()], self._random.integers(0, apart, _RUNS).tolist(), strict=True))
 
-    def _learn(self, index: Index) -> None:
+    def _learn(self, index: Index, *, is_full: bool) -> None:
         """Learn from what all processes have heard, on top of what any of them has learned, if there is enough."""
         history, totals = index.history, index.totals()
-        now = history.now()
-        if self._heard <= _HEARD and 0 <= now - self._learned_at < totals.entries // _EVERY:
+        now, self._entries = history.now(), totals.entries
+        if self._has_learned(now):
             return
-        if history.learned_serial() != self._serial:
-            self._adaptive = _restored(index)
-        heard = _columns(history.take_heard(), 4)
-        room = float("inf") if totals.max_size is None else float(totals.max_size)
-        self._adaptive.learn(Uses(*heard), totals.entries, room)
+        if (serial := history.learned_serial()) != self._serial:
+            self._adaptive, self._serial = _restored(index), serial
+            self._heard, self._learned_at = 0, self._adaptive.now
+            if self._has_learned(now):
+                # somebody else has done it
+                return
+        heard = _columns(history.take_heard(_MOST_HEARD), 4)
+        # without a bound, it is the disk that is full
+        room = totals.size if is_full else totals.max_size
+        self._adaptive.learn(Uses(*heard), totals.entries, float("inf") if room is None else float(room))
         self._serial = history.set_learned(self._adaptive.to_bytes())
         self._heard, self._learned_at = 0, now
         history.forget_ghosts(now - max(_FEWEST_GHOSTS, _GHOSTS * totals.entries), self._serial)
+
+    def _has_learned(self, now: int) -> bool:
+        return self._heard <= _HEARD and 0 <= now - self._learned_at < self._entries // _EVERY
 
 
 POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = {

@@ -85,8 +85,10 @@ class Traced(Recency):
         """Write what was remembered into the index, and all uses into the file."""
         noted, self._noted = self._noted, []
         noted += ((time.time_ns(), entry) for entry in arrived)
-        rows = {entry: index.find(entry) for _, entry in noted}
-        lines = (f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in noted if (row := rows[entry]) is not None)
+        rows = {entry: row for _, entry in noted if (row := index.find(entry)) is not None}
+        lines = (
+            f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in noted if (row := rows.get(entry)) is not None
+        )
         # a trace that cannot be written is no reason for anything else to fail
         with suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

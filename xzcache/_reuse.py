@@ -28,12 +28,12 @@ _MOST_IN_A_BUCKET: Final = 20.0
 
 def class_of(gaps: Ints) -> Ints:
     """0 for what was never used again, else by the octave of the time between its uses."""
-    return np.where(gaps > 0, np.minimum(CLASSES - 1, 1 + np.log2((gaps + 16) / 16).astype(np.int64)), 0)
+    return np.where(gaps > 0, np.minimum(CLASSES - 1, 1 + np.log2(np.maximum(gaps, 0) / 16 + 1).astype(np.int64)), 0)
 
 
 def place_of(ages: Ints) -> Reals:
     """Four buckets each time that an age doubles."""
-    return np.asarray(np.minimum(BUCKETS - 1.0, _STEPS * np.log2((np.maximum(ages, 0) + 16) / 16)))
+    return np.asarray(np.minimum(BUCKETS - 1.0, _STEPS * np.log2(np.maximum(ages, 0) / 16 + 1)))
 
 
 def next_gap(gaps: Ints, intervals: Ints) -> Ints:

@@ -1,7 +1,7 @@
 """The tables of the shared books, and what a row of them is.
 
 The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift. Time, for the
-policies, is counted in ticks: one for each entry that comes, and for each use that the index is told of.
+policies, is counted in ticks: one for each entry that comes, and for each use that a policy that learns tells of.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
 DROP TRIGGER entry_comes;{_ENTRY_COMES}""",
-    3: f"DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}",
+    3: f"DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}",
 }
 """What makes an index of an older version, which is the key, one of this version."""
 

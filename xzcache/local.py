@@ -148,7 +148,8 @@ class LockedLocalStore(LocalStore):
         first, last = clip(*wanted, found.size)
         # a file that somebody else put here is part of the store, if not of the cache
         data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
-        self._directory.recency.note(found.entry)
+        if self._directory.recency.note(found.entry) and not self.read_only:
+            pool.submit(self._directory.flush)
         return None if data is None else prototype.buffer.from_bytes(data)
 
     async def get(
