@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -204,12 +205,15 @@ def in_a_fork(function: Callable[..., T], *args: Any) -> T:
         try:
             with open(writing, "wb") as file:
                 pickle.dump(function(*args), file)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writing)
     with open(reading, "rb") as file:
-        result: T = pickle.load(file)
+        data = file.read()
     os.waitpid(pid, 0)
+    result: T = pickle.loads(data)
     return result
 
 
@@ -224,8 +228,9 @@ def write_on_a_full_disk(source: Path, disk: Path) -> list[object]:
     here.step("a")
     here.step("b")
     fill_up(disk)
-    sync(here.store.set("a/c/0", buffer(b"new")))
-    sync(here.store.delete_dir("b"))
+    writable = xzcache.CacheStore(LocalStore(source), cache_store=here.cache, revalidate=False)
+    sync(writable.set("a/c/0", buffer(b"new")))
+    sync(writable.delete_dir("b"))
     late = xzcache.CacheStore(LocalStore(source), cache_store=here.cache, revalidate=False)
     return [sync(get(late, "a/c/0")), sync(get(late, "b/c/0"))]
 

@@ -290,6 +290,7 @@ def test_what_short_sessions_heard_is_learned_from(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("xzcache._policies._MOST_HEARD", 400)
     store = xzcache.LockedLocalStore(root, policy="adaptive")
     store.get_sync("k1")
+    store.directory.flush()
     store.directory.close()
     assert query(root, "SELECT count(*) FROM heard") == [(0,)]
     assert query(root, "SELECT serial FROM learned") == [(1,)]
