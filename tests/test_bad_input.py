@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,8 +316,27 @@ def test_a_cache_path_that_is_a_file_or_lies_beneath_one(kind: Callable[[Path], 
 def test_a_default_directory_that_is_a_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("the user's")
-    with xzcache.config.set(directory=str(file)), pytest.raises(ValueError, match=f"'{file}' is a file"):
+    with xzcache.config.set(directory=str(file)), pytest.raises(ValueError, match=f"^directory='{file}' is a file"):
         xzcache.CacheStore(MemoryStore())
+
+
+def test_a_variable_that_is_not_set_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: xzcache.CacheStore(MemoryStore(), cache_store=""), "cache_store", "", ValueError, ROOT)
+    refused(lambda: xzcache.LockedLocalStore(""), "root", "", ValueError, ROOT)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["true", "False", "TRUE", "false"])
+def test_flags_of_the_environment(tmp_path: Path, word: str) -> None:
+    code = (
+        "import xzcache; from zarr.storage import MemoryStore; "
+        f"s = xzcache.CacheStore(MemoryStore(), cache_store={str(tmp_path)!r}); "
+        "print(s.revalidate, s.cache_set_data)"
+    )
+    environment = {**os.environ, "XZCACHE_REVALIDATE": word, "XZCACHE_CACHE_SET_DATA": word}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert told.stdout.split() == [word.capitalize()] * 2
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a directory away")

@@ -302,7 +302,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 
 def _default() -> str:
-    from xzcache._config import default_directory
+    from xzcache._places import default_directory
 
     return str(default_directory())
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import _disk as disk
 from xzcache import _files as files
-from xzcache._errors import Busy, CacheFault, Damaged, Foreign, Unusable
-from xzcache._index import translated
+from xzcache._errors import Busy, CacheFault, Damaged, Foreign, Unusable, translated
 from xzcache._keys import META
 from xzcache._membership import Membership
 

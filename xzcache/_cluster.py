@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dask.utils import format_bytes, format_time
 
-from xzcache._config import default_directory
+from xzcache._places import default_directory
 from xzcache._registry import open_directory
 from xzcache._usage import Usage, usage
 

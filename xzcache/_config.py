@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 import dask.config
 from dask.utils import parse_bytes
 from donfig import Config
-from platformdirs import user_cache_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -254,6 +253,9 @@ def parse_root(root: Any, name: str = "root") -> Path:
     if "://" in str(root):
         # never with its value, which may hold a password
         raise ValueError(f"{name} is a URL, which is not accepted: give {accepted}")
+    if root == "":
+        # rather a variable that is not set than the working directory
+        raise _refuse(name, root, accepted)
     path = Path(root).expanduser().absolute()
     if str(path) in excused:
         return path
@@ -275,19 +277,17 @@ def parse_root(root: Any, name: str = "root") -> Path:
     return path
 
 
+_FLAGS: Final = {"true": True, "false": False}
+
+
 def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
     """What was given for a setting, or else configured, as `parse` reads it."""
-    return parse(name, config.get(name) if isinstance(value, Unset) else value)
-
-
-def default_directory() -> Path:
-    """Where this node's default cache is."""
-    configured = config.get("directory")
-    if configured is None or configured == "":
-        return user_cache_path("xzcache", appauthor=False)
-    if isinstance(configured, bool) or not isinstance(configured, str | os.PathLike):
-        raise _refuse("directory", configured, "a path, or None for the platform's user cache directory", TypeError)
-    return Path(configured).expanduser()
+    if isinstance(value, Unset):
+        value = config.get(name)
+        if isinstance(value, str) and value.lower() in _FLAGS:
+            # in an environment variable, as in YAML
+            value = _FLAGS[value.lower()]
+    return parse(name, value)
 
 
 def chosen_max_size() -> int | Unset | None:

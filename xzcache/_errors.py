@@ -14,6 +14,10 @@ reader gets of what the source does.
 from __future__ import annotations
 
 import errno
+import sqlite3
+from typing import Final
+
+_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCHEMA"}
 
 
 class CacheFault(Exception):
@@ -54,3 +58,14 @@ class Replaced(OSError):
 
     def __reduce__(self) -> tuple[type[Replaced], tuple[str]]:
         return type(self), (self.filename,)
+
+
+def translated(error: sqlite3.Error) -> CacheFault:
+    """The cache's own word for what SQLite says."""
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"):
+        return NoRoom(f"no room for the index: {error}")
+    damaged = any(name.startswith(code) for code in _DAMAGE) or "no such " in str(error)
+    if damaged or (isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)):
+        return Damaged(f"the index is damaged: {error}")
+    return CacheFault(f"the index cannot be used: {error}")

@@ -12,7 +12,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Final
 
 from xzcache._documents import is_document
-from xzcache._errors import CacheFault, Damaged, NoRoom
+from xzcache._errors import Damaged
 from xzcache._history import BIRTH, History, hash_of
 from xzcache._keys import Entry, namespace_of
 from xzcache._notes import Notes, range_of
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache")
 
 _MAGIC: Final = b"SQLite format 3\0"
-_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCHEMA"}
 
 
 _COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq, tick"
@@ -33,17 +32,6 @@ _COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq,
 def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int, int]) -> Row:
     id_, key, start, stop, odd, *rest = values
     return Row(id_, Entry(key, start, stop), bool(odd), *rest)
-
-
-def translated(error: sqlite3.Error) -> CacheFault:
-    """The cache's own word for what SQLite says."""
-    name = getattr(error, "sqlite_errorname", "") or ""
-    if name == "SQLITE_FULL":
-        return NoRoom(f"no room for the index: {error}")
-    damaged = any(name.startswith(code) for code in _DAMAGE) or "no such " in str(error)
-    if damaged or (isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)):
-        return Damaged(f"the index is damaged: {error}")
-    return CacheFault(f"the index cannot be used: {error}")
 
 
 class Index:

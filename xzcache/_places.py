@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from xzcache._anystore import StoreBackend
-from xzcache._config import UNSET, Unset, chosen_max_size, default_directory
+from xzcache._config import UNSET, Unset, chosen_max_size, config
 from xzcache._keys import META, is_plain
 from xzcache._registry import store_backend
 from xzcache._shared import SharedBackend
@@ -25,6 +26,17 @@ def checked_namespace(namespace: str | None) -> str | None:
     if not is_plain(namespace) or "/" in namespace or "\\" in namespace or namespace.startswith("."):
         raise ValueError(f"namespace={namespace!r} is not accepted: give {accepted}")
     return namespace
+
+
+def default_directory() -> Path:
+    """Where this node's default cache is."""
+    configured = config.get("directory")
+    if configured is None or configured == "":
+        return user_cache_path("xzcache", appauthor=False)
+    if isinstance(configured, bool) or not isinstance(configured, str | os.PathLike):
+        accepted = "a path, or None for the platform's user cache directory"
+        raise TypeError(f"directory={configured!r} is not accepted: give {accepted}")
+    return Path(configured).expanduser()
 
 
 def cache_store_of(
@@ -43,7 +55,7 @@ def cache_store_of(
         return LockedLocalStore(given.root, max_size=max_size, policy=policy)
     if given is None:
         bound = chosen_max_size() if isinstance(max_size, Unset) else max_size
-        return LockedLocalStore(default_directory(), max_size=bound, policy=policy)
+        return _located("directory", default_directory(), bound, policy)
     if type(given) is LocalStore:
         if isinstance(max_size, Unset) and not (given.root / META).is_dir():
             # as with Zarr; a directory that is a cache already keeps its bound
@@ -53,10 +65,7 @@ def cache_store_of(
         # never with its value, which may hold a password
         raise ValueError(f"cache_store is a URL, which is not accepted: give {accepted}")
     if isinstance(given, str | os.PathLike):
-        try:
-            return LockedLocalStore(given, max_size=max_size, policy=policy)
-        except (ValueError, TypeError) as error:
-            raise type(error)(str(error).replace("root=", "cache_store=", 1)) from None
+        return _located("cache_store", given, max_size, policy)
     if not isinstance(given, Store):
         raise TypeError(f"cache_store={given!r} is not accepted: give {accepted}")
     if not given.supports_deletes:
@@ -65,6 +74,14 @@ def cache_store_of(
             "The cache_store must support deletes for CacheStore to function properly."
         )
     return given
+
+
+def _located(name: str, path: str | Path, max_size: int | Unset | None, policy: str | Unset) -> LockedLocalStore:
+    """The store in a directory, which somebody gave under another name than `root`."""
+    try:
+        return LockedLocalStore(path, max_size=max_size, policy=policy)
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace("root=", f"{name}=", 1)) from None
 
 
 def label_of(cache: Store) -> str:

@@ -6,6 +6,7 @@ file is written only out of a lease, and its bytes are given back only after it 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from xzcache._policies import Policy
     from xzcache._recency import Recency
     from xzcache._schema import Dying, Row, Totals
+
+logger = logging.getLogger("xzcache")
 
 _LARGEST_LEASE: Final = 4 << 20
 _INDEX_RESERVE: Final = 4 << 20
@@ -49,6 +52,7 @@ class Space:
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
+        self._has_told = False
         self._full_until = 0.0
         self._full_for = 0
         self._unreleased: list[Dying] = []
@@ -112,7 +116,12 @@ class Space:
                 # what is leased in advance must not cost an entry
                 grant, short = size, self._short_of_disk(size)
             if short > totals.size:
-                raise NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
+                error = NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
+                if not self._has_told:
+                    # what is asked for by default may be news to somebody
+                    self._has_told = True
+                    logger.warning("%s: nothing new is cached until there is more", error)
+                raise error
             if short > 0:
                 index.commit()
                 index.checkpoint(0)
