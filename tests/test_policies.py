@@ -408,6 +408,17 @@ async def test_none_with_a_generic_cache_store() -> None:
     assert store.cache_stats()["hits"] == 4
 
 
+def test_a_directory_that_was_taken_away_is_not_told_of_uses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = xzcache.LockedLocalStore(tmp_path / "cache")
+    assert [read_through(store, "k") for _ in range(2)] == [False, True]
+    assert store.directory.remove_if_last()
+    store.directory.recency.note(Entry("k"))
+    store.directory.flush()
+    assert store.directory.keeper.troubles == 0
+    assert not (tmp_path / "cache").exists()
+    assert caplog.records == []
+
+
 # -- ghosts
 
 

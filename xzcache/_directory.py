@@ -173,6 +173,9 @@ class CacheDirectory:
 
     def flush(self) -> None:
         """Tell the index of the latest uses."""
+        if self.books.is_retired:
+            # taken away meanwhile: there is nobody to tell
+            return
         # who has only read so far has not joined yet
         if self.recency and (self.books.current is not None or (self.wants_preparing and self.prepare())):
             self.keeper.attempt(self._flush, None)
