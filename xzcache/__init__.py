@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
@@ -50,6 +49,5 @@ def __dir__() -> list[str]:
 
 
 install(lambda *args, **kwargs: __getattr__("open_zarr")(*args, **kwargs))
-with suppress(ImportError):
-    # so that Zarr knows its name; older ones have nothing that it could be made of
-    import_module("xzcache.pipeline")
+# so that Zarr knows its name
+import_module("xzcache.pipeline")

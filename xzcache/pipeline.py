@@ -1,22 +1,23 @@
-"""A codec pipeline for arrays that are read through a cache: what is cached is read and decoded without an event loop.
+"""A codec pipeline for arrays that are read through a cache: cached chunks are read and decoded without an event loop.
 
 ``zarr.config.set({"codec_pipeline.path": "xzcache.pipeline.CachePipeline"})`` chooses it for the arrays that are opened
-from then on; the engine ``"zcache"`` does so for its own. It needs a Zarr that has the `FusedCodecPipeline`.
+from then on. The engine ``"zcache"`` gives it to each array that it opens, and leaves Zarr's configuration alone.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import zarr
-from zarr.abc.codec import GetResult
-from zarr.core.chunk_utils import ChunkTransform
-from zarr.core.codec_pipeline import FusedCodecPipeline, _resolve_max_workers
+from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, CodecPipeline
+from zarr.core import codec_pipeline as zarrs
+from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import register_pipeline
 from zarr.storage import StorePath
 
@@ -27,19 +28,26 @@ from xzcache._straight import place_of, stores_values
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, Codec
-    from zarr.abc.store import ByteRequest
+    from zarr.abc.codec import Codec
+    from zarr.abc.store import ByteRequest, Store
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer
+    from zarr.core.metadata import ArrayMetadata
 
     from xzcache._readthrough import ReadThrough
+
+logger = logging.getLogger("xzcache")
 
 _SMALL: Final = 256 << 10
 """Decoded bytes of a chunk up to which another thread takes longer to wake than the decoding takes."""
 
+_TELLS: Final = hasattr(zarr.abc.codec, "GetResult")
+"""Whether this Zarr expects a result for each chunk that was read."""
+
 Item = tuple[Any, Any, Any, Any, bool]
+Decode = Callable[[list[Item], "NDBuffer", tuple[int, ...]], Any]
 
 
 @dataclass(eq=False, slots=True)
@@ -69,52 +77,146 @@ class _Cached:
             self.reads.reading.stats.hit(size, seconds)
 
 
-class CachePipeline(FusedCodecPipeline):
-    """Zarr's `FusedCodecPipeline`, which splits what is read through a `CacheStore` in two.
+class CachePipeline(CodecPipeline):
+    """A codec pipeline that reads cached chunks of a `CacheStore` itself, and leaves all else to another pipeline.
 
-    What is cached is read and decoded synchronously, in this package's threads; what is missing is fetched
-    asynchronously, all at once. A missing chunk is never waited for in a thread: the source may need that very thread.
-    Arrays of other stores are read as Zarr reads them. A shard that was replaced at the source while it was read in
-    parts is read again, once.
+    A cached chunk is read and decoded synchronously, in this package's threads. Missing chunks, arrays of other stores
+    and everything that is written go through the pipeline behind this one, unchanged; so does a cached chunk that this
+    pipeline cannot read or decode. A missing chunk is never waited for in a thread: the source may need that very
+    thread. A shard that was replaced at the source while it was read in parts is read again, once.
+
+    Parameters
+    ----------
+    inner : CodecPipeline
+        The pipeline behind this one. Its attributes are attributes of this one too.
+
+    Attributes
+    ----------
+    behind : type of CodecPipeline
+        Makes the pipeline behind this one where Zarr makes this one from codecs: Zarr's default. A subclass may name
+        another.
 
     Notes
     -----
-    Pickles as its codecs, in few objects: a graph refers to each of them.
+    A Zarr without the `FusedCodecPipeline` cannot decode synchronously: there, only uncompressed chunks are read here.
     """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.array_array_codecs, self.array_bytes_codec, self.bytes_bytes_codecs, self.batch_size)
+    behind: ClassVar[type[Any]] = BatchedCodecPipeline
 
-    async def read(self, batch_info: Iterable[Item], out: NDBuffer, drop_axes: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    def __init__(self, inner: CodecPipeline) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            # half made, as while it is copied
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        inner = self.inner
+        if type(self) is CachePipeline and type(inner) is BatchedCodecPipeline:
+            # few objects: a graph refers to each of them
+            return _restored, (
+                inner.array_array_codecs,
+                inner.array_bytes_codec,
+                inner.bytes_bytes_codecs,
+                inner.batch_size,
+            )
+        return type(self), (inner,)
+
+    def __eq__(self, other: object) -> bool:
+        return self.inner == other.inner if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.inner))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+    # -- as the pipeline behind it
+
+    @classmethod
+    def from_codecs(cls, codecs: Iterable[Codec], **options: Any) -> Self:
+        return cls(cls.behind.from_codecs(codecs, **options))
+
+    @classmethod
+    def from_array_metadata_and_store(cls, array_metadata: ArrayMetadata, store: Store) -> Self:
+        return cls(cls.behind.from_array_metadata_and_store(array_metadata=array_metadata, store=store))
+
+    def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
+        return type(self)(self.inner.evolve_from_array_spec(array_spec))
+
+    def __iter__(self) -> Iterator[Codec]:
+        inner: Any = self.inner
+        return iter(inner)
+
+    @property
+    def supports_partial_decode(self) -> bool:
+        return self.inner.supports_partial_decode
+
+    @property
+    def supports_partial_encode(self) -> bool:
+        return self.inner.supports_partial_encode
+
+    def validate(self, **array: Any) -> None:
+        self.inner.validate(**array)
+
+    def compute_encoded_size(self, byte_length: int, array_spec: ArraySpec) -> int:
+        return self.inner.compute_encoded_size(byte_length, array_spec)
+
+    async def decode(self, chunk_bytes_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]) -> Any:
+        return await self.inner.decode(chunk_bytes_and_specs)
+
+    async def encode(self, chunk_arrays_and_specs: Iterable[tuple[NDBuffer | None, ArraySpec]]) -> Any:
+        return await self.inner.encode(chunk_arrays_and_specs)
+
+    async def write(self, batch_info: Iterable[Item], value: NDBuffer, drop_axes: tuple[int, ...] = ()) -> None:
+        await self.inner.write(batch_info, value, drop_axes)
+
+    # -- what is cached
+
+    async def read(self, batch_info: Iterable[Item], out: NDBuffer, drop_axes: tuple[int, ...] = ()) -> Any:
         """Read a batch of chunks into `out`; as in Zarr."""
         batch = list(batch_info)
         reads = _reads_of(batch)
-        if reads is None or self.sync_transform is None:
-            return await super().read(batch, out, drop_axes)
+        if reads is None:
+            return await self.inner.read(batch, out, drop_axes)
         results = await self._cached(reads, batch, out, drop_axes)
         missing = [place for place, result in enumerate(results) if result is None]
         if missing:
             rest = [batch[place] for place in missing]
             try:
-                fetched = await super().read(rest, out, drop_axes)
+                fetched: Any = await self.inner.read(rest, out, drop_axes)
             except BaseException as error:
                 if not _is_replaced(error):
                     raise
-                fetched = await super().read(rest, out, drop_axes)
-            for place, result in zip(missing, fetched, strict=True):
+                fetched = await self.inner.read(rest, out, drop_axes)
+            for place, result in zip(missing, fetched or (), strict=_TELLS):
                 results[place] = result
-        return tuple(results)
+        return tuple(results) if _TELLS else None
+
+    @cached_property
+    def _is_straight(self) -> bool:
+        """Whether chunks are stored as their values lie in memory."""
+        return stores_values(_codecs_of(self.inner))
+
+    @cached_property
+    def _decode(self) -> Decode | None:
+        """Reads and decodes chunks synchronously; None where this Zarr, or a codec, cannot."""
+        return _synchronous(_codecs_of(self.inner))
 
     async def _cached(
         self, reads: ReadThrough, batch: list[Item], out: NDBuffer, drop_axes: tuple[int, ...]
     ) -> list[Any]:
         """The results of what is cached; None for the rest."""
+        if self._decode is None and not self._is_straight:
+            return [None] * len(batch)
         size = _decoded_size(batch[0][1])
         if len(batch) == 1 and size <= _SMALL:
             results = self._read_cached(reads, batch, out, drop_axes, patient=False)
             if results[0] is not None:
                 return results
-        workers = min(_resolve_max_workers(), len(batch)) if size > _SMALL else 1
+        workers = min(_most_workers(), len(batch)) if size > _SMALL else 1
         shares = [batch[number::workers] for number in range(workers)]
         results = [None] * len(batch)
         futures = [pool.submit(self._read_cached, reads, share, out, drop_axes, patient=True) for share in shares]
@@ -127,33 +229,65 @@ class CachePipeline(FusedCodecPipeline):
         self, reads: ReadThrough, batch: Sequence[Item], out: NDBuffer, drop_axes: tuple[int, ...], *, patient: bool
     ) -> list[Any]:
         results: list[Any] = []
-        straight = stores_values((*self.array_array_codecs, self.array_bytes_codec, *self.bytes_bytes_codecs))
-        for byte_getter, spec, chunk_selection, out_selection, is_complete in batch:
-            place = place_of(spec, chunk_selection, out, out_selection) if straight else None
-            if place is not None and reads.into(byte_getter.path, place, patient=patient):
-                results.append(GetResult(status="present"))
-                continue
-            cached = _Cached(reads, byte_getter.path, patient)
+        for item in batch:
             try:
-                item: Any = cached, spec, chunk_selection, out_selection, is_complete
-                results += self.read_sync([item], out, drop_axes)
+                results.append(self._read_one(reads, item, out, drop_axes, patient=patient))
             except NotCached:
                 results.append(None)
-            else:
-                cached.tell()
+            except Exception:
+                # the pipeline behind this one reads it again, and raises what there is to be raised
+                logger.debug("a cached chunk is read once more, as Zarr does it", exc_info=True)
+                results.append(None)
         return results
+
+    def _read_one(
+        self, reads: ReadThrough, item: Item, out: NDBuffer, drop_axes: tuple[int, ...], *, patient: bool
+    ) -> Any:
+        byte_getter, spec, chunk_selection, out_selection, is_complete = item
+        place = place_of(spec, chunk_selection, out, out_selection) if self._is_straight else None
+        if place is not None and reads.into(byte_getter.path, place, patient=patient):
+            return {"status": "present"}
+        if self._decode is None:
+            raise NotCached
+        cached = _Cached(reads, byte_getter.path, patient)
+        (result,) = self._decode([(cached, spec, chunk_selection, out_selection, is_complete)], out, drop_axes)
+        cached.tell()
+        return result
 
 
 def _restored(
     first: tuple[ArrayArrayCodec, ...], middle: ArrayBytesCodec, last: tuple[BytesBytesCodec, ...], batch_size: int
 ) -> CachePipeline:
-    codecs: tuple[Codec, ...] = (*first, middle, *last)
+    return CachePipeline(BatchedCodecPipeline(first, middle, last, batch_size))
+
+
+def _codecs_of(pipeline: Any) -> tuple[Codec, ...]:
+    """The codecs of a pipeline, in order; none where it does not tell."""
     try:
-        transform = ChunkTransform(codecs=codecs)
+        return tuple(pipeline)
     except TypeError:
-        # one of them can only be awaited
-        transform = None
-    return CachePipeline(codecs, first, middle, last, transform, batch_size)
+        return ()
+
+
+def _synchronous(codecs: tuple[Codec, ...]) -> Decode | None:
+    """What reads and decodes chunks synchronously, as Zarr's `FusedCodecPipeline` does."""
+    try:
+        from zarr.core.chunk_utils import ChunkTransform
+        from zarr.core.codec_pipeline import FusedCodecPipeline
+
+        # not `from_codecs`, which warns of some codecs: the pipeline behind has done so
+        fused = FusedCodecPipeline(
+            codecs=codecs,
+            array_array_codecs=tuple(codec for codec in codecs if isinstance(codec, ArrayArrayCodec)),
+            array_bytes_codec=next(codec for codec in codecs if isinstance(codec, ArrayBytesCodec)),
+            bytes_bytes_codecs=tuple(codec for codec in codecs if isinstance(codec, BytesBytesCodec)),
+            sync_transform=ChunkTransform(codecs=codecs),
+            batch_size=1,
+        )
+    except (ImportError, TypeError, StopIteration):
+        # this Zarr has no such pipeline, or a codec can only be awaited, or there are none
+        return None
+    return fused.read_sync
 
 
 def _reads_of(batch: Sequence[Item]) -> ReadThrough | None:
@@ -168,6 +302,12 @@ def _decoded_size(spec: ArraySpec) -> int:
     return prod(spec.shape) * int(getattr(spec.dtype, "item_size", None) or 1)
 
 
+def _most_workers() -> int:
+    """In how many threads Zarr's configuration lets chunks be decoded."""
+    configured = zarr.config.get("codec_pipeline.max_workers", None)
+    return max(1, configured) if isinstance(configured, int) else os.cpu_count() or 1
+
+
 def _is_replaced(error: BaseException) -> bool:
     return isinstance(error, Replaced) or (
         isinstance(error, BaseExceptionGroup) and error.subgroup(Replaced) is not None
@@ -176,30 +316,14 @@ def _is_replaced(error: BaseException) -> bool:
 
 register_pipeline(CachePipeline)
 
-_PATH: Final = "codec_pipeline.path"
-_OURS: Final = f"{CachePipeline.__module__}.{CachePipeline.__qualname__}"
-_ZARRS: Final = "zarr.core.codec_pipeline."
-_lock = threading.Lock()
-_users: list[Any] = []
 
+def give(array: zarr.Array[Any]) -> None:
+    """Have one array, of a `CacheStore`, read what is cached by this pipeline, unless the user chose one of his own.
 
-@contextmanager
-def chosen() -> Iterator[None]:
-    """Have Zarr's arrays that are opened meanwhile use this pipeline, unless the user chose another one than Zarr's.
-
-    The configuration belongs to all threads: the first one to come sets it, and the last one to go sets it back.
+    Arrays that Zarr makes anew from this one's metadata have the configured pipeline again: right, but slower.
     """
-    with _lock:
-        if not _users and not str(zarr.config.get(_PATH)).startswith(_ZARRS):
-            setting = None
-        else:
-            setting = _users[0] if _users else zarr.config.set({_PATH: _OURS})
-            _users.append(setting)
-    try:
-        yield
-    finally:
-        if setting is not None:
-            with _lock:
-                _users.pop()
-                if not _users:
-                    setting.__exit__(None, None, None)
+    holder = array.async_array
+    configured = holder.codec_pipeline
+    if type(configured).__module__ == zarrs.__name__:
+        # the array is frozen, and Zarr has no other way but its configuration, which belongs to all threads
+        object.__setattr__(holder, "codec_pipeline", CachePipeline(configured))

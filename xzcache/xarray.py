@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from glob import glob
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import xarray
+import zarr
 from xarray.backends.zarr import ZarrBackendEntrypoint
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
@@ -24,10 +26,13 @@ from xzcache._described import without_secrets, without_user
 from xzcache._globs import expanded, is_pattern
 from xzcache._open_zarr import is_ours, original, transparent
 from xzcache._sources import is_url
+from xzcache.pipeline import give
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
+
+T = TypeVar("T")
 
 SETTINGS: Final = tuple(
     name for name in inspect.signature(CacheStore).parameters if name not in ("store", "storage_options")
@@ -38,6 +43,8 @@ _PIPELINE: Final = "pipeline"
 """Whether the arrays are decoded by `xzcache.pipeline.CachePipeline`: true unless it is said."""
 
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
+
+_zarr: Final = ZarrBackendEntrypoint()
 
 
 class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
@@ -60,23 +67,25 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
     def open_dataset(self, filename_or_obj: Any, *, drop_variables: Any = None, **kwargs: Any) -> Dataset:
         if kwargs.get("store") is not None:
             # open already: there is nothing to put a cache before
-            return super().open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
-        with _through_cache(filename_or_obj, kwargs) as (store, rest):
-            opened = super().open_dataset(store, drop_variables=drop_variables, **rest)
+            return _zarr.open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
+        with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
+            opened = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
         opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
     def open_datatree(self, filename_or_obj: Any, **kwargs: Any) -> DataTree:
-        with _through_cache(filename_or_obj, kwargs) as (store, rest):
-            opened = super().open_datatree(store, **rest)
+        with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
+            opened = _zarr.open_datatree(store, **rest)
+            for node in opened.subtree:
+                finish(node)
         opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
     def open_groups_as_dict(self, filename_or_obj: Any, **kwargs: Any) -> dict[str, Dataset]:
-        with _through_cache(filename_or_obj, kwargs) as (store, rest):
-            opened = super().open_groups_as_dict(store, **rest)
-        for each in opened.values():
-            each.encoding.update(_hidden(filename_or_obj))
+        with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
+            opened = _zarr.open_groups_as_dict(store, **rest)
+            for each in opened.values():
+                finish(each).encoding.update(_hidden(filename_or_obj))
         return opened
 
 
@@ -89,7 +98,7 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
         As `xarray.open_zarr`, or as `xzcache.CacheStore`.
     *args, **kwargs
         All parameters of `xarray.open_zarr`, all keywords of `xzcache.CacheStore`, and ``pipeline`` (bool): whether
-        what is cached is decoded by `xzcache.pipeline.CachePipeline`, where this Zarr has what it is made of.
+        what is cached is decoded by `xzcache.pipeline.CachePipeline`.
 
     Returns
     -------
@@ -113,9 +122,9 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
         refused: Dataset = theirs(store, *args, **kwargs)
         return refused
     settings["storage_options"] = bound.arguments.pop("storage_options", None)
-    with _through_cache(store, settings) as (cached, rest):
+    with _through_cache(store, settings) as (cached, rest, finish):
         bound.arguments["store"] = cached
-        opened: Dataset = theirs(*bound.args, **bound.kwargs, **rest)
+        opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
     if not isinstance(store, CacheStore):
         opened.encoding.pop("source", None)
         opened.encoding.update(_source(store))
@@ -145,7 +154,9 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         Nothing is there.
     """
     _check_engine(kwargs.pop("engine", None))
-    pipeline = _chosen_pipeline(kwargs.pop(_PIPELINE, True))
+    if parse_flag(_PIPELINE, kwargs.pop(_PIPELINE, True)):
+        # where a dataset is opened, which may be on a worker, is where its arrays are at hand
+        kwargs["preprocess"] = partial(_finished, kwargs.get("preprocess"))
     settings = {"read_only": True, **{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}}
     stores: dict[str, Any] = {}
     opened: list[CacheStore] = []
@@ -168,8 +179,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     if (first := kwargs.get("attrs_file")) is not None:
         kwargs["attrs_file"] = stores.get(os.fspath(first), first)
     try:
-        with pipeline:
-            return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+        return xarray.open_mfdataset(given, engine="zarr", **kwargs)
     except FileNotFoundError as missing:
         for store in opened:
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
@@ -206,10 +216,10 @@ def _check_engine(engine: object) -> None:
 
 
 @contextmanager
-def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What xarray opens instead of what was given, and the keywords that are left for it."""
+def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Callable[[T], T]]]:
+    """What xarray opens instead of what was given, the keywords that are left for it, and what to do with the result."""
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
-    pipeline = _chosen_pipeline(rest.pop(_PIPELINE, True))
+    finish = _decoding_cached if parse_flag(_PIPELINE, rest.pop(_PIPELINE, True)) else _as_it_is
     settings = {name: value for name, value in keywords.items() if name in SETTINGS}
     path = given.path if isinstance(given, StorePath) else ""
     source = given.store if isinstance(given, StorePath) else given
@@ -226,8 +236,7 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
     else:
         store = CacheStore(source, storage_options=options, **settings)
     try:
-        with pipeline:
-            yield StorePath(store, path) if path else store, rest
+        yield StorePath(store, path) if path else store, rest, finish
     except (FileNotFoundError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
@@ -237,16 +246,36 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         raise
 
 
-def _chosen_pipeline(wanted: object) -> AbstractContextManager[None]:
-    """While arrays are opened, which is when Zarr gives them their pipeline."""
-    if not parse_flag(_PIPELINE, wanted):
-        return nullcontext()
-    try:
-        from xzcache.pipeline import chosen
-    except ImportError:
-        # this Zarr has nothing that it could be made of
-        return nullcontext()
-    return chosen()
+def _as_it_is(opened: T) -> T:
+    return opened
+
+
+def _decoding_cached(opened: T) -> T:
+    """Have the arrays of a dataset, or of a node of a tree, decode what is cached by `xzcache.pipeline.CachePipeline`."""
+    for array in _arrays_of(opened):
+        give(array)
+    return opened
+
+
+def _finished(preprocess: Callable[[Dataset], Dataset] | None, opened: Dataset) -> Dataset:
+    """What `xarray.open_mfdataset` does with each dataset before it combines them."""
+    _decoding_cached(opened)
+    return opened if preprocess is None else preprocess(opened)
+
+
+def _arrays_of(opened: Any) -> Iterator[zarr.Array[Any]]:
+    """Zarr's arrays behind what xarray has opened, as far as they can be found: the others are decoded by Zarr."""
+    store = getattr(opened._close, "__self__", None)
+    if getattr(store, "_cache_members", False):
+        # the very objects that are read, behind Dask's arrays as well
+        yield from (member for member in store.members.values() if isinstance(member, zarr.Array))
+        return
+    for variable in opened.variables.values():
+        inner = variable._data
+        while inner is not None and not isinstance(inner, zarr.Array):
+            inner = getattr(inner, "array", getattr(inner, "_array", None))
+        if inner is not None:
+            yield inner
 
 
 def _root_of(store: CacheStore) -> str:
