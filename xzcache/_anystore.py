@@ -285,6 +285,8 @@ class StoreBackend(Alone):
             "cache_directory": None,
         }
 
+    glance = info
+
     def _trouble(self, error: Exception) -> None:
         self.troubles += 1
         if type(error) not in self._told:

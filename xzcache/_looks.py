@@ -1,4 +1,4 @@
-"""What people see of a store: in a console and in a notebook."""
+"""What people see of a store: one line in a console and in messages, a table in a notebook."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ _BAR: Final = "display:inline-block;width:8em;height:.6em;vertical-align:middle;
 _GROOVE: Final = "background:color-mix(in srgb,currentColor 15%,transparent);border-radius:3px;overflow:hidden"
 
 
+def one_line(text: str) -> str:
+    """A text on one line, whatever characters a path may have in it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 class Looks(NamedTuple):
-    """What there is to see."""
+    """What a table shows."""
 
     name: str
     source: str
     cache: str
-    max_age: object
+    is_open: bool
+    """Whether this process has opened the cache already."""
     info: Mapping[str, Any]
-    """As `CacheStore.cache_info`; without its sizes where the cache was not opened yet."""
+    """As `CacheStore.cache_info`; without its sizes where these cannot be told at once."""
     stats: Mapping[str, Any]
     """As `CacheStore.cache_stats`."""
 
@@ -43,18 +49,10 @@ class Looks(NamedTuple):
 
     def _used(self) -> str:
         if "total_size" not in self.info:
-            return "not opened yet"
+            return "cannot be told just now" if self.is_open else "not opened yet"
         bound = self.info["max_size"]
         limit = "without bound" if bound is None else f"of {_bytes(bound)}"
         return f"{_bytes(self.info['total_size'])} {limit}, {_bytes(self.info['current_size'])} by this source"
-
-    def text(self) -> str:
-        """A line as Zarr's own cache has it, and what people ask for beneath."""
-        facts = {name: self.info.get(name, 0) for name in ("max_size", "current_size", "cached_keys")}
-        shown = {"store": self.source, "cache_store": self.cache, "max_age_seconds": self.max_age, **facts}
-        head = ", ".join(f"{k}={v!r}" if k.endswith("store") else f"{k}={v}" for k, v in shown.items())
-        rows = [f"    {name:<8}{value}" for name, value in self._rows().items() if name not in ("source", "cache")]
-        return "\n".join([f"{self.name}({head})", *rows])
 
     def html(self) -> str:
         """A table for notebooks, in whatever colours they have."""

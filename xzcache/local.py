@@ -29,6 +29,7 @@ from xzcache._config import (
 )
 from xzcache._errors import CacheFault, NoRoom
 from xzcache._keys import META, Entry, clip, is_cacheable, is_plain, span
+from xzcache._looks import one_line
 from xzcache._registry import open_directory
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ class LockedLocalStore(LocalStore):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **self._settings()), (os.fspath(self.root),)
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"

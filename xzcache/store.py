@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
 from xzcache import _config as settings
+from xzcache import _pool as pool
 from xzcache._anystore import StoreBackend
 from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
 from xzcache._freshness import Freshness, Seen
 from xzcache._identity import Identity, identify, is_found_out_anew, remember
-from xzcache._looks import Looks
+from xzcache._looks import Looks, one_line
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._ranges import RangeReads
 from xzcache._readable import ReadableView
@@ -24,6 +26,9 @@ from xzcache._sources import is_at_hand, local_path, open_source, spelled
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
+
+_LONGEST_GLANCE: Final = 0.2
+"""Seconds for which a table in a notebook may wait for its figures."""
 
 
 class CacheStore(ReadableView, WritableView):
@@ -226,20 +231,23 @@ class CacheStore(ReadableView, WritableView):
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 
-    def _looks(self) -> Looks:
-        # what is only looked at is neither made nor waited for
-        info = self.cache_info() if self._reads.backend.is_open else {"max_size": self._asked_max_size}
-        where = self.source.label, label_of(self._cache)
-        return Looks(type(self).__name__, *where, self.max_age_seconds, info, self.cache_stats())
+    # Zarr puts both into its messages: one line that never changes, and for which nothing is opened or waited for
 
     def __repr__(self) -> str:
-        return self._looks().text()
-
-    def _repr_html_(self) -> str:
-        return self._looks().html()
+        return f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r})"
 
     def __str__(self) -> str:
-        return f"xzcache({self.source.label})"
+        return one_line(f"xzcache({self.source.label})")
+
+    def _repr_html_(self) -> str:
+        backend = self._reads.backend
+        info = {"max_size": None if isinstance(self._asked_max_size, Unset) else self._asked_max_size}
+        if backend.is_open:
+            # a notebook runs an event loop: another process's lock keeps it for a moment only
+            with suppress(TimeoutError):
+                info |= pool.submit(backend.glance).result(_LONGEST_GLANCE)
+        where = self.source.label, label_of(self._cache)
+        return Looks(type(self).__name__, *where, backend.is_open, info, self.cache_stats()).html()
 
     # -- the cache
 
