@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import multiprocessing
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
@@ -10,7 +11,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+import cloudpickle
 import pytest
+import zarr
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, cpu, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
@@ -284,6 +287,19 @@ def cached(kind: str, source: Store, tmp_path: Path, **options: Any) -> xzcache.
 def again(store: xzcache.CacheStore, source: Store | None = None, **options: Any) -> xzcache.CacheStore:
     """Another `CacheStore` over the cache of one, newly opened."""
     return xzcache.CacheStore(source or store._store, cache_store=store._cache, **options)
+
+
+def pipelines_of(what: Any) -> set[str]:
+    """The names of the codec pipelines of all arrays behind a dataset, those in Dask's graph included."""
+    kinds = set()
+
+    class Watching(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+        def persistent_id(self, item: Any) -> None:
+            if isinstance(item, zarr.AsyncArray):
+                kinds.add(type(item.codec_pipeline).__name__)
+
+    Watching(io.BytesIO()).dump(what)
+    return kinds
 
 
 class _Neighbours:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,14 +13,13 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from sources import CountingStore, memory_source, neighbours
+from sources import CountingStore, memory_source, neighbours, pipelines_of
 from zarr.codecs import BytesCodec, TransposeCodec
 from zarr.storage import LocalStore
 
 import xzcache
+from xzcache import pipeline
 from xzcache._shared import SharedBackend
-
-pipeline = pytest.importorskip("xzcache.pipeline", reason="this Zarr has no FusedCodecPipeline", exc_type=ImportError)
 
 OURS = "xzcache.pipeline.CachePipeline"
 SHAPE = (37, 50)
@@ -238,20 +236,6 @@ def test_it_survives_pickling_to_another_process(tmp_path: Path) -> None:
 # -- the engine
 
 
-def pipelines_of(ds: xr.Dataset) -> set[str]:
-    """The pipelines of the arrays behind a dataset."""
-    kinds = set()
-    for variable in ds.variables.values():
-        inner = variable._data
-        while not isinstance(inner, zarr.Array):
-            inner = getattr(inner, "array", None) if hasattr(inner, "array") else getattr(inner, "_array", None)
-            if inner is None:
-                break
-        else:
-            kinds.add(type(inner.async_array.codec_pipeline).__name__)
-    return kinds
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     xr.Dataset({"t": (("y", "x"), np.arange(12.0).reshape(3, 4))}).to_zarr(tmp_path / "data.zarr")
@@ -267,11 +251,18 @@ def test_the_engine_chooses_it(dataset: Path, tmp_path: Path, options: dict[str,
     for ds in (
         xr.open_zarr(dataset, engine="zcache", chunks=None, cache_store=cache, **options),
         xr.open_dataset(dataset, engine="zcache", cache_store=cache, **options),
+        xr.open_zarr(dataset, engine="zcache", cache_store=cache, **options),
+        xr.open_dataset(dataset, engine="zcache", cache_store=cache, chunks={}, **options),
+        xr.open_dataset(dataset, engine="zcache", cache_store=cache, cache_members=False, **options),
+        xr.open_datatree(dataset, engine="zcache", cache_store=cache, **options).to_dataset(),
+        xr.open_datatree(dataset, engine="zcache", cache_store=cache, chunks={}, **options).to_dataset(),
+        xr.open_groups(dataset, engine="zcache", cache_store=cache, **options)["/"],
         xzcache.open_mfdataset([dataset], cache_store=cache, **options).map(lambda x: x),
+        xzcache.open_mfdataset([dataset], cache_store=cache, preprocess=lambda x: x[["t"]], **options),
+        xzcache.open_mfdataset([dataset], cache_store=cache, parallel=True, **options),
     ):
-        assert pipelines_of(ds) <= {kind}
+        assert pipelines_of(ds) == {kind}
         np.testing.assert_array_equal(ds.t, np.arange(12.0).reshape(3, 4))
-    assert pipelines_of(xr.open_dataset(dataset, engine="zcache", cache_store=cache, **options)) == {kind}
     assert zarr.config.get("codec_pipeline.path") == before
 
 
@@ -285,28 +276,6 @@ def test_the_users_own_choice_stands(dataset: Path, tmp_path: Path) -> None:
         ds = xr.open_dataset(dataset, engine="zcache", cache_store=tmp_path / "cache")
         assert pipelines_of(ds) == {"Own"}
         assert zarr.config.get("codec_pipeline.path") == own
-
-
-def test_what_is_chosen_by_many_at_once_is_set_back_by_the_last() -> None:
-    before = zarr.config.get("codec_pipeline.path")
-    inside, leave = threading.Barrier(3), threading.Event()
-
-    def choose(first: bool) -> str:
-        with pipeline.chosen():
-            inside.wait(30)
-            if first:
-                # the one who set it may be the first to go
-                return str(zarr.config.get("codec_pipeline.path"))
-            leave.wait(30)
-            return str(zarr.config.get("codec_pipeline.path"))
-
-    with ThreadPoolExecutor(2) as pool:
-        first, last = pool.submit(choose, True), pool.submit(choose, False)
-        inside.wait(30)
-        assert first.result(30) == OURS
-        leave.set()
-        assert last.result(30) == OURS
-    assert zarr.config.get("codec_pipeline.path") == before
 
 
 def test_nonsense_names_itself(dataset: Path) -> None:
