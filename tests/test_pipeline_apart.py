@@ -1,4 +1,4 @@
-"""The codec pipeline does one thing, reading what is cached: all else is the configured pipeline's, as if it were alone."""
+"""The codec pipeline reads cached chunks and nothing else: all else is the configured pipeline's, as if alone."""
 
 from __future__ import annotations
 
@@ -116,10 +116,7 @@ def test_it_is_what_is_behind_it() -> None:
     assert (ours == again, hash(ours)) == (True, hash(again))
     assert ours != plain
     assert repr(plain) in repr(ours)
-    for copy in (pickle.loads(pickle.dumps(ours)), ours.evolve_from_array_spec):
-        if callable(copy):
-            continue
-        assert copy == ours
+    assert pickle.loads(pickle.dumps(ours)) == ours
     raw = CachePipeline.from_codecs([BytesCodec()], batch_size=3)
     assert raw.batch_size == 3
 
@@ -259,7 +256,9 @@ def test_what_is_made_of_them_reads_the_same(layout: str, tmp_path: Path) -> Non
     array = opened(xzcache.CacheStore(source, cache_store=tmp_path))
     for _ in range(2):
         assert array[:].tolist() == list(range(8))
-        assert array.with_config({"order": "F"})[:].tolist() == list(range(8))
+        if hasattr(array, "with_config"):
+            # older ones have no such thing
+            assert array.with_config({"order": "F"})[:].tolist() == list(range(8))
         assert array.update_attributes({"one": 1})[2:].tolist() == list(range(2, 8))
     array.resize((5,))
     assert array[:].tolist() == list(range(5))

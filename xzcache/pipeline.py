@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import zarr
+from zarr.abc import codec
 from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, CodecPipeline
 from zarr.core import codec_pipeline as zarrs
 from zarr.core.codec_pipeline import BatchedCodecPipeline
@@ -43,7 +44,7 @@ logger = logging.getLogger("xzcache")
 _SMALL: Final = 256 << 10
 """Decoded bytes of a chunk up to which another thread takes longer to wake than the decoding takes."""
 
-_TELLS: Final = hasattr(zarr.abc.codec, "GetResult")
+_TELLS: Final = hasattr(codec, "GetResult")
 """Whether this Zarr expects a result for each chunk that was read."""
 
 Item = tuple[Any, Any, Any, Any, bool]
@@ -278,9 +279,9 @@ def _synchronous(codecs: tuple[Codec, ...]) -> Decode | None:
         # not `from_codecs`, which warns of some codecs: the pipeline behind has done so
         fused = FusedCodecPipeline(
             codecs=codecs,
-            array_array_codecs=tuple(codec for codec in codecs if isinstance(codec, ArrayArrayCodec)),
-            array_bytes_codec=next(codec for codec in codecs if isinstance(codec, ArrayBytesCodec)),
-            bytes_bytes_codecs=tuple(codec for codec in codecs if isinstance(codec, BytesBytesCodec)),
+            array_array_codecs=tuple(each for each in codecs if isinstance(each, ArrayArrayCodec)),
+            array_bytes_codec=next(each for each in codecs if isinstance(each, ArrayBytesCodec)),
+            bytes_bytes_codecs=tuple(each for each in codecs if isinstance(each, BytesBytesCodec)),
             sync_transform=ChunkTransform(codecs=codecs),
             batch_size=1,
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import xarray
 import zarr
@@ -32,8 +32,6 @@ from xzcache.store import CacheStore
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
 
-T = TypeVar("T")
-
 SETTINGS: Final = tuple(
     name for name in inspect.signature(CacheStore).parameters if name not in ("store", "storage_options")
 )
@@ -43,6 +41,8 @@ _PIPELINE: Final = "pipeline"
 """Whether the arrays are decoded by `xzcache.pipeline.CachePipeline`: true unless it is said."""
 
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
+
+Finish = Callable[[Any], Any]
 
 _zarr: Final = ZarrBackendEntrypoint()
 
@@ -69,7 +69,7 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
             # open already: there is nothing to put a cache before
             return _zarr.open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
-            opened = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
+            opened: Dataset = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
         opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
@@ -216,8 +216,8 @@ def _check_engine(engine: object) -> None:
 
 
 @contextmanager
-def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Callable[[T], T]]]:
-    """What xarray opens instead of what was given, the keywords that are left for it, and what to do with the result."""
+def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
+    """The store that xarray opens instead, the keywords that are left for it, and a function for the result."""
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
     finish = _decoding_cached if parse_flag(_PIPELINE, rest.pop(_PIPELINE, True)) else _as_it_is
     settings = {name: value for name, value in keywords.items() if name in SETTINGS}
@@ -246,26 +246,26 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         raise
 
 
-def _as_it_is(opened: T) -> T:
+def _as_it_is(opened: Any) -> Any:
     return opened
 
 
-def _decoding_cached(opened: T) -> T:
-    """Have the arrays of a dataset, or of a node of a tree, decode what is cached by `xzcache.pipeline.CachePipeline`."""
+def _decoding_cached(opened: Any) -> Any:
+    """Give the arrays of a dataset, or of a node of a tree, the `xzcache.pipeline.CachePipeline`."""
     for array in _arrays_of(opened):
         give(array)
     return opened
 
 
 def _finished(preprocess: Callable[[Dataset], Dataset] | None, opened: Dataset) -> Dataset:
-    """What `xarray.open_mfdataset` does with each dataset before it combines them."""
+    """A dataset as `xarray.open_mfdataset` combines it with others."""
     _decoding_cached(opened)
     return opened if preprocess is None else preprocess(opened)
 
 
 def _arrays_of(opened: Any) -> Iterator[zarr.Array[Any]]:
-    """Zarr's arrays behind what xarray has opened, as far as they can be found: the others are decoded by Zarr."""
-    store = getattr(opened._close, "__self__", None)
+    """Zarr's arrays behind a dataset or node, as far as they can be found; Zarr decodes the others as configured."""
+    store: Any = getattr(opened._close, "__self__", None)
     if getattr(store, "_cache_members", False):
         # the very objects that are read, behind Dask's arrays as well
         yield from (member for member in store.members.values() if isinstance(member, zarr.Array))
