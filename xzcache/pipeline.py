@@ -31,6 +31,7 @@ from xzcache.store import CacheStore
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    import numpy as np
     from zarr.abc.codec import Codec
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.array_spec import ArraySpec
@@ -61,10 +62,23 @@ class _Cached:
     """Whether the disk may be waited for."""
     hits: list[tuple[int, float]] = field(default_factory=list)
 
+    def into(self, place: np.ndarray[Any, Any]) -> bool:
+        """Whether the bytes of the chunk lie in `place` now."""
+        try:
+            return self.reads.into(self.key, place, patient=self.patient)
+        except Exception as error:
+            raise _failed(error) from error
+
     def get_sync(self, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        if self.patient:
-            return self.reads.cached(self.key, prototype, byte_range, self._count)
-        value = self.reads.at_once(self.key, prototype, self._count) if byte_range is None else None
+        """The bytes of the chunk, or a range of them; None where the source is known not to have it."""
+        try:
+            if self.patient:
+                return self.reads.cached(self.key, prototype, byte_range, self._count)
+            value = self.reads.at_once(self.key, prototype, self._count) if byte_range is None else None
+        except NotCached:
+            raise
+        except Exception as error:
+            raise _failed(error) from error
         if value is None:
             raise NotCached
         return value
@@ -76,6 +90,12 @@ class _Cached:
         """Count the hits, once it is certain that they were not in vain."""
         for size, seconds in self.hits:
             self.reads.reading.stats.hit(size, seconds)
+
+
+def _failed(error: Exception) -> NotCached:
+    """What a failure of the cache is for a reader: the chunk is read as if it were not cached."""
+    logger.debug("a cached chunk could not be read", exc_info=error)
+    return NotCached()
 
 
 class CachePipeline(CodecPipeline):
@@ -236,8 +256,7 @@ class CachePipeline(CodecPipeline):
             except NotCached:
                 results.append(None)
             except Exception:
-                # the pipeline behind this one reads it again, and raises what there is to be raised
-                logger.debug("a cached chunk is read once more, as Zarr does it", exc_info=True)
+                # it cannot be decoded: the pipeline behind this one reads it again, and raises what there is to raise
                 results.append(None)
         return results
 
@@ -245,12 +264,12 @@ class CachePipeline(CodecPipeline):
         self, reads: ReadThrough, item: Item, out: NDBuffer, drop_axes: tuple[int, ...], *, patient: bool
     ) -> Any:
         byte_getter, spec, chunk_selection, out_selection, is_complete = item
+        cached = _Cached(reads, byte_getter.path, patient)
         place = place_of(spec, chunk_selection, out, out_selection) if self._is_straight else None
-        if place is not None and reads.into(byte_getter.path, place, patient=patient):
+        if place is not None and cached.into(place):
             return {"status": "present"}
         if self._decode is None:
             raise NotCached
-        cached = _Cached(reads, byte_getter.path, patient)
         (result,) = self._decode([(cached, spec, chunk_selection, out_selection, is_complete)], out, drop_axes)
         cached.tell()
         return result

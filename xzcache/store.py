@@ -27,7 +27,7 @@ from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
 
-_LONGEST_GLANCE: Final = 0.2
+_LONGEST_LOOK: Final = 0.2
 """Seconds for which a table in a notebook may wait for its figures."""
 
 
@@ -240,14 +240,14 @@ class CacheStore(ReadableView, WritableView):
         return one_line(f"xzcache({self.source.label})")
 
     def _repr_html_(self) -> str:
-        backend = self._reads.backend
-        info = {"max_size": None if isinstance(self._asked_max_size, Unset) else self._asked_max_size}
-        if backend.is_open:
-            # a notebook runs an event loop: another process's lock keeps it for a moment only
+        is_open = self._reads.backend.is_open
+        info: dict[str, Any] = {}
+        if is_open:
+            # a notebook runs an event loop: it does not wait for what is being stored, nor for other processes
             with suppress(TimeoutError):
-                info |= pool.submit(backend.glance).result(_LONGEST_GLANCE)
+                info = pool.submit(self.cache_info).result(_LONGEST_LOOK)
         where = self.source.label, label_of(self._cache)
-        return Looks(type(self).__name__, *where, backend.is_open, info, self.cache_stats()).html()
+        return Looks(type(self).__name__, *where, is_open, info, self.cache_stats()).html()
 
     # -- the cache
 
