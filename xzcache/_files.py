@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ATTRIBUTE: Final = "user.xzcache"
+_NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
 _STAMP: Final = struct.Struct("<B16sIQqq")
 _VERSION: Final = 2
 _WITHOUT_VALIDATOR: Final = 1
@@ -57,6 +58,19 @@ class Stamp(NamedTuple):
         head = _STAMP.pack(_VERSION, self.digest, self.crc, self.size, self.start, self.stop)
         return head + f"{self.key}\0{self.validator}".encode()
 
+    @staticmethod
+    def decode(raw: bytes) -> Stamp | None:
+        """The stamp that some bytes stand for; None where they are not one that we can read."""
+        try:
+            version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
+            text = raw[_STAMP.size :].decode()
+        except (struct.error, UnicodeDecodeError):
+            return None
+        if version == _WITHOUT_VALIDATOR:
+            return Stamp(digest, crc, size, start, stop, text)
+        key, _, validator = text.rpartition("\0")
+        return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
+
     @property
     def entry(self) -> Entry:
         return Entry(self.key, self.start, self.stop)
@@ -79,15 +93,30 @@ def _attribute(file: int | str) -> bytes:
 def read_stamp(file: int | str) -> Stamp | None:
     """The stamp of a file, by descriptor or path; None where it has none that we can read."""
     try:
-        raw = _attribute(file)
-        version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
-        text = raw[_STAMP.size :].decode()
-        if version == _WITHOUT_VALIDATOR:
-            return Stamp(digest, crc, size, start, stop, text)
-        key, _, validator = text.rpartition("\0")
-        return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
-    except (OSError, AttributeError, struct.error, UnicodeDecodeError):
+        return Stamp.decode(_attribute(file))
+    except (OSError, AttributeError):
         return None
+
+
+def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
+    """The stamp of an open file, None where it has none that we can read; and whether that settles whose it is.
+
+    It does not where the file system has no stamps, or where the stamp is garbage: then only the index can tell.
+
+    Raises
+    ------
+    OSError
+        Nobody can tell.
+    """
+    try:
+        stamp = Stamp.decode(_attribute(fd))
+    except AttributeError:
+        return None, False
+    except OSError as error:
+        if error.errno not in (_NO_ATTRIBUTE, errno.ENOTSUP):
+            raise
+        return None, error.errno == _NO_ATTRIBUTE
+    return stamp, stamp is not None
 
 
 def write(path: str, data: Data, stamp: Stamp) -> None:

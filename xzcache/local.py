@@ -142,7 +142,7 @@ class LockedLocalStore(LocalStore):
         reader = self._directory.reader
         if wanted is None or not is_cacheable(key):
             return None
-        found = reader.find(Entry(key))
+        found = reader.find(Entry(key), anyones=True)
         if found is None:
             return None
         first, last = clip(*wanted, found.size)
@@ -178,11 +178,14 @@ class LockedLocalStore(LocalStore):
         return size
 
     def _size_of(self, key: str) -> int | None:
-        found = self._directory.reader.find(Entry(key)) if is_cacheable(key) else None
+        reader = self._directory.reader
+        found = reader.find(Entry(key), anyones=True) if is_cacheable(key) else None
         if found is None:
             return None
-        self._directory.reader.close(found)
-        return found.size
+        # what pretends to be an entry, and belongs to another user, is not read either
+        there = found.opened.is_ours or reader.is_foreign(found)
+        reader.close(found)
+        return found.size if there else None
 
     # -- writing
 
