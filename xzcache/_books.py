@@ -88,12 +88,14 @@ class Books:
         if found and found.isdecimal() and found != str(FORMAT):
             raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
         disk.make_private(self.root)
-        for name in ("", "tmp", "trash"):
-            os.makedirs(f"{self.meta}/{name}", mode=0o700, exist_ok=True)
-        for place in (self.root, self.meta):
-            # whoever owns it could plant entries
-            if not disk.is_own_directory(place):
-                raise Foreign(f"{place} is a link or belongs to another user")
+        folders = [self.root, self.meta, *(f"{self.meta}/{name}" for name in ("tmp", "trash"))]
+        for place in folders:
+            if place != self.root:
+                with suppress(FileExistsError):
+                    os.mkdir(place, 0o700)
+            # whoever else may write it could plant entries, or have files of others deleted
+            if (why := disk.unsafe(place)) is not None:
+                raise Foreign(why)
         member = Membership(self.meta, self.timeout)
         with member.guard:
             if self.read_note("format") != str(FORMAT):

@@ -19,6 +19,7 @@ from xzcache._absences import Absences
 from xzcache._arrays import Arrays
 from xzcache._background import Background
 from xzcache._books import Books
+from xzcache._config import Unset
 from xzcache._doubts import Doubts
 from xzcache._errors import Foreign
 from xzcache._keeper import Keeper
@@ -32,7 +33,6 @@ from xzcache._space import Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
-    from xzcache._config import Unset
     from xzcache._membership import Membership
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
@@ -138,6 +138,7 @@ class CacheDirectory:
         except Foreign:
             self.reader.distrust_all()
             raise
+        self.reader.trust_again()
         self.keeper.apply_bound()
         self.space.fit()
         self._prepared = self.books.current, bound
@@ -184,8 +185,16 @@ class CacheDirectory:
         with self.books.section() as (_, index):
             self.recency.tell(index)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a cache to look at: what only looks makes none."""
+        return self.is_prepared or os.path.isdir(self.books.meta)
+
     def totals(self) -> Totals:
-        """What the directory holds; zeros where it cannot be asked."""
+        """What the directory holds; zeros where it is not there, or cannot be asked."""
+        if not self.is_made:
+            bound = self.keeper.bound
+            return Totals(0, 0, 0, 0, self.keeper.default_bound if isinstance(bound, Unset) else bound)
         return self.keeper.attempt(self._totals, Totals(0, 0, 0, 0, None))
 
     def _totals(self) -> Totals:
@@ -194,6 +203,8 @@ class CacheDirectory:
 
     def share(self, namespace: str) -> tuple[int, int]:
         """Number and bytes of the entries of one source."""
+        if not self.is_made:
+            return 0, 0
         return self.keeper.attempt(lambda: self._share(namespace), (0, 0))
 
     def _share(self, namespace: str) -> tuple[int, int]:
@@ -202,6 +213,8 @@ class CacheDirectory:
 
     def odd_keys(self, prefix: str) -> list[str]:
         """Keys beneath a prefix whose files do not lie at the key."""
+        if not self.is_made:
+            return []
         return self.keeper.attempt(lambda: self._odd_keys(prefix), [])
 
     def _odd_keys(self, prefix: str) -> list[str]:

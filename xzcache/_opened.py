@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from xzcache._disk import user
+
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _NO_FLAG: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system says that does not know `RWF_NOWAIT`, and a kernel that does not."""
@@ -25,11 +27,6 @@ Signature = tuple[int, int, int]
 
 Trouble = Callable[[BaseException], None]
 """Gets each exception that is not absence."""
-
-
-def user() -> int:
-    """The user whose files this process makes; -1 where the platform has no such numbers."""
-    return os.geteuid() if hasattr(os, "geteuid") else -1
 
 
 _user = user()

@@ -19,6 +19,7 @@ from xzcache import _pool as pool
 from xzcache._config import (
     UNSET,
     Unset,
+    as_found,
     config,
     parse_flag,
     parse_min_free,
@@ -47,7 +48,8 @@ class LockedLocalStore(LocalStore):
     ----------
     root : str or Path
         The directory. It is made, for this user only, where it does not exist; it may hold files of the user's, which
-        are neither counted nor evicted. All of xzcache's own state lies in its folder ``.xzcache``.
+        are neither counted nor evicted. All of xzcache's own state lies in its folder ``.xzcache``. In a directory that
+        belongs to another user, or that others may write, a folder of this user's (``xzcache-<uid>``) is the root.
     read_only : bool
         Whether this object refuses writes.
     max_size : int, str or None, optional
@@ -64,7 +66,7 @@ class LockedLocalStore(LocalStore):
     Raises
     ------
     ValueError, TypeError
-        The root is a file or another user's, or a parameter makes no sense.
+        The root is a file, or a parameter makes no sense.
 
     Notes
     -----
@@ -82,13 +84,17 @@ class LockedLocalStore(LocalStore):
         min_free: float | int | str | Unset = UNSET,
         policy: str | Unset = UNSET,
     ) -> None:
-        super().__init__(parse_root(root), read_only=parse_flag("read_only", read_only))
+        place = parse_root(root)
+        parse_flag("read_only", read_only)
         parse_threads("threads", config.get("threads"))
         self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
         parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
         self.policy = policy
-        self._directory = open_directory(os.fspath(self.root), self.max_size, self.min_free, self.policy)
+        self._given_root = str(place)
+        self._directory = open_directory(self._given_root, self.max_size, self.min_free, self.policy)
+        is_there = os.path.realpath(place) == self._directory.root
+        super().__init__(place if is_there else Path(self._directory.root), read_only=read_only)
 
     @property
     def directory(self) -> CacheDirectory:
@@ -97,7 +103,13 @@ class LockedLocalStore(LocalStore):
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """The same directory, with another `read_only`."""
-        return type(self)(self.root, **{**self._settings(), "read_only": read_only})
+        with as_found():
+            return type(self)(self._given_root, **{**self._settings(), "read_only": read_only})
+
+    def with_bound(self, max_size: int | Unset | None, policy: str | Unset) -> Self:
+        """The same directory, for `CacheStore`, with a bound and a policy that were asked for there."""
+        with as_found():
+            return type(self)(self._given_root, max_size=max_size, policy=policy)
 
     @classmethod
     async def open(
@@ -117,7 +129,7 @@ class LockedLocalStore(LocalStore):
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), **self._settings()), (os.fspath(self.root),)
+        return partial(_restore, type(self), **self._settings()), (self._given_root,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
@@ -300,3 +312,9 @@ class LockedLocalStore(LocalStore):
         self._directory.close()
         await super().move(dest_root)
         self.__init__(self.root, **self._settings())  # type: ignore[misc]  # the same store, at another root
+
+
+def _restore(kind: type[LockedLocalStore], root: str, **settings: Any) -> LockedLocalStore:
+    """A copy, perhaps on another machine."""
+    with as_found():
+        return kind(root, **settings)
