@@ -58,19 +58,6 @@ class Stamp(NamedTuple):
         head = _STAMP.pack(_VERSION, self.digest, self.crc, self.size, self.start, self.stop)
         return head + f"{self.key}\0{self.validator}".encode()
 
-    @staticmethod
-    def decode(raw: bytes) -> Stamp | None:
-        """The stamp that some bytes stand for; None where they are not one that we can read."""
-        try:
-            version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
-            text = raw[_STAMP.size :].decode()
-        except (struct.error, UnicodeDecodeError):
-            return None
-        if version == _WITHOUT_VALIDATOR:
-            return Stamp(digest, crc, size, start, stop, text)
-        key, _, validator = text.rpartition("\0")
-        return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
-
     @property
     def entry(self) -> Entry:
         return Entry(self.key, self.start, self.stop)
@@ -91,11 +78,23 @@ def _attribute(file: int | str) -> bytes:
 
 
 def read_stamp(file: int | str) -> Stamp | None:
-    """The stamp of a file, by descriptor or path; None where it has none that we can read."""
+    """The stamp of a file, by descriptor or path; None where it has none that can be read, for whatever reason."""
     try:
-        return Stamp.decode(_attribute(file))
+        return _decode(_attribute(file))
     except (OSError, AttributeError):
         return None
+
+
+def _decode(raw: bytes) -> Stamp | None:
+    try:
+        version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
+        text = raw[_STAMP.size :].decode()
+    except (struct.error, UnicodeDecodeError):
+        return None
+    if version == _WITHOUT_VALIDATOR:
+        return Stamp(digest, crc, size, start, stop, text)
+    key, _, validator = text.rpartition("\0")
+    return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
 
 
 def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
@@ -109,7 +108,7 @@ def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
         Nobody can tell.
     """
     try:
-        stamp = Stamp.decode(_attribute(fd))
+        stamp = _decode(_attribute(fd))
     except AttributeError:
         return None, False
     except OSError as error:
