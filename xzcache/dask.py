@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import dask
@@ -158,13 +159,10 @@ class CachePlugin(WorkerPlugin):
         if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
             del self.settings["max_size"]
         self._setups: dict[str, _Setup] = {}
-        place = configured["directory"] if directory is None else None
-        if directory in (None, ""):
-            # what somebody configured is for machines, of which this need not be one
-            with settings.as_found():
-                self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
-        else:
-            self.directory = str(settings.parse_root(place, "directory"))
+        place = configured["directory"] if directory is None else directory
+        # what somebody configured is for machines, of which this need not be one
+        with nullcontext() if directory is not None else settings.as_found():
+            self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
 
     def __repr__(self) -> str:
         facts = {"directory": self.directory, **self.settings}
