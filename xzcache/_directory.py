@@ -21,7 +21,6 @@ from xzcache._background import Background
 from xzcache._books import Books
 from xzcache._config import Unset
 from xzcache._doubts import Doubts
-from xzcache._errors import Foreign
 from xzcache._keeper import Keeper
 from xzcache._leaders import Leaders
 from xzcache._policies import POLICIES
@@ -89,6 +88,7 @@ class CacheDirectory:
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
         self.reader = Reader(self.keeper, folds=folds)
+        self.books.when_refused, self.books.when_joined = self.reader.distrust_all, self.reader.trust_again
         self.leaders = Leaders(self.keeper)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
         self.doubts = Doubts(self.keeper, self.reader)
@@ -133,12 +133,7 @@ class CacheDirectory:
 
     def _prepare(self) -> bool:
         bound = self.keeper.bound
-        try:
-            recovery.recover(self.books)
-        except Foreign:
-            self.reader.distrust_all()
-            raise
-        self.reader.trust_again()
+        recovery.recover(self.books)
         self.keeper.apply_bound()
         self.space.fit()
         self._prepared = self.books.current, bound
@@ -188,7 +183,8 @@ class CacheDirectory:
     @property
     def is_made(self) -> bool:
         """Whether there is a cache to look at: what only looks makes none."""
-        return self.is_prepared or os.path.isdir(self.books.meta)
+        # even where this process has joined it may have been taken away since
+        return os.path.isdir(self.books.meta)
 
     def totals(self) -> Totals:
         """What the directory holds; zeros where it is not there, or cannot be asked."""
