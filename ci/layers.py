@@ -80,7 +80,7 @@ FLOORS = {
     "_straight": 0,
     "_files": 1,
     "_looks": 0,
-    "_opened": 1,
+    "_opened": 2,
     "_flights": 1,
     "_nodes": 2,
     "_alone": 3,

@@ -313,13 +313,6 @@ def test_a_cache_path_that_is_a_file_or_lies_beneath_one(kind: Callable[[Path], 
     assert file.read_text() == "the user's"
 
 
-def test_a_default_directory_that_is_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("the user's")
-    with xzcache.config.set(directory=str(file)), pytest.raises(ValueError, match=f"^directory='{file}' is a file"):
-        xzcache.CacheStore(MemoryStore())
-
-
 def test_a_variable_that_is_not_set_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused(lambda: xzcache.CacheStore(MemoryStore(), cache_store=""), "cache_store", "", ValueError, ROOT)
@@ -337,17 +330,6 @@ def test_flags_of_the_environment(tmp_path: Path, word: str) -> None:
     environment = {**os.environ, "XZCACHE_REVALIDATE": word, "XZCACHE_CACHE_SET_DATA": word}
     told = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert told.stdout.split() == [word.capitalize()] * 2
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a directory away")
-def test_a_directory_of_another_user(tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    os.chown(theirs, 12345, 12345)
-    with pytest.raises(ValueError, match=r"belongs to another user \(uid 12345\)") as raised:
-        xzcache.CacheStore(MemoryStore(), cache_store=theirs)
-    assert f"cache_store={str(theirs)!r}" in str(raised.value)
-    assert list(theirs.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [None, 7, b"bytes", ["a"], MemoryStore()])

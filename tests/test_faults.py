@@ -768,21 +768,6 @@ def test_a_path_that_no_file_system_takes() -> None:
         xzcache.CacheStore(MemoryStore(), cache_store="/with\0nul")
 
 
-def test_a_directory_of_another_user(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        theirs = tmp_path / "theirs"
-        theirs.mkdir()
-        os.chown(theirs, 12345, 12345)
-    else:
-        theirs = Path("/usr")
-    before = sorted(os.listdir(theirs))
-    refused(theirs, reason="belongs to another user")
-    link = tmp_path / "link"
-    link.symlink_to(theirs)
-    refused(link, reason="belongs to another user")
-    assert sorted(os.listdir(theirs)) == before
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
 def test_a_path_that_cannot_be_made(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nobody can tell before it is tried, so it is no mistake but trouble."""

@@ -20,7 +20,7 @@ from xzcache._keys import META
 from xzcache._membership import Membership
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from xzcache._index import Index
 
@@ -39,6 +39,11 @@ class Books:
     timeout : float
         Seconds to wait for the guard.
 
+    Attributes
+    ----------
+    when_refused, when_joined : callable
+        Called when the directory turns out not to be this user's cache, and when it turns out to be.
+
     Notes
     -----
     Safe for threads and processes. Opens nothing before it is needed; a directory that was removed is made again at the
@@ -50,6 +55,8 @@ class Books:
         self.meta = f"{root}/{META}"
         self.timeout = timeout
         self.is_retired = False
+        self.when_refused: Callable[[], None] = _nothing
+        self.when_joined: Callable[[], None] = _nothing
         self._opening = threading.Lock()
         self._member: Membership | None = None
         self._forking: Membership | None = None
@@ -78,8 +85,12 @@ class Books:
             if self._member is None:
                 try:
                     self._member = self._join()
+                except Foreign:
+                    self.when_refused()
+                    raise
                 except OSError as error:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
+                self.when_joined()
             return self._member
 
     def _join(self) -> Membership:
@@ -88,12 +99,14 @@ class Books:
         if found and found.isdecimal() and found != str(FORMAT):
             raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
         disk.make_private(self.root)
-        for name in ("", "tmp", "trash"):
-            os.makedirs(f"{self.meta}/{name}", mode=0o700, exist_ok=True)
-        for place in (self.root, self.meta):
-            # whoever owns it could plant entries
-            if not disk.is_own_directory(place):
-                raise Foreign(f"{place} is a link or belongs to another user")
+        folders = [self.root, self.meta, *(f"{self.meta}/{name}" for name in ("tmp", "trash"))]
+        for place in folders:
+            if place != self.root:
+                with suppress(FileExistsError):
+                    os.mkdir(place, 0o700)
+            # whoever else may write it could plant entries, or have files of others deleted
+            if (why := disk.unsafe(place)) is not None:
+                raise Foreign(why)
         member = Membership(self.meta, self.timeout)
         with member.guard:
             if self.read_note("format") != str(FORMAT):
@@ -269,6 +282,10 @@ class Books:
         self._member = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _blamed(error: BaseException, member: Membership) -> BaseException:

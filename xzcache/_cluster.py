@@ -148,7 +148,7 @@ def _gathered(client: Client, found: dict[str, Usage | BaseException]) -> Cluste
 
 def _usage_here() -> Usage:
     """Of the process that this runs in."""
-    return usage(open_directory(str(default_directory())))
+    return usage(open_directory(default_directory()))
 
 
 def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:

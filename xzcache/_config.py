@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 import operator
 import os
+import stat
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
@@ -20,7 +23,7 @@ from dask.utils import parse_bytes
 from donfig import Config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     # where the default cache of this node is; None: the platform's user cache directory
@@ -235,8 +238,21 @@ def parse_threads(name: str, value: Any) -> int:
     return value
 
 
-excused: Final[set[str]] = set()
-"""Paths that cannot be a root, and of which somebody has been told: reads have to work."""
+_looks: Final[ContextVar[bool]] = ContextVar("_looks", default=True)
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """Meanwhile, a root is not refused for what lies at its path.
+
+    It was chosen elsewhere (a copy from another machine), or by nobody (the default): what is the matter with it here
+    is trouble with the cache, and reads go on.
+    """
+    token = _looks.set(False)
+    try:
+        yield
+    finally:
+        _looks.reset(token)
 
 
 def parse_root(root: Any, name: str = "root") -> Path:
@@ -245,36 +261,40 @@ def parse_root(root: Any, name: str = "root") -> Path:
     Raises
     ------
     ValueError, TypeError
-        It is a file, or belongs to another user.
+        It is no path, or a file is in its place.
     """
     accepted = "a directory of this user's, or a path where one can be made"
-    if not isinstance(root, str | os.PathLike):
+    text = os.fspath(root) if isinstance(root, str | os.PathLike) else root
+    if not isinstance(text, str):
         raise TypeError(f"{name}={root!r} is not accepted: give {accepted}")
-    if "://" in str(root):
+    if "://" in text:
         # never with its value, which may hold a password
         raise ValueError(f"{name} is a URL, which is not accepted: give {accepted}")
-    if root == "":
+    if not text:
         # rather a variable that is not set than the working directory
         raise _refuse(name, root, accepted)
-    path = Path(root).expanduser().absolute()
-    if str(path) in excused:
+    if "\0" in text:
+        raise _refuse(name, root, accepted)
+    path = Path(expanded(text)).absolute()
+    if not _looks.get():
         return path
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        return path
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise ValueError(f"{name}={str(root)!r} is a file: give {accepted}")
     except NotADirectoryError:
         raise ValueError(f"{name}={str(root)!r} lies beneath a file: give {accepted}") from None
-    except ValueError:
+    except UnicodeEncodeError:
         raise _refuse(name, root, accepted) from None
     except OSError:
-        # whatever is the matter with it, reads have to work
-        return path
-    if not path.is_dir():
-        raise ValueError(f"{name}={str(root)!r} is a file: give {accepted}")
-    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        raise ValueError(f"{name}={str(root)!r} belongs to another user (uid {status.st_uid}): give {accepted}")
+        # it is not there, or something is the matter with it: reads have to work
+        pass
     return path
+
+
+def expanded(path: str) -> str:
+    """A path with its ``~`` replaced; where no home is known, one at the top, which nobody but root can make."""
+    path = os.path.expanduser(path)
+    return os.path.join(os.sep, path) if path.startswith("~") else path
 
 
 _FLAGS: Final = {"true": True, "false": False}

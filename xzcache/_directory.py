@@ -19,8 +19,8 @@ from xzcache._absences import Absences
 from xzcache._arrays import Arrays
 from xzcache._background import Background
 from xzcache._books import Books
+from xzcache._config import Unset
 from xzcache._doubts import Doubts
-from xzcache._errors import Foreign
 from xzcache._keeper import Keeper
 from xzcache._leaders import Leaders
 from xzcache._policies import POLICIES
@@ -32,7 +32,6 @@ from xzcache._space import Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
-    from xzcache._config import Unset
     from xzcache._membership import Membership
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
@@ -89,6 +88,7 @@ class CacheDirectory:
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
         self.reader = Reader(self.keeper, folds=folds)
+        self.books.when_refused, self.books.when_joined = self.reader.distrust_all, self.reader.trust_again
         self.leaders = Leaders(self.keeper)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
         self.doubts = Doubts(self.keeper, self.reader)
@@ -133,11 +133,7 @@ class CacheDirectory:
 
     def _prepare(self) -> bool:
         bound = self.keeper.bound
-        try:
-            recovery.recover(self.books)
-        except Foreign:
-            self.reader.distrust_all()
-            raise
+        recovery.recover(self.books)
         self.keeper.apply_bound()
         self.space.fit()
         self._prepared = self.books.current, bound
@@ -184,8 +180,17 @@ class CacheDirectory:
         with self.books.section() as (_, index):
             self.recency.tell(index)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a cache to look at: what only looks makes none."""
+        # even where this process has joined it may have been taken away since
+        return os.path.isdir(self.books.meta)
+
     def totals(self) -> Totals:
-        """What the directory holds; zeros where it cannot be asked."""
+        """What the directory holds; zeros where it is not there, or cannot be asked."""
+        if not self.is_made:
+            bound = self.keeper.bound
+            return Totals(0, 0, 0, 0, self.keeper.default_bound if isinstance(bound, Unset) else bound)
         return self.keeper.attempt(self._totals, Totals(0, 0, 0, 0, None))
 
     def _totals(self) -> Totals:
@@ -194,6 +199,8 @@ class CacheDirectory:
 
     def share(self, namespace: str) -> tuple[int, int]:
         """Number and bytes of the entries of one source."""
+        if not self.is_made:
+            return 0, 0
         return self.keeper.attempt(lambda: self._share(namespace), (0, 0))
 
     def _share(self, namespace: str) -> tuple[int, int]:
@@ -202,6 +209,8 @@ class CacheDirectory:
 
     def odd_keys(self, prefix: str) -> list[str]:
         """Keys beneath a prefix whose files do not lie at the key."""
+        if not self.is_made:
+            return []
         return self.keeper.attempt(lambda: self._odd_keys(prefix), [])
 
     def _odd_keys(self, prefix: str) -> list[str]:

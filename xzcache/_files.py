@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ATTRIBUTE: Final = "user.xzcache"
+_NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
 _STAMP: Final = struct.Struct("<B16sIQqq")
 _VERSION: Final = 2
 _WITHOUT_VALIDATOR: Final = 1
@@ -77,17 +78,44 @@ def _attribute(file: int | str) -> bytes:
 
 
 def read_stamp(file: int | str) -> Stamp | None:
-    """The stamp of a file, by descriptor or path; None where it has none that we can read."""
+    """The stamp of a file, by descriptor or path; None where it has none that can be read, for whatever reason."""
     try:
-        raw = _attribute(file)
+        return _decode(_attribute(file))
+    except (OSError, AttributeError):
+        return None
+
+
+def _decode(raw: bytes) -> Stamp | None:
+    try:
         version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
         text = raw[_STAMP.size :].decode()
-        if version == _WITHOUT_VALIDATOR:
-            return Stamp(digest, crc, size, start, stop, text)
-        key, _, validator = text.rpartition("\0")
-        return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
-    except (OSError, AttributeError, struct.error, UnicodeDecodeError):
+    except (struct.error, UnicodeDecodeError):
         return None
+    if version == _WITHOUT_VALIDATOR:
+        return Stamp(digest, crc, size, start, stop, text)
+    key, _, validator = text.rpartition("\0")
+    return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
+
+
+def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
+    """The stamp of an open file, None where it has none that we can read; and whether that settles whose it is.
+
+    It does not where the file system has no stamps, or where the stamp is garbage: then only the index can tell.
+
+    Raises
+    ------
+    OSError
+        Nobody can tell.
+    """
+    try:
+        stamp = _decode(_attribute(fd))
+    except AttributeError:
+        return None, False
+    except OSError as error:
+        if error.errno not in (_NO_ATTRIBUTE, errno.ENOTSUP):
+            raise
+        return None, error.errno == _NO_ATTRIBUTE
+    return stamp, stamp is not None
 
 
 def write(path: str, data: Data, stamp: Stamp) -> None:

@@ -128,4 +128,7 @@ class Keeper:
         kind = (type(error), getattr(error, "errno", None))
         if kind not in self._told:
             self._told.add(kind)
+            if isinstance(cause := error.__cause__, OSError):
+                # the same will be met again, by whoever reads a file there
+                self._told.add((type(cause), cause.errno))
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from platformdirs import user_cache_path
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
+from xzcache import _disk as disk
 from xzcache._anystore import StoreBackend
-from xzcache._config import UNSET, Unset, chosen_max_size, config
+from xzcache._config import UNSET, Unset, as_found, chosen_max_size, config, parse_root
 from xzcache._keys import META, is_plain
 from xzcache._registry import store_backend
 from xzcache._shared import SharedBackend
 from xzcache.local import LockedLocalStore
+
+logger = logging.getLogger("xzcache")
 
 
 def checked_namespace(namespace: str | None) -> str | None:
@@ -28,15 +34,51 @@ def checked_namespace(namespace: str | None) -> str | None:
     return namespace
 
 
-def default_directory() -> Path:
-    """Where this node's default cache is."""
+def default_directory() -> str:
+    """Where this node's default cache is.
+
+    Where it is not configured, and nothing can be made where the platform has users' caches, it is a folder of this
+    user's among the temporary files: that is warned about, once a process.
+    """
     configured = config.get("directory")
-    if configured is None or configured == "":
-        return user_cache_path("xzcache", appauthor=False)
-    if isinstance(configured, bool) or not isinstance(configured, str | os.PathLike):
-        accepted = "a path, or None for the platform's user cache directory"
-        raise TypeError(f"directory={configured!r} is not accepted: give {accepted}")
-    return Path(configured).expanduser()
+    if configured is not None and configured != "":
+        if isinstance(configured, bool) or not isinstance(configured, str | os.PathLike):
+            accepted = "a path, or None for the platform's user cache directory"
+            raise TypeError(f"directory={configured!r} is not accepted: give {accepted}")
+        with as_found():
+            return str(parse_root(configured, "directory"))
+    usual = _of_platform()
+    if usual is not None and disk.can_be_made(usual):
+        return usual
+    if (parent := disk.temporary()) is None:
+        # it cannot be made either: the first read tells
+        return usual or os.path.join(os.sep, disk.private_name())
+    place = os.path.join(parent, disk.private_name())
+    _warn_of(place, usual or "the home directory, which is not known")
+    return place
+
+
+def _of_platform() -> str | None:
+    """Where the platform has this user's caches; None where that is not known."""
+    with suppress(RuntimeError):
+        usual = user_cache_path("xzcache", appauthor=False)
+        if usual.is_absolute():
+            return str(usual)
+    # a variable of the environment that holds no absolute path does not count
+    with suppress(ImportError, KeyError):
+        from pwd import getpwuid
+
+        home = getpwuid(os.getuid()).pw_dir
+        if os.path.isabs(home):
+            return os.path.join(home, ".cache", "xzcache")
+    return None
+
+
+@cache
+def _warn_of(place: str, usual: str) -> None:
+    logger.warning(
+        "no cache can be kept in %s: it is kept in %s instead; set XZCACHE_DIRECTORY to say where", usual, place
+    )
 
 
 def cache_store_of(
@@ -52,12 +94,13 @@ def cache_store_of(
                 )
         if isinstance(max_size, Unset) and isinstance(policy, Unset):
             return given
-        return LockedLocalStore(given.root, max_size=max_size, policy=policy)
+        return given.with_bound(max_size, policy)
     if given is None:
         bound = chosen_max_size() if isinstance(max_size, Unset) else max_size
-        return _located("directory", default_directory(), bound, policy)
+        with as_found():
+            return _located("directory", default_directory(), bound, policy)
     if type(given) is LocalStore:
-        if isinstance(max_size, Unset) and not (given.root / META).is_dir():
+        if isinstance(max_size, Unset) and not _is_cache(given.root):
             # as with Zarr; a directory that is a cache already keeps its bound
             max_size = None
         given = given.root
@@ -74,6 +117,10 @@ def cache_store_of(
             "The cache_store must support deletes for CacheStore to function properly."
         )
     return given
+
+
+def _is_cache(root: Path) -> bool:
+    return os.path.isdir(os.path.join(disk.settled(os.path.abspath(root)), META))
 
 
 def _located(name: str, path: str | Path, max_size: int | Unset | None, policy: str | Unset) -> LockedLocalStore:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from xzcache import _files as files
 from xzcache import _opened as opening
-from xzcache._errors import Damaged
+from xzcache._errors import Damaged, Unusable
 from xzcache._keys import Entry, is_plain, relative_path
 from xzcache._pieces import Listed, Pieces
 
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 _REMEMBERED: Final = 65536
 _ALL: Final = "/"
 """What no namespace is called."""
+_DESCRIPTORS: Final = "/proc/self/fd"
+_SHOWS_PATHS: Final = os.path.isdir(_DESCRIPTORS)
+"""Whether this platform tells where an open file lies, in one system call."""
 
 
 class Found(NamedTuple):
-    """The open file of an entry."""
+    """The open file of an entry; whoever takes one closes it, or reads it."""
 
     entry: Entry
     path: str
@@ -42,6 +45,9 @@ class Found(NamedTuple):
 
 class Reader:
     """Reads the entries of one cache directory, without a look at the index.
+
+    No method raises for what a system call says of an entry file: the entry is not here then, the trouble is counted,
+    and the file is closed. (`read_foreign` does: those are not the cache's files.)
 
     Parameters
     ----------
@@ -62,6 +68,7 @@ class Reader:
 
     def __init__(self, keeper: Keeper, *, folds: bool) -> None:
         self._keeper = keeper
+        self._trouble = keeper.trouble
         self._root = keeper.books.root
         self._folds = folds
         self._pieces = Pieces(self._root)
@@ -69,20 +76,26 @@ class Reader:
         self._damaged: dict[str, opening.Signature] = {}
         self.distrusted: set[str] = set()
 
-    def find(self, entry: Entry) -> Found | None:
+    def find(self, entry: Entry, *, anyones: bool = False) -> Found | None:
         """Open a file that holds an entry: its own, or one that holds more of the object.
 
         A file that this process has not checked yet may still turn out to be damaged: `read` tells.
-        """
-        return next(self.candidates(entry), None)
 
-    def candidates(self, entry: Entry) -> Iterator[Found]:
-        """Open one file after another that holds an entry; whoever takes one closes it, or reads it."""
+        Parameters
+        ----------
+        entry : Entry
+        anyones : bool
+            Whether a file of another user will do, as it does for what is not the cache's.
+        """
+        return next(self.candidates(entry, anyones=anyones), None)
+
+    def candidates(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
+        """Open one file after another that holds an entry."""
         if self.distrusted and self._distrusts(entry.key):
             return
         try:
             if entry.is_whole:
-                if (found := self._open(entry)) is not None:
+                if (found := self._open(entry, anyones=anyones)) is not None:
                     yield found
                 return
             tried = set()
@@ -98,7 +111,7 @@ class Reader:
                 if piece not in tried and (found := self._open_if_possible(piece)) is not None:
                     yield found
         except OSError as error:
-            self._keeper.trouble(error)
+            self._trouble(error)
 
     def at_once(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
         """A whole object of at most `most` bytes that this process has checked before, if it is in memory; else None.
@@ -107,13 +120,15 @@ class Reader:
         """
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(path, max_age_ns)
-        return None if signature is None else opening.read_unchanged(path, signature, most)
+        return None if signature is None else opening.read_unchanged(path, signature, most, self._trouble)
 
     def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+        """As `at_once`, into an array of bytes; what is there after False is undefined."""
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(path, max_age_ns)
-        return signature is not None and opening.read_unchanged_into(path, signature, place, patient=patient)
+        return signature is not None and opening.read_unchanged_into(
+            path, signature, place, self._trouble, patient=patient
+        )
 
     def _checked_at(self, path: str, max_age_ns: int | None) -> opening.Signature | None:
         """The file that was checked at a path, if it may be served."""
@@ -129,12 +144,16 @@ class Reader:
         try:
             return Listed(key, ()) if self.distrusted and self._distrusts(key) else self._pieces.listed(key)
         except OSError as error:
-            self._keeper.trouble(error)
+            self._trouble(error)
             return Listed(key, ())
 
     def distrust_all(self) -> None:
         """Read nothing more from this directory."""
         self.distrusted.add(_ALL)
+
+    def trust_again(self) -> None:
+        """Undo `distrust_all`: the directory was found to be this user's."""
+        self.distrusted.discard(_ALL)
 
     def _distrusts(self, key: str) -> bool:
         return self.distrusts_all or any(key.startswith(f"{prefix}/") for prefix in list(self.distrusted))
@@ -148,34 +167,30 @@ class Reader:
         try:
             return self._open(entry)
         except OSError as error:
-            self._keeper.trouble(error)
+            self._trouble(error)
             return None
 
-    def _open(self, entry: Entry) -> Found | None:
+    def _open(self, entry: Entry, *, anyones: bool = False) -> Found | None:
         odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
         path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
         try:
-            opened = opening.open_file(path)
+            opened = opening.open_file(path, self._trouble)
         except (NotADirectoryError, IsADirectoryError):
             # the path is taken by something else, so the entry may lie under its digest
             path = self._path(entry, odd=True)
-            opened = opening.open_file(path)
+            opened = opening.open_file(path, self._trouble)
         if opened is None:
             return None
-        known = self._checked.get(path) == opened.signature
-        if not known and not odd and entry.is_whole and files.read_stamp(opened.fd) is None:
-            # a file of somebody else's keeps ours from its place, or this file system has no stamps
-            try:
-                elsewhere = opening.open_file(self._path(entry, odd=True))
-            except BaseException:
-                os.close(opened.fd)
-                raise
+        known = opened.is_ours and self._checked.get(path) == opened.signature
+        if not known and not odd and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
+            # a file that is not the cache's keeps the entry from its place, or this file system has no stamps
+            elsewhere = opening.open_file(self._path(entry, odd=True), self._trouble)
             if elsewhere is not None:
-                os.close(opened.fd)
+                opened.close()
                 path, opened = self._path(entry, odd=True), elsewhere
-                known = self._checked.get(path) == opened.signature
-        if not known and self._damaged.get(path) == opened.signature:
-            os.close(opened.fd)
+                known = opened.is_ours and self._checked.get(path) == opened.signature
+        if not (opened.is_ours or anyones) or (not known and self._damaged.get(path) == opened.signature):
+            opened.close()
             return None
         return Found(entry, path, opened, known)
 
@@ -190,55 +205,100 @@ class Reader:
         try:
             if found.known:
                 return opening.read(found.opened.fd, first, last)
-            data = opening.read(found.opened.fd, 0, found.size)
-            return self._checked_part(found, data, first, last)
+            crc = self._expected(found, *files.stamp_of_open(found.opened.fd))
+            if crc is None:
+                return None
+            return self._checked_part(found, crc, opening.read(found.opened.fd, 0, found.size), first, last)
         except OSError as error:
-            self._keeper.trouble(error)
+            self._trouble(error)
             return None
         finally:
-            os.close(found.opened.fd)
+            found.opened.close()
 
     def read_now(self, found: Found, first: int, last: int) -> tuple[bool, memoryview | None]:
         """As `read`, if that needs no waiting: else `(False, None)`, and the file stays open."""
-        if not found.known:
-            if files.read_stamp(found.opened.fd) is None:
-                return False, None
-            data = opening.read_resident(found.opened.fd, 0, found.size)
-        else:
-            data = opening.read_resident(found.opened.fd, first, last)
-        if data is None:
-            return False, None
+        waits = False
         try:
-            return True, data if found.known else self._checked_part(found, data, first, last)
+            if found.known:
+                data = opening.read_resident(found.opened.fd, first, last)
+                waits = data is None
+                return not waits, data
+            stamp, settled = files.stamp_of_open(found.opened.fd)
+            if stamp is None and not settled:
+                # the index has to be asked
+                waits = True
+                return False, None
+            if (crc := self._expected(found, stamp, settled)) is None:
+                return True, None
+            data = opening.read_resident(found.opened.fd, 0, found.size)
+            waits = data is None
+            return not waits, None if waits else self._checked_part(found, crc, data, first, last)
+        except OSError as error:
+            self._trouble(error)
+            return True, None
         finally:
-            os.close(found.opened.fd)
+            if not waits:
+                found.opened.close()
 
-    def _checked_part(self, found: Found, data: memoryview | None, first: int, last: int) -> memoryview | None:
-        if data is None or not self._is_sound(found, data):
+    def _expected(self, found: Found, stamp: files.Stamp | None, settled: bool) -> int | None:
+        """The checksum that a file must have, by its stamp or the index; None where it is not the entry's file."""
+        if not found.opened.is_ours:
+            return None
+        if stamp is not None:
+            if stamp.size == found.size and stamp.digest == found.entry.digest():
+                return stamp.crc
+        elif settled:
+            # not the cache's
             _remember(self._damaged, found)
+            return None
+        else:
+            row = self._keeper.attempt(lambda: self._row(found.entry), None)
+            if row is not None and row.size == found.size:
+                return row.crc
+        self._is_damaged(found)
+        return None
+
+    def _checked_part(
+        self, found: Found, crc: int, data: memoryview | None, first: int, last: int
+    ) -> memoryview | None:
+        if data is None or files.checksum(data) != crc:
+            self._is_damaged(found)
+            return None
+        if not self._lies_there(found):
+            self._trouble(Unusable(f"{found.path} is reached through a link, so it is not taken for the cache's"))
             return None
         _remember(self._checked, found)
         return data[first:last]
 
-    def _is_sound(self, found: Found, data: memoryview) -> bool:
-        stamp = files.read_stamp(found.opened.fd)
-        if stamp is not None:
-            sound = stamp.size == found.size and stamp.digest == found.entry.digest()
-            expected = stamp.crc
-        elif files.ours(found.path, found.entry) is False:
-            return False
-        else:
-            row = self._keeper.attempt(lambda: self._row(found.entry), None)
-            sound = row is not None and row.size == found.size
-            expected = row.crc if row is not None else -1
-        if sound and files.checksum(data) == expected:
+    def _is_damaged(self, found: Found) -> None:
+        _remember(self._damaged, found)
+        self._trouble(Damaged(f"{found.path} is not what was stored there"))
+
+    def _lies_there(self, found: Found) -> bool:
+        """Whether no folder above a file is a link: what lies behind one is neither counted nor evicted here."""
+        if self._folds:
+            # the same file has more than one path
             return True
-        self._keeper.trouble(Damaged(f"{found.path} is not what was stored there"))
-        return False
+        if _SHOWS_PATHS:
+            with suppress(FileNotFoundError):
+                return os.readlink(f"{_DESCRIPTORS}/{found.opened.fd}") == found.path
+        directory = os.path.dirname(found.path)
+        return os.path.realpath(directory) == directory
 
     def is_foreign(self, found: Found) -> bool:
-        """Whether a file that was found is not one of the cache's."""
-        return not found.known and self.is_foreign_file(found.path, found.entry.key)
+        """Whether a file that was found is not one of the cache's; where nobody can tell, `read` does."""
+        if found.known:
+            return False
+        try:
+            stamp, settled = files.stamp_of_open(found.opened.fd)
+        except OSError as error:
+            self._trouble(error)
+            return False
+        if stamp is not None:
+            return stamp.digest != found.entry.digest()
+        if not found.opened.is_ours:
+            return True
+        return settled or self._keeper.attempt(lambda: self._row(Entry(found.entry.key)), None) is None
 
     def is_foreign_file(self, path: str, key: str) -> bool:
         """Whether the file at a path is not one of the cache's."""
@@ -248,11 +308,17 @@ class Reader:
         return not ours
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
-        """Bytes of somebody else's file, as they are; it is closed."""
+        """Bytes of a file that is not the cache's, as they are; it is closed.
+
+        Raises
+        ------
+        OSError
+            It cannot be read, which is not to be taken for absence.
+        """
         try:
             return opening.read(found.opened.fd, first, last)
         finally:
-            os.close(found.opened.fd)
+            found.opened.close()
 
     def validator(self, entry: Entry) -> str:
         """What tells the state of what would be found of an entry from others; empty where nothing does."""
@@ -261,29 +327,34 @@ class Reader:
     def states_of(self, key: str) -> set[str]:
         """What tells the state of an object from others, as the whole of it and one of its byte ranges have it."""
         states = set()
-        try:
-            for entry in (Entry(key), self.listed(key).any()):
-                if entry is not None and (found := self._open(entry)) is not None:
-                    states.add(self._validator(found))
-        except OSError as error:
-            self._keeper.trouble(error)
+        for entry in (Entry(key), self.listed(key).any()):
+            if entry is not None and (found := self._open_if_possible(entry)) is not None:
+                states.add(self._validator(found))
         return states - {""}
 
     def _validator(self, found: Found) -> str:
-        stamp = files.read_stamp(found.opened.fd)
-        self.close(found)
+        try:
+            stamp, _ = files.stamp_of_open(found.opened.fd)
+        except OSError as error:
+            self._trouble(error)
+            return ""
+        finally:
+            found.opened.close()
         return stamp.validator if stamp is not None and stamp.digest == found.entry.digest() else ""
 
     def renew(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""
         if (found := self.find(entry)) is not None:
-            with suppress(OSError):
+            try:
                 os.utime(found.opened.fd)
-            self.close(found)
+            except OSError as error:
+                self._trouble(error)
+            finally:
+                found.opened.close()
 
     def close(self, found: Found) -> None:
         """Let go of a file that is not to be read."""
-        os.close(found.opened.fd)
+        found.opened.close()
 
     def _row(self, entry: Entry) -> Row | None:
         with self._keeper.books.section() as (_, index):
@@ -296,3 +367,7 @@ def _remember(files_seen: dict[str, opening.Signature], found: Found) -> None:
         with suppress(KeyError, StopIteration, RuntimeError):
             del files_seen[next(iter(files_seen))]
     files_seen[found.path] = found.opened.signature
+
+
+def _has_stamp(opened: opening.Opened) -> bool:
+    return files.stamp_of_open(opened.fd)[0] is not None

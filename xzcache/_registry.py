@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xzcache._anystore import StoreBackend
 from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
 from xzcache._directory import CacheDirectory
+from xzcache._disk import settled
 from xzcache._identity import identify
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def open_directory(
     Parameters
     ----------
     root : str
+        An absolute path. The cache is there, or in a folder of this user's in it, as `settled` has it.
     max_size : int, None or UNSET
         A bound that somebody asks for, in bytes.
     min_free : float, int or UNSET
@@ -41,7 +43,7 @@ def open_directory(
     policy : str or UNSET
         A policy that somebody asks for; else the configured one.
     """
-    path = os.path.realpath(root)
+    path = settled(root)
     with _lock:
         directory = _directories.get(path)
         if directory is None:

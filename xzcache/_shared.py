@@ -258,9 +258,10 @@ class SharedBackend:
 
     def info(self) -> dict[str, Any]:
         """What is cached of this source, and in all; sizes in bytes."""
-        self.directory.prepare()
         self.directory.background.wait()
-        self.directory.flush()
+        if self.directory.is_made:
+            self.directory.prepare()
+            self.directory.flush()
         totals = self.directory.totals()
         count, size = self.directory.share(self.namespace)
         return {

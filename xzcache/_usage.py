@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
@@ -41,9 +40,10 @@ class Usage(NamedTuple):
 
 
 def usage(directory: CacheDirectory) -> Usage:
-    """Look now; may wait for the lock of the index."""
-    directory.prepare()
-    node = directory.keeper.attempt(directory.books.node_id, "")
+    """Look now; may wait for the lock of the index, and makes nothing where there is no cache yet."""
+    node = ""
+    if directory.is_made and directory.prepare():
+        node = directory.keeper.attempt(directory.books.node_id, "")
     return _usage(directory, node, directory.totals())
 
 
@@ -98,8 +98,3 @@ class Gauge:
         """Look no more."""
         with self._looking:
             self._closed = True
-
-
-def own_folder(parent: str) -> str:
-    """A directory of this user's in one that may be shared by many."""
-    return os.path.join(parent, f"xzcache-{os.getuid() if hasattr(os, 'getuid') else os.getlogin()}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import dask
@@ -17,11 +17,12 @@ from distributed.scheduler import Scheduler
 from distributed.worker import Worker
 
 from xzcache import _config as settings
+from xzcache import _disk as disk
 from xzcache import _metering as metering
 from xzcache._config import DEFAULTS, config
-from xzcache._disk import is_on_network
+from xzcache._places import default_directory
 from xzcache._registry import open_directory
-from xzcache._usage import Gauge, Usage, own_folder
+from xzcache._usage import Gauge, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,8 +159,10 @@ class CachePlugin(WorkerPlugin):
         if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
             del self.settings["max_size"]
         self._setups: dict[str, _Setup] = {}
-        place = directory if directory is not None else configured["directory"]
-        self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
+        place = configured["directory"] if directory is None else directory
+        # what somebody configured is for machines, of which this need not be one
+        with nullcontext() if directory is not None else settings.as_found():
+            self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
 
     def __repr__(self) -> str:
         facts = {"directory": self.directory, **self.settings}
@@ -182,19 +185,19 @@ class CachePlugin(WorkerPlugin):
         worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
 
     def _open(self, place: str, worker: Worker) -> CacheDirectory:
-        cause: BaseException | None = _refusal(place)
+        cause: BaseException | None = None
         asked = {name: self.settings[name] for name in ("max_size", "min_free", "policy") if name in self.settings}
         directory = open_directory(place, **asked)
         directory.set_lock_timeout(self.settings["lock_timeout"])
-        if not directory.prepare() and cause is None:
+        if not directory.prepare():
             cause = directory.keeper.latest_trouble
         if cause is not None:
             _warn(worker, f"{worker.address} has no cache, and reads from the source: {cause}")
-        if place not in _warned and is_on_network(place):
+        if place not in _warned and disk.is_on_network(directory.root):
             _warned.add(place)
             _warn(
                 worker,
-                f"the cache directory {place} is on a network file system: what it saves has to cross the network "
+                f"the cache directory {directory.root} is on a network file system: what it saves has to cross the network "
                 "again, and locks may not hold; give each node a directory on a disk of its own",
             )
         return directory
@@ -207,8 +210,6 @@ class CachePlugin(WorkerPlugin):
             worker.metrics.pop(f"xzcache_{name}", None)
         setup.gauge.close()
         _process.leave(setup)
-        if not _process.uses(setup.place):
-            settings.excused.discard(setup.place)
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if self.remove_on_close and leaving and not _process.uses(setup.place):
             setup.gauge.directory.remove_if_last()
@@ -221,19 +222,12 @@ def _place_of_worker() -> str:
     """Where the cache is if the client does not say."""
     # a nanny sets the environment of its worker after it has imported what the main module imports
     configured = config.get("directory") or os.environ.get("XZCACHE_DIRECTORY")
-    parent = dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    return str(configured or own_folder(parent))
-
-
-def _refusal(place: str) -> Exception | None:
-    """Why a path cannot be a cache directory here. Nobody is there to choose another: reads do without from then on."""
-    settings.excused.discard(place)
-    try:
-        settings.parse_root(place, "directory")
-    except ValueError as error:
-        settings.excused.add(place)
-        return error
-    return None
+    if configured:
+        with settings.as_found():
+            return str(settings.parse_root(configured, "directory"))
+    parent = dask.config.get("temporary-directory", None) or disk.temporary()
+    # where there are no temporary files, the default tells where else
+    return default_directory() if parent is None else os.path.join(os.path.abspath(parent), disk.private_name())
 
 
 def _warn(worker: Worker, message: str) -> None:

@@ -19,6 +19,7 @@ from xzcache import _pool as pool
 from xzcache._config import (
     UNSET,
     Unset,
+    as_found,
     config,
     parse_flag,
     parse_min_free,
@@ -48,7 +49,8 @@ class LockedLocalStore(LocalStore):
     ----------
     root : str or Path
         The directory. It is made, for this user only, where it does not exist; it may hold files of the user's, which
-        are neither counted nor evicted. All of xzcache's own state lies in its folder ``.xzcache``.
+        are neither counted nor evicted. All of xzcache's own state lies in its folder ``.xzcache``. In a directory that
+        belongs to another user, or that others may write, a folder of this user's (``xzcache-<uid>``) is the root.
     read_only : bool
         Whether this object refuses writes.
     max_size : int, str or None, optional
@@ -65,7 +67,7 @@ class LockedLocalStore(LocalStore):
     Raises
     ------
     ValueError, TypeError
-        The root is a file or another user's, or a parameter makes no sense.
+        The root is a file, or a parameter makes no sense.
 
     Notes
     -----
@@ -83,13 +85,17 @@ class LockedLocalStore(LocalStore):
         min_free: float | int | str | Unset = UNSET,
         policy: str | Unset = UNSET,
     ) -> None:
-        super().__init__(parse_root(root), read_only=parse_flag("read_only", read_only))
+        place = parse_root(root)
+        parse_flag("read_only", read_only)
         parse_threads("threads", config.get("threads"))
         self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
         parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
         self.policy = policy
-        self._directory = open_directory(os.fspath(self.root), self.max_size, self.min_free, self.policy)
+        self._given_root = str(place)
+        self._directory = open_directory(self._given_root, self.max_size, self.min_free, self.policy)
+        is_there = os.path.realpath(place) == self._directory.root
+        super().__init__(place if is_there else Path(self._directory.root), read_only=read_only)
 
     @property
     def directory(self) -> CacheDirectory:
@@ -98,7 +104,13 @@ class LockedLocalStore(LocalStore):
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """The same directory, with another `read_only`."""
-        return type(self)(self.root, **{**self._settings(), "read_only": read_only})
+        with as_found():
+            return type(self)(self._given_root, **{**self._settings(), "read_only": read_only})
+
+    def with_bound(self, max_size: int | Unset | None, policy: str | Unset) -> Self:
+        """The same directory, for `CacheStore`, with a bound and a policy that were asked for there."""
+        with as_found():
+            return type(self)(self._given_root, max_size=max_size, policy=policy)
 
     @classmethod
     async def open(
@@ -118,7 +130,7 @@ class LockedLocalStore(LocalStore):
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), **self._settings()), (os.fspath(self.root),)
+        return partial(_restore, type(self), **self._settings()), (self._given_root,)
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -146,7 +158,7 @@ class LockedLocalStore(LocalStore):
         reader = self._directory.reader
         if wanted is None or not is_cacheable(key):
             return None
-        found = reader.find(Entry(key))
+        found = reader.find(Entry(key), anyones=True)
         if found is None:
             return None
         first, last = clip(*wanted, found.size)
@@ -182,11 +194,14 @@ class LockedLocalStore(LocalStore):
         return size
 
     def _size_of(self, key: str) -> int | None:
-        found = self._directory.reader.find(Entry(key)) if is_cacheable(key) else None
+        reader = self._directory.reader
+        found = reader.find(Entry(key), anyones=True) if is_cacheable(key) else None
         if found is None:
             return None
-        self._directory.reader.close(found)
-        return found.size
+        # what pretends to be an entry, and belongs to another user, is not read either
+        there = found.opened.is_ours or reader.is_foreign(found)
+        reader.close(found)
+        return found.size if there else None
 
     # -- writing
 
@@ -301,3 +316,9 @@ class LockedLocalStore(LocalStore):
         self._directory.close()
         await super().move(dest_root)
         self.__init__(self.root, **self._settings())  # type: ignore[misc]  # the same store, at another root
+
+
+def _restore(kind: type[LockedLocalStore], root: str, **settings: Any) -> LockedLocalStore:
+    """A copy, perhaps on another machine."""
+    with as_found():
+        return kind(root, **settings)

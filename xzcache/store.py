@@ -295,7 +295,8 @@ def _restore(
     """A copy in another process: what the store that it is a copy of has asked for, it need not ask for again."""
     if known is not None:
         remember(source, known)
-    store = (kind or CacheStore)(source, cache_store=cache, read_only=read_only, **{**AS_ZARR, **(changed or {})})
+    with settings.as_found():
+        store = (kind or CacheStore)(source, cache_store=cache, read_only=read_only, **{**AS_ZARR, **(changed or {})})
     store._read_through(store._fresh(Seen(seen)))
     if isinstance(store._reads.backend, StoreBackend):
         store._reads.backend.token = token or store._reads.backend.token

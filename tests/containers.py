@@ -1,0 +1,121 @@
+"""A container as an orchestrator makes it, as far as files go: other users, volumes that are not theirs, an odd HOME.
+
+Commands run as another user in a mount namespace of their own, in which the interpreter can be read by all.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import xzcache
+
+USER = 54321
+"""Somebody who has no line in /etc/passwd."""
+PATIENCE = 120.0
+
+_PACKAGE = Path(xzcache.__file__).parent.parent
+
+
+@cache
+def _can_be() -> bool:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "setpriv", "mount"))):
+        return False
+    attempt = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(attempt, capture_output=True, check=False).returncode == 0
+
+
+needs_containers = pytest.mark.skipif(not _can_be(), reason="to be another user, and to mount, takes root")
+
+
+@contextmanager
+def reachable() -> Iterator[Path]:
+    """A directory of this user's that others can read, unlike pytest's."""
+    path = Path(tempfile.mkdtemp(prefix="xzcache-test-"))
+    try:
+        path.chmod(0o755)
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def _hidden() -> Iterator[str]:
+    """Directories above the interpreter and the package that others cannot pass."""
+    for place in {sys.base_prefix, sys.prefix, str(_PACKAGE)}:
+        for above in reversed(Path(place).parents):
+            if not above.stat().st_mode & 0o001:
+                yield f"{above}\0{place}"
+                break
+
+
+def container(
+    words: Sequence[str],
+    *,
+    mounts: Mapping[str | Path, str] | None = None,
+    before: Sequence[str] = (),
+    env: Mapping[str, str | None] | None = None,
+    uid: int = USER,
+    umask: int = 0o022,
+    wrapper: Sequence[str] = (),
+) -> list[str]:
+    """The command line that runs a program as another user.
+
+    Parameters
+    ----------
+    words : sequence of str
+        Arguments of this Python.
+    mounts : mapping
+        Directories and the options of the memory file system that is mounted there, as ``"uid=0,mode=777"``; or
+        ``"ro"``, which makes what is there read-only.
+    before : sequence of str
+        Shell commands that root runs in the container first.
+    env : mapping
+        Variables that are set; None takes one away.
+    uid, umask : int
+    wrapper : sequence of str
+        What Python is started by.
+    """
+    script = ["set -e"]
+    for number, pair in enumerate(sorted(_hidden())):
+        above, place = map(shlex.quote, pair.split("\0"))
+        keep = f"/mnt/{number}"
+        script += [] if number else ["mount -t tmpfs -o mode=755 tmpfs /mnt"]
+        script += [f"mkdir {keep}", f"mount --bind {place} {keep}"]
+        script += [f"mount -t tmpfs -o mode=755 tmpfs {above}", f"mkdir -p {place}", f"mount --bind {keep} {place}"]
+    for place, options in (mounts or {}).items():
+        where = shlex.quote(str(place))
+        if options == "ro":
+            script += [f"mount --bind {where} {where}", f"mount -o remount,bind,ro {where}"]
+        else:
+            script.append(f"mount -t tmpfs -o {options} tmpfs {where}")
+    script += before
+    script.append(f"umask {umask:03o}")
+    for name, value in (env or {}).items():
+        script.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")
+    script.append("cd /")
+    user = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    script.append("exec " + shlex.join([*user, *wrapper, sys.executable, *words]))
+    return ["unshare", "-m", "--propagation", "private", "sh", "-c", "\n".join(script)]
+
+
+def environment() -> dict[str, str]:
+    """Nothing that says where a cache might be."""
+    out = ("XZCACHE_DIRECTORY", "XDG_CACHE_HOME", "TMPDIR")
+    kept = {name: value for name, value in os.environ.items() if name not in out}
+    return {**kept, "PYTHONPATH": os.pathsep.join([str(_PACKAGE), str(Path(__file__).parent)]), "XZCACHE_MIN_FREE": "0"}
+
+
+def run(words: Sequence[str], **how: object) -> subprocess.CompletedProcess[str]:
+    """Run a program in a container, to its end."""
+    line = container(words, **how)  # type: ignore[arg-type]
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
