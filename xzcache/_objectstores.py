@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from xzcache._buckets import region_of
 from xzcache._locations import configured_endpoint, names_region
+from xzcache._urls import shown_within
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Remote
@@ -73,6 +74,10 @@ SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http"
 
 class Untranslatable(ValueError):
     """A URL or an option that cannot be said in obstore's words."""
+
+    def __init__(self, reason: str) -> None:
+        # the name of an option may be a URL
+        super().__init__(shown_within(reason))
 
 
 def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:

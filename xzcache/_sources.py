@@ -63,10 +63,15 @@ def place_of(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.fspath(path))
 
 
+def _lacks_slashes(text: str) -> bool:
+    """Whether a text with a user in it is a URL but for its slashes, and no path of what there is."""
+    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(place_of(text))
+
+
 def as_xarray(path: str | os.PathLike[str]) -> str:
     """A path as xarray hands it to Zarr: as an absolute text, whatever it was."""
     text = os.fspath(path)
-    return text if text.startswith("file://") else os.path.abspath(os.path.expanduser(text))
+    return text if text.startswith("file://") or _lacks_slashes(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def spelled(store: object) -> str | None:
@@ -117,13 +122,15 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
     if isinstance(store, Store):
         if type(store) is FsspecStore:
             _check_path(store.fs, store.path)
+        if type(inner := getattr(store, "store", None)).__name__ == "HTTPStore":
+            certain(str(inner.url), "store")
         return store
     if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):
         return MemoryStore(store, read_only=read_only)
     if isinstance(store, str):
         if not store:
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
-        if "@" in store and _SLASH_MISSING.match(store) and not os.path.exists(place_of(store)):
+        if _lacks_slashes(store):
             # never with its value, which may be a secret
             raise ValueError(f"store is no URL, for want of slashes, and no path that there is: give {_ACCEPTED}")
         return _local(store, read_only=read_only)
