@@ -118,7 +118,7 @@ def test_what_xarray_wrote_is_found(home: Path, name: str, spelling: str) -> Non
     for door in DOORS.values():
         assert door[1](given)["v"].values.tolist() == [1, 2]
     made = {path.name for path in home.iterdir()}
-    xr.open_zarr(given, engine="zcache", mode="r+", consolidated=False)
+    xr.open_dataset(given, engine="zcache", mode="r+", consolidated=False)
     assert {path.name for path in home.iterdir()} == made
 
 

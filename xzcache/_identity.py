@@ -17,6 +17,7 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from xzcache import _locations as locations
+from xzcache._credentials import PROVIDERS, AwsCredentials
 from xzcache._described import Indescribable, described
 from xzcache._filesystems import described_filesystem, is_filesystem, is_object_store, label_of, parts_of, protocol_of
 from xzcache._manifests import manifest_parts
@@ -195,8 +196,11 @@ def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
     if describe is None:
         label = shown(f"{kind}://{bucket}/{prefix}")
         return label, (kind, bucket, prefix, *described(config, _known))
+    provider = getattr(store, "credential_provider", None)
+    if isinstance(provider, AwsCredentials):
+        config["profile"] = provider.profile
     location = describe(f"{bucket}/{prefix}", config, boto=False)
-    if location.server and (provider := getattr(store, "credential_provider", None)) is not None:
+    if location.server and provider is not None and not isinstance(provider, PROVIDERS):
         return location.label, (*location, *described(provider, _known))
     return location.label, location
 

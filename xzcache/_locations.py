@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
+from xzcache._credentials import AwsCredentials
 from xzcache._described import Indescribable
 from xzcache._urls import host_and_port, links, shown
 
@@ -72,6 +73,11 @@ def configured_endpoint(profile: str) -> str:
         return endpoint
     if b"endpoint_url" not in (text := _configuration()):
         return ""
+    try:
+        found = AwsCredentials(profile or None).endpoint
+        return "" if _AMAZON.fullmatch(_taken_apart(found)[0]) else found
+    except (ImportError, ValueError):
+        pass
     return f"{blake2b(text + profile.encode(), digest_size=8).hexdigest()}.configured"
 
 
