@@ -260,7 +260,9 @@ def test_an_object(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str, 
 def test_a_store_of_obstores(tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str) -> None:
     obstore = pytest.importorskip("obstore")
     try:
-        made = obstore.store.HTTPStore.from_url(url, client_options={"allow_http": True}, retry_config={"max_retries": 0})
+        made = obstore.store.HTTPStore.from_url(
+            url, client_options={"allow_http": True}, retry_config={"max_retries": 0}
+        )
     except Exception:
         pytest.skip("obstore does not make it")
     examine(lambda: xzcache.CacheStore(ObjectStore(made, read_only=True), cache_store=tmp_path), tmp_path, caplog)
@@ -299,7 +301,14 @@ def test_credentials_tell_no_sources_apart_and_places_do() -> None:
     for names in same:
         assert len(set(names)) == 1
     places = ["http://h/x@1", "http://h/x@2", "http://i/x@1", "http://h/token=1/x", "http://h/token=2/x"]
-    places += ["http://h/x%3Fa", "http://h/x%3Fb", "http://h/x;a=1", "http://h/x;a=2", "http://[::1]/x", "http://[::2]/x"]
+    places += [
+        "http://h/x%3Fa",
+        "http://h/x%3Fb",
+        "http://h/x;a=1",
+        "http://h/x;a=2",
+        "http://[::1]/x",
+        "http://[::2]/x",
+    ]
     places += ["s3://b/x@1", "s3://b/x@2", "s3://c/x@1", "s3://b/x#1", "s3://b/x#2", "s3://b/x?1", "s3://b/x?2"]
     found = [named(url, **({"anon": True, **OBJECT} if url.startswith("s3") else {})) for url in places]
     assert len(set(found)) == len(places)

@@ -15,7 +15,16 @@ from zarr.storage import LocalStore
 
 import xzcache
 
-NAMES = ["run_3.zarr", "run#3.zarr", "run?3.zarr", "run;3.zarr", "run%203.zarr", "run%233.zarr", "a b#c?d", "a:b#c.zarr"]
+NAMES = [
+    "run_3.zarr",
+    "run#3.zarr",
+    "run?3.zarr",
+    "run;3.zarr",
+    "run%203.zarr",
+    "run%233.zarr",
+    "a b#c?d",
+    "a:b#c.zarr",
+]
 SPELLINGS: dict[str, Callable[[Path], str | Path]] = {
     "text": str,
     "path": lambda path: path,
@@ -48,7 +57,9 @@ def outcome(function: Callable[[], Any]) -> Any:
 
 def places(home: Path) -> list[Path]:
     """One dataset in each place that a library may take for the one that is meant, each with a value of its own."""
-    names = {part for name in NAMES for part in (name, *(name.split(sign)[0] for sign in "#?;%"), name.replace("%20", " "))}
+    names = {
+        part for name in NAMES for part in (name, *(name.split(sign)[0] for sign in "#?;%"), name.replace("%20", " "))
+    }
     found = sorted(home / name for name in names)
     for number, place in enumerate(found):
         data = xr.Dataset({"v": ("x", np.full(4, number))})

@@ -127,7 +127,7 @@ class GoogleCredentials:
 
     @cached_property
     def provider(self) -> Any:
-        """obstore's.
+        """Obstore's.
 
         Raises
         ------
@@ -164,7 +164,7 @@ class AzureCredentials:
 
     @cached_property
     def provider(self) -> Any:
-        """obstore's.
+        """Obstore's.
 
         Raises
         ------

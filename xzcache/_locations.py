@@ -133,7 +133,8 @@ def of_web(url: str) -> Location:
     # libraries differ in whether they say a space, or %20
     path = quote(path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
     user = re.split(":|%3A", link.user, maxsplit=1, flags=re.IGNORECASE)[0]
-    return Location(link.scheme, "", user, link.host.lower().removesuffix(usual) + path + (mark + query if query else ""))
+    where = link.host.lower().removesuffix(usual) + path + (mark + query if query else "")
+    return Location(link.scheme, "", user, where)
 
 
 def _server(endpoint: str) -> str:

@@ -310,7 +310,7 @@ def _without_connection_string(given: dict[str, Any]) -> dict[str, Any]:
     said = {word: parts.pop(name, None) for name, word in _AZURE_PARTS.items()}
     scheme, suffix = parts.pop("DefaultEndpointsProtocol", "https"), parts.pop("EndpointSuffix", "core.windows.net")
     if parts.keys() - {"QueueEndpoint", "TableEndpoint", "FileEndpoint"} or not said["account_name"]:
-        raise Untranslatable("obstore has no word for a part of the connection string")
+        raise Untranslatable("obstore has no word for a part of the option 'connection_string'")
     if not said["endpoint"] and (scheme, suffix) != ("https", "core.windows.net"):
         said["endpoint"] = f"{scheme}://{said['account_name']}.blob.{suffix}"
     for word, value in said.items():

@@ -122,7 +122,8 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
     if isinstance(store, Store):
         if type(store) is FsspecStore:
             _check_path(store.fs, store.path)
-        if type(inner := getattr(store, "store", None)).__name__ == "HTTPStore":
+        inner: Any = getattr(store, "store", None)
+        if type(inner).__name__ == "HTTPStore":
             certain(str(inner.url), "store")
         return store
     if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):

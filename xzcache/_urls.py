@@ -125,7 +125,7 @@ def _shown_in_text(url: str) -> str:
 
 
 def scrub(error: BaseException, *given: str) -> BaseException:
-    """An exception, with those that led to it, whose texts tell no credential; another one where they cannot be changed.
+    """An exception, with those that led to it, whose texts tell no credential; else a substitute.
 
     Parameters
     ----------
@@ -204,7 +204,7 @@ def check_options(options: Mapping[Any, Any]) -> None:
     for name, value in options.items():
         for text in _texts({name: value}):
             if _SCHEME.match(text) or ("::" in text and "://" in text):
-                certain(text, f"storage_options[{shown_within(name)!r}]" if isinstance(name, str) else "storage_options")
+                certain(text, f"storage_options[{shown_within(str(name))!r}]")
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -221,9 +221,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def plain(url: str) -> str:
-    """A URL as libraries are to have it: schemes in small letters, and no fragment of a web page, which no server sees."""
-    found = links(url)
-    return "::".join(_spelled(link) for link in found)
+    """A URL as libraries are to have it: schemes in small letters, and without a fragment, which no web server sees."""
+    return "::".join(_spelled(link) for link in links(url))
 
 
 def _spelled(link: Link) -> str:
