@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, Final
 
-_SECRET: Final = re.compile(
-    r"(^|[^a-z])(keys?|api_?keys?|pass|sas|auth|sessions?|certs?|cookies?|headers?)($|[^a-z])"
-    r"|secret|token|passw|passphrase|credential|authoriz|signature|certificate"
-)
-_HUMP: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+from xzcache._urls import sounds_secret, without_user
+
 _WHOSE: Final = ("key", "username", "user", "access_key_id", "aws_access_key_id")
 """Names of options that say in whose name something is read: what is there may depend on it."""
 _PASSING: Final = ("token", "session_token", "aws_session_token")
 """With one of these, the name is another one the next hour."""
-_USER: Final = re.compile(r"://[^/?#]*@")
 _BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
 
 
@@ -51,7 +46,7 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
             if name in _WHOSE and isinstance(item, str) and not passing:
                 yield f"{name}={blake2b(item.encode(), digest_size=16).hexdigest()}"
-            elif isinstance(item, bool | int | float) or item is None or not _sounds_secret(str(name)):
+            elif isinstance(item, bool | int | float) or item is None or not sounds_secret(str(name)):
                 yield f"{name}="
                 yield from described(item, known)
         yield "}"
@@ -69,17 +64,3 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
         yield f"{value.__module__}.{value.__qualname__}"
     else:
         raise Indescribable
-
-
-def _sounds_secret(name: str) -> bool:
-    return _SECRET.search(_HUMP.sub("_", name).lower()) is not None
-
-
-def without_user(url: str) -> str:
-    """A URL, or a chain of them, without users and passwords."""
-    return _USER.sub("://", url)
-
-
-def without_secrets(url: str) -> str:
-    """A URL, or a chain of them, without users, passwords and queries."""
-    return without_user(url).partition("?")[0]

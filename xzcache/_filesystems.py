@@ -9,8 +9,9 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from xzcache import _locations as locations
-from xzcache._described import described, without_secrets, without_user
+from xzcache._described import described
 from xzcache._locations import Location
+from xzcache._urls import shown, without_user
 
 _NOT_LOCATING: Final = (
     *("asynchronous", "loop", "max_concurrency", "anon", "skip_instance_cache", "use_listings_cache"),
@@ -34,11 +35,16 @@ def protocol_of(fs: Any) -> str:
     return str(fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
 
 
+def is_object_store(fs: Any) -> bool:
+    """Whether a file system is a client of an object store, and not of a web server."""
+    return _is_known(fs) and protocol_of(fs) in _OBJECT_STORES.keys() - {"http", "https"}
+
+
 def label_of(fs: Any, path: str) -> str:
     """A URL without credentials, for people."""
     if (location := _location(fs, path)) is not None:
         return location.label
-    return f"{protocol_of(fs)}://{without_secrets(path)}"
+    return shown(f"{protocol_of(fs)}::{path}" if "://" in path else f"{protocol_of(fs)}://{path}")
 
 
 def parts_of(fs: Any, path: str) -> Iterator[str]:
@@ -103,10 +109,14 @@ def _state(path: str) -> Iterator[str]:
 
 def _location(fs: Any, path: str) -> Location | None:
     fs = _inmost(fs)
-    if not type(fs).__module__.startswith(("s3fs", "gcsfs", "adlfs", "fsspec.implementations.http")):
-        # a subclass of a user's may read something else
+    if not _is_known(fs):
         return None
     return _OBJECT_STORES[protocol_of(fs)](path, _options(fs)) if protocol_of(fs) in _OBJECT_STORES else None
+
+
+def _is_known(fs: Any) -> bool:
+    # a subclass of a user's may read something else
+    return type(_inmost(fs)).__module__.startswith(("s3fs", "gcsfs", "adlfs", "fsspec.implementations.http"))
 
 
 def _inmost(fs: Any) -> Any:

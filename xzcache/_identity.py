@@ -17,11 +17,13 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
 
 from xzcache import _locations as locations
-from xzcache._described import Indescribable, described, without_secrets
-from xzcache._filesystems import described_filesystem, is_filesystem, label_of, parts_of, protocol_of
+from xzcache._credentials import PROVIDERS, AwsCredentials
+from xzcache._described import Indescribable, described
+from xzcache._filesystems import described_filesystem, is_filesystem, is_object_store, label_of, parts_of, protocol_of
 from xzcache._manifests import manifest_parts
 from xzcache._remembered import Remembered
 from xzcache._sources import WebStore
+from xzcache._urls import shown
 
 _TRANSPARENT: Final = ("zarr.storage", "zarr.testing")
 
@@ -47,7 +49,7 @@ class Identity(NamedTuple):
     @property
     def url(self) -> str | None:
         """The URL or path of a source that has one, without credentials."""
-        return self.label if self.lasting and re.match(r"/|\w+://", self.label) else None
+        return self.label if self.lasting and re.match(r"/|[\w+.-]+(://|::)", self.label) else None
 
 
 def identity(label: str, parts: Iterable[str], *, lasting: bool, immutable: bool = False) -> Identity:
@@ -79,7 +81,7 @@ def is_found_out_anew(store: Store) -> bool:
     kind = type(getattr(store, "store", None)).__name__
     if kind in ("S3Store", "GCSStore", "AzureStore"):
         return True
-    return type(store) is FsspecStore and label_of(store.fs, "").partition("://")[0] in ("s3", "gs", "az")
+    return type(store) is FsspecStore and is_object_store(store.fs)
 
 
 def _identify(store: Store) -> Identity:
@@ -192,10 +194,13 @@ def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
     bucket = str(config.pop("bucket", None) or config.pop("container_name", None) or "")
     describe = {"S3Store": locations.of_s3, "GCSStore": locations.of_google, "AzureStore": locations.of_azure}.get(kind)
     if describe is None:
-        label = f"{kind} {bucket} {without_secrets(prefix)}".strip()
+        label = shown(f"{kind}://{bucket}/{prefix}")
         return label, (kind, bucket, prefix, *described(config, _known))
+    provider = getattr(store, "credential_provider", None)
+    if isinstance(provider, AwsCredentials):
+        config["profile"] = provider.profile
     location = describe(f"{bucket}/{prefix}", config, boto=False)
-    if location.server and (provider := getattr(store, "credential_provider", None)) is not None:
+    if location.server and provider is not None and not isinstance(provider, PROVIDERS):
         return location.label, (*location, *described(provider, _known))
     return location.label, location
 

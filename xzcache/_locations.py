@@ -11,7 +11,11 @@ import re
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
+
+from xzcache._credentials import AwsCredentials
+from xzcache._described import Indescribable
+from xzcache._urls import host_and_port, links, shown
 
 _AMAZON: Final = re.compile(r"([^.]+\.)*s3([.-][^.]+)*\.amazonaws\.com(\.cn)?")
 _AZURE: Final = re.compile(r"(?P<account>[^.]+)\.(blob|dfs)\.core\.windows\.net")
@@ -33,8 +37,7 @@ class Location(NamedTuple):
     @property
     def label(self) -> str:
         """A URL without credentials, for people."""
-        path = self.path.partition("?")[0]
-        return f"{self.scheme}://{path}"
+        return shown(f"{self.scheme}://{self.path}")
 
 
 def of_s3(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Location:
@@ -70,6 +73,11 @@ def configured_endpoint(profile: str) -> str:
         return endpoint
     if b"endpoint_url" not in (text := _configuration()):
         return ""
+    try:
+        found = AwsCredentials(profile or None).endpoint
+        return "" if _AMAZON.fullmatch(_taken_apart(found)[0]) else found
+    except (ImportError, ValueError):
+        pass
     return f"{blake2b(text + profile.encode(), digest_size=8).hexdigest()}.configured"
 
 
@@ -109,7 +117,7 @@ def of_azure(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Loc
     said = dict(part.partition("=")[::2] for part in str(string or "").split(";"))
     endpoint = str(options.get("endpoint") or said.get("BlobEndpoint") or "")
     account = options.get("account_name") or said.get("AccountName") or _environment("AZURE_STORAGE_ACCOUNT_NAME")
-    host = str(options.get("account_host") or urlsplit(endpoint).hostname or "").lower()
+    host = str(options.get("account_host") or _taken_apart(endpoint)[0]).lower()
     server = "emulator" if _true(options.get("use_emulator")) else _server(endpoint) or host
     if known := _AZURE.fullmatch(host):
         account, server = account or known["account"], ""
@@ -118,23 +126,32 @@ def of_azure(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Loc
 
 def of_web(url: str) -> Location:
     """Of a URL of a web server; its user is part of it, the password is not."""
-    parts = urlsplit(url, allow_fragments=False)
-    user, at, host = parts.netloc.rpartition("@")
-    usual = {"https": ":443", "http": ":80"}.get(parts.scheme, ":")
+    link = links(url)[-1]
+    usual = {"https": ":443", "http": ":80"}.get(link.scheme, ":")
+    # a fragment is never sent
+    path, mark, query = link.rest.partition("#")[0].partition("?")
     # libraries differ in whether they say a space, or %20
-    path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
-    where = host.lower().removesuffix(usual) + path + (f"?{parts.query}" if parts.query else "")
-    return Location(parts.scheme, "", user.partition(":")[0] if at else "", where)
+    path = quote(path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+    user = re.split(":|%3A", link.user, maxsplit=1, flags=re.IGNORECASE)[0]
+    where = link.host.lower().removesuffix(usual) + path + (mark + query if query else "")
+    return Location(link.scheme, "", user, where)
 
 
 def _server(endpoint: str) -> str:
     """Host, port and path; of Amazon's own the part of the world whose names of buckets are its own."""
-    parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-    host = (parts.hostname or "").lower()
+    host, port, path = _taken_apart(endpoint)
     if not host or _AMAZON.fullmatch(host):
         return _partition(host)
-    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
-    return f"{host}:{port}{parts.path.rstrip('/')}"
+    return f"{host}:{port}{path}"
+
+
+def _taken_apart(endpoint: str) -> tuple[str, int, str]:
+    if not endpoint:
+        return "", 0, ""
+    if (parts := host_and_port(endpoint)) is None:
+        # where one reads from is not known: nobody else reads from there
+        raise Indescribable
+    return parts
 
 
 def _partition(region: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
 
-from xzcache._described import without_user
+from xzcache._urls import without_user
 
 
 def manifest_parts(store: Any, known: Callable[[Any], Iterator[str]]) -> Iterator[str]:

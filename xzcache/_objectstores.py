@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 from xzcache._buckets import region_of
+from xzcache._credentials import AwsCredentials, AzureCredentials, GoogleCredentials, NoCredentials, NoSuchProfile
 from xzcache._locations import configured_endpoint, names_region
+from xzcache._urls import shown_within
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Remote
@@ -67,12 +69,29 @@ _AWS_TAKEN_IN_TWO_WAYS: Final = (
 """Variables of the environment that obstore and s3fs do not read alike."""
 _AZURE_CREDENTIALS: Final = ("account_key", "sas_key", "client_secret", "federated_token_file", "use_azure_cli")
 
+_AZURE_SIGNS: Final = (
+    *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY", "AZURE_STORAGE_KEY"),
+    *("AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID", "AZURE_STORAGE_TOKEN"),
+)
+"""Variables of the environment in which obstore finds credentials, as adlfs does."""
+_AZURE_PARTS: Final = {
+    "AccountName": "account_name",
+    "AccountKey": "account_key",
+    "SharedAccessSignature": "sas_key",
+    "BlobEndpoint": "endpoint",
+}
+"""Of a connection string."""
+
 SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
 """What obstore can read by URL."""
 
 
 class Untranslatable(ValueError):
     """A URL or an option that cannot be said in obstore's words."""
+
+    def __init__(self, reason: str) -> None:
+        # the name of an option may be a URL
+        super().__init__(shown_within(reason))
 
 
 def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
@@ -101,7 +120,7 @@ def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
         raise Untranslatable(f"obstore {obstore.__version__} is too old: it misspells the names of some objects")
     try:
         return _made(url, options, sure=sure)
-    except Untranslatable:
+    except (Untranslatable, NoSuchProfile):
         raise
     except (TypeError, ValueError, OSError, obstore.exceptions.BaseError) as refusal:
         # never with its text, which may hold a value
@@ -155,19 +174,24 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
         raise Untranslatable("the option 'client_kwargs' is no mapping")
     if not given.pop("use_ssl", True):
         raise Untranslatable("obstore has no word for the option 'use_ssl'")
+    profile = given.pop("profile", None)
     config = _renamed([*given.items(), *client.items()], _S3, _S3_NATIVE)
-    if not config.get("skip_signature", False):
+    signed = not config.get("skip_signature", False)
+    if signed:
         config.pop("skip_signature", None)
-        if not sure and "access_key_id" not in config and not _signs():
-            raise Untranslatable("obstore may not find the credentials that s3fs finds")
+        if "access_key_id" not in config and (profile or not _signs()):
+            if (tools := _with_tools(profile)) is not None:
+                config["credential_provider"] = tools
+            elif profile or not sure:
+                raise Untranslatable("without botocore, obstore may not find the credentials that s3fs finds")
         if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
             # obstore would send it along with somebody else's key
             raise Untranslatable("AWS_SESSION_TOKEN in the environment does not belong to the key that was given")
     if ambiguous := next((name for name in _AWS_TAKEN_IN_TWO_WAYS if os.environ.get(name)), None):
         raise Untranslatable(f"obstore and s3fs do not take {ambiguous} of the environment alike")
-    if "endpoint" not in config and (endpoint := configured_endpoint("")):
+    if "endpoint" not in config and (endpoint := configured_endpoint(profile or "")):
         if "://" not in endpoint:
-            raise Untranslatable("the configuration of the AWS tools names an endpoint, which obstore does not look at")
+            raise Untranslatable("without botocore, it is not known which endpoint the AWS tools are configured for")
         config["endpoint"] = endpoint
     if os.environ.get("AWS_CA_BUNDLE") and not str(config.get("endpoint", "")).startswith("http://"):
         raise Untranslatable("obstore does not look at AWS_CA_BUNDLE of the environment")
@@ -177,15 +201,32 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
     if "endpoint" in config and "region" not in config:
         # obstore would take AWS_REGION, which boto does not know
         region = os.environ.get("AWS_DEFAULT_REGION")
-        if not region and names_region():
-            raise Untranslatable("the configuration of the AWS tools names a region, which obstore does not look at")
+        if "credential_provider" in config or (not region and names_region()):
+            if (tools := _with_tools(profile)) is None:
+                raise Untranslatable("without botocore, it is not known which region the AWS tools are configured for")
+            region = tools.region
         config["region"] = region or "us-east-1"
     if "endpoint" not in config and "region" not in config:
         # other clients follow Amazon's redirection to the right region, obstore does not
-        if (region := region_of(bucket)) is None:
+        if (region := region_of(bucket)) is None and names_region():
+            tools = _with_tools(profile)
+            region = tools.region if tools is not None else None
+        if region is None:
             raise Untranslatable("the region of the bucket could not be found out: give region_name")
         config["region"] = region
     yield from config.items()
+
+
+def _with_tools(profile: str | None) -> AwsCredentials | None:
+    """The AWS tools, where they are installed and configured for nothing that obstore has no word for."""
+    tools = AwsCredentials(profile)
+    try:
+        unsaid = tools.unsaid
+    except ImportError:
+        return None
+    if unsaid is not None:
+        raise Untranslatable(f"obstore has no word for {unsaid!r} of the configuration of the AWS tools")
+    return tools
 
 
 def _signs() -> bool:
@@ -207,31 +248,75 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
         given["service_account_key"] = json.dumps(dict(token))
     elif isinstance(token, str) and token.endswith(".json"):
         given["application_credentials"] = os.path.expanduser(token)
+    elif hasattr(token, "refresh"):
+        yield "credential_provider", GoogleCredentials(token)
     elif token not in (None, "google_default"):
         raise Untranslatable("obstore has no word for this kind of the option 'token'")
-    elif not sure and not (given.keys() & _GCS_NATIVE or os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")):
-        raise Untranslatable("obstore may not find the credentials that gcsfs finds")
+    elif not (given.keys() & _GCS_NATIVE or _google_file_is_native()):
+        try:
+            (tools := GoogleCredentials()).provider  # noqa: B018
+            yield "credential_provider", tools
+        except (ImportError, NoCredentials):
+            if not sure:
+                raise Untranslatable("without google-auth, or where that finds none, gcsfs looks for more") from None
     yield from _renamed(given.items(), {}, _GCS_NATIVE).items()
+
+
+def _google_file_is_native() -> bool:
+    """Whether the environment names a file of credentials of a kind that obstore knows."""
+    try:
+        with open(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or "", "rb") as file:
+            return json.load(file).get("type") in ("service_account", "authorized_user")
+    except (OSError, ValueError):
+        return False
 
 
 def _of_azure(place: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
     _, at, host = place.partition("@")
+    given = _without_connection_string(given)
+    credential = given.pop("credential", None)
     config = _renamed(given.items(), _AZURE, _AZURE_NATIVE)
     if at:
         if not re.fullmatch(r"[^.]+\.(blob|dfs)\.core\.windows\.net", host, re.IGNORECASE):
             raise Untranslatable("obstore would not read from the host of the URL")
         config.setdefault("account_name", host.partition(".")[0].lower())
-    if os.environ.get("AZURE_STORAGE_CONNECTION_STRING"):
-        raise Untranslatable("obstore does not look at AZURE_STORAGE_CONNECTION_STRING of the environment")
     named = config.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not named and not config.get("use_emulator"):
         raise Untranslatable("obstore needs the option 'account_name'")
     if not config.get("skip_signature", False):
         config.pop("skip_signature", None)
-        signs = config.keys() & set(_AZURE_CREDENTIALS) or any(name.startswith("AZURE_STORAGE_") for name in os.environ)
-        if not sure and not signs:
-            raise Untranslatable("obstore may not find the credentials that adlfs finds")
+        signs = config.keys() & {*_AZURE_CREDENTIALS} or any(os.environ.get(name) for name in _AZURE_SIGNS)
+        if credential is not None and (signs or not hasattr(credential, "get_token")):
+            raise Untranslatable("obstore has no word for this kind of the option 'credential'")
+        if not signs:
+            try:
+                (tools := AzureCredentials(credential)).provider  # noqa: B018
+                yield "credential_provider", tools
+            except ImportError:
+                if credential is not None or not sure:
+                    raise Untranslatable("without azure-identity, obstore may not find what adlfs finds") from None
     yield from config.items()
+
+
+def _without_connection_string(given: dict[str, Any]) -> dict[str, Any]:
+    """Options with the parts of a connection string, of the options or the environment, as options of their own."""
+    given = dict(given)
+    text = given.pop("connection_string", None) or os.environ.get("AZURE_STORAGE_CONNECTION_STRING")
+    if not text:
+        return given
+    if given.keys() & {*_AZURE_CREDENTIALS, "sas_token", "credential"}:
+        raise Untranslatable("a connection string and other credentials are given")
+    parts = dict(part.partition("=")[::2] for part in str(text).split(";") if part)
+    said = {word: parts.pop(name, None) for name, word in _AZURE_PARTS.items()}
+    scheme, suffix = parts.pop("DefaultEndpointsProtocol", "https"), parts.pop("EndpointSuffix", "core.windows.net")
+    if parts.keys() - {"QueueEndpoint", "TableEndpoint", "FileEndpoint"} or not said["account_name"]:
+        raise Untranslatable("obstore has no word for a part of the option 'connection_string'")
+    if not said["endpoint"] and (scheme, suffix) != ("https", "core.windows.net"):
+        said["endpoint"] = f"{scheme}://{said['account_name']}.blob.{suffix}"
+    for word, value in said.items():
+        if value and given.setdefault(word, value) != value:
+            raise Untranslatable("the connection string and another option do not say the same")
+    return given
 
 
 def _of_web(parts: SplitResult, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,18 +9,21 @@ from collections.abc import AsyncIterator, Mapping
 from html import unescape
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import zarr.storage
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
-from xzcache._described import without_secrets
 from xzcache._objectstores import SCHEMES, Untranslatable, object_store
+from xzcache._urls import certain, check_options, links, plain, scrub, shown, without_colons
 
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
+
+
+_SLASH_MISSING: Final = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
 
 
 def is_url(store: object) -> bool:
@@ -39,12 +42,41 @@ def local_path(store: object) -> str | None:
     """The absolute path, links and all, of what is given as a path on this machine."""
     if isinstance(store, str) and (is_url(store) or store.startswith("file://")):
         return None
-    return os.path.abspath(os.path.expanduser(store)) if isinstance(store, str | Path) else None
+    return os.path.abspath(place_of(store)) if isinstance(store, str | Path) else None
+
+
+def place_of(path: str | os.PathLike[str]) -> str:
+    """Where Zarr finds what is given as a path on this machine or as a URL of a file.
+
+    A text is a URL to Zarr of late: what follows a ``#`` or ``?`` is no part of the path. A `pathlib.Path` is a path.
+    """
+    if isinstance(path, str):
+        try:
+            from zarr.storage._utils import parse_store_url
+        except ImportError:
+            # older Zarr takes a text as it is
+            path = path.removeprefix("file://")
+        else:
+            parsed = parse_store_url(path)
+            local = parsed.path if parsed.scheme in ("", "file") else ""
+            path = local or path.removeprefix("file://")
+    return os.path.expanduser(os.fspath(path))
+
+
+def _lacks_slashes(text: str) -> bool:
+    """Whether a text with a user in it is a URL but for its slashes, and no path of what there is."""
+    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(place_of(text))
+
+
+def as_xarray(path: str | os.PathLike[str]) -> str:
+    """A path as xarray hands it to Zarr: as an absolute text, whatever it was."""
+    text = os.fspath(path)
+    return text if text.startswith("file://") or _lacks_slashes(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def spelled(store: object) -> str | None:
     """A URL as it was given, but without credentials; None for anything else."""
-    return without_secrets(store).rstrip("/") if isinstance(store, str) else None
+    return shown(store).rstrip("/") if isinstance(store, str) else None
 
 
 def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:
@@ -71,7 +103,9 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
             # never with its value, which may be a secret
             kind = type(storage_options).__name__
             raise TypeError(f"storage_options is a {kind}, which is not accepted: give a mapping of options")
-        return _from_url(store, _copied(storage_options or {}), read_only=read_only, upstream=upstream)
+        options = _copied(storage_options or {})
+        check_options(options)
+        return _from_url(plain(certain(store, "store")), options, read_only=read_only, upstream=upstream)
     if storage_options is not None:
         raise TypeError(
             f"storage_options goes with a URL only: store is a {type(store).__name__}, which has its options already"
@@ -86,18 +120,28 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         # whoever only reads does not make it
         return _local(store.root, read_only=read_only or store.read_only)
     if isinstance(store, Store):
+        if type(store) is FsspecStore:
+            _check_path(store.fs, store.path)
+        inner: Any = getattr(store, "store", None)
+        if type(inner).__name__ == "HTTPStore":
+            certain(str(inner.url), "store")
         return store
     if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):
         return MemoryStore(store, read_only=read_only)
     if isinstance(store, str):
         if not store:
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
-        return _local(store.removeprefix("file://"), read_only=read_only)
+        if _lacks_slashes(store):
+            # never with its value, which may be a secret
+            raise ValueError(f"store is no URL, for want of slashes, and no path that there is: give {_ACCEPTED}")
+        return _local(store, read_only=read_only)
     if type(store).__name__ == "FSMap":
+        _check_path(store.fs, store.root)
         return FsspecStore.from_mapper(store, read_only=read_only)
     if hasattr(store, "protocol") and hasattr(store, "fs") and hasattr(store, "path"):
         if store.protocol in ("", "file", "local"):
-            return _local(store.path, read_only=read_only)
+            return _local(Path(store.path), read_only=read_only)
+        _check_path(store.fs, store.path)
         return FsspecStore.from_upath(store, read_only=read_only)
     if isinstance(store, os.PathLike):
         return _local(store, read_only=read_only)
@@ -112,14 +156,19 @@ def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
     # where it is now: neither the working directory nor a link may lead elsewhere later on
-    return LocalStore(Path(os.path.realpath(os.path.expanduser(path))), read_only=read_only)
+    return LocalStore(Path(os.path.realpath(place_of(path))), read_only=read_only)
+
+
+def _check_path(fs: Any, path: str) -> None:
+    """Refuse a user and a password within the path of an object that somebody made of a URL."""
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    if "://" in path or protocol in SCHEMES:
+        certain(path if "://" in path else f"{protocol}://{path}", "store")
 
 
 def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: str) -> Store:
-    scheme = urlsplit(url).scheme if "::" not in url else ""
-    if scheme in SCHEMES and scheme not in ("http", "https") and re.match(r"\w+://[^/]*:[^/]*@", url):
-        # never with the URL: this is a secret
-        raise ValueError(f"store is a {scheme} URL with a user and a password: give them as storage_options")
+    outermost, *further = links(url)
+    scheme = outermost.scheme if not further else ""
     if upstream != "fsspec":
         try:
             if scheme not in SCHEMES:
@@ -146,7 +195,7 @@ def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: s
 
 def _over_obstore(url: str, options: Mapping[str, Any], *, read_only: bool, sure: bool) -> Store:
     remote = object_store(url, options, sure=sure)
-    if urlsplit(url).scheme in ("http", "https"):
+    if url.startswith(("http://", "https://")):
         return WebStore(remote, url, read_only=read_only)
     return zarr.storage.ObjectStore(remote, read_only=read_only)
 
@@ -162,7 +211,8 @@ def _configured(scheme: str) -> dict[str, Any]:
 def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store:
     import fsspec
 
-    outermost = url.partition("::")[0].partition("://")[0]
+    first = links(url := without_colons(url))[0]
+    outermost = first.scheme or first.text
     try:
         kind = fsspec.get_filesystem_class(outermost)
     except ValueError:
@@ -177,7 +227,13 @@ def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store
     if outermost in ("s3", "s3a") and "max_concurrency" in inspect.signature(kind.__init__).parameters:
         # s3fs asks for the size of every object first, unless it is told not to split them
         options = {"max_concurrency": 1, **options}
-    return FsspecStore.from_url(url, storage_options=options, read_only=read_only)
+    try:
+        return FsspecStore.from_url(url, storage_options=options, read_only=read_only)
+    except Exception as error:
+        # a file of references may have been read already, and its URL is in the text
+        if (scrubbed := scrub(error, url)) is error:
+            raise
+    raise scrubbed
 
 
 class WebStore(zarr.storage.ObjectStore[Any]):

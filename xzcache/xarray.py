@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,10 +21,10 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from xzcache._config import config, parse_flag
-from xzcache._described import without_secrets, without_user
 from xzcache._globs import expanded, is_pattern
 from xzcache._open_zarr import is_ours, original, transparent
-from xzcache._sources import is_url
+from xzcache._sources import as_xarray, is_url, place_of
+from xzcache._urls import scrub, shown
 from xzcache.pipeline import give
 from xzcache.store import CacheStore
 
@@ -167,7 +166,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         if isinstance(item, CacheStore):
             return item
         name = os.fspath(item) if isinstance(item, str | os.PathLike) else None
-        store = CacheStore(item, storage_options=storage_options if is_url(item) else None, **settings)
+        store = CacheStore(_as_xarray(item), storage_options=storage_options if is_url(item) else None, **settings)
         opened.append(store)
         return stores.setdefault(name, store) if name is not None else store
 
@@ -188,6 +187,13 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         raise
 
 
+def _as_xarray(given: Any) -> Any:
+    """What xarray gives to Zarr: of a path of whichever kind a text."""
+    is_path = isinstance(given, str) and given and not is_url(given)
+    is_path = is_path or (isinstance(given, os.PathLike) and not hasattr(given, "protocol"))
+    return as_xarray(given) if is_path else given
+
+
 def _expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
     """What a pattern stands for, in order."""
     if not is_url(pattern):
@@ -201,7 +207,7 @@ def _source(given: Any) -> dict[str, str]:
     if not isinstance(path, str | os.PathLike):
         return {}
     name = os.fspath(path)
-    return {"source": without_secrets(name) if "://" in name else os.path.abspath(os.path.expanduser(name))}
+    return {"source": shown(name) if "://" in name else os.path.abspath(os.path.expanduser(name))}
 
 
 def _hidden(given: Any) -> dict[str, str]:
@@ -228,13 +234,13 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         # a path that is opened for writing is made
         settings.setdefault("read_only", True)
     elif rest["mode"] == "r+" and isinstance(source, str | os.PathLike) and not is_url(source):
-        name = os.path.abspath(os.path.expanduser(os.fspath(source).removeprefix("file://")))
+        name = place_of(as_xarray(source))
         if not os.path.exists(name):
             raise FileNotFoundError(f"{name} does not exist")
     if isinstance(source, CacheStore) and not settings.keys() - {"read_only"}:
         store = source
     else:
-        store = CacheStore(source, storage_options=options, **settings)
+        store = CacheStore(_as_xarray(source), storage_options=options, **settings)
     try:
         yield StorePath(store, path) if path else store, rest, finish
     except (FileNotFoundError, ValueError) as error:
@@ -288,14 +294,10 @@ def _say(error: Exception, store: CacheStore, given: object) -> None:
         given = os.path.abspath(os.path.expanduser(os.fspath(given)))
     text = str(given) if isinstance(error, FileNotFoundError) else str(store._store)
     error.args = tuple(
-        _scrubbed(part.replace(repr(store), repr(given)).replace(str(store), text)) if isinstance(part, str) else part
+        part.replace(repr(store), repr(given)).replace(str(store), text) if isinstance(part, str) else part
         for part in error.args
     )
-
-
-def _scrubbed(text: str) -> str:
-    """A text in which there may be URLs."""
-    return re.sub(r"\S+://\S+", lambda url: re.sub(r"\?[^\s'\",>)]*", "", without_user(url[0])), text)
+    scrub(error, *(each for each in (given, getattr(given, "path", None)) if isinstance(each, str) and is_url(each)))
 
 
 for _function in (
