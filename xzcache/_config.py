@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import time
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
@@ -136,6 +137,14 @@ def _number(value: Any) -> float | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_fresh(since: float, max_age: Age) -> bool:
+    """Whether what is from a time, in seconds since the epoch, is not too old.
+
+    What seems to be from the future is from before the clock was set back, and nobody knows how old it is.
+    """
+    return max_age == "infinity" or 0 <= time.time() - since < max_age
 
 
 def parse_age(name: str, value: Any) -> Age:

@@ -123,7 +123,8 @@ class LockedLocalStore(LocalStore):
         return f"{type(self).__name__}({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, type(self)) and self._directory is other._directory
+        same = type(other) is type(self) and self._directory is other._directory
+        return same and self._settings() == other._settings()
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 
