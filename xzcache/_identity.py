@@ -86,9 +86,10 @@ def is_same_source(one: Store, other: Store) -> bool:
         return False
     if not known.lasting:
         return True
-    with suppress(NotImplementedError, ValueError):
+    if one.read_only != other.read_only:
         # several stores that differ in this alone are not equal; whether a `CacheStore` writes is its own setting
-        one = one.with_read_only(other.read_only)
+        with suppress(NotImplementedError, TypeError, ValueError):
+            one = one.with_read_only(other.read_only)
     return bool(one == other)
 
 
