@@ -1,4 +1,4 @@
-"""What is answered without the object: that a chunk is absent, whether a key exists, its size; and which stores are equal."""
+"""What is answered without the object: that a chunk is absent, that a key exists, its size; and which stores are equal."""
 
 from __future__ import annotations
 
@@ -283,7 +283,8 @@ def test_sources_in_memory_are_equal_if_they_are_the_same(cache_kind: str, tmp_p
         assert one == over(MemoryStore(first._store_dict))
         assert one != over(MemoryStore(first._store_dict, read_only=True))
         objects = obstore.store.MemoryStore()
-        assert over(ObjectStore(objects)) == over(ObjectStore(objects)) != over(ObjectStore(obstore.store.MemoryStore()))
+        assert over(ObjectStore(objects)) == over(ObjectStore(objects))
+        assert over(ObjectStore(objects)) != over(ObjectStore(obstore.store.MemoryStore()))
 
 
 def test_an_array_is_not_written_over_itself(tmp_path: Path) -> None:
@@ -305,7 +306,8 @@ def test_equal_stores_have_the_same_rights_and_settings(tmp_path: Path) -> None:
     root = tmp_path / "source"
     store = over(LocalStore(root))
     assert store == over(LocalStore(root)) == pickle.loads(pickle.dumps(store))
-    assert store.with_read_only(True) == over(LocalStore(root), read_only=True) == over(LocalStore(root, read_only=True))
+    reader = store.with_read_only(True)
+    assert reader == over(LocalStore(root), read_only=True) == over(LocalStore(root, read_only=True))
     assert store.with_read_only(True).with_read_only(False) == store
     different = [over(LocalStore(root), read_only=True), over(LocalStore(tmp_path / "other")), over(MemoryStore())]
     different += [over(LocalStore(root), **{name: 5}) for name in ("max_age_seconds", "revalidate")]

@@ -144,9 +144,7 @@ def test_attributes_are_added_to_those_that_another_machine_has_set(s3: S3Server
 
 
 @formats
-def test_a_node_that_another_machine_has_made_is_not_made_anew(
-    s3: S3Server, zarr_format: Any, tmp_path: Path
-) -> None:
+def test_a_node_that_another_machine_has_made_is_not_made_anew(s3: S3Server, zarr_format: Any, tmp_path: Path) -> None:
     source, here, there = machines("obstore", s3, tmp_path)
     zarr.create_group(source, zarr_format=zarr_format)
     for _ in range(2):
@@ -462,5 +460,3 @@ async def test_ranges_of_a_session_are_read_together(tmp_path: Path) -> None:
     counted.forget()
     assert await ranges(store, wanted, "zarr.json") == [whole[1:4], whole[2:6]]
     assert counted.count("get_ranges", "zarr.json") == counted.reads == 1
-
-

@@ -110,9 +110,7 @@ def _identify(store: Store) -> Identity:
     inner = getattr(store, "source", None)
     if isinstance(inner, Identity):
         # what the inner one holds may be older than what the source has
-        return identity(
-            inner.label, ("through a cache", inner.digest), lasting=inner.lasting, fickle=inner.fickle
-        )
+        return identity(inner.label, ("through a cache", inner.digest), lasting=inner.lasting, fickle=inner.fickle)
     if (describe := _KINDS.get(type(store))) is not None:
         return describe(store)
     if isinstance(store, MemoryStore) and type(store).__module__.startswith(_TRANSPARENT):
@@ -147,9 +145,7 @@ def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity
     except Indescribable:
         return _of_lifetime(store, store, fickle=inner.fickle)
     kind = f"{type(store).__module__}.{type(store).__qualname__}"
-    return identity(
-        inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting, fickle=inner.fickle
-    )
+    return identity(inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting, fickle=inner.fickle)
 
 
 def _known(value: Any) -> Iterator[str] | None:

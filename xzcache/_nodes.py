@@ -63,8 +63,10 @@ class Nodes:
     def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
         noted = self._absent.get(key)
-        return noted is not None and is_fresh(noted, max_age) and any(
-            Entry(sibling) in self._ledger for sibling in documents.siblings(key)
+        return (
+            noted is not None
+            and is_fresh(noted, max_age)
+            and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
         )
 
     def lacks(self, key: str, max_age: Age) -> bool:

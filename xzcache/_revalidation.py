@@ -78,13 +78,14 @@ class Revalidation:
     async def _document(self, request: Request) -> memoryview | None:
         """A metadata document from the source, asked for once by all tasks that want it now.
 
-        A document that may become the base of a write is asked for by each task: a request that is under way already
-        may show the state before a change that the task knows of.
+        A cached document that may become the base of a write is asked for by each task: a request that is under way
+        already may show the state before a change that the task knows of.
         """
         key, entry = request.key, request.entry
+        alone = self._reading.writable and await self._backend.size(entry, "infinity") is not None
         while True:
             ticket = began = self._backend.ticket(entry)
-            if began is None or self._reading.writable:
+            if began is None or alone:
                 flight: Flight[memoryview | None] = Flight()
                 break
             flight, leads = self._backend.flights.join((id(self._freshness), key, began))
