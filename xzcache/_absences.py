@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from xzcache._config import is_fresh
 from xzcache._documents import arrays_of
 from xzcache._keys import absence_slot
 from xzcache._leaders import Ticket, current_ticket
@@ -62,8 +63,9 @@ class Absences:
         """Whether a key is absent, without a look at the index; None where that is needed. Never waits."""
         noted = self._noted.get(key)
         if noted is not None:
-            if _is_fresh(noted.at, max_age) and noted.ticket == self._ticket(key):
-                return True
+            if noted.ticket == self._ticket(key):
+                # what is too old for one store may not be so for another
+                return is_fresh(noted.at, max_age)
             self._noted.pop(key, None)
             return False
         array = _array_of(key)
@@ -95,7 +97,7 @@ class Absences:
         if len(rows) >= _REMEMBERED:
             with self._books.section() as (_, index):
                 noted = index.notes.absent_since(key)
-            return noted is not None and _is_fresh(noted, max_age)
+            return noted is not None and is_fresh(noted, max_age)
         with self._lock:
             if len(self._read_at) > _REMEMBERED:
                 self._read_at.clear()
@@ -182,7 +184,3 @@ class Absences:
 
 def _array_of(key: str) -> str:
     return arrays_of(key)[-1]
-
-
-def _is_fresh(at: float, max_age: Age) -> bool:
-    return max_age == "infinity" or 0 <= time.time() - at < max_age

@@ -106,8 +106,16 @@ class StoreBackend(Alone):
         return memoryview(value.to_bytes())
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of an entry that `find` would find, in bytes."""
-        return None if (data := await self.find(entry, max_age)) is None else len(data)
+        """The size of a whole object that `find` would find, in bytes."""
+        if self._distrusts_all or entry.key in self._distrusted or not self._ledger.may_serve(entry, max_age):
+            return None
+        try:
+            return await self.cache_store.getsize(entry.key)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            self._trouble(error)
+            return None
 
     async def validator(self, entry: Entry) -> str:
         """What tells the cached state of an entry from others; empty where nothing does."""

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
+from xzcache._config import is_fresh
 from xzcache._keys import Entry, data_slot, prefix_slot
 from xzcache._leaders import Ticket, current_ticket
 
@@ -79,8 +80,9 @@ class Arrays:
     def _is_absent(self, namespace: str, key: str, max_age: Age) -> bool:
         with self._books.section() as (_, index):
             noted = index.notes.absent_since(f"{namespace}/{key}")
-            fresh = noted is not None and (max_age == "infinity" or 0 <= time.time() - noted < max_age)
-            return fresh and any(index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key))
+            return (noted is not None and is_fresh(noted, max_age)) and any(
+                index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key)
+            )
 
     def note(self, namespace: str, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""

@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import stat
+import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -139,6 +140,14 @@ def _number(value: Any) -> float | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_fresh(since: float, max_age: Age) -> bool:
+    """Whether what is from a time, in seconds since the epoch, is not too old.
+
+    What seems to be from the future is from before the clock was set back, and nobody knows how old it is.
+    """
+    return max_age == "infinity" or 0 <= time.time() - since < max_age
 
 
 def parse_age(name: str, value: Any) -> Age:

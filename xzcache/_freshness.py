@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -13,12 +14,20 @@ from xzcache._documents import is_document, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     from xzcache._config import Revalidate
 
 _CARRIED: Final = 85
 _DIGEST: Final = 3
 _LENGTH: Final = 1 + _CARRIED * 2 * _DIGEST
+
+_WRITING: Final = ("write", "_encode_partial")
+"""What functions of Zarr have in their names that read a chunk in order to change a part of it."""
+_EITHER: Final = ("_fetch_and_decode_as_completed",)
+"""Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
+_DEEPEST: Final = 32
+"""Frames to look at: more than lie between a store and the task that Zarr reads in."""
 
 
 class Seen:
@@ -82,15 +91,25 @@ class Freshness:
         self._states: dict[bytes, bytes] = {}
         self._under_way: Counter[str] = Counter()
 
-    def must_ask(self, key: str) -> bool:
-        """Whether the source has to be asked for a key whatever the cache holds."""
+    def must_ask(self, key: str, *, writable: bool) -> bool:
+        """Whether the source has to be asked for a key whatever the cache holds.
+
+        Parameters
+        ----------
+        key : str
+        writable : bool
+            Whether the answer may become the base of a write. An array that another machine has appended to must not be
+            appended to by its old shape, so each read of a document then asks, unless seconds say otherwise.
+        """
         policy = self.revalidate
         if policy is True or policy is False:
             return policy
         if not is_document(key):
             return False
+        if policy == "open":
+            return writable or key not in self._asked
         asked = self._asked.get(key)
-        return asked is None or (policy != "open" and time.monotonic() - asked >= policy)
+        return asked is None or time.monotonic() - asked >= policy
 
     def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
         """Whether the store that this one is a copy of has seen a document as it is cached here."""
@@ -132,3 +151,28 @@ class Freshness:
         """What a copy inherits."""
         states = {**self.inherited.states(), **self._states}
         return Seen.of(states, more=self.inherited.more)
+
+
+def is_read_for_a_write() -> bool | None:
+    """Whether Zarr reads in order to change a part of a chunk or shard, and then to write the whole.
+
+    To be called by the `get` of a store. Zarr does not tell a store why it reads, but the functions that await that
+    `get` are on the stack.
+
+    Returns
+    -------
+    bool or None
+        None where the functions on the stack serve reads and writes alike.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_DEEPEST):
+        if frame is None or (module := frame.f_globals.get("__name__", "")).startswith("asyncio."):
+            break
+        if module.startswith("zarr."):
+            name = frame.f_code.co_qualname
+            if any(part in name for part in _WRITING):
+                return True
+            if any(part in name for part in _EITHER):
+                return None
+        frame = frame.f_back
+    return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
@@ -39,6 +40,8 @@ class Identity(NamedTuple):
     """Whether another process, or a later one, would find the same bytes under it."""
     immutable: bool = False
     """Whether nothing can ever change under it, so that its source need not be asked again."""
+    fickle: bool = False
+    """Whether the source can take back what it had, without a trace, so that nothing of it may be cached."""
 
     @property
     def namespace(self) -> str:
@@ -52,10 +55,12 @@ class Identity(NamedTuple):
         return self.label if self.lasting and re.match(r"/|[\w+.-]+(://|::)", self.label) else None
 
 
-def identity(label: str, parts: Iterable[str], *, lasting: bool, immutable: bool = False) -> Identity:
+def identity(
+    label: str, parts: Iterable[str], *, lasting: bool, immutable: bool = False, fickle: bool = False
+) -> Identity:
     """An identity from a readable label and all that tells a source from others."""
     text = "\0".join(parts).encode("utf-8", "surrogatepass")
-    return Identity(label, blake2b(text, digest_size=10).hexdigest(), lasting, immutable)
+    return Identity(label, blake2b(text, digest_size=10).hexdigest(), lasting, immutable, fickle)
 
 
 _remembered: Final = Remembered[Identity]()
@@ -69,6 +74,25 @@ def identify(store: Store) -> Identity:
 def remember(store: Store, known: Identity) -> None:
     """Give a store the identity of the one that it is a copy of."""
     _remembered.of(store, lambda _: known)
+
+
+def is_same_source(one: Store, other: Store) -> bool:
+    """Whether two stores read the same bytes in the same way, whether or not they may write them.
+
+    Stores in memory are compared by what they hold their contents in: Zarr's compare by the contents themselves.
+    """
+    if one is other:
+        return True
+    known = identify(one)
+    if type(one) is not type(other) or known != identify(other):
+        return False
+    if not known.lasting:
+        return True
+    if one.read_only != other.read_only:
+        # several stores that differ in this alone are not equal; whether a `CacheStore` writes is its own setting
+        with suppress(NotImplementedError, TypeError, ValueError):
+            one = one.with_read_only(other.read_only)
+    return bool(one == other)
 
 
 def is_found_out_anew(store: Store) -> bool:
@@ -88,7 +112,7 @@ def _identify(store: Store) -> Identity:
     inner = getattr(store, "source", None)
     if isinstance(inner, Identity):
         # what the inner one holds may be older than what the source has
-        return identity(inner.label, ("through a cache", inner.digest), lasting=inner.lasting)
+        return identity(inner.label, ("through a cache", inner.digest), lasting=inner.lasting, fickle=inner.fickle)
     if (describe := _KINDS.get(type(store))) is not None:
         return describe(store)
     if isinstance(store, MemoryStore) and type(store).__module__.startswith(_TRANSPARENT):
@@ -106,24 +130,24 @@ def _identify(store: Store) -> Identity:
     return _of_lifetime(store, store)
 
 
-def _of_lifetime(store: Store, contents: object) -> Identity:
+def _of_lifetime(store: Store, contents: object, *, fickle: bool = False) -> Identity:
     token = _remembered.lifetime(store, contents)
-    return identity(type(store).__name__, ("lifetime", token), lasting=False)
+    return identity(type(store).__name__, ("lifetime", token), lasting=False, fickle=fickle)
 
 
 def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity:
     """Of a user's own wrapper or subclass, which may change what passes through it: its attributes may say how."""
     attributes = {name: value for name, value in vars(store).items() if name not in ("_is_open", "_read_only")}
-    try:
-        parts = tuple(described(attributes, _known))
-    except Indescribable:
-        return _of_lifetime(store, store)
     if isinstance(store, WrapperStore):
         inner = identify(store._store)
     else:
         inner = _of_fsspec(store) if isinstance(store, FsspecStore) else _of_local(store)
+    try:
+        parts = tuple(described(attributes, _known))
+    except Indescribable:
+        return _of_lifetime(store, store, fickle=inner.fickle)
     kind = f"{type(store).__module__}.{type(store).__qualname__}"
-    return identity(inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting)
+    return identity(inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting, fickle=inner.fickle)
 
 
 def _known(value: Any) -> Iterator[str] | None:
@@ -208,8 +232,8 @@ def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
 def _of_icechunk(store: Any) -> Identity:
     session = store.session
     if not session.read_only:
-        # what is not committed has no name
-        return _of_lifetime(store, store)
+        # what is not committed has no name, and is discarded, rebased or merged behind the store's back
+        return _of_lifetime(store, store, fickle=True)
     snapshot = str(session.snapshot_id)
     # snapshot ids are random, but for the first, empty one of every repository
     return identity(f"icechunk {snapshot}", ("icechunk", snapshot), lasting=True, immutable=True)

@@ -7,6 +7,7 @@ import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
+from xzcache._config import is_fresh
 from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry
 
@@ -87,7 +88,7 @@ class Ledger:
             if entry.key in self._arriving:
                 return False
             record = self._records.get(entry)
-            return max_age == "infinity" or (record is not None and 0 <= time.time() - record.inserted < max_age)
+            return max_age == "infinity" or (record is not None and is_fresh(record.inserted, max_age))
 
     def data(self, entry: Entry) -> memoryview | None:
         """The bytes of an entry that is kept in memory."""

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _documents as documents
+from xzcache._config import is_fresh
 from xzcache._keys import Entry
 
 if TYPE_CHECKING:
@@ -62,13 +63,16 @@ class Nodes:
     def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
         noted = self._absent.get(key)
-        fresh = noted is not None and (max_age == "infinity" or time.time() - noted < max_age)
-        return fresh and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
+        return (
+            noted is not None
+            and is_fresh(noted, max_age)
+            and any(Entry(sibling) in self._ledger for sibling in documents.siblings(key))
+        )
 
     def lacks(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a chunk."""
         at, ticket = self._lacked.get(key, (0.0, None))
-        return ticket == self._ledger.ticket(key) and (max_age == "infinity" or 0 <= time.time() - at < max_age)
+        return ticket == self._ledger.ticket(key) and is_fresh(at, max_age)
 
     def note_lack(self, key: str, ticket: Ticket) -> None:
         """Remember that the source does not have a chunk, until it is written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Final
 
 from zarr.abc.store import RangeByteRequest
@@ -50,6 +51,10 @@ class RangeReads:
         BaseExceptionGroup
             Of the source's own exceptions, of `FileNotFoundError` where it has no such object, or of `Replaced`.
         """
+        if self._reading.passes:
+            async for group in self._past_the_cache(key, byte_ranges, prototype, limits):
+                yield group
+            return
         wanted: dict[Entry, list[int]] = {}
         alone: list[int] = []
         for place, byte_range in enumerate(byte_ranges):
@@ -62,7 +67,7 @@ class RangeReads:
         if wanted:
             await self._reads.get_ready(key)
             found, missing = await self._fetches.look(key, wanted)
-            if self._reads.freshness.must_ask(key):
+            if self._reading.must_ask(key):
                 # what is cached is asked about, each piece with its validator
                 alone += [place for entry in found for place in wanted[entry]]
                 found = {}
@@ -83,6 +88,16 @@ class RangeReads:
                 yield outcome
         if failures:
             raise BaseExceptionGroup("reading byte ranges failed", failures)
+
+    async def _past_the_cache(
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, limits: dict[str, int]
+    ) -> AsyncIterator[list[tuple[int, Buffer | None]]]:
+        began = time.perf_counter()
+        async for group in self._reading.source.get_ranges(key, byte_ranges, prototype=prototype, **limits):
+            for _, value in group:
+                self._reading.stats.miss(0 if value is None else len(value), time.perf_counter() - began)
+                began = time.perf_counter()
+            yield list(group)
 
     def _mergeable(self, key: str, byte_range: ByteRequest | None) -> Entry | None:
         wanted = span(byte_range) if isinstance(byte_range, RangeByteRequest) else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from zarr.core.buffer import default_buffer_prototype
 
+from xzcache._freshness import is_read_for_a_write
 from xzcache._sourceview import SourceView
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ class ReadableView(SourceView):
     ) -> Buffer | None:
         """The value of a key, or a byte range of it; None where the source has none."""
         prototype = prototype or default_buffer_prototype()
-        if byte_range is None and (value := self._reads.at_once(key, prototype)) is not None:
+        anew = False if self.read_only else is_read_for_a_write()
+        if anew is False and byte_range is None and (value := self._reads.at_once(key, prototype)) is not None:
             return value
-        return await self._reads.get(key, prototype, byte_range)
+        return await self._reads.get(key, prototype, byte_range, anew=anew)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -79,10 +81,14 @@ class ReadableView(SourceView):
             yield group
 
     async def exists(self, key: str) -> bool:
-        """Whether a key has a value: in the cache, or else at the source."""
-        return await self._reads.cached_size(key) is not None or await self._store.exists(key)
+        """Whether a key has a value: as the cache knows, or else by the source's own means."""
+        if await self._reads.cached_size(key) is not None:
+            return True
+        return not await self._reads.is_known_absent(key) and await self._store.exists(key)
 
     async def getsize(self, key: str) -> int:
-        """The size of a value, in bytes: from the cache, or else by the source's own means."""
+        """The size of a value, in bytes: as the cache knows it, or else by the source's own means."""
         size = await self._reads.cached_size(key)
+        if size is None and await self._reads.is_known_absent(key):
+            raise FileNotFoundError(key)
         return await self._store.getsize(key) if size is None else size

@@ -342,6 +342,20 @@ class Reader:
             found.opened.close()
         return stamp.validator if stamp is not None and stamp.digest == found.entry.digest() else ""
 
+    def size(self, found: Found) -> int | None:
+        """The size of a file that was found, which is closed; None where only its contents tell whose it is."""
+        try:
+            if found.known:
+                return found.size
+            stamp = files.read_stamp(found.opened.fd)
+            sound = stamp is not None and stamp.size == found.size and stamp.digest == found.entry.digest()
+            return found.size if sound else None
+        except OSError as error:
+            self._keeper.trouble(error)
+            return None
+        finally:
+            self.close(found)
+
     def renew(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""
         if (found := self.find(entry)) is not None:

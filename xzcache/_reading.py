@@ -55,6 +55,10 @@ class Reading:
         Seconds for which a chunk that the source does not have is not asked for again.
     timeout : float
         Seconds to wait for somebody else's fetch.
+    writable : bool
+        Whether what is read may become the base of a write.
+    passes : bool
+        Whether nothing of this source may be cached, so that each read goes to it.
     promote_above : int or None
         Bytes of an object that are read in byte ranges before it is fetched whole; None for any.
     """
@@ -67,11 +71,21 @@ class Reading:
     max_size: int | None
     missing_max_age: Age
     timeout: float
+    writable: bool = False
+    passes: bool = False
     promote_above: int | None = None
+
+    def must_ask(self, key: str) -> bool:
+        """Whether the source has to be asked for a key whatever the cache holds."""
+        return self.freshness.must_ask(key, writable=self.writable)
 
     async def lacks(self, key: str) -> bool:
         """Whether the source is known not to have a chunk."""
         return self._remembers(key) and await self.backend.lacks(key, self.missing_max_age)
+
+    async def lacked(self, key: str) -> bool:
+        """Whether the source did not have a chunk when it was last asked."""
+        return self._remembers(key) and await self.backend.lacks(key, "infinity")
 
     def lacks_now(self, key: str) -> bool:
         """As `lacks`, as far as this process knows."""

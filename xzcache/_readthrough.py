@@ -81,7 +81,7 @@ class ReadThrough:
 
     def _may_serve(self, key: str) -> bool:
         """Whether what is cached of a key may be served without another word."""
-        if self.freshness.revalidate is True or is_document(key):
+        if self.freshness.revalidate is True or self.reading.passes or is_document(key):
             return False
         return not self._revalidation.may_settle or self._revalidation.is_settled(key)
 
@@ -108,8 +108,16 @@ class ReadThrough:
         count(0 if data is None else len(data), time.perf_counter() - started)
         return None if data is None else buffer_of(data, prototype)
 
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, anew: bool | None = False
+    ) -> Buffer | None:
         """The value of a key or a byte range of it, as `Store.get`.
+
+        Parameters
+        ----------
+        anew : bool or None
+            Whether to ask the source for a chunk whatever the cache holds, as a write depends on it; None where that is
+            not known.
 
         Raises
         ------
@@ -117,14 +125,16 @@ class ReadThrough:
             The rest of the object is another one than this byte range is of, and this Zarr reads shards by `get`.
         """
         if not is_document(key):
-            return await self._get(key, prototype, byte_range)
+            return await self._get(key, prototype, byte_range, anew=anew)
         with self.freshness.asking(key):
             return await self._get(key, prototype, byte_range)
 
-    async def _get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+    async def _get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, anew: bool | None = False
+    ) -> Buffer | None:
         started = time.perf_counter()
         wanted = span(byte_range)
-        entry = None if wanted is None else self.backend.entry(key, *wanted)
+        entry = None if wanted is None or self.reading.passes else self.backend.entry(key, *wanted)
         if wanted is None or entry is None:
             return await self._past_the_cache(key, prototype, byte_range, started)
         if not entry.is_whole and is_document(key):
@@ -133,16 +143,20 @@ class ReadThrough:
             return None if value is None else value[slice(*clip(*wanted, len(value)))]
         await self.get_ready(key)
         request = Request(key, entry, prototype, byte_range, started)
-        if self.freshness.must_ask(key) and not await self._is_vouched_for(request):
+        if anew is None:
+            # what is not cached is fetched from the source in any case, once for all who want it
+            anew = await self.backend.find(entry, "infinity") is not None or await self.reading.lacks(key)
+        if anew or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
         data = await self.reading.find(entry)
-        if data is not None:
+        if data is not None or await self._lacks(key):
             return self.reading.hit(request, data)
-        if is_document(key) and await self.backend.is_absent(key, self.reading.max_age):
-            return self.reading.hit(request, None)
-        if await self.reading.lacks(key):
-            return self.reading.hit(request, None)
-        return await self.fetch(request)
+        try:
+            return await self.fetch(request)
+        except Exception:
+            if self.freshness.revalidate is False and await self.reading.lacked(key):
+                return self.reading.hit(request, None)
+            raise
 
     async def get_ready(self, key: str) -> None:
         """Before anything of a key is looked for in the cache."""
@@ -153,7 +167,7 @@ class ReadThrough:
     async def _is_vouched_for(self, request: Request) -> bool:
         """Whether a document is cached as the store that this one is a copy of has seen it."""
         key = request.key
-        told = self.freshness.revalidate is not True and is_document(key)
+        told = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
         if not told or self.freshness.inherited.state(key) is None:
             return False
         data = await self.reading.find(request.entry)
@@ -163,10 +177,22 @@ class ReadThrough:
     async def cached_size(self, key: str) -> int | None:
         """The size of a value, in bytes, if it is cached and may be served; else None."""
         entry = self.backend.entry(key, *whole())
-        if entry is None or self.freshness.must_ask(key):
+        if entry is None or self.reading.passes or self.reading.must_ask(key):
             return None
         await self.get_ready(key)
         return await self.backend.size(entry, self.reading.max_age)
+
+    async def is_known_absent(self, key: str) -> bool:
+        """Whether the source is known not to have a key, and need not be asked."""
+        if self.backend.entry(key, *whole()) is None or self.reading.passes or self.reading.must_ask(key):
+            return False
+        await self.get_ready(key)
+        return await self._lacks(key)
+
+    async def _lacks(self, key: str) -> bool:
+        if is_document(key):
+            return await self.backend.is_absent(key, self.reading.max_age)
+        return await self.reading.lacks(key)
 
     async def _past_the_cache(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float

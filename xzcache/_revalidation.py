@@ -61,13 +61,13 @@ class Revalidation:
         Who opens a node of unknown format asks for the documents of both, all at once. If the one that comes first in
         the order of formats is still there, those that were not there before do not matter.
         """
-        rules = ruling(request.key)
+        rules = None if self._reading.writable else ruling(request.key)
         if rules is None or not self._freshness.is_asking(rules) or not await self._is_known_absent(request.key):
             return False
         entry = self._backend.entry(rules, *whole())
         if entry is None:
             return False
-        if self._freshness.must_ask(rules):
+        if self._reading.must_ask(rules):
             other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
             return await self._document(other) is not None
         return await self._backend.find(entry, "infinity") is not None
@@ -76,11 +76,16 @@ class Revalidation:
         return await self._backend.is_absent(key, self._reading.max_age)
 
     async def _document(self, request: Request) -> memoryview | None:
-        """A metadata document from the source, asked for once by all tasks that want it now."""
+        """A metadata document from the source, asked for once by all tasks that want it now.
+
+        A cached document that may become the base of a write is asked for by each task: a request that is under way
+        already may show the state before a change that the task knows of.
+        """
         key, entry = request.key, request.entry
+        alone = self._reading.writable and await self._backend.size(entry, "infinity") is not None
         while True:
             ticket = began = self._backend.ticket(entry)
-            if began is None:
+            if began is None or alone:
                 flight: Flight[memoryview | None] = Flight()
                 break
             flight, leads = self._backend.flights.join((id(self._freshness), key, began))

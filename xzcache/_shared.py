@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _pool as pool
+from xzcache._config import is_fresh
 from xzcache._flights import Claims, Flights
 from xzcache._fork import renew_after_fork
 from xzcache._keys import Entry, is_cacheable, within
@@ -99,7 +99,7 @@ class SharedBackend:
             return None
         reader = self.directory.reader
         for found in reader.candidates(entry):
-            if _is_too_old(found, max_age):
+            if not _is_fresh(found, max_age):
                 reader.close(found)
                 continue
             span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
@@ -113,7 +113,7 @@ class SharedBackend:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader
         for found in reader.candidates(entry):
-            if _is_too_old(found, max_age):
+            if not _is_fresh(found, max_age):
                 # another file that holds it may be younger
                 reader.close(found)
             elif (data := await self._read(found, entry)) is not None:
@@ -132,17 +132,17 @@ class SharedBackend:
         return await pool.run(reader.read, found, first, last)
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of an entry that `find` would find, in bytes; a file is read only if it was not checked yet."""
+        """The size of a whole object that `find` would find, in bytes; its file is read only where it has no stamp."""
         reader = self.directory.reader
-        found = reader.find(entry)
-        if found is None:
+        if (found := reader.find(entry)) is None:
             return None
-        known = found.known and found.entry == entry and max_age == "infinity"
-        reader.close(found)
-        if known:
-            return found.size
-        data = await self.find(entry, max_age)
-        return None if data is None else len(data)
+        if not _is_fresh(found, max_age):
+            reader.close(found)
+            return None
+        if (size := reader.size(found)) is None:
+            data = await self.find(entry, max_age)
+            return None if data is None else len(data)
+        return size
 
     def listed(self, key: str) -> Listed:
         """The byte ranges that are cached of an object."""
@@ -297,5 +297,5 @@ class SharedBackend:
         return isinstance(other, SharedBackend) and self.directory is other.directory
 
 
-def _is_too_old(found: Found, max_age: Age) -> bool:
-    return max_age != "infinity" and not 0 <= time.time() - found.opened.mtime_ns / 1e9 < max_age
+def _is_fresh(found: Found, max_age: Age) -> bool:
+    return is_fresh(found.opened.mtime_ns / 1e9, max_age)

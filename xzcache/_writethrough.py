@@ -28,16 +28,21 @@ class WriteThrough:
     freshness : Freshness
     max_size : int or None
         The bound of a backend that is not bounded by itself, in bytes.
+    passes : bool
+        Whether nothing of the source may be cached, so that writes are its own business.
 
     Notes
     -----
     Whatever a write raises, what is cached of the key is forgotten: nobody knows how far the source got.
     """
 
-    def __init__(self, backend: SharedBackend | StoreBackend, freshness: Freshness, max_size: int | None) -> None:
+    def __init__(
+        self, backend: SharedBackend | StoreBackend, freshness: Freshness, max_size: int | None, *, passes: bool
+    ) -> None:
         self._backend = backend
         self._freshness = freshness
         self._max_size = max_size
+        self._passes = passes
 
     async def values(
         self,
@@ -59,6 +64,9 @@ class WriteThrough:
         certain : bool
             Whether the source has these values once `write` returns.
         """
+        if self._passes:
+            await write()
+            return
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
         begun: Sequence[Any]
         begun, cancelled = await through(self._backend.begin([key for key, _ in pairs]))
@@ -98,6 +106,9 @@ class WriteThrough:
 
     async def deletion_beneath(self, prefix: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete everything beneath a prefix."""
+        if self._passes:
+            await delete()
+            return
         begun, cancelled = await through(self._backend.begin_drop(prefix.rstrip("/")))
         try:
             _honour(cancelled)
@@ -107,7 +118,7 @@ class WriteThrough:
         _honour(cancelled)
 
     def _is_cacheable(self, key: str) -> bool:
-        return self._backend.entry(key, *whole()) is not None
+        return not self._passes and self._backend.entry(key, *whole()) is not None
 
 
 def _honour(cancelled: bool) -> None:

@@ -15,7 +15,7 @@ from xzcache import _pool as pool
 from xzcache._anystore import StoreBackend
 from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
 from xzcache._freshness import Freshness, Seen
-from xzcache._identity import Identity, identify, is_found_out_anew, remember
+from xzcache._identity import Identity, identify, is_found_out_anew, is_same_source, remember
 from xzcache._looks import Looks, one_line
 from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._ranges import RangeReads
@@ -63,7 +63,8 @@ class CacheStore(ReadableView, WritableView):
         is dropped.
     missing_max_age_seconds : float or "infinity", optional
         For how long a chunk that the source does not have is not asked for again, in seconds; 0 to always ask.
-        Configured: 60; a local directory and memory are always asked, unless it is given here.
+        Configured: 60, and with ``revalidate=False`` as long as `max_age_seconds`; a local directory and memory are
+        always asked, unless it is given here.
     policy : str, optional
         Which entries leave first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be used
         soon; ``"none"``, nothing leaves for anything new. A cache store that is no directory takes ``"adaptive"`` for
@@ -130,6 +131,8 @@ class CacheStore(ReadableView, WritableView):
         self._asked_missing: Age | Unset = self.missing_max_age_seconds if given else UNSET
         self._asks_always = not given and is_at_hand(self._store)
         self.source: Identity = identify(self._store)
+        # the source that a copy in memory was pickled from
+        self._origin = self.source.digest
         # the same source however it was spelled; but a path on this machine as xarray itself has it
         self._given_path = local_path(store) or self.source.url or spelled(store)
         super().__init__(read_only=read_only or self._store.read_only)
@@ -163,13 +166,25 @@ class CacheStore(ReadableView, WritableView):
             stats=self._stats,
             max_age=self.max_age_seconds,
             max_size=None if isinstance(self._asked_max_size, Unset) else self._asked_max_size,
-            missing_max_age=0 if self._asks_always else self.missing_max_age_seconds,
+            missing_max_age=self._missing_max_age(freshness),
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
+            writable=not self.read_only,
+            passes=self.source.fickle,
             promote_above=settings.parse_size("promote_above", config.get("promote_above")),
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
-        self._writes = WriteThrough(backend, freshness, reading.max_size)
+        self._writes = WriteThrough(backend, freshness, reading.max_size, passes=reading.passes)
+
+    def _missing_max_age(self, freshness: Freshness) -> Age:
+        """For how long a chunk that the source does not have is not asked for again, in seconds."""
+        configured = self.missing_max_age_seconds
+        if self._asks_always or configured == 0:
+            return 0
+        if freshness.revalidate is False and isinstance(self._asked_missing, Unset):
+            # what is known to be absent is served for as long as what is cached
+            return max(self.max_age_seconds, configured, key=float)
+        return configured
 
     @property
     def namespace(self) -> str:
@@ -203,6 +218,7 @@ class CacheStore(ReadableView, WritableView):
         remember(source, self.source)
         copy = type(self)(source, cache_store=self._cache, **{**self._settings(), "read_only": read_only})
         copy._given_cache, copy._given_path, copy._stats = self._given_cache, self._given_path, self._stats
+        copy._origin = self._origin
         copy._read_through(self._reads.freshness)
         return copy
 
@@ -214,7 +230,9 @@ class CacheStore(ReadableView, WritableView):
         if isinstance(cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
             # a copy gets a cache of its own: what is in this one stays here
             cache, token = type(cache)(), self._reads.backend.token
-        known = self.source if self.source.lasting and not is_found_out_anew(self._store) else None
+        known: Identity | str | None = self._origin
+        if self.source.lasting:
+            known = None if is_found_out_anew(self._store) else self.source
         seen = self._reads.freshness.seen().packed
         return _restore, (kind, self._store, cache, changed or None, self.read_only, known, seen, token)
 
@@ -222,12 +240,17 @@ class CacheStore(ReadableView, WritableView):
         return "xzcache", self.namespace, type(self).__name__
 
     def __eq__(self, other: object) -> bool:
+        # the one can be used for the other: the same source, read with the same rights; the same cache and settings
         return (
-            isinstance(other, type(self))
-            and self._store == other._store
+            type(other) is type(self)
+            and (is_same_source(self._store, other._store) or self._is_copy_with_same_contents(other))
             and self._reads.backend.is_same_cache(other._reads.backend)
             and self._settings() == other._settings()
         )
+
+    def _is_copy_with_same_contents(self, other: CacheStore) -> bool:
+        """Whether one was pickled with its source in memory, and neither was written since: as Zarr compares those."""
+        return self._origin == other._origin and bool(self._store == other._store)
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 
@@ -288,15 +311,17 @@ def _restore(
     cache: Any,
     changed: dict[str, Any] | None,
     read_only: bool,
-    known: Identity | None,
+    known: Identity | str | None,
     seen: bytes,
     token: str | None,
 ) -> CacheStore:
     """A copy in another process: what the store that it is a copy of has asked for, it need not ask for again."""
-    if known is not None:
+    if isinstance(known, Identity):
         remember(source, known)
     with settings.as_found():
         store = (kind or CacheStore)(source, cache_store=cache, read_only=read_only, **{**AS_ZARR, **(changed or {})})
+    if isinstance(known, str):
+        store._origin = known
     store._read_through(store._fresh(Seen(seen)))
     if isinstance(store._reads.backend, StoreBackend):
         store._reads.backend.token = token or store._reads.backend.token
