@@ -259,15 +259,20 @@ class Reader:
         return "" if (found := self.find(entry)) is None else self._validator(found)
 
     def states_of(self, key: str) -> set[str]:
-        """What tells the state of an object from others, as the whole of it and one of its byte ranges have it."""
+        """The validators of the whole of an object and of one of its byte ranges, where they are cached.
+
+        Empty ones included: of what has none, the state is unknown.
+        """
         states = set()
         try:
             for entry in (Entry(key), self.listed(key).any()):
                 if entry is not None and (found := self._open(entry)) is not None:
-                    states.add(self._validator(found))
+                    state = self._validator(found)
+                    if state or not (entry.is_whole and self.is_foreign(found)):
+                        states.add(state)
         except OSError as error:
             self._keeper.trouble(error)
-        return states - {""}
+        return states
 
     def _validator(self, found: Found) -> str:
         stamp = files.read_stamp(found.opened.fd)

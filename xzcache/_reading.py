@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import _upstream as upstream
 from xzcache._documents import is_chunk
 from xzcache._keys import span
+from xzcache._states import beside, fits, tells
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from xzcache._keys import Entry
     from xzcache._shared import SharedBackend
     from xzcache._stats import Stats
+
+
+_PROBE: Final = 1 << 14
+"""Bytes that are compared to find out whether an object is what it was."""
 
 
 class Request(NamedTuple):
@@ -57,6 +63,8 @@ class Reading:
         Seconds to wait for somebody else's fetch.
     promote_above : int or None
         Bytes of an object that are read in byte ranges before it is fetched whole; None for any.
+    fixed : bool
+        Whether the source can never change.
     """
 
     source: Store
@@ -68,6 +76,7 @@ class Reading:
     missing_max_age: Age
     timeout: float
     promote_above: int | None = None
+    fixed: bool = False
 
     async def lacks(self, key: str) -> bool:
         """Whether the source is known not to have a chunk."""
@@ -96,9 +105,15 @@ class Reading:
 
     async def ask(self, request: Request, *, known: str = "") -> upstream.Answer:
         """Ask the source, and count it, unless it says that what is known is what it has."""
-        certain = self.freshness.revalidate is True
         answer = await upstream.ask(
-            self.source, request.key, request.prototype, request.byte_range, known=known, certain=certain
+            self.source,
+            request.key,
+            request.prototype,
+            request.byte_range,
+            known=known,
+            certain=self.freshness.revalidate is True,
+            fixed=self.fixed,
+            states=partial(self.backend.states_of, request.key),
         )
         if not answer.unchanged:
             size = 0 if answer.value is None else len(answer.value)
@@ -123,6 +138,50 @@ class Reading:
             return answer, data
         # it was evicted while we asked, or is damaged
         return await self.ask(request), None
+
+
+    async def agree(self, entry: Entry, key: str, validator: str, ticket: Any) -> tuple[Any, str, bool]:
+        """Forget what is cached of an object, unless an answer of the source is of the same state.
+
+        Where no state is told, the smallest piece is asked for again: while its bytes are what they were, so is the
+        object, as far as can be told.
+
+        Returns
+        -------
+        ticket : Any
+            To store the answer with.
+        validator : str
+            To store it under.
+        replaced : bool
+            Whether parts of another state were cached.
+        """
+        if entry.is_whole and self.backend.listed(key).any() is None:
+            # it takes the place of another whole one, whatever that is
+            return ticket, validator, False
+        states = self.backend.states_of(key)
+        if all(fits(validator, state) for state in states):
+            return ticket, validator, False
+        state = min(states)
+        still = len(states) == 1 and not tells(state) and not entry.is_whole and await self._is_still(key)
+        if still and not (state and tells(validator)):
+            return ticket, beside(validator, state), False
+        # what was cached when the source told no state is of none that later parts could have
+        return await self.backend.forget(key, ticket), validator, not still
+
+    async def _is_still(self, key: str) -> bool:
+        """Whether a piece of an object is at the source what it is in the cache."""
+        piece = self.backend.listed(key).smallest()
+        if piece is None or (data := await self.find(piece)) is None or not data:
+            return False
+        byte_range: ByteRequest
+        if piece.start < 0:
+            data = data[-_PROBE:]
+            byte_range = SuffixByteRequest(len(data))
+        else:
+            data = data[:_PROBE]
+            byte_range = RangeByteRequest(piece.start, piece.start + len(data))
+        answer = await upstream.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+        return answer.value is not None and contents(answer.value) == data
 
 
 def whole() -> tuple[int, int]:

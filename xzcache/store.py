@@ -161,6 +161,7 @@ class CacheStore(ReadableView, WritableView):
             missing_max_age=0 if self._asks_always else self.missing_max_age_seconds,
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
             promote_above=settings.parse_size("promote_above", config.get("promote_above")),
+            fixed=self.source.immutable,
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
