@@ -289,8 +289,10 @@ class _Fetch:
                 await self._ask_plainly(dict(zip(spans, answers, strict=True)))
                 return
             await self._must_agree(self._used | {answer.validator for answer in answers})
+            asked = self._backend.entry(self._key, *spans[0])
+            assert asked is not None
             self._ticket, validator, replaced = await self._reading.agree(
-                self._wanted[0], self._key, answers[0].validator, self._ticket
+                self._key, asked, answers[0].validator, self._ticket, fetched[0] if len(fetched) == 1 else None
             )
             if replaced:
                 raise Replaced(self._key)
@@ -298,9 +300,11 @@ class _Fetch:
             for lead, answer, data in zip(leads, answers, fetched, strict=True):
                 lead.claim.flight.land((data, answer.validator))
                 self._land(lead.claim.span, data, answer.validator)
-            listed = self._backend.listed(self._key)
-            # what is there already is not stored again
-            there = [_span_of(piece) for span in spans for piece in listed.overlapping(*span) if piece.stop != END]
+            there: list[Span] = []
+            if tells(answers[0].validator):
+                # what is there already is not stored again
+                listed = self._backend.listed(self._key)
+                there = [_span_of(piece) for span in spans for piece in self._fit(listed.overlapping(*span))]
             seams = {seam for entry in self._wanted for seam in (entry.start, entry.stop)}
             pieces = pieces_of(leads, answers, there, seams)
             await self._leads.store(self._key, pieces, self._ticket, self._reading.max_size)

@@ -266,10 +266,14 @@ class Reader:
         states = set()
         try:
             for entry in (Entry(key), self.listed(key).any()):
-                if entry is not None and (found := self._open(entry)) is not None:
+                if entry is None:
+                    continue
+                if (found := self._open(entry)) is not None:
                     state = self._validator(found)
                     if state or not (entry.is_whole and self.is_foreign(found)):
                         states.add(state)
+                elif any(self._path(entry, odd=odd) in self._damaged for odd in (False, True)):
+                    states.add("")
         except OSError as error:
             self._keeper.trouble(error)
         return states

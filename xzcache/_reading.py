@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _PROBE: Final = 1 << 14
 """Bytes that are compared to find out whether an object is what it was."""
+_PROBES: Final = 8
+"""Pieces of which one should be there to compare."""
 
 
 class Request(NamedTuple):
@@ -140,11 +142,24 @@ class Reading:
         return await self.ask(request), None
 
 
-    async def agree(self, entry: Entry, key: str, validator: str, ticket: Any) -> tuple[Any, str, bool]:
+    async def agree(
+        self, key: str, entry: Entry, validator: str, ticket: Any, data: memoryview | None = None
+    ) -> tuple[Any, str, bool]:
         """Forget what is cached of an object, unless an answer of the source is of the same state.
 
-        Where no state is told, the smallest piece is asked for again: while its bytes are what they were, so is the
-        object, as far as can be told.
+        Where no state is told, a small piece is asked for again: while its bytes are what they were, so is the object,
+        as far as can be told.
+
+        Parameters
+        ----------
+        key : str
+        entry : Entry
+            What was asked for.
+        validator : str
+        ticket : Any
+            From before it was asked for.
+        data : memoryview, optional
+            The bytes of the entry.
 
         Returns
         -------
@@ -161,27 +176,33 @@ class Reading:
         states = self.backend.states_of(key)
         if all(fits(validator, state) for state in states):
             return ticket, validator, False
-        state = min(states)
-        still = len(states) == 1 and not tells(state) and not entry.is_whole and await self._is_still(key)
-        if still and not (state and tells(validator)):
-            return ticket, beside(validator, state), False
-        # what was cached when the source told no state is of none that later parts could have
-        return await self.backend.forget(key, ticket), validator, not still
+        replaced = any(tells(state) and not fits(validator, state) for state in states)
+        if not replaced and not entry.is_whole:
+            state = min(states)
+            if data is not None and not tells(validator) and await self.find(entry) == data:
+                # there is nothing to be stored beside it
+                return ticket, beside(validator, state), False
+            still = await self._is_still(key)
+            # parts that are cached without a state fit none that has one
+            if still and len(states) == 1 and not (state and tells(validator)):
+                return ticket, beside(validator, state), False
+            replaced = still is False
+        return await self.backend.forget(key, ticket), validator, replaced
 
-    async def _is_still(self, key: str) -> bool:
-        """Whether a piece of an object is at the source what it is in the cache."""
-        piece = self.backend.listed(key).smallest()
-        if piece is None or (data := await self.find(piece)) is None or not data:
-            return False
-        byte_range: ByteRequest
-        if piece.start < 0:
-            data = data[-_PROBE:]
-            byte_range = SuffixByteRequest(len(data))
-        else:
-            data = data[:_PROBE]
-            byte_range = RangeByteRequest(piece.start, piece.start + len(data))
-        answer = await upstream.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
-        return answer.value is not None and contents(answer.value) == data
+    async def _is_still(self, key: str) -> bool | None:
+        """Whether a piece of an object is at the source what it is in the cache; None where no piece can be read."""
+        for piece in self.backend.listed(key).by_size()[:_PROBES]:
+            if data := await self.find(piece):
+                byte_range: ByteRequest
+                if piece.start < 0:
+                    data = data[-_PROBE:]
+                    byte_range = SuffixByteRequest(len(data))
+                else:
+                    data = data[:_PROBE]
+                    byte_range = RangeByteRequest(piece.start, piece.start + len(data))
+                answer = await upstream.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+                return answer.value is not None and contents(answer.value) == data
+        return None
 
 
 def whole() -> tuple[int, int]:

@@ -226,15 +226,15 @@ class ReadThrough:
             data = None if answer.value is None else contents(answer.value)
             if data is None:
                 await self.reading.note_lack(key, ticket)
-            if is_document(key):
+            if is_document(key) and answer.exact:
                 ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
                 self.freshness.note(key, data)
             validator = answer.validator
             if data is not None and answer.exact:
-                ticket, validator = await self._agree(request, validator, ticket)
+                ticket, validator = await self._agree(request, data, validator, ticket)
             # those who wait need not wait for the disk
             flight.land(data)
-            if data is not None and answer.exact:
+            if data is not None and answer.exact and (len(data) or entry.is_whole):
                 publishing = True
                 await self.backend.publish_soon(entry, data, ticket, self.reading.max_size, validator, done)
             return answer.value
@@ -245,9 +245,9 @@ class ReadThrough:
             if not publishing:
                 done()
 
-    async def _agree(self, request: Request, validator: str, ticket: Any) -> tuple[Any, str]:
+    async def _agree(self, request: Request, data: memoryview, validator: str, ticket: Any) -> tuple[Any, str]:
         """Forget parts of what the object was before; the ticket and the validator to publish with."""
-        ticket, validator, replaced = await self.reading.agree(request.entry, request.key, validator, ticket)
+        ticket, validator, replaced = await self.reading.agree(request.key, request.entry, validator, ticket, data)
         if replaced and _READS_SHARDS_BY_GET and request.entry.start > 0:
             raise Replaced(request.key)
         return ticket, validator

@@ -103,6 +103,10 @@ class Revalidation:
                 self._reading.hit(request, data)
             elif answer.value is not None:
                 data = contents(answer.value)
+            if not answer.exact:
+                # it tells nothing of the document
+                flight.land(data)
+                return data
             if data is None or await self._backend.find(entry, "infinity") != data:
                 ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
             if not answer.unchanged:
@@ -133,8 +137,8 @@ class Revalidation:
         if cached is not None:
             ticket = await self._backend.forget(key, ticket)
         elif data is not None:
-            ticket, validator, _ = await self._reading.agree(entry, key, validator, ticket)
-        if data is not None and ticket is not None:
+            ticket, validator, _ = await self._reading.agree(key, entry, validator, ticket, data)
+        if data is not None and ticket is not None and (len(data) or entry.is_whole):
             await self._backend.publish(entry, data, ticket, self._reading.max_size, validator)
 
     # -- what a copy was told by the store that it is a copy of
