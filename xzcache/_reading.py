@@ -184,7 +184,8 @@ class Reading:
                 return ticket, beside(validator, state), False
             still = await self._is_still(key)
             # parts that are cached without a state fit none that has one
-            if still and len(states) == 1 and not (state and tells(validator)):
+            alike = len(states) == 1 or all(fits(state, other) for other in states)
+            if still and alike and not (state and tells(validator)):
                 return ticket, beside(validator, state), False
             replaced = still is False
         return await self.backend.forget(key, ticket), validator, replaced

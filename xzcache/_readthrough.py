@@ -234,7 +234,7 @@ class ReadThrough:
                 ticket, validator = await self._agree(request, data, validator, ticket)
             # those who wait need not wait for the disk
             flight.land(data)
-            if data is not None and answer.exact and (len(data) or entry.is_whole):
+            if data is not None and answer.exact:
                 publishing = True
                 await self.backend.publish_soon(entry, data, ticket, self.reading.max_size, validator, done)
             return answer.value

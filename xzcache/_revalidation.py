@@ -138,7 +138,7 @@ class Revalidation:
             ticket = await self._backend.forget(key, ticket)
         elif data is not None:
             ticket, validator, _ = await self._reading.agree(key, entry, validator, ticket, data)
-        if data is not None and ticket is not None and (len(data) or entry.is_whole):
+        if data is not None and ticket is not None:
             await self._backend.publish(entry, data, ticket, self._reading.max_size, validator)
 
     # -- what a copy was told by the store that it is a copy of

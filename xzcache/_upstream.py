@@ -20,15 +20,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import zarr.storage
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.storage import FsspecStore, LocalStore
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from xzcache._keys import clip, span
 from xzcache._sources import WebStore
 from xzcache._states import FIXED, once, tells
 
 if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest, Store
+    from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from xzcache._spans import Span
@@ -112,10 +112,15 @@ async def ask(
     if type(source) in _OBSTORES and (options := _range_of(byte_range)) is not None:
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
         return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
-    look = None if fixed else _look_at(source)
-    if look is not None and known and (await look(key)).validator == known:
-        return Answer(None, known, unchanged=True)
-    if (twin := _Noting.twin_of(source)) is not None:
+    look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
+    # where the state comes with the bytes, a look is worth a request only if it is likely to save them
+    if look is not None and known and (twin is None or certain):
+        if (seen := (await look(key)).validator) == known:
+            return Answer(None, known, unchanged=True)
+        states = lambda: {seen}  # noqa: E731
+    elif isinstance(source, LocalStore) or byte_range is None:
+        states = set
+    if twin is not None:
         answer = await _noted(twin, key, prototype, byte_range)
     else:
         if byte_range is None and not known and not certain:
@@ -123,7 +128,28 @@ async def ask(
         (answer,) = await _between_looks(
             look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
         )
-    return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
+    if byte_range is None:
+        return answer
+    if answer.value is not None and not answer.exact and answer.size is None:
+        answer = await _measured(source, key, byte_range, answer)
+    return _labelled([answer], fixed=fixed)[0]
+
+
+async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Answer) -> Answer:
+    """An answer that may end where the object does, if that can be found out."""
+    assert answer.value is not None
+    length = len(answer.value)
+    most = span(byte_range)
+    if most is None or (most[1] >= 0 and length > most[1] - most[0]) or (most[0] < 0 and length > -most[0]):
+        return answer
+    if type(source).getsize is Store.getsize and not isinstance(source, MemoryStore):
+        # it would be read as a whole
+        return answer
+    # what cannot be told is not known, whatever the reason
+    with suppress(Exception):
+        size = await source.getsize(key)
+        return answer._replace(exact=_is_exact(length, byte_range, _Head(size=size)), size=size)
+    return answer
 
 
 async def ask_for_spans(
@@ -181,7 +207,8 @@ async def ask_for_spans(
         return values
 
     look = None if fixed else _look_at(source)
-    return _labelled(await _between_looks(look, key, ranges, states, read), fixed=fixed)
+    known = set if isinstance(source, LocalStore) else states
+    return _labelled(await _between_looks(look, key, ranges, known, read), fixed=fixed)
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -223,6 +250,7 @@ async def _between_looks(
         seen = states()
         before = min(seen) if len(seen) == 1 else ""
         if not tells(before):
+            # else what is cached was looked at before, and is of use only if nothing has changed since
             before = (await look(key)).validator
         values = await read()
         if (after := await look(key)).validator == before:
