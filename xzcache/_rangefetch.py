@@ -141,6 +141,8 @@ class _Fetch:
                 await self._gather()
                 if not self._left:
                     break
+                # of two states nothing can be put together
+                await self._must_agree(self._used | self._mosaics.keys())
                 if self._needs([]) != needs:
                     continue
                 calls = [self._wait(claim) for claim in others]
@@ -173,8 +175,7 @@ class _Fetch:
         """What is neither at hand nor among some other spans."""
         there = Cover(names)
         told = [mosaic for validator, mosaic in self._mosaics.items() if tells(validator)]
-        # of two states nothing is of use
-        at_hand = told[0] if len(told) == 1 else Mosaic()
+        at_hand = told[0] if told else Mosaic()
         return [
             part
             for span in self._left.values()
@@ -319,7 +320,7 @@ class _Fetch:
         Raises
         ------
         OSError
-            The source gives more than was asked for: these are other bytes.
+            The source gives other bytes than it is asked for.
         """
         entries = [entry for entry, span in self._left.items() if next(Cover(answers).parts(span), None) is not None]
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
@@ -328,8 +329,10 @@ class _Fetch:
             first, last = span = self._left[entry]
             answer = answers[span]
             data = None if answer.value is None else contents(answer.value)
-            if data is not None and len(data) > last - first:
-                raise OSError(errno.EIO, f"asked for {last - first} bytes, the source gave {len(data)}", self._key)
+            # fewer may be all there is, where nobody knows the size
+            if data is not None and not answer.exact and (answer.size is not None or len(data) > last - first):
+                what = f"asked for bytes {first} to {last - 1}, the source gave {len(data)} bytes that are not those"
+                raise OSError(errno.EIO, what, self._key)
             if data is not None and answer.exact:
                 self._used.add(answer.validator)
             self._take(entry, data)
