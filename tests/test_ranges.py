@@ -94,6 +94,12 @@ class Tallying(LocalStore):
         return Asked(len(lines), sum(sizes), distinct)
 
 
+def age(source: Tallying) -> None:
+    """Let files be as old as most are: what was written just now has no state that can be told from the next."""
+    for place in Path(source.root).rglob("*"):
+        os.utime(place, (1e9, 1e9))
+
+
 async def ranges(store: Store, wanted: Sequence[ByteRequest | None], key: str = KEY, **limits: int) -> list[bytes]:
     return await sources.ranges(store, wanted, key, **limits)
 
@@ -184,13 +190,14 @@ async def test_an_object_that_is_read_in_many_pieces_is_promoted(fits: bool, tmp
     source = Tallying(tmp_path / "source")
     data = random.Random(1).randbytes(300_000)
     await source.set(KEY, buffer(data))
+    age(source)
     with xzcache.config.set(promote_above="50 kB"):
         store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", max_size="1 MB" if fits else "200 kB")
     spans = [(at, at + 20_000) for at in range(0, 300_000, 25_000)]
     for span in spans:
         assert await ranges(store, between(span)) == [data[slice(*span)]]
-    # the third is above; an object that cannot stay is asked for as a whole once
-    assert source.asked().requests == (3 if fits else len(spans))
+    # the third is above, and two requests for what the first two lack; an object that cannot stay is promoted once
+    assert source.asked().requests == (4 if fits else len(spans) + 1)
     checked(store)
 
 
@@ -219,11 +226,14 @@ async def test_an_absent_object_is_not_promoted(tmp_path: Path) -> None:
 
 @by_ranges
 async def test_overlapping_ranges_are_stored_once(tmp_path: Path) -> None:
-    source, store = await opened("directory", tmp_path)
+    source = Tallying(tmp_path / "source")
+    await source.set(KEY, buffer(DATA))
+    age(source)
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
     for pair in [(0, 100), (50, 150), (120, 300), (0, 300), (20, 280)]:
         assert await ranges(store, between(pair)) == [DATA[slice(*pair)]]
     assert store.cache_info()["current_size"] == 300
-    assert source.count("get_ranges") + source.count("get") == 3
+    assert source.asked().requests == 3
     checked(store)
 
 
@@ -394,6 +404,7 @@ def test_a_shard_is_read_in_no_more_requests_than_without_and_then_never(
     values = some()
     source = Tallying(tmp_path / "source")
     make(source, values, layout)
+    age(source)
     cache = tmp_path / "cache"
     for box in BOXES:
         plain = array(source, pipeline)
@@ -465,9 +476,7 @@ def test_four_processes_read_random_boxes(largest: float, most: float, tmp_path:
     side, chunk, shard = 2048, 128, 512
     source = Tallying(tmp_path / "source")
     make(source, np.arange(side * side, dtype="u4").reshape(side, side), "raw", chunk=chunk, shard=shard)
-    for place in (tmp_path / "source").rglob("*"):
-        # what was written just now has no state that can be told from the next
-        os.utime(place, (1e9, 1e9))
+    age(source)
     with Team() as team:
         for seed in range(4):
             team.start(boxes_of, source, str(tmp_path / "cache"), seed, side, int(shard * largest), 60)

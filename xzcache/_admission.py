@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from xzcache import _files as files
 from xzcache._keys import is_plain, relative_path
 from xzcache._leaders import Tickets
+from xzcache._states import fits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,12 +51,12 @@ class Admission:
                 continue
             item.has_others = known = index.knows(key)
             item.old = index.find(parcel.entry) if known else None
-            if state and (states.get(key, state) != state or (known and not self._agrees(index, parcel))):
+            apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, parcel))
+            if apart and parcel.ticket is not None:
                 continue
             if self._finds_place(item):
                 admitted.append(item)
-                if state:
-                    states[key] = state
+                states[key] = state
         return admitted
 
     def is_odd(self, entry: Entry) -> bool:
@@ -68,7 +69,7 @@ class Admission:
         for row in (index.find(entry.whole), index.piece_of(entry.key)):
             if row is not None and row.entry != entry:
                 stamp = files.read_stamp(self._path(row.entry, odd=row.odd))
-                if stamp is not None and stamp.validator not in ("", parcel.validator):
+                if stamp is not None and not fits(parcel.validator, stamp.validator):
                     return False
         return True
 

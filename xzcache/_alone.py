@@ -61,10 +61,6 @@ class Alone:
     def _write_ends(self, *written: str) -> None:
         self._written -= Counter(written)
 
-    async def is_written(self, key: str) -> bool:
-        """Whether somebody is just writing a key at the source, through this backend."""
-        return any(of in (key, "/") or (of.endswith("/") and key.startswith(of)) for of in list(self._written))
-
     async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
         """No other process shares these books, so there is nothing that it could not know of."""
         return []

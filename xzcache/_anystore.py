@@ -20,6 +20,7 @@ from xzcache._keys import Entry, clip, within
 from xzcache._ledger import Ledger, Ticket
 from xzcache._nodes import Nodes
 from xzcache._pieces import Listed
+from xzcache._states import fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,8 +90,8 @@ class StoreBackend(Alone):
         return Listed(key, [(piece.start, piece.stop) for piece in self._ledger.pieces(key)])
 
     def states_of(self, key: str) -> set[str]:
-        """What tells the state of an object from others, as what is cached of it has it."""
-        return {self._ledger.validator(entry) for entry in self._ledger.of_key(key)} - {""}
+        """The validators of what is cached of an object; an empty one where the state of that is unknown."""
+        return {self._ledger.validator(entry) for entry in self._ledger.of_key(key)}
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
         ticket = self._ledger.ticket(entry.key)
@@ -133,8 +134,8 @@ class StoreBackend(Alone):
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
-        others = {self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry}
-        if validator and others - {"", validator}:
+        others = [self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry]
+        if not all(fits(validator, other) for other in others):
             # parts of two states of an object must not be mixed
             return False
         size, limit = len(data), max_size

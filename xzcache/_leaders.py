@@ -115,12 +115,3 @@ class Leaders:
         except OSError as error:
             self._keeper.trouble(error)
             return None
-
-    def is_written(self, key: str) -> bool:
-        """Whether somebody is writing a key, or something above it, or that cannot be told. May wait."""
-
-        def look() -> bool:
-            with self._books.section() as (_, index):
-                return index.notes.is_written(key)
-
-        return self._keeper.attempt(look, True)

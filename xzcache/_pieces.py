@@ -53,6 +53,11 @@ class Listed:
     def _piece(self, at: int) -> Entry:
         return Entry(self._key, self.starts[at], END if self.stops[at] == _LARGEST else self.stops[at])
 
+    def by_size(self) -> list[Entry]:
+        """Those whose names tell how long they are, the shortest first."""
+        pieces = [piece for piece in self if piece.stop != END] + [Entry(self._key, at, END) for at in self.suffixes]
+        return sorted(pieces, key=lambda piece: -piece.start if piece.start < 0 else piece.stop - piece.start)
+
     def any(self) -> Entry | None:
         """One of them."""
         if self.suffixes:

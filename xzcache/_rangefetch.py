@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,7 @@ from xzcache._keys import END
 from xzcache._rangeleads import Lead, Leads, pieces_of
 from xzcache._reading import contents, request_for
 from xzcache._spans import Cover, Mosaic, merged
+from xzcache._states import beside, tells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -64,9 +66,19 @@ class RangeFetches:
         return found, missing
 
     async def fetch(
-        self, key: str, entries: Sequence[Entry], prototype: BufferPrototype, limits: dict[str, int]
+        self,
+        key: str,
+        entries: Sequence[Entry],
+        prototype: BufferPrototype,
+        limits: dict[str, int],
+        states: Iterable[str] = (),
     ) -> Found:
         """The bytes of some ranges, None where there is no such object; from the source, or from whoever asks it.
+
+        Parameters
+        ----------
+        states : iterable of str
+            The validators of what of the object was taken from the cache for the same reader.
 
         Raises
         ------
@@ -76,7 +88,7 @@ class RangeFetches:
             The source's own.
         """
         async with self._reading.backend.fetching():
-            return await _Fetch(self, self._reading, key, entries, prototype, limits).run()
+            return await _Fetch(self, self._reading, key, entries, prototype, limits, states).run()
 
 
 class _Fetch:
@@ -90,6 +102,7 @@ class _Fetch:
         entries: Sequence[Entry],
         prototype: BufferPrototype,
         limits: dict[str, int],
+        states: Iterable[str],
     ) -> None:
         self._fetches = fetches
         self._reading = reading
@@ -101,12 +114,12 @@ class _Fetch:
         self._started = time.perf_counter()
         self._left = {entry: (entry.start, entry.stop) for entry in entries}
         self._found: Found = {}
-        self._mosaic = Mosaic()
+        # bytes that are at hand, by their validator: of two of them no range is put together
+        self._mosaics: dict[str, Mosaic] = {}
         self._asked: list[Span] = []
-        # what came from the source, to this task or another, and what tells its state; what was put together of that
-        self._answers: dict[Span, str] = {}
-        self._joined: list[Entry] = []
-        # cached, but damaged, too old or gone
+        # the validators of what was taken
+        self._used: set[str] = set(states)
+        # cached, but damaged, too old, gone, or of an answer whose state nobody can compare
         self._unfit: set[Entry] = set()
         self._ticket: Any = None
         self._leads = Leads(reading.backend)
@@ -114,9 +127,12 @@ class _Fetch:
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
         pause = _FIRST_POLL
+        if not all(tells(state) for state in self._backend.states_of(self._key)):
+            # what is wanted together is then of one time
+            self._unfit.update(self._backend.listed(self._key))
         while True:
             if self._is_overtaken():
-                self._mosaic = Mosaic()
+                self._mosaics.clear()
             self._ticket = self._backend.ticket(self._wanted[0])
             needs = self._needs(self._names())
             mine, others = self._claim(needs, alone=self._ticket is None or time.monotonic() >= deadline)
@@ -125,6 +141,8 @@ class _Fetch:
                 await self._gather()
                 if not self._left:
                     break
+                # of two states nothing can be put together
+                await self._must_agree(self._used | self._mosaics.keys())
                 if self._needs([]) != needs:
                     continue
                 calls = [self._wait(claim) for claim in others]
@@ -139,7 +157,8 @@ class _Fetch:
                 # another process is fetching
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.2, _LONGEST_POLL)
-        await self._make_sure()
+        if self._used:
+            await self._must_agree(self._used | self._backend.states_of(self._key))
         return self._found
 
     # -- what is there
@@ -155,29 +174,36 @@ class _Fetch:
     def _needs(self, names: list[Span]) -> list[Span]:
         """What is neither at hand nor among some other spans."""
         there = Cover(names)
+        told = [mosaic for validator, mosaic in self._mosaics.items() if tells(validator)]
+        at_hand = told[0] if told else Mosaic()
         return [
             part
             for span in self._left.values()
-            for missing in self._mosaic.missing(span)
+            for missing in at_hand.missing(span)
             for part in there.missing(missing)
         ]
 
     async def _gather(self) -> None:
         """Take what is cached, whole or in parts."""
-        found, _ = await self._fetches.look(self._key, self._left)
-        for entry, data in found.items():
-            self._take(entry, data)
         listed = self._backend.listed(self._key)
+        if self._unfit.isdisjoint(piece for span in self._left.values() for piece in listed.overlapping(*span)):
+            states = self._backend.states_of(self._key)
+            found, _ = await self._fetches.look(self._key, self._left)
+            for entry, data in found.items():
+                self._used |= states
+                self._take(entry, data)
         pieces = {piece for span in self._left.values() for piece in self._fit(listed.overlapping(*span))}
         for piece in pieces:
-            if not self._mosaic.missing(_span_of(piece)):
-                continue
-            if (data := await self._reading.find(piece)) is None:
+            state = await self._backend.validator(piece)
+            if (data := await self._reading.find(piece)) is None or await self._backend.validator(piece) != state:
                 self._unfit.add(piece)
-            else:
-                self._mosaic.add(_span_of(piece), data)
+                continue
+            self._mosaics.setdefault(state, Mosaic()).add(_span_of(piece), data)
+            if not tells(state):
+                # it serves what it holds, and no more
+                self._unfit.add(piece)
         if self._is_overtaken():
-            self._mosaic = Mosaic()
+            self._mosaics.clear()
         self._assemble()
 
     def _is_overtaken(self) -> bool:
@@ -186,24 +212,12 @@ class _Fetch:
 
     def _assemble(self) -> None:
         for entry, span in list(self._left.items()):
-            if not self._mosaic.missing(span):
-                self._take(entry, self._mosaic.of(span))
-                answers = [of for of in self._answers if of[0] < span[1] and span[0] < of[1]]
-                if answers and not any(of[0] <= span[0] and span[1] <= of[1] for of in answers):
-                    self._joined.append(entry)
-
-    async def _make_sure(self) -> None:
-        """What was put together of several answers may be of several states, where the object is just being written."""
-        if not self._joined:
-            return
-        await self._must_agree(set(self._answers.values()))
-        if await self._backend.is_written(self._key):
-            spans = [(entry.start, entry.stop) for entry in self._joined]
-            answers = await upstream.ask_for_spans(
-                self._reading.source, self._key, self._prototype, spans, **self._limits
-            )
-            for entry, answer in zip(self._joined, answers, strict=True):
-                self._found[entry] = None if answer.value is None else contents(answer.value)
+            for validator, mosaic in self._mosaics.items():
+                # nothing is known of pieces without one, not even that they are of one answer
+                if validator and not mosaic.missing(span):
+                    self._used.add(validator)
+                    self._take(entry, mosaic.of(span))
+                    break
 
     def _take(self, entry: Entry, data: memoryview | None) -> None:
         span = self._left.pop(entry)
@@ -234,9 +248,8 @@ class _Fetch:
         if data is not None:
             if self._is_overtaken():
                 # these are of one state, by themselves
-                self._mosaic = Mosaic()
-            self._mosaic.add(span, data)
-            self._answers[span] = validator
+                self._mosaics.clear()
+            self._mosaics.setdefault(validator, Mosaic()).add(span, data)
             self._assemble()
         else:
             for entry in list(self._left):
@@ -244,15 +257,20 @@ class _Fetch:
 
     # -- fetching
 
+    async def _ask(self, spans: Sequence[Span]) -> list[upstream.Answer]:
+        reading = self._reading
+        states = partial(self._backend.states_of, self._key)
+        return await upstream.ask_for_spans(
+            reading.source, self._key, self._prototype, spans, fixed=reading.fixed, states=states, **self._limits
+        )
+
     async def _lead(self, leads: list[Lead]) -> None:
         """Fetch for all who wait."""
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
         stats = self._reading.stats
         try:
-            answers = await upstream.ask_for_spans(
-                self._reading.source, self._key, self._prototype, spans, **self._limits
-            )
+            answers = await self._ask(spans)
             fetched = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum(next(Cover(spans).parts(span), None) is not None for span in self._left.values())
@@ -265,13 +283,29 @@ class _Fetch:
                 await self._reading.note_lack(self._key, self._ticket)
                 self._land(spans[0], None, "")
                 return
-            await self._must_agree({answer.validator for answer in answers})
+            if not all(answer.exact for answer in answers):
+                for lead in leads:
+                    # let all who wait ask for themselves
+                    lead.claim.flight.fail(HandedOver())
+                await self._ask_plainly(dict(zip(spans, answers, strict=True)))
+                return
+            await self._must_agree(self._used | {answer.validator for answer in answers})
+            asked = self._backend.entry(self._key, *spans[0])
+            assert asked is not None
+            self._ticket, validator, replaced = await self._reading.agree(
+                self._key, asked, answers[0].validator, self._ticket, fetched[0] if len(fetched) == 1 else None
+            )
+            if replaced:
+                raise Replaced(self._key)
+            answers = [answer._replace(validator=beside(answer.validator, validator)) for answer in answers]
             for lead, answer, data in zip(leads, answers, fetched, strict=True):
                 lead.claim.flight.land((data, answer.validator))
                 self._land(lead.claim.span, data, answer.validator)
-            listed = self._backend.listed(self._key)
-            # what is there already is not stored again
-            there = [_span_of(piece) for span in spans for piece in self._fit(listed.overlapping(*span))]
+            there: list[Span] = []
+            if tells(answers[0].validator):
+                # what is there already is not stored again
+                listed = self._backend.listed(self._key)
+                there = [_span_of(piece) for span in spans for piece in self._fit(listed.overlapping(*span))]
             seams = {seam for entry in self._wanted for seam in (entry.start, entry.stop)}
             pieces = pieces_of(leads, answers, there, seams)
             await self._leads.store(self._key, pieces, self._ticket, self._reading.max_size)
@@ -280,10 +314,32 @@ class _Fetch:
                 lead.claim.flight.fail(error)
             raise
 
+    async def _ask_plainly(self, answers: dict[Span, upstream.Answer]) -> None:
+        """Ask for each range by itself, and keep nothing: the source gives something else than it is asked for.
+
+        Raises
+        ------
+        OSError
+            The source gives other bytes than it is asked for.
+        """
+        entries = [entry for entry, span in self._left.items() if next(Cover(answers).parts(span), None) is not None]
+        again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
+        answers |= dict(zip(again, await self._ask(again) if again else [], strict=True))
+        for entry in entries:
+            first, last = span = self._left[entry]
+            answer = answers[span]
+            data = None if answer.value is None else contents(answer.value)
+            # fewer may be all there is, where nobody knows the size
+            if data is not None and not answer.exact and (answer.size is not None or len(data) > last - first):
+                what = f"asked for bytes {first} to {last - 1}, the source gave {len(data)} bytes that are not those"
+                raise OSError(errno.EIO, what, self._key)
+            if data is not None and answer.exact:
+                self._used.add(answer.validator)
+            self._take(entry, data)
+
     async def _must_agree(self, validators: set[str]) -> None:
         """Whoever asks for ranges has read where they are: bytes of another state of the object would be wrong ones."""
-        told = validators - {""}
-        if told and len(told | self._backend.states_of(self._key)) > 1:
+        if sum(map(tells, validators)) > 1:
             await self._backend.forget(self._key, self._ticket)
             raise Replaced(self._key)
 

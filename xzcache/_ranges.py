@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import RangeByteRequest
 
 from xzcache._documents import is_document
+from xzcache._errors import Replaced
 from xzcache._keys import END, span
 from xzcache._rangefetch import RangeFetches
 from xzcache._reading import request_for
+from xzcache._states import tells
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -64,9 +66,16 @@ class RangeReads:
                 wanted.setdefault(entry, []).append(place)
         found: Found = {}
         missing: list[Entry] = []
+        states: set[str] = set()
         if wanted:
             await self._reads.get_ready(key)
+            since = self._backend.ticket(next(iter(wanted)))
             found, missing = await self._fetches.look(key, wanted)
+            if missing:
+                states = self._backend.states_of(key)
+            if missing and found and not (all(map(tells, states)) and self._is_as(since, wanted)):
+                # what nobody can compare with what is to be fetched is fetched with it
+                found, missing = {}, list(wanted)
             if self._reading.must_ask(key):
                 # what is cached is asked about, each piece with its validator
                 alone += [place for entry in found for place in wanted[entry]]
@@ -79,7 +88,8 @@ class RangeReads:
         if missing:
             rest = {entry: wanted[entry] for entry in missing}
             promoted = self._is_worth_the_whole(key, missing)
-            calls.append(self._whole(key, rest, prototype) if promoted else self._missing(key, rest, prototype, limits))
+            fetch = self._whole if promoted else self._missing
+            calls.append(fetch(key, rest, prototype, limits, states))
         failures = []
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -98,6 +108,10 @@ class RangeReads:
                 self._reading.stats.miss(0 if value is None else len(value), time.perf_counter() - began)
                 began = time.perf_counter()
             yield list(group)
+
+    def _is_as(self, since: Any, wanted: Iterable[Entry]) -> bool:
+        """Whether nothing was forgotten of an object since a ticket was taken."""
+        return bool(self._backend.ticket(next(iter(wanted))) == since)
 
     def _mergeable(self, key: str, byte_range: ByteRequest | None) -> Entry | None:
         wanted = span(byte_range) if isinstance(byte_range, RangeByteRequest) else None
@@ -134,17 +148,30 @@ class RangeReads:
         return due
 
     async def _whole(
-        self, key: str, wanted: dict[Entry, list[int]], prototype: BufferPrototype
+        self,
+        key: str,
+        wanted: dict[Entry, list[int]],
+        prototype: BufferPrototype,
+        limits: dict[str, int],
+        states: set[str],
     ) -> list[tuple[int, Buffer | None]]:
         value = await self._reads.get(key, prototype, None)
         if value is None:
             raise FileNotFoundError(key)
+        if not states <= self._backend.states_of(key) and any(map(tells, states)):
+            # the parts that were there are gone, as they were of another state
+            raise Replaced(key)
         return [(place, value[entry.start : entry.stop]) for entry, places in wanted.items() for place in places]
 
     async def _missing(
-        self, key: str, wanted: dict[Entry, list[int]], prototype: BufferPrototype, limits: dict[str, int]
+        self,
+        key: str,
+        wanted: dict[Entry, list[int]],
+        prototype: BufferPrototype,
+        limits: dict[str, int],
+        states: set[str],
     ) -> list[tuple[int, Buffer | None]]:
-        found = await self._fetches.fetch(key, list(wanted), prototype, limits)
+        found = await self._fetches.fetch(key, list(wanted), prototype, limits, states)
         if any(data is None for data in found.values()):
             raise FileNotFoundError(key)
         return [

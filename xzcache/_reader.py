@@ -325,12 +325,29 @@ class Reader:
         return "" if (found := self.find(entry)) is None else self._validator(found)
 
     def states_of(self, key: str) -> set[str]:
-        """What tells the state of an object from others, as the whole of it and one of its byte ranges have it."""
+        """The validators of the whole of an object and of one of its byte ranges, where they are cached.
+
+        Empty ones included: of what has none, the state is unknown.
+        """
         states = set()
         for entry in (Entry(key), self.listed(key).any()):
-            if entry is not None and (found := self._open_if_possible(entry)) is not None:
-                states.add(self._validator(found))
-        return states - {""}
+            if entry is None:
+                continue
+            try:
+                found = self._open(entry)
+            except OSError as error:
+                # a state that cannot be read is unknown, not the same
+                self._trouble(error)
+                states.add("")
+                continue
+            if found is not None:
+                is_foreign = entry.is_whole and self.is_foreign(found)
+                state = self._validator(found)
+                if state or not is_foreign:
+                    states.add(state)
+            elif any(self._path(entry, odd=odd) in self._damaged for odd in (False, True)):
+                states.add("")
+        return states
 
     def _validator(self, found: Found) -> str:
         try:
@@ -347,14 +364,14 @@ class Reader:
         try:
             if found.known:
                 return found.size
-            stamp = files.read_stamp(found.opened.fd)
+            stamp, _ = files.stamp_of_open(found.opened.fd)
             sound = stamp is not None and stamp.size == found.size and stamp.digest == found.entry.digest()
             return found.size if sound else None
         except OSError as error:
-            self._keeper.trouble(error)
+            self._trouble(error)
             return None
         finally:
-            self.close(found)
+            found.opened.close()
 
     def renew(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import _upstream as upstream
 from xzcache._documents import is_chunk
 from xzcache._keys import span
+from xzcache._states import beside, fits, tells
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest, Store
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
     from xzcache._keys import Entry
     from xzcache._shared import SharedBackend
     from xzcache._stats import Stats
+
+
+_PROBE: Final = 1 << 14
+"""Bytes that are compared to find out whether an object is what it was."""
+_PROBES: Final = 8
+"""Pieces of which one should be there to compare."""
 
 
 class Request(NamedTuple):
@@ -61,6 +69,8 @@ class Reading:
         Whether nothing of this source may be cached, so that each read goes to it.
     promote_above : int or None
         Bytes of an object that are read in byte ranges before it is fetched whole; None for any.
+    fixed : bool
+        Whether the source can never change.
     """
 
     source: Store
@@ -74,6 +84,7 @@ class Reading:
     writable: bool = False
     passes: bool = False
     promote_above: int | None = None
+    fixed: bool = False
 
     def must_ask(self, key: str) -> bool:
         """Whether the source has to be asked for a key whatever the cache holds."""
@@ -110,9 +121,15 @@ class Reading:
 
     async def ask(self, request: Request, *, known: str = "") -> upstream.Answer:
         """Ask the source, and count it, unless it says that what is known is what it has."""
-        certain = self.freshness.revalidate is True
         answer = await upstream.ask(
-            self.source, request.key, request.prototype, request.byte_range, known=known, certain=certain
+            self.source,
+            request.key,
+            request.prototype,
+            request.byte_range,
+            known=known,
+            certain=self.freshness.revalidate is True,
+            fixed=self.fixed,
+            states=partial(self.backend.states_of, request.key),
         )
         if not answer.unchanged:
             size = 0 if answer.value is None else len(answer.value)
@@ -137,6 +154,70 @@ class Reading:
             return answer, data
         # it was evicted while we asked, or is damaged
         return await self.ask(request), None
+
+
+    async def agree(
+        self, key: str, entry: Entry, validator: str, ticket: Any, data: memoryview | None = None
+    ) -> tuple[Any, str, bool]:
+        """Forget what is cached of an object, unless an answer of the source is of the same state.
+
+        Where no state is told, a small piece is asked for again: while its bytes are what they were, so is the object,
+        as far as can be told.
+
+        Parameters
+        ----------
+        key : str
+        entry : Entry
+            What was asked for.
+        validator : str
+        ticket : Any
+            From before it was asked for.
+        data : memoryview, optional
+            The bytes of the entry.
+
+        Returns
+        -------
+        ticket : Any
+            To store the answer with.
+        validator : str
+            To store it under.
+        replaced : bool
+            Whether parts of another state were cached.
+        """
+        if entry.is_whole and self.backend.listed(key).any() is None:
+            # it takes the place of another whole one, whatever that is
+            return ticket, validator, False
+        states = self.backend.states_of(key)
+        if all(fits(validator, state) for state in states):
+            return ticket, validator, False
+        replaced = any(tells(state) and not fits(validator, state) for state in states)
+        if not replaced and not entry.is_whole:
+            state = min(states)
+            if data is not None and not tells(validator) and await self.find(entry) == data:
+                # there is nothing to be stored beside it
+                return ticket, beside(validator, state), False
+            still = await self._is_still(key)
+            # parts that are cached without a state fit none that has one
+            alike = len(states) == 1 or all(fits(state, other) for other in states)
+            if still and alike and not (state and tells(validator)):
+                return ticket, beside(validator, state), False
+            replaced = still is False
+        return await self.backend.forget(key, ticket), validator, replaced
+
+    async def _is_still(self, key: str) -> bool | None:
+        """Whether a piece of an object is at the source what it is in the cache; None where no piece can be read."""
+        for piece in self.backend.listed(key).by_size()[:_PROBES]:
+            if data := await self.find(piece):
+                byte_range: ByteRequest
+                if piece.start < 0:
+                    data = data[-_PROBE:]
+                    byte_range = SuffixByteRequest(len(data))
+                else:
+                    data = data[:_PROBE]
+                    byte_range = RangeByteRequest(piece.start, piece.start + len(data))
+                answer = await upstream.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+                return answer.value is not None and contents(answer.value) == data
+        return None
 
 
 def whole() -> tuple[int, int]:

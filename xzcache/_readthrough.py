@@ -252,16 +252,17 @@ class ReadThrough:
             data = None if answer.value is None else contents(answer.value)
             if data is None:
                 await self.reading.note_lack(key, ticket)
-            if is_document(key):
+            if is_document(key) and answer.exact:
                 ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
                 self.freshness.note(key, data)
-            ticket = await self._agree(request, answer.validator, ticket)
+            validator = answer.validator
+            if data is not None and answer.exact:
+                ticket, validator = await self._agree(request, data, validator, ticket)
             # those who wait need not wait for the disk
             flight.land(data)
-            if data is not None and (entry.stop < 0 or len(data) <= entry.stop - entry.start):
+            if data is not None and answer.exact:
                 publishing = True
-                max_size, validator = self.reading.max_size, answer.validator
-                await self.backend.publish_soon(entry, data, ticket, max_size, validator, done)
+                await self.backend.publish_soon(entry, data, ticket, self.reading.max_size, validator, done)
             return answer.value
         except BaseException as error:
             flight.fail(error)
@@ -270,15 +271,12 @@ class ReadThrough:
             if not publishing:
                 done()
 
-    async def _agree(self, request: Request, validator: str, ticket: Any) -> Any:
-        """Forget parts of what the object was before; the ticket to publish with."""
-        key, entry = request.key, request.entry
-        if not validator or not self.backend.states_of(key) - {validator}:
-            return ticket
-        ticket = await self.backend.forget(key, ticket)
-        if _READS_SHARDS_BY_GET and entry.start > 0:
-            raise Replaced(key)
-        return ticket
+    async def _agree(self, request: Request, data: memoryview, validator: str, ticket: Any) -> tuple[Any, str]:
+        """Forget parts of what the object was before; the ticket and the validator to publish with."""
+        ticket, validator, replaced = await self.reading.agree(request.key, request.entry, validator, ticket, data)
+        if replaced and _READS_SHARDS_BY_GET and request.entry.start > 0:
+            raise Replaced(request.key)
+        return ticket, validator
 
     async def _ask(self, request: Request) -> tuple[Answer, memoryview | None]:
         """Ask the source; what is cached, where that is only too old and the source still has it."""

@@ -11,6 +11,7 @@ from zarr.core.buffer import default_buffer_prototype
 from xzcache._documents import arrays_of, is_document, ruling, telling
 from xzcache._flights import Flight, HandedOver
 from xzcache._reading import Request, contents, whole
+from xzcache._states import tells
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from xzcache._reading import Reading
+    from xzcache._upstream import Answer
 
 
 _REMEMBERED: Final = 4096
@@ -52,7 +54,7 @@ class Revalidation:
         if data is not None:
             return self._reading.hit(request, data)
         value = None if answer.value is None else contents(answer.value)
-        await self._agree(request, value, ticket, answer.validator)
+        await self._agree(request, value, ticket, answer)
         return answer.value
 
     async def _goes_without_saying(self, request: Request) -> bool:
@@ -106,10 +108,14 @@ class Revalidation:
                 self._reading.hit(request, data)
             elif answer.value is not None:
                 data = contents(answer.value)
+            if not answer.exact:
+                # it tells nothing of the document
+                flight.land(data)
+                return data
             if data is None or await self._backend.find(entry, "infinity") != data:
                 ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
             if not answer.unchanged:
-                await self._agree(request, data, ticket, answer.validator)
+                await self._agree(request, data, ticket, answer)
             self._freshness.note(key, data)
             flight.land(data)
             return data
@@ -122,16 +128,21 @@ class Revalidation:
         finally:
             self._backend.flights.leave((id(self._freshness), key, began), flight)
 
-    async def _agree(self, request: Request, data: memoryview | None, ticket: Any, validator: str) -> None:
+    async def _agree(self, request: Request, data: memoryview | None, ticket: Any, answer: Answer) -> None:
         """Store what the source has now, where the cache has something else."""
-        key, entry = request.key, request.entry
+        key, entry, validator = request.key, request.entry, answer.validator
+        if data is not None and not answer.exact:
+            return
         cached = await self._backend.find(entry, "infinity")
         if data is not None and cached == data:
-            told = validator in ("", await self._backend.validator(entry))
+            known = await self._backend.validator(entry)
+            told = not tells(validator) or validator == known
             if told and await self._reading.find(entry) is not None:
                 return
         if cached is not None:
             ticket = await self._backend.forget(key, ticket)
+        elif data is not None:
+            ticket, validator, _ = await self._reading.agree(key, entry, validator, ticket, data)
         if data is not None and ticket is not None:
             await self._backend.publish(entry, data, ticket, self._reading.max_size, validator)
 

@@ -149,7 +149,7 @@ class SharedBackend:
         return self.directory.reader.listed(f"{self.namespace}/{key}")
 
     def states_of(self, key: str) -> set[str]:
-        """What tells the state of an object from others, as what is cached of it has it."""
+        """The validators of what is cached of an object; an empty one where the state of that is unknown."""
         return self.directory.reader.states_of(f"{self.namespace}/{key}")
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
@@ -159,10 +159,6 @@ class SharedBackend:
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
         """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
         return self.directory.leaders.claim(f"{self.namespace}/{key}", span)
-
-    async def is_written(self, key: str) -> bool:
-        """Whether somebody is just writing a key at the source, through any cache of this directory."""
-        return await pool.run(self.directory.leaders.is_written, f"{self.namespace}/{key}")
 
     def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""

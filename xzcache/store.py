@@ -171,6 +171,7 @@ class CacheStore(ReadableView, WritableView):
             writable=not self.read_only,
             passes=self.source.fickle,
             promote_above=settings.parse_size("promote_above", config.get("promote_above")),
+            fixed=self.source.immutable,
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
