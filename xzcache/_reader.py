@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from xzcache import _files as files
 from xzcache import _opened as opening
-from xzcache._errors import Damaged
+from xzcache._errors import CacheFault, Damaged
+from xzcache._files import Whose
 from xzcache._keys import Entry, is_plain, relative_path
 from xzcache._pieces import Listed, Pieces
+from xzcache._quarantine import EVERYTHING, Quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from xzcache._schema import Row
 
 _REMEMBERED: Final = 65536
-_ALL: Final = "/"
-"""What no namespace is called."""
 
 
 class Found(NamedTuple):
@@ -51,8 +51,8 @@ class Reader:
 
     Attributes
     ----------
-    distrusted : set of str
-        Prefixes of keys beneath which something could not be made invisible when it had to be: nothing there is read.
+    quarantine : Quarantine
+        Keys of which something could not be made invisible when it had to be.
 
     Notes
     -----
@@ -60,14 +60,14 @@ class Reader:
     number of files.
     """
 
-    def __init__(self, keeper: Keeper, *, folds: bool) -> None:
+    def __init__(self, keeper: Keeper, *, folds: bool, quarantine: Quarantine | None = None) -> None:
         self._keeper = keeper
         self._root = keeper.books.root
         self._folds = folds
         self._pieces = Pieces(self._root)
         self._checked: dict[str, opening.Signature] = {}
         self._damaged: dict[str, opening.Signature] = {}
-        self.distrusted: set[str] = set()
+        self.quarantine = Quarantine() if quarantine is None else quarantine
 
     def find(self, entry: Entry) -> Found | None:
         """Open a file that holds an entry: its own, or one that holds more of the object.
@@ -78,7 +78,7 @@ class Reader:
 
     def candidates(self, entry: Entry) -> Iterator[Found]:
         """Open one file after another that holds an entry; whoever takes one closes it, or reads it."""
-        if self.distrusted and self._distrusts(entry.key):
+        if not self.quarantine.is_empty and self.quarantine.holds(entry.key):
             return
         try:
             if entry.is_whole:
@@ -106,19 +106,19 @@ class Reader:
         The shortest way of all: whoever gets None goes the long one.
         """
         path = f"{self._root}/{entry.key}"
-        signature = self._checked_at(path, max_age_ns)
+        signature = self._checked_at(entry.key, path, max_age_ns)
         return None if signature is None else opening.read_unchanged(path, signature, most)
 
     def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
         """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
         path = f"{self._root}/{entry.key}"
-        signature = self._checked_at(path, max_age_ns)
+        signature = self._checked_at(entry.key, path, max_age_ns)
         return signature is not None and opening.read_unchanged_into(path, signature, place, patient=patient)
 
-    def _checked_at(self, path: str, max_age_ns: int | None) -> opening.Signature | None:
+    def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> opening.Signature | None:
         """The file that was checked at a path, if it may be served."""
         signature = self._checked.get(path)
-        if signature is None or self.distrusted:
+        if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
             return None
         if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
             return None
@@ -127,21 +127,15 @@ class Reader:
     def listed(self, key: str) -> Listed:
         """The byte ranges of an object that there are, as far as can be seen."""
         try:
-            return Listed(key, ()) if self.distrusted and self._distrusts(key) else self._pieces.listed(key)
+            held = not self.quarantine.is_empty and self.quarantine.holds(key)
+            return Listed(key, ()) if held else self._pieces.listed(key)
         except OSError as error:
             self._keeper.trouble(error)
             return Listed(key, ())
 
     def distrust_all(self) -> None:
         """Read nothing more from this directory."""
-        self.distrusted.add(_ALL)
-
-    def _distrusts(self, key: str) -> bool:
-        return self.distrusts_all or any(key.startswith(f"{prefix}/") for prefix in list(self.distrusted))
-
-    @property
-    def distrusts_all(self) -> bool:
-        return _ALL in self.distrusted
+        self.quarantine.hold([EVERYTHING])
 
     def _open_if_possible(self, entry: Entry) -> Found | None:
         """As `_open`, where another file may hold the same."""
@@ -177,6 +171,12 @@ class Reader:
         if not known and self._damaged.get(path) == opened.signature:
             os.close(opened.fd)
             return None
+        if not self.quarantine.is_empty:
+            # the file is open already, so what is asked now holds for it
+            if self.quarantine.is_away(entry.key) and not self._keeper.books.is_stand_in():
+                os.close(opened.fd)
+                return None
+            known = known and not self.quarantine.suspects(entry.key)
         return Found(entry, path, opened, known)
 
     def _path(self, entry: Entry, *, odd: bool) -> str:
@@ -201,7 +201,8 @@ class Reader:
     def read_now(self, found: Found, first: int, last: int) -> tuple[bool, memoryview | None]:
         """As `read`, if that needs no waiting: else `(False, None)`, and the file stays open."""
         if not found.known:
-            if files.read_stamp(found.opened.fd) is None:
+            if self.quarantine.suspects(found.entry.key) or files.read_stamp(found.opened.fd) is None:
+                # the index has to be asked
                 return False, None
             data = opening.read_resident(found.opened.fd, 0, found.size)
         else:
@@ -221,31 +222,51 @@ class Reader:
         return data[first:last]
 
     def _is_sound(self, found: Found, data: memoryview) -> bool:
-        stamp = files.read_stamp(found.opened.fd)
+        stamp, suspect = files.read_stamp(found.opened.fd), self.quarantine.suspects(found.entry.key)
+        sound, expected = False, -1
         if stamp is not None:
             sound = stamp.size == found.size and stamp.digest == found.entry.digest()
             expected = stamp.crc
-        elif files.ours(found.path, found.entry) is False:
+        elif not self._may_be_ours(found):
             return False
-        else:
+        if stamp is None or suspect:
             row = self._keeper.attempt(lambda: self._row(found.entry), None)
-            sound = row is not None and row.size == found.size
+            sound = row is not None and row.size == found.size and (stamp is None or (sound and row.crc == expected))
             expected = row.crc if row is not None else -1
         if sound and files.checksum(data) == expected:
             return True
-        self._keeper.trouble(Damaged(f"{found.path} is not what was stored there"))
+        if not suspect:
+            self._keeper.trouble(Damaged(f"{found.path} is not what was stored there"))
         return False
 
+    def _may_be_ours(self, found: Found) -> bool:
+        """Whether the index is to be asked about a file whose stamp could not be read."""
+        try:
+            return files.look(found.path, found.entry) in (Whose.OURS, Whose.UNMARKED)
+        except OSError as error:
+            self._keeper.trouble(error)
+            return False
+
     def is_foreign(self, found: Found) -> bool:
-        """Whether a file that was found is not one of the cache's."""
-        return not found.known and self.is_foreign_file(found.path, found.entry.key)
+        """Whether a file that was found is known not to be one of the cache's."""
+        try:
+            return not found.known and self.is_foreign_file(found.path, found.entry.key)
+        except (OSError, CacheFault) as error:
+            self._keeper.trouble(error)
+            return False
 
     def is_foreign_file(self, path: str, key: str) -> bool:
-        """Whether the file at a path is not one of the cache's."""
-        ours = files.ours(path, Entry(key))
-        if ours is None:
-            return self._keeper.attempt(lambda: self._row(Entry(key)), None) is None
-        return not ours
+        """Whether the file at a path is not one of the cache's.
+
+        Raises
+        ------
+        CacheFault, OSError
+            It cannot be told.
+        """
+        found = files.look(path, Entry(key))
+        if found is Whose.UNMARKED:
+            return self._keeper.insist(lambda: self._row(Entry(key))) is None
+        return found in (Whose.FOREIGN, Whose.MARKED)
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
         """Bytes of somebody else's file, as they are; it is closed."""
