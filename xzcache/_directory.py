@@ -134,6 +134,8 @@ class CacheDirectory:
             if not self.is_prepared and not self.keeper.attempt(self._prepare, False):
                 self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
                 return False
+            if self.reader.quarantine.has_returned:
+                self.writes.adopt(self.reader.quarantine.take_returned())
             self.doubts.make_up()
             if self.doubts.owes:
                 self._prepare_after = time.monotonic() + _PAUSE_WHILE_IN_DOUBT
@@ -224,7 +226,9 @@ class CacheDirectory:
     def close(self) -> None:
         """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
         self.background.wait()
-        if self.doubts.owes and self.books.current is not None:
+        if self.books.current is not None:
+            # what was taken away and is back would be served by those who come after
+            self.writes.adopt(self.reader.quarantine.suspected)
             self.doubts.make_up()
         if (member := self.books.current) is not None:
             with suppress(OSError):

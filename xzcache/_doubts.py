@@ -154,7 +154,8 @@ class Doubts:
     @property
     def owes(self) -> bool:
         """Whether something is in doubt that could be made up for."""
-        return bool(self._owed) or bool(self._books.lost and self._quarantine.written_while_away())
+        away = bool(self._books.lost) and bool(self._quarantine.written_while_away())
+        return away or bool(self._owed) or self._quarantine.has_returned
 
     def make_up(self) -> None:
         """Do what could not be done before, each for itself."""

@@ -197,8 +197,14 @@ class Publisher:
         # whatever interrupts us from here on, it may be after the commit
         for item in entering:
             item.is_spent = True
+        moves = []
+        for item in entering:
+            try:
+                moves.append((item, self._path(item)))
+            except OSError as error:
+                item.failure = error
         try:
-            self._commit_and_reveal(index, entering)
+            self._commit_and_reveal(index, moves)
         except sqlite3.Error:
             for item in entering:
                 item.is_spent = False
@@ -209,12 +215,13 @@ class Publisher:
             self._bury(index, entering)
         return self._superseded(member, index, [item for item in entering if item.failure is None])
 
-    def _commit_and_reveal(self, index: Index, items: Iterable[InFlight]) -> None:
+    @staticmethod
+    def _commit_and_reveal(index: Index, moves: Iterable[tuple[InFlight, str]]) -> None:
         """In this order: a row without a named file is finished by the next process, a file without a row is lost."""
         index.commit()
-        for item in items:
+        for item, path in moves:
             try:
-                files.move(item.temporary, self._path(item))
+                files.move(item.temporary, path)
             except OSError as error:
                 item.failure = error
 

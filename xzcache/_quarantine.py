@@ -35,6 +35,7 @@ class Quarantine:
         self._held: Counter[str] = Counter()
         self._suspect: dict[str, None] = {} if before is None else before._suspect.copy()
         self._away: dict[str, None] = {} if before is None else before._away.copy()
+        self._returned: set[str] = set()
         self.is_empty = True
         self._note()
 
@@ -62,6 +63,25 @@ class Quarantine:
         """
         _remember(self._suspect, names)
         self._note()
+
+    def note_returned(self, key: str) -> None:
+        """Take note of a key in suspicion of which a file was found that the index does not vouch for."""
+        self._returned.add(key)
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether such keys were found that nobody has seen to."""
+        return bool(self._returned)
+
+    def take_returned(self) -> list[str]:
+        """Those keys; they are the caller's to see to."""
+        found, self._returned = self._returned, set()
+        return list(found)
+
+    @property
+    def suspected(self) -> list[str]:
+        """The names that are in suspicion."""
+        return list(self._suspect)
 
     def note_away(self, names: Iterable[str]) -> None:
         """Remember what was written while another cache directory, which may come back, was not at its path."""

@@ -233,6 +233,8 @@ class Reader:
             row = self._keeper.attempt(lambda: self._row(found.entry), None)
             sound = row is not None and row.size == found.size and (stamp is None or (sound and row.crc == expected))
             expected = row.crc if row is not None else -1
+            if suspect and not sound:
+                self.quarantine.note_returned(found.entry.key)
         if sound and files.checksum(data) == expected:
             return True
         if not suspect:
