@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -288,7 +288,7 @@ def traced(child: Child, log: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         tracer.send_signal(signal.SIGINT)
-        tracer.wait()
+        tracer.communicate()
 
 
 def injected(log: Path, word: str = "INJECTED") -> int:
@@ -298,30 +298,28 @@ def injected(log: Path, word: str = "INJECTED") -> int:
     return 0
 
 
-def renames(entry: Path, doing: str) -> list[str]:
+def renames(files: Iterable[Path], doing: str) -> list[str]:
+    """The first rename of one of some files."""
     calls = "rename,renameat,renameat2"
-    return ["-P", str(entry), "-e", f"trace={calls}", "-e", f"inject={calls}:{doing}:when=1"]
+    paths = [option for path in files for option in ("-P", str(path))]
+    return [*paths, "-e", f"trace={calls}", "-e", f"inject={calls}:{doing}:when=1"]
+
+
+def in_flight(root: Path) -> list[Path]:
+    """What files in flight of a few processes are called."""
+    return [root / f"cache/.xzcache/tmp/{owner}/{number}" for owner in range(1, 5) for number in range(1, 9)]
 
 
 PIECE = RangeByteRequest(100, 1100)
 
-# what the stalled process reads, which file that makes, and what is written meanwhile
-WRITTEN: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
-    "whole": (None, f"{NAMESPACE}/a/c/0", ("set", "a/c/0", 2)),
-    "deleted": (None, f"{NAMESPACE}/a/c/0", ("delete", "a/c/0")),
-    "beneath": (None, f"{NAMESPACE}/a/c/0", ("delete_dir", "a")),
-    "piece": (PIECE, "", ("set", "a/c/0", 2)),
-    "piece beneath": (PIECE, "", ("delete_dir", "a")),
+# what the stalled process reads, and what is written meanwhile
+WRITTEN: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "whole": (None, ("set", "a/c/0", 2)),
+    "deleted": (None, ("delete", "a/c/0")),
+    "beneath": (None, ("delete_dir", "a")),
+    "piece": (PIECE, ("set", "a/c/0", 2)),
+    "piece beneath": (PIECE, ("delete_dir", "a")),
 }
-
-
-def piece_path(root: Path) -> Path:
-    """Where the piece will lie: found out in another cache."""
-    elsewhere = root / "elsewhere"
-    shutil.copytree(root / "origin", elsewhere / "origin")
-    anew(elsewhere, "get", "a/c/0", PIECE)
-    (found,) = (elsewhere / "cache/.xzcache/ranges").rglob("*_*")
-    return root / "cache" / found.relative_to(elsewhere / "cache")
 
 
 @needs_strace
@@ -329,15 +327,14 @@ def piece_path(root: Path) -> Path:
 @pytest.mark.parametrize("case", WRITTEN)
 def test_a_publisher_that_stalls_before_it_names_its_file(root: Path, case: str, end: str) -> None:
     """It holds the lock of the index, so the write is done by hand; what it publishes later is not the old value."""
-    part, relative, write = WRITTEN[case]
+    part, write = WRITTEN[case]
     make_origin(root, ["a/c/0", "a/c/1"])
-    target = root / "cache" / relative if relative else piece_path(root)
     with Team() as team:
         writer = Worker(team, cached, root, settings={"lock_timeout": 0.3}, revalidate=False)
         publisher = Worker(team, cached, root, revalidate=False)
         publisher.ask("get", "a/c/1", part)
         log = root / "strace"
-        with traced(publisher.child, log, *renames(target, "delay_enter=6s")):
+        with traced(publisher.child, log, *renames(in_flight(root), "delay_enter=4s")):
             publisher.begin("get", "a/c/0", part)
             # strace writes the beginning of a call when the call begins
             until(lambda: log.exists() and "rename" in log.read_text(errors="replace"))
@@ -365,7 +362,7 @@ def test_a_publisher_that_is_stopped_and_killed_when_the_file_has_its_name(root:
         publisher = Worker(team, cached, root, revalidate=False)
         publisher.ask("get", "a/d/0")
         log = root / "strace"
-        with traced(publisher.child, log, *renames(entry(root, "a/c/0"), "signal=STOP")):
+        with traced(publisher.child, log, *renames(in_flight(root), "signal=STOP")):
             publisher.begin("get", "a/c/0")
             until(lambda: injected(log, "SIGSTOP"))
             writer.ask("set", "a/c/0", 2)
@@ -387,7 +384,7 @@ def test_an_evictor_that_stalls_takes_no_newer_file_along(root: Path) -> None:
         evictor = Worker(team, cached, root, revalidate=False)
         assert evictor.ask("get", "a/c/0") == 1
         log = root / "strace"
-        with traced(evictor.child, log, *renames(entry(root, "a/c/0"), "delay_enter=6s")):
+        with traced(evictor.child, log, *renames([entry(root, "a/c/0")], "delay_enter=4s")):
             evictor.begin("set", "a/c/0", 2)
             until(lambda: log.exists() and "rename" in log.read_text(errors="replace"))
             writer.ask("set", "a/c/0", 3)
