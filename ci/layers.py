@@ -106,6 +106,7 @@ FLOORS = {
     "_reuse": 0,
     "_fork": 0,
     "_keys": 0,
+    "_quarantine": 0,
 }
 MAX_LINES = 300
 ATTICS = {"common", "utils"}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from xzcache import _files as files
+from xzcache._files import Whose
 from xzcache._keys import is_plain, relative_path
 from xzcache._leaders import Tickets
 from xzcache._states import fits
@@ -47,7 +51,11 @@ class Admission:
                 parcel.ticket is not None and (parcel.ticket != tickets.of(key) or writings.concern(key))
             ):
                 continue
-            if parcel.exclusive and self._is_there(parcel.entry):
+            try:
+                if parcel.exclusive and self._is_there(parcel.entry):
+                    continue
+            except OSError as error:
+                item.failure = error
                 continue
             item.has_others = known = index.knows(key)
             item.old = index.find(parcel.entry) if known else None
@@ -68,31 +76,58 @@ class Admission:
         entry = parcel.entry
         for row in (index.find(entry.whole), index.piece_of(entry.key)):
             if row is not None and row.entry != entry:
-                stamp = files.read_stamp(self._path(row.entry, odd=row.odd))
-                if stamp is not None and not fits(parcel.validator, stamp.validator):
+                path = self._path(row.entry, odd=row.odd)
+                stamp = files.read_stamp(path)
+                if stamp is None:
+                    # where it cannot be told, it may be of another state
+                    with suppress(OSError):
+                        if files.look(path, row.entry) in (Whose.GONE, Whose.UNMARKED):
+                            continue
+                    return False
+                if not fits(parcel.validator, stamp.validator):
                     return False
         return True
 
     def _is_there(self, entry: Entry) -> bool:
         places = (True,) if self.is_odd(entry) else (False, True)
-        return any(os.path.lexists(self._path(entry, odd=odd)) for odd in places)
+        return any(files.exists(self._path(entry, odd=odd)) for odd in places)
 
     def _finds_place(self, item: InFlight) -> bool:
         """Have an entry lie elsewhere where something of somebody else's is at its key; False if that cannot be."""
         entry = item.parcel.entry
         if item.odd or not entry.is_whole:
             return True
-        path = self._path(entry, odd=False)
-        if item.parcel.ticket is None:
-            item.odd = not files.is_regular(path)
-        else:
-            item.odd = files.blocked(path, entry, known=item.old is not None and not item.old.odd)
-        if item.odd:
-            try:
+        try:
+            item.odd = self._is_blocked(item)
+            if item.odd:
                 files.attach(item.temporary, item.stamp_in_place)
-            except OSError as error:
-                item.failure = error
+        except OSError as error:
+            # what lies there cannot be told: it is neither renamed over, nor passed by
+            item.failure = error
         return item.failure is None
+
+    def _is_blocked(self, item: InFlight) -> bool:
+        """Whether something of somebody else's keeps an entry from lying at its key."""
+        entry = item.parcel.entry
+        try:
+            path = files.inside(self._root, relative_path(entry, odd=False))
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return True
+            raise
+        try:
+            is_regular = stat.S_ISREG(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+        except NotADirectoryError:
+            return True
+        if item.parcel.ticket is None or not is_regular:
+            return not is_regular
+        found = files.look(path, entry)
+        if item.old is not None and not item.old.odd:
+            # whatever has a mark of ours is in its place, however damaged
+            return found is Whose.FOREIGN
+        return found in (Whose.FOREIGN, Whose.MARKED, Whose.UNMARKED)
 
     def _path(self, entry: Entry, *, odd: bool) -> str:
         return f"{self._root}/{relative_path(entry, odd=odd)}"

@@ -9,6 +9,7 @@ from xzcache import _documents as documents
 from xzcache._config import is_fresh
 from xzcache._keys import Entry, data_slot, prefix_slot
 from xzcache._leaders import Ticket, current_ticket
+from xzcache._quarantine import beneath
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -58,7 +59,7 @@ class Arrays:
             What to publish the document with; None if it was written meanwhile.
         """
         described = documents.describe(key, document)
-        affected = {_join(namespace, path) for path in described.arrays or (key.rpartition("/")[0],)}
+        affected = {beneath(_join(namespace, path)) for path in described.arrays or (key.rpartition("/")[0],)}
 
         def act() -> Ticket | None:
             changed, valid = self._changed(namespace, key, document, ticket, described)
@@ -68,7 +69,7 @@ class Arrays:
             return valid
 
         # other processes find out for themselves, so nothing is unlinked for this one's sake
-        return self._doubts.surely(affected, act, None)
+        return self._doubts.surely(affected, act, None, lambda: (act(), True)[1])
 
     def is_absent(self, namespace: str, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document, of a node that it does have.
@@ -148,7 +149,7 @@ class Arrays:
         Arrays that nothing is cached of are noted right away.
         """
 
-        def beneath(path: str) -> list[str]:
+        def nodes(path: str) -> list[str]:
             return [node.partition("/")[2] for node in index.notes.nodes_beneath(_join(namespace, path))]
 
         full, absent = f"{namespace}/{key}", document is None
@@ -161,7 +162,7 @@ class Arrays:
             # what there is was filled under this very document, by copies of a store that had seen it
             agreed = bool(seen) and documents.state_of(document).startswith(seen or b"")
             for path in documents.changed_arrays(
-                key, described, lambda path: index.notes.node(_join(namespace, path)), beneath, gone=gone
+                key, described, lambda path: index.notes.node(_join(namespace, path)), nodes, gone=gone
             ):
                 node = _join(namespace, path)
                 unknown = index.notes.node(node) is None and path in described.arrays

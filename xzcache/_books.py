@@ -62,6 +62,8 @@ class Books:
         self._forking: Membership | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
+        self.lost: set[tuple[int, int]] = set()
+        """Which directories were at the path before, were taken away, and may come back."""
 
     @property
     def current(self) -> Membership | None:
@@ -99,6 +101,10 @@ class Books:
         if found and found.isdecimal() and found != str(FORMAT):
             raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
         disk.make_private(self.root)
+        for name in ("tmp", "trash", "odd", "ranges", "made"):
+            # a link there leads to files that are not the cache's; what is behind it is left alone
+            if not os.path.islink(self.meta) and os.path.islink(path := f"{self.meta}/{name}"):
+                os.unlink(path)
         folders = [self.root, self.meta, *(f"{self.meta}/{name}" for name in ("tmp", "trash"))]
         for place in folders:
             if place != self.root:
@@ -227,8 +233,18 @@ class Books:
         finally:
             member.storing.leave()
 
+    def is_stand_in(self) -> bool:
+        """Whether the directory at the path is the one that this process uses, and not one that was away."""
+        member = self._member
+        try:
+            return member is not None and member.identity not in self.lost and member.guard.is_current()
+        except OSError:
+            return False
+
     def abandon(self, member: Membership) -> None:
         """Let go of a directory that is no longer there."""
+        if not member.is_deleted():
+            self.lost.add(member.identity)
         with self._opening:
             if self._member is member:
                 self._member = None

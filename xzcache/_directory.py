@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _disk as disk
+from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._absences import Absences
 from xzcache._arrays import Arrays
@@ -22,9 +23,11 @@ from xzcache._books import Books
 from xzcache._config import Unset
 from xzcache._doubts import Doubts
 from xzcache._keeper import Keeper
+from xzcache._keys import META
 from xzcache._leaders import Leaders
 from xzcache._policies import POLICIES
 from xzcache._publisher import Publisher
+from xzcache._quarantine import Quarantine
 from xzcache._reader import Reader
 from xzcache._recency import recency_for
 from xzcache._schema import Totals
@@ -87,12 +90,15 @@ class CacheDirectory:
         self.keeper = Keeper(self.books, max_size, default_max_size)
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
-        self.reader = Reader(self.keeper, folds=folds)
+        before = self.reader.quarantine if hasattr(self, "reader") else Quarantine()
+        self.reader = Reader(self.keeper, folds=folds, quarantine=Quarantine(before))
         self.books.when_refused, self.books.when_joined = self.reader.distrust_all, self.reader.trust_again
         self.leaders = Leaders(self.keeper)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
         self.doubts = Doubts(self.keeper, self.reader)
         self.writes = Writes(self.doubts, self.space, self.publisher)
+        if before.held:
+            self.writes.adopt(before.held)
         self.absences = Absences(self.keeper)
         self.arrays = Arrays(self.keeper, self.writes, self.doubts)
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
@@ -106,13 +112,12 @@ class CacheDirectory:
 
     @property
     def is_ready(self) -> bool:
-        """As `is_prepared`, and nothing is in doubt; what a hit asks."""
+        """As `is_prepared`; what a hit asks. Which keys are in doubt, the reader knows."""
         prepared = self._prepared
         return (
             prepared is not None
             and prepared[0] is self.books.current
             and prepared[1] == self.keeper.bound
-            and not self.doubts.owes
         )
 
     @property
@@ -123,9 +128,14 @@ class CacheDirectory:
     def prepare(self) -> bool:
         """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
         with self._preparing:
+            if self.books.lost and not self.books.is_stand_in():
+                # the directory that was away may be back
+                self._prepared = None
             if not self.is_prepared and not self.keeper.attempt(self._prepare, False):
                 self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
                 return False
+            if self.reader.quarantine.has_returned:
+                self.writes.adopt(self.reader.quarantine.take_returned())
             self.doubts.make_up()
             if self.doubts.owes:
                 self._prepare_after = time.monotonic() + _PAUSE_WHILE_IN_DOUBT
@@ -133,7 +143,9 @@ class CacheDirectory:
 
     def _prepare(self) -> bool:
         bound = self.keeper.bound
-        recovery.recover(self.books)
+        left = recovery.recover(self.books)
+        self.writes.make_up_for_return()
+        self.writes.adopt(left)
         self.keeper.apply_bound()
         self.space.fit()
         self._prepared = self.books.current, bound
@@ -179,6 +191,9 @@ class CacheDirectory:
     def _flush(self) -> None:
         with self.books.section() as (_, index):
             self.recency.tell(index)
+            left = {item.entry.key for item in index.left_dying()}
+        if left:
+            self.writes.adopt(list(left))
 
     @property
     def is_made(self) -> bool:
@@ -220,9 +235,14 @@ class CacheDirectory:
     def close(self) -> None:
         """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
         self.background.wait()
+        if self.books.current is not None:
+            # what was taken away and is back would be served by those who come after
+            self.writes.adopt(self.reader.quarantine.suspected)
+            self.doubts.make_up()
         if (member := self.books.current) is not None:
-            if member.guard.is_current():
-                self.flush()
+            with suppress(OSError):
+                if member.guard.is_current():
+                    self.flush()
             self.books.close()
         self._prepared = None
 
@@ -241,7 +261,8 @@ class CacheDirectory:
         self.books.is_retired = True
         self.books.close()
         self._prepared = None
-        shutil.rmtree(self.books.meta, ignore_errors=True)
+        with suppress(OSError):
+            shutil.rmtree(files.inside(self.root, META))
         with suppress(OSError):
             # unless somebody keeps something else there
             os.rmdir(self.root)
@@ -250,4 +271,5 @@ class CacheDirectory:
     def after_fork_in_child(self) -> None:
         """Start anew, with the settings of the parent and nothing else of it."""
         self.books.after_fork_in_child()
+        self.doubts.let_go_of_note()
         self._start(self.keeper.bound, self.keeper.default_bound)

@@ -13,6 +13,7 @@ import shutil
 import stat
 import struct
 from contextlib import suppress
+from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import google_crc32c
@@ -29,10 +30,23 @@ _STAMP: Final = struct.Struct("<B16sIQqq")
 _VERSION: Final = 2
 _WITHOUT_VALIDATOR: Final = 1
 _LONGEST_VALIDATOR: Final = 200
+OF_NOBODY: Final = bytes(16)
+"""The digest in the stamp of a file that no entry has any more."""
 
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 Data = bytes | bytearray | memoryview
+
+
+class Whose(Enum):
+    """What a look at the path of an entry may find. There is no value for "cannot tell": that is an OSError."""
+
+    GONE = "nothing is there"
+    OURS = "the file that was written for the entry"
+    DISOWNED = "a file of ours that no entry has any more and that could not be unlinked"
+    MARKED = "a file with a mark of ours, which is damaged or of another entry"
+    UNMARKED = "a file on a file system that has no marks: the index has to tell"
+    FOREIGN = "something of somebody else's"
 
 
 def checksum(data: Data) -> int:
@@ -124,7 +138,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
     Raises
     ------
     OSError
-        The file is gone again then.
+        The file is gone again then, unless that fails as well.
     """
     try:
         fd = os.open(path, _WRITE, 0o600)
@@ -132,10 +146,11 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
         make_directories(os.path.dirname(path))
         fd = os.open(path, _WRITE, 0o600)
     try:
+        # the stamp first: a writer that has to work by hand finds the files in flight of its key by their stamps
+        attach(fd, stamp)
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        attach(fd, stamp)
     except BaseException:
         with suppress(OSError):
             os.unlink(path)
@@ -176,6 +191,28 @@ def move(source: str, target: str) -> None:
         os.replace(source, target)
 
 
+def inside(root: str, relative: str) -> str:
+    """The absolute path of something in a cache directory, once no directory above it is a link.
+
+    Every path that is unlinked, renamed or written goes through here: a link leads to somebody else's files.
+
+    Raises
+    ------
+    OSError
+        A link is in the way (ELOOP), or that cannot be told.
+    """
+    path = root
+    for name in ["", *relative.split("/")[:-1]]:
+        path = f"{path}/{name}" if name else path
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            break
+        if stat.S_ISLNK(mode):
+            raise OSError(errno.ELOOP, "a link is in the place of a directory of the cache", path)
+    return f"{root}/{relative}"
+
+
 def discard(path: str) -> None:
     """Unlink a file that may be gone."""
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -193,60 +230,91 @@ def prune(path: str, root: str) -> None:
         directory = os.path.dirname(directory)
 
 
-def marked(path: str) -> bool | None:
-    """Whether the file at a path bears a mark of ours, whosever it is by now; None where nothing can bear one."""
+def look(path: str, entry: Entry) -> Whose:
+    """Whose file lies at the path of an entry.
+
+    A copy of a file of ours that lies at another path is its maker's.
+
+    Raises
+    ------
+    OSError
+        It cannot be told. That is neither "gone" nor "not ours": whatever waits for the answer stays undone.
+    """
     try:
-        _attribute(path)
-    except (OSError, AttributeError):
-        return None if not has_stamps(path) and not os.path.islink(path) else False
+        raw = _attribute(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Whose.GONE
+    except AttributeError:
+        # this platform has no extended attributes
+        return _look_without_stamps(path)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENAMETOOLONG):
+            return Whose.FOREIGN if error.errno == errno.ENODATA else Whose.GONE
+        if error.errno == errno.ENOTSUP:
+            return _look_without_stamps(path)
+        raise
+    stamp = _decode(raw)
+    if stamp is not None and stamp.digest in (entry.digest(), OF_NOBODY):
+        return Whose.OURS if stamp.digest != OF_NOBODY else Whose.DISOWNED
+    return Whose.MARKED
+
+
+def _look_without_stamps(path: str) -> Whose:
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return Whose.GONE
+    return Whose.UNMARKED if stat.S_ISREG(mode) else Whose.FOREIGN
+
+
+def exists(path: str) -> bool:
+    """Whether anything is at a path, a link included.
+
+    Raises
+    ------
+    OSError
+        It cannot be told.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     return True
 
 
-def ours(path: str, entry: Entry) -> bool | None:
-    """Whether the file at a path is the one that we wrote for an entry; None where only the index can tell.
+def discard_ours(path: str, entry: Entry) -> Whose:
+    """Unlink a file if it is the one that was written for an entry; returns whose it was.
 
-    A copy of one of our files that lies elsewhere is its maker's.
+    Raises
+    ------
+    OSError
+        It may still be there.
     """
-    if (stamp := read_stamp(path)) is not None:
-        return stamp.digest == entry.digest()
-    return None if marked(path) is not False else False
+    found = look(path, entry)
+    if found in (Whose.OURS, Whose.DISOWNED):
+        try:
+            discard(path)
+        except OSError:
+            disown(path)
+            raise
+    return found
 
 
-def discard_ours(path: str, entry: Entry) -> None:
-    """Unlink a file if it is the one that we wrote for an entry, as far as its file system can tell."""
-    if os.path.lexists(path) and ours(path, entry) is not False:
-        discard(path)
+def disown(path: str) -> bool:
+    """Make a file of ours that cannot be unlinked unreadable as an entry; whether that is certain.
 
-
-def blocked(path: str, entry: Entry, *, known: bool) -> bool:
-    """Whether something keeps an entry from lying at `path`.
-
-    Parameters
-    ----------
-    path : str
-    entry : Entry
-    known : bool
-        Whether the index has the entry there: then any file with a mark of ours is in its place, however damaged.
+    Its stamp no longer names an entry, and its time of modification shows every process that it was changed.
     """
     try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    if not stat.S_ISREG(status.st_mode):
-        return True
-    return marked(path) is False if known else not ours(path, entry)
-
-
-def is_regular(path: str) -> bool:
-    """Whether there is nothing at a path but perhaps a file."""
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return True
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            attach(fd, Stamp(OF_NOBODY, 0, 0, 0, 0, ""))
+            os.utime(fd)
+        finally:
+            os.close(fd)
     except OSError:
         return False
+    return True
 
 
 def make_directories(path: str) -> None:
@@ -262,7 +330,15 @@ def make_directories(path: str) -> None:
 
 
 def walk(directory: str) -> Iterator[str]:
-    """Paths of all files beneath a directory, ours apart (`.xzcache` at its top is passed over)."""
+    """Paths of all files beneath a directory, ours apart (`.xzcache` at its top is passed over). No link is followed.
+
+    Raises
+    ------
+    OSError
+        A directory cannot be read.
+    """
+    if os.path.islink(directory):
+        return
     stack = [directory]
     while stack:
         here = stack.pop()
@@ -279,10 +355,28 @@ def walk(directory: str) -> Iterator[str]:
 
 
 def empty(directory: str) -> None:
-    """Remove all that is in a directory of ours."""
+    """Remove all that is in a directory of ours.
+
+    Raises
+    ------
+    OSError
+        Something is still there.
+    """
     with suppress(FileNotFoundError), os.scandir(directory) as found:
         for item in found:
             if item.is_dir(follow_symlinks=False):
-                shutil.rmtree(item.path, ignore_errors=True)
+                remove_tree(item.path)
             else:
                 discard(item.path)
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory of ours and all that is in it.
+
+    Raises
+    ------
+    OSError
+        Something is still there.
+    """
+    with suppress(FileNotFoundError):
+        shutil.rmtree(directory)

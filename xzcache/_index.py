@@ -271,11 +271,19 @@ class Index:
 
     def dying_of_nobody(self) -> list[Dying]:
         """Files whose owner has signed off."""
-        return self._dying("owner NOT IN (SELECT id FROM owner)")
+        return self._dying("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
 
     def _dying(self, where: str, *values: int) -> list[Dying]:
         rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+
+    def disown_dying(self, ids: Iterable[int]) -> None:
+        """Leave files that could not be seen to be gone to whoever recovers next."""
+        self.connection.executemany("UPDATE dying SET owner = 0 WHERE id = ?", [(id_,) for id_ in ids])
+
+    def left_dying(self, limit: int = -1) -> list[Dying]:
+        """Those files, or some of them: their bytes stay counted."""
+        return self._dying("owner = 0 ORDER BY random() LIMIT ?", limit)
 
     def dying_ids(self) -> set[int]:
         return {id_ for (id_,) in self._do("SELECT id FROM dying")}

@@ -93,10 +93,16 @@ class Guard:
         raise Busy(f"{self._path} is held by somebody else")
 
     def is_current(self) -> bool:
-        """Whether the lock file is still the one at its path: the directory may have been removed."""
+        """Whether the lock file is still the one at its path: the directory may have been removed.
+
+        Raises
+        ------
+        OSError
+            It cannot be told.
+        """
         try:
             there = os.stat(self._path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return os.path.samestat(there, os.fstat(self.fd))
 

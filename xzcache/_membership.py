@@ -46,6 +46,13 @@ class Membership:
         self._serial = -1
         self._epoch = 0
         self._closed = False
+        status = os.fstat(self.guard.fd)
+        self.identity = status.st_dev, status.st_ino
+        """What tells this directory from another one that takes its place."""
+
+    def is_deleted(self) -> bool:
+        """Whether the directory cannot come back."""
+        return os.fstat(self.guard.fd).st_nlink == 0
 
     def index_path(self, generation: int) -> str:
         return f"{self.meta}/index-{generation}.db"

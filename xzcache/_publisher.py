@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import sqlite3
 import time
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._admission import Admission
 from xzcache._errors import Damaged, NoRoom
-from xzcache._keys import namespace_of, relative_path
+from xzcache._keys import META, namespace_of, relative_path
 from xzcache._leaders import Tickets
 from xzcache._parcels import InFlight, Parcel
 from xzcache._space import recovery_due
@@ -102,8 +101,15 @@ class Publisher:
         CacheFault, OSError
             It could not be.
         """
-        parcel = Parcel(entry, data, None, exclusive=exclusive)
-        self._keeper.insist(lambda: self._alone(parcel))
+        for is_last in (False, False, True):
+            parcel = Parcel(entry, data, None, exclusive=exclusive)
+            try:
+                self._keeper.insist(partial(self._alone, parcel))
+                break
+            except FileNotFoundError:
+                # somebody deleted the key by hand, and what was in flight of it: this comes after that
+                if is_last:
+                    raise
         return parcel.is_stored
 
     def _alone(self, parcel: Parcel) -> None:
@@ -127,6 +133,8 @@ class Publisher:
                 for parcel in parcels:
                     stamp = files.stamp_of(parcel.entry, parcel.data, parcel.validator)
                     items.append(InFlight(parcel, *member.next_temporary(), stamp))
+                # no file is written through a link
+                files.inside(self._root, f"{META}/tmp/{member.owner}/.")
                 for item in items:
                     self._write(item)
                 with self._books.section() as (current, index):
@@ -189,8 +197,14 @@ class Publisher:
         # whatever interrupts us from here on, it may be after the commit
         for item in entering:
             item.is_spent = True
+        moves = []
+        for item in entering:
+            try:
+                moves.append((item, self._path(item)))
+            except OSError as error:
+                item.failure = error
         try:
-            self._commit_and_reveal(index, [(item, self._path(item)) for item in entering])
+            self._commit_and_reveal(index, moves)
         except sqlite3.Error:
             for item in entering:
                 item.is_spent = False
@@ -211,17 +225,22 @@ class Publisher:
             except OSError as error:
                 item.failure = error
 
-    @staticmethod
-    def _undo(member: Membership, index: Index, failed: Sequence[InFlight]) -> None:
+    def _undo(self, member: Membership, index: Index, failed: Sequence[InFlight]) -> None:
         """Take rows back whose files could not be given their names."""
         if not failed:
             return
         try:
             index.begin()
+            tombstones = []
             for item in failed:
                 if (row := index.find(item.parcel.entry)) is not None:
                     index.remove(row.id)
+                    # a rename that failed may have happened all the same, as far as can be told
+                    tombstones.append(index.add_dying(row, member.owner))
                 index.change_lease(member.owner, item.stamp.size)
+            index.commit()
+            index.begin()
+            recovery.finish(self._books, index, tombstones)
             index.commit()
         except sqlite3.Error as error:
             # the index counts bytes that are not there: only a new one is right again
@@ -233,10 +252,9 @@ class Publisher:
         """Give back the bytes of what was replaced: its place was renamed over, or it is unlinked."""
         for item in items:
             if (old := item.replaced) is not None:
-                # what cannot be unlinked stays counted
-                with suppress(OSError):
-                    if item.failure is not None or old.odd != item.odd:
-                        files.discard_ours(f"{self._root}/{relative_path(old.entry, odd=old.odd)}", old.entry)
+                if item.failure is not None or old.odd != item.odd:
+                    recovery.finish(self._books, index, [old])
+                else:
                     index.drop_dying([old.id])
 
     def _superseded(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
@@ -257,4 +275,4 @@ class Publisher:
         return self._space.condemn(member, index, rows.values())
 
     def _path(self, item: InFlight) -> str:
-        return f"{self._root}/{relative_path(item.parcel.entry, odd=item.odd)}"
+        return files.inside(self._root, relative_path(item.parcel.entry, odd=item.odd))

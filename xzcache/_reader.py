@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from xzcache import _files as files
 from xzcache import _opened as opening
 from xzcache._errors import Damaged, Unusable
+from xzcache._files import Whose
 from xzcache._keys import Entry, is_plain, relative_path
 from xzcache._pieces import Listed, Pieces
+from xzcache._quarantine import EVERYTHING, Quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from xzcache._schema import Row
 
 _REMEMBERED: Final = 65536
-_ALL: Final = "/"
-"""What no namespace is called."""
 _DESCRIPTORS: Final = "/proc/self/fd"
 _SHOWS_PATHS: Final = os.path.isdir(_DESCRIPTORS)
 """Whether this platform tells where an open file lies, in one system call."""
@@ -57,8 +57,8 @@ class Reader:
 
     Attributes
     ----------
-    distrusted : set of str
-        Prefixes of keys beneath which something could not be made invisible when it had to be: nothing there is read.
+    quarantine : Quarantine
+        Keys of which something could not be made invisible when it had to be.
 
     Notes
     -----
@@ -66,7 +66,7 @@ class Reader:
     number of files.
     """
 
-    def __init__(self, keeper: Keeper, *, folds: bool) -> None:
+    def __init__(self, keeper: Keeper, *, folds: bool, quarantine: Quarantine | None = None) -> None:
         self._keeper = keeper
         self._trouble = keeper.trouble
         self._root = keeper.books.root
@@ -74,7 +74,8 @@ class Reader:
         self._pieces = Pieces(self._root)
         self._checked: dict[str, opening.Signature] = {}
         self._damaged: dict[str, opening.Signature] = {}
-        self.distrusted: set[str] = set()
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self._refuses_all = False
 
     def find(self, entry: Entry, *, anyones: bool = False) -> Found | None:
         """Open a file that holds an entry: its own, or one that holds more of the object.
@@ -91,7 +92,7 @@ class Reader:
 
     def candidates(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
         """Open one file after another that holds an entry."""
-        if self.distrusted and self._distrusts(entry.key):
+        if not self.quarantine.is_empty and self.quarantine.holds(entry.key):
             return
         try:
             if entry.is_whole:
@@ -119,21 +120,21 @@ class Reader:
         The shortest way of all: whoever gets None goes the long one.
         """
         path = f"{self._root}/{entry.key}"
-        signature = self._checked_at(path, max_age_ns)
+        signature = self._checked_at(entry.key, path, max_age_ns)
         return None if signature is None else opening.read_unchanged(path, signature, most, self._trouble)
 
     def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
         """As `at_once`, into an array of bytes; what is there after False is undefined."""
         path = f"{self._root}/{entry.key}"
-        signature = self._checked_at(path, max_age_ns)
+        signature = self._checked_at(entry.key, path, max_age_ns)
         return signature is not None and opening.read_unchanged_into(
             path, signature, place, self._trouble, patient=patient
         )
 
-    def _checked_at(self, path: str, max_age_ns: int | None) -> opening.Signature | None:
+    def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> opening.Signature | None:
         """The file that was checked at a path, if it may be served."""
         signature = self._checked.get(path)
-        if signature is None or self.distrusted:
+        if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
             return None
         if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
             return None
@@ -142,25 +143,23 @@ class Reader:
     def listed(self, key: str) -> Listed:
         """The byte ranges of an object that there are, as far as can be seen."""
         try:
-            return Listed(key, ()) if self.distrusted and self._distrusts(key) else self._pieces.listed(key)
+            held = not self.quarantine.is_empty and self.quarantine.holds(key)
+            return Listed(key, ()) if held else self._pieces.listed(key)
         except OSError as error:
             self._trouble(error)
             return Listed(key, ())
 
     def distrust_all(self) -> None:
         """Read nothing more from this directory."""
-        self.distrusted.add(_ALL)
+        if not self._refuses_all:
+            self._refuses_all = True
+            self.quarantine.hold([EVERYTHING])
 
     def trust_again(self) -> None:
         """Undo `distrust_all`: the directory was found to be this user's."""
-        self.distrusted.discard(_ALL)
-
-    def _distrusts(self, key: str) -> bool:
-        return self.distrusts_all or any(key.startswith(f"{prefix}/") for prefix in list(self.distrusted))
-
-    @property
-    def distrusts_all(self) -> bool:
-        return _ALL in self.distrusted
+        if self._refuses_all:
+            self._refuses_all = False
+            self.quarantine.free([EVERYTHING])
 
     def _open_if_possible(self, entry: Entry) -> Found | None:
         """As `_open`, where another file may hold the same."""
@@ -192,6 +191,12 @@ class Reader:
         if not (opened.is_ours or anyones) or (not known and self._damaged.get(path) == opened.signature):
             opened.close()
             return None
+        if not self.quarantine.is_empty:
+            # the file is open already, so what is asked now holds for it
+            if self.quarantine.is_away(entry.key) and not self._keeper.books.is_stand_in():
+                opened.close()
+                return None
+            known = known and not self.quarantine.suspects(entry.key)
         return Found(entry, path, opened, known)
 
     def _path(self, entry: Entry, *, odd: bool) -> str:
@@ -224,7 +229,7 @@ class Reader:
                 waits = data is None
                 return not waits, data
             stamp, settled = files.stamp_of_open(found.opened.fd)
-            if stamp is None and not settled:
+            if (stamp is None and not settled) or self.quarantine.suspects(found.entry.key):
                 # the index has to be asked
                 waits = True
                 return False, None
@@ -244,17 +249,22 @@ class Reader:
         """The checksum that a file must have, by its stamp or the index; None where it is not the entry's file."""
         if not found.opened.is_ours:
             return None
+        suspect = self.quarantine.suspects(found.entry.key)
         if stamp is not None:
-            if stamp.size == found.size and stamp.digest == found.entry.digest():
+            sound = stamp.size == found.size and stamp.digest == found.entry.digest()
+            if sound and not suspect:
                 return stamp.crc
         elif settled:
             # not the cache's
             _remember(self._damaged, found)
             return None
-        else:
+        if stamp is None or suspect:
             row = self._keeper.attempt(lambda: self._row(found.entry), None)
-            if row is not None and row.size == found.size:
+            if row is not None and row.size == found.size and (stamp is None or (sound and row.crc == stamp.crc)):
                 return row.crc
+            if suspect:
+                self.quarantine.note_returned(found.entry.key)
+                return None
         self._is_damaged(found)
         return None
 
@@ -295,17 +305,23 @@ class Reader:
             self._trouble(error)
             return False
         if stamp is not None:
-            return stamp.digest != found.entry.digest()
+            return stamp.digest not in (found.entry.digest(), files.OF_NOBODY)
         if not found.opened.is_ours:
             return True
         return settled or self._keeper.attempt(lambda: self._row(Entry(found.entry.key)), None) is None
 
     def is_foreign_file(self, path: str, key: str) -> bool:
-        """Whether the file at a path is not one of the cache's."""
-        ours = files.ours(path, Entry(key))
-        if ours is None:
-            return self._keeper.attempt(lambda: self._row(Entry(key)), None) is None
-        return not ours
+        """Whether the file at a path is not one of the cache's.
+
+        Raises
+        ------
+        CacheFault, OSError
+            It cannot be told.
+        """
+        found = files.look(path, Entry(key))
+        if found is Whose.UNMARKED:
+            return self._keeper.insist(lambda: self._row(Entry(key))) is None
+        return found in (Whose.FOREIGN, Whose.MARKED)
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
         """Bytes of a file that is not the cache's, as they are; it is closed.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import logging
 import os
 import re
 import secrets
-import shutil
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
 from xzcache._errors import Busy, CacheFault
+from xzcache._files import Whose
 from xzcache._index import Index
-from xzcache._keys import END, Entry, prefix_slot, relative_path, write_slot
+from xzcache._keys import END, META, Entry, is_plain, prefix_slot, range_directory, relative_path, write_slot
+from xzcache._schema import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,17 +26,30 @@ if TYPE_CHECKING:
     from xzcache._membership import Membership
     from xzcache._schema import Dying
 
+logger = logging.getLogger("xzcache")
+
 _INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm)?")
 _UNBOUNDED: Final = "none"
 _EVERYTHING: Final = -1
+_AT_ONCE: Final = 256
+"""Files that could not be removed before, and are tried again by one recovery."""
+
+UNDONE: Final = "undone-"
+"""How the names of notes about what is still to be done begin, in the directory of files in flight."""
 
 
-def recover(books: Books) -> None:
+def recover(books: Books) -> list[str]:
     """Finish or undo what dead processes were doing, and take their leases back.
 
     A process is dead when its byte of the owners' file can be locked: no pid is looked at, so pid namespaces and
     recycled numbers do not matter, and a stopped process counts as alive. Everything here may itself be killed and done
     again by the next.
+
+    Returns
+    -------
+    list of str
+        Keys, and prefixes that end in a slash, of which a file may be left that must not be served. What cannot be
+        removed, or cannot be told apart, stays counted, and keeps nothing else from being done.
     """
     with books.section() as (member, index):
         for owner in index.owners():
@@ -42,13 +59,20 @@ def recover(books: Books) -> None:
                     _bury_owner(books, index, owner)
                     index.commit()
                     index.begin()
+                    _remove_tree(books, f"tmp/{owner}")
+                except OSError as error:
+                    logger.debug("what process %d left cannot be finished yet: %s", owner, error)
+                    index.rollback()
+                    index.begin()
                 finally:
                     member.owners.unlock(owner)
-                shutil.rmtree(f"{books.meta}/tmp/{owner}", ignore_errors=True)
-        left = index.dying_of_nobody()
-        finish(books, index, left)
-        index.drop_dying(item.id for item in left)
+        finish(books, index, index.dying_of_nobody())
+        finish(books, index, index.left_dying(_AT_ONCE))
+        left = _finish_notes(books, member, index)
+        index.commit()
+        index.begin()
         _sweep(books, member, index)
+        return [*{item.entry.key for item in index.left_dying()}, *left]
 
 
 def is_last_to_leave(books: Books) -> bool:
@@ -65,29 +89,86 @@ def is_last_to_leave(books: Books) -> bool:
 def _forget_written(books: Books, member: Membership, index: Index, owner: int) -> None:
     """Forget what a process was writing at the source when it died: nobody knows how far it got."""
     for key, beneath in index.notes.writing_of(owner):
-        member.writes.bump(prefix_slot(key) if beneath else write_slot(key))
-        rows = index.beneath(key, _EVERYTHING) if beneath else index.of_key(key)
-        for row in rows:
-            files.discard_ours(f"{books.root}/{relative_path(row.entry, odd=row.odd)}", row.entry)
-            index.remove(row.id)
+        _forget(books, member, index, key, beneath=beneath)
     index.notes.drop_writings_of(owner)
 
 
+def _forget(books: Books, member: Membership, index: Index, key: str, *, beneath: bool) -> None:
+    """Forget a key, or all keys beneath it: rows first, then names, then bytes."""
+    member.writes.bump(prefix_slot(key) if beneath else write_slot(key))
+    dying = []
+    for row in index.beneath(key, _EVERYTHING) if beneath else index.of_key(key):
+        index.remove(row.id)
+        dying.append(index.add_dying(row, 0))
+    index.commit()
+    index.begin()
+    finish(books, index, dying)
+
+
+def _finish_notes(books: Books, member: Membership, index: Index) -> list[str]:
+    """Do what processes wrote down that they could not do, and died; the names of what is still to be done."""
+    left: list[str] = []
+    with suppress(OSError):
+        for name in os.listdir(files.inside(books.root, f"{META}/tmp/.").removesuffix("/.")):
+            if name.startswith(UNDONE):
+                left += _finish_note(books, member, index, f"{books.meta}/tmp/{name}")
+    return left
+
+
+def _finish_note(books: Books, member: Membership, index: Index, path: str) -> list[str]:
+    names: list[str] = []
+    with suppress(OSError), open(path, "r+b") as note:
+        for line in note.read().decode(errors="replace").splitlines():
+            with suppress(ValueError):
+                # the last line may be half a line: then its write has not begun
+                names.append(str(json.loads(line)))
+        try:
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # its writer lives and will do it, but perhaps could not remove a file: this process hears of it
+            return [name for name in names if not _is_gone(books, index, name)]
+        for name in dict.fromkeys(names):
+            _forget(books, member, index, name.rstrip("/"), beneath=name.endswith("/"))
+        left = [name for name in names if not _is_gone(books, index, name)]
+        if not left:
+            files.discard(path)
+        return left
+    return names
+
+
+def _is_gone(books: Books, index: Index, name: str) -> bool:
+    """Remove files of a key, or beneath a prefix, that have no row; whether there are none."""
+    try:
+        if not name.endswith("/"):
+            if not index.knows(name):
+                clear_paths(books, index, name)
+            return True
+        if name != "/" and not is_plain(name.rstrip("/")):
+            return True
+        for path in files.walk(files.inside(books.root, name).rstrip("/")):
+            key = os.path.relpath(path, books.root).replace(os.sep, "/")
+            if not index.knows(key):
+                clear_paths(books, index, key)
+    except OSError:
+        return False
+    return True
+
+
 def _bury_owner(books: Books, index: Index, owner: int) -> None:
-    directory = f"{books.meta}/tmp/{owner}"
+    directory = files.inside(books.root, f"{META}/tmp/{owner}/.").removesuffix("/.")
     for row in index.in_flight(owner, _numbers_in(directory)):
         # its row was committed, so the entry is whole: all that is missing is its name
         try:
-            files.move(f"{directory}/{row.seq}", f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
+            relative = relative_path(row.entry, odd=row.odd)
+            files.move(f"{directory}/{row.seq}", files.inside(books.root, relative))
         except OSError:
-            # something else has taken its place: the entry goes, and before its file does
+            # something else has taken its place: the entry goes, and before its file does, which stays counted
             index.remove(row.id)
+            index.change_lease(owner, row.size)
             index.commit()
             index.begin()
     files.empty(directory)
-    dying = index.dying_of(owner)
-    finish(books, index, dying)
-    index.drop_dying(item.id for item in dying)
+    finish(books, index, index.dying_of(owner))
     index.drop_owner(owner)
 
 
@@ -99,33 +180,111 @@ def _numbers_in(directory: str) -> list[int]:
 
 
 def finish(books: Books, index: Index, dying: Iterable[Dying]) -> None:
-    """Unlink files whose rows are gone, wherever between the two their owner got to."""
+    """Unlink files whose rows are gone, wherever between the two their owner got to, and give their bytes back.
+
+    A file that cannot be unlinked, or of which cannot be told whose it is, stays counted as nobody's.
+    """
+    done, left = [], []
     for item in dying:
-        trash = f"{books.meta}/trash/{item.id}"
-        if os.path.exists(trash):
-            files.discard(trash)
-        elif index.find(item.entry) is None:
-            path = f"{books.root}/{relative_path(item.entry, odd=item.odd)}"
-            # what is not ours at that path may have come later, from somebody else
-            files.discard_ours(path, item.entry)
-            files.prune(path, books.root)
+        try:
+            row = index.find(item.entry)
+            # a file of another entry may lie at the path by now; it has a row then
+            if not _unlink(books, f"{META}/trash/{item.id}") and (row is None or row.odd != item.odd):
+                _unlink_ours(books, item.entry, odd=item.odd, unmarked=True)
+            done.append(item.id)
+        except OSError as error:
+            logger.debug("a file of an entry that has left cannot be removed yet: %s", error)
+            left.append(item.id)
+    index.drop_dying(done)
+    index.disown_dying(left)
+
+
+def clear_paths(books: Books, index: Index, key: str) -> None:
+    """Unlink files of a key that has no row any more: what an earlier failure, or a crash, has left.
+
+    Raises
+    ------
+    OSError
+        One may still be there.
+    """
+    tombstones = [item for item in index.left_dying() if item.entry.key == key]
+    unmarked = {item.entry for item in tombstones}
+    for entry, odd in _places(books, key):
+        _unlink_ours(books, entry, odd=odd, unmarked=entry in unmarked)
+    if tombstones:
+        index.drop_dying(item.id for item in tombstones)
+
+
+def _places(books: Books, key: str) -> Iterator[tuple[Entry, bool]]:
+    """Where files of a key may lie."""
+    if is_plain(key):
+        yield Entry(key), False
+    yield Entry(key), True
+    try:
+        names = os.listdir(f"{books.root}/{range_directory(key)}")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        start, _, stop = name.partition("_")
+        with suppress(ValueError):
+            yield Entry(key, int(start), int(stop)), False
+
+
+def _unlink_ours(books: Books, entry: Entry, *, odd: bool, unmarked: bool) -> None:
+    """Unlink what lies at the path of an entry, if it is ours; `unmarked` if the index says that it is."""
+    relative = relative_path(entry, odd=odd)
+    if not files.exists(f"{books.root}/{relative}"):
+        return
+    path = files.inside(books.root, relative)
+    # what is not ours at that path may have come later, from somebody else
+    found = files.discard_ours(path, entry)
+    if found is Whose.UNMARKED and unmarked:
+        files.discard(path)
+    files.prune(path, books.root)
+
+
+def _unlink(books: Books, relative: str) -> bool:
+    """Unlink something in the directory; whether it was there."""
+    try:
+        os.unlink(files.inside(books.root, relative))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _remove_tree(books: Books, name: str) -> None:
+    files.remove_tree(files.inside(books.root, f"{META}/{name}"))
 
 
 def _sweep(books: Books, member: Membership, index: Index) -> None:
-    """Remove directories of files in flight that no owner's row speaks of, and indexes of old."""
+    """Remove directories of files in flight that no owner's row speaks of, and indexes of old.
+
+    What cannot be removed is left to the next sweep.
+    """
     for number in _generations(books):
         if number != member.generation:
             _remove_index(books, number)
     dying = index.dying_ids()
-    for name in os.listdir(f"{books.meta}/trash"):
+    for name in _listed(books, "trash"):
         if not name.isdecimal() or int(name) not in dying:
-            files.discard(f"{books.meta}/trash/{name}")
+            with suppress(OSError):
+                _unlink(books, f"{META}/trash/{name}")
     known = {str(owner) for owner in index.owners()}
-    for name in os.listdir(f"{books.meta}/tmp"):
-        if name not in known and (not name.isdecimal() or member.owners.try_lock(int(name))):
-            shutil.rmtree(f"{books.meta}/tmp/{name}", ignore_errors=True)
+    for name in _listed(books, "tmp"):
+        if name not in known and not name.startswith(UNDONE):
+            if name.isdecimal() and not member.owners.try_lock(int(name)):
+                continue
+            with suppress(OSError):
+                _remove_tree(books, f"tmp/{name}")
             if name.isdecimal():
                 member.owners.unlock(int(name))
+
+
+def _listed(books: Books, name: str) -> list[str]:
+    """Names in a directory of ours; none where a link has taken its place."""
+    with suppress(OSError):
+        return os.listdir(files.inside(books.root, f"{META}/{name}/.").removesuffix("/."))
+    return []
 
 
 def rebuild(books: Books, damaged: int, max_size: int | None) -> bool:
@@ -207,25 +366,39 @@ def _build(books: Books, member: Membership, generation: int, max_size: int | No
         # a process that does not know of this index yet may still settle what it condemned under another
         index.number_from("dying", secrets.randbits(40))
         index.set_max_size(max_size)
-        files.empty(f"{books.meta}/tmp")
-        files.empty(f"{books.meta}/trash")
+        for name in _listed(books, "tmp"):
+            # a note of what is still to be done is not about the index that was lost
+            if not name.startswith(UNDONE):
+                _remove_tree(books, f"tmp/{name}")
+        files.empty(files.inside(books.root, f"{META}/trash/.").removesuffix("/."))
         if not books.has_stamps:
             _remove_unknowable(books)
         for path, entry, stamp, odd in _stamped(books):
             try:
-                status = os.stat(path)
+                status = os.lstat(path)
             except FileNotFoundError:
                 # unlinked by hand while we walk
                 continue
-            if status.st_size == stamp.size and index.find(entry) is None:
+            if stamp is not None and status.st_size == stamp.size and index.find(entry) is None:
                 index.add(entry, odd=odd, size=stamp.size, crc=stamp.crc, used=status.st_mtime_ns, owner=0, seq=0)
             else:
-                files.discard(path)
+                _discard_or_count(books, index, entry, odd=odd, size=status.st_size, certain=stamp is not None)
         _shrink(books, index)
         index.commit()
         index.checkpoint(0)
     finally:
         index.close()
+
+
+def _discard_or_count(books: Books, index: Index, entry: Entry, *, odd: bool, size: int, certain: bool) -> None:
+    """Unlink a file of ours that no row is to speak of; where that fails, or is not `certain`, a tombstone does."""
+    try:
+        if certain:
+            _unlink(books, relative_path(entry, odd=odd))
+            return
+    except OSError as error:
+        logger.debug("a file cannot be removed yet: %s", error)
+    index.add_dying(Row(0, entry, odd, size, 0, 0, 0, 0, 0, 0), 0)
 
 
 def _remove_unknowable(books: Books) -> None:
@@ -234,22 +407,28 @@ def _remove_unknowable(books: Books) -> None:
     Ours are those in directories of our making that nobody but this user may read.
     """
     for name in books.made_namespaces():
-        for path in files.walk(f"{books.root}/{name}"):
+        for path in files.walk(files.inside(books.root, f"{name}/.").removesuffix("/.")):
             if stat.S_IMODE(os.lstat(path).st_mode) == 0o600:
                 files.discard(path)
                 files.prune(path, books.root)
-    files.empty(f"{books.meta}/made")
+    _remove_tree(books, "made")
 
 
-def _stamped(books: Books) -> Iterator[tuple[str, Entry, files.Stamp, bool]]:
-    """Every file that bears our stamp and lies where that entry belongs."""
+def _stamped(books: Books) -> Iterator[tuple[str, Entry, files.Stamp | None, bool]]:
+    """Every file that bears our stamp and lies where that entry belongs; or of which nobody can tell, without one."""
     for path in files.walk(books.root):
-        stamp = files.read_stamp(path)
         entry = Entry(os.path.relpath(path, books.root).replace(os.sep, "/"), 0, END)
-        if stamp is not None and stamp.digest == entry.digest():
-            yield path, entry, stamp, False
+        try:
+            found = files.look(path, entry)
+        except OSError:
+            yield path, entry, None, False
+            continue
+        if found is Whose.DISOWNED:
+            _unlink(books, entry.key)
+        elif found is Whose.OURS:
+            yield path, entry, files.read_stamp(path), False
     for place in ("odd", "ranges"):
-        for path in files.walk(f"{books.meta}/{place}"):
+        for path in files.walk(files.inside(books.root, f"{META}/{place}/.").removesuffix("/.")):
             stamp = files.read_stamp(path)
             if stamp is None or path != f"{books.root}/{relative_path(stamp.entry, odd=place == 'odd')}":
                 # nobody else puts files here
@@ -262,8 +441,9 @@ def _shrink(books: Books, index: Index) -> None:
     room = index.totals().room
     while room is not None and room < 0:
         for row in index.by_rank(256):
-            files.discard(f"{books.root}/{relative_path(row.entry, odd=row.odd)}")
             index.remove(row.id)
-            room += row.size
+            before = index.totals().dying
+            _discard_or_count(books, index, row.entry, odd=row.odd, size=row.size, certain=True)
+            room += row.size - (index.totals().dying - before)
             if room >= 0:
                 break

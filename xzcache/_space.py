@@ -6,6 +6,7 @@ file is written only out of a lease, and its bytes are given back only after it 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -15,7 +16,8 @@ from xzcache import _disk as disk
 from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._errors import NoRoom
-from xzcache._keys import relative_path
+from xzcache._files import Whose
+from xzcache._keys import META, relative_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +36,30 @@ _INDEX_RESERVE: Final = 4 << 20
 _ATTEMPTS: Final = 8
 _PAUSE_WHILE_FULL: Final = 1.0
 """Seconds for which a directory that was full, and from which nothing leaves, is not asked again."""
+
+
+class Doubtful:
+    """What became of keys whose files were to be taken out of sight.
+
+    Attributes
+    ----------
+    left : set of str
+        Keys of which a file may still be there.
+    missing : set of str
+        Keys of which a file that the index knew was not where it had to be.
+    error : OSError or None
+        Why one of `left` is.
+    """
+
+    def __init__(self) -> None:
+        self.left: set[str] = set()
+        self.missing: set[str] = set()
+        self.error: OSError | None = None
+
+    def note(self, key: str, error: OSError) -> None:
+        """Take note of a key of which a file may still be there."""
+        self.left.add(key)
+        self.error = error
 
 
 class Space:
@@ -184,54 +210,110 @@ class Space:
         if room is not None and room < 0:
             self.evict(-room)
 
-    def condemn(self, member: Membership, index: Index, rows: Iterable[Row]) -> list[Dying]:
+    def condemn(
+        self, member: Membership, index: Index, rows: Iterable[Row], doubts: Doubtful | None = None
+    ) -> list[Dying]:
         """Take entries out of the index, then their files out of sight; within a section, which is committed.
 
-        Raises
-        ------
-        OSError
-            A file could be neither moved nor unlinked. It stays counted.
+        Parameters
+        ----------
+        member : Membership
+        index : Index
+        rows : iterable of Row
+        doubts : Doubtful, optional
+            Is told of the keys whose files could not be seen to be gone.
+
+        Returns
+        -------
+        list of Dying
+            What is out of sight, to be released. Every other file stays counted, as a tombstone that no process owns:
+            the next recovery tries again.
         """
         dying = []
         for row in rows:
             index.remove(row.id)
             dying.append(index.add_dying(row, member.owner))
         index.commit()
-        hidden: list[Dying] = []
-        try:
-            for item in dying:
-                self._hide(item)
-                hidden.append(item)
-        except OSError:
-            self._unreleased += hidden
-            raise
+        doubts = Doubtful() if doubts is None else doubts
+        hidden = [item for item in dying if self._is_hidden(item, doubts)]
+        if len(hidden) < len(dying):
+            index.begin()
+            index.disown_dying({item.id for item in dying} - {item.id for item in hidden})
+            index.commit()
         return hidden
 
-    def _hide(self, item: Dying) -> None:
-        path = f"{self.books.root}/{relative_path(item.entry, odd=item.odd)}"
+    def _is_hidden(self, item: Dying, doubts: Doubtful) -> bool:
+        """Take a file out of sight; False where that cannot be done, or cannot be told."""
+        for is_last in (False, True):
+            try:
+                if self._hide(item) is Whose.GONE:
+                    doubts.missing.add(item.entry.key)
+                return True
+            except OSError as error:
+                if is_last:
+                    doubts.note(item.entry.key, error)
+        return False
+
+    def _hide(self, item: Dying) -> Whose:
+        """Take a file out of sight; returns whose it was.
+
+        Raises
+        ------
+        OSError
+            It may still be there.
+        """
+        relative = relative_path(item.entry, odd=item.odd)
+        path = files.inside(self.books.root, relative)
+        found = files.look(path, item.entry)
         # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
         # and the guard is held
-        if not os.path.lexists(path) or files.marked(path) is False:
-            return
+        if found in (Whose.GONE, Whose.FOREIGN):
+            return found
         try:
-            files.move(path, f"{self.books.meta}/trash/{item.id}")
+            files.move(path, files.inside(self.books.root, f"{META}/trash/{item.id}"))
         except FileNotFoundError:
-            return
+            pass
         except OSError:
-            os.unlink(path)
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                files.disown(path)
+                raise
         files.prune(path, self.books.root)
+        return found
+
+    def clear_paths(self, index: Index, key: str, doubts: Doubtful) -> None:
+        """Unlink files of a key that has no row any more; within a section."""
+        for is_last in (False, True):
+            try:
+                recovery.clear_paths(self.books, index, key)
+                return
+            except OSError as error:
+                if is_last:
+                    doubts.note(key, error)
 
     def release(self, dying: list[Dying]) -> None:
         """Unlink, and only then give the bytes back."""
         dying, self._unreleased = dying + self._unreleased, []
         if dying:
-            self.erase(dying)
-            self.settle(dying)
+            self.settle(self.erase(dying))
 
-    def erase(self, dying: list[Dying]) -> None:
-        """Unlink condemned files."""
+    def erase(self, dying: list[Dying]) -> list[Dying]:
+        """Unlink condemned files; returns those of which nothing is left."""
+        erased = []
         for item in dying:
-            files.discard(f"{self.books.meta}/trash/{item.id}")
+            try:
+                files.discard(files.inside(self.books.root, f"{META}/trash/{item.id}"))
+                erased.append(item)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    # a link took the place of our directory: nothing of this cache is behind it
+                    erased.append(item)
+                else:
+                    self._unreleased.append(item)
+        return erased
 
     def settle(self, dying: list[Dying]) -> None:
         """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""

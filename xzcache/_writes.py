@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from xzcache._keys import Entry, prefix_slot, write_slot
+from xzcache import _files as files
+from xzcache._keys import Entry, is_plain, prefix_slot, write_slot
 from xzcache._leaders import Ticket, current_ticket
+from xzcache._quarantine import beneath
+from xzcache._space import Doubtful
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from xzcache._doubts import Doubts
     from xzcache._files import Data
@@ -42,14 +46,12 @@ class Writes:
 
     Notes
     -----
-    Where the index cannot be used, files are unlinked by their paths; where even that fails, this process reads
-    nothing more of that key's source from the cache until it could be made up for.
+    Where the index cannot be used, files are unlinked by their paths; where even that fails, this process serves
+    nothing of that key from the cache until its files are seen to be gone.
     """
 
     def __init__(self, doubts: Doubts, space: Space, publisher: Publisher) -> None:
-        self._surely = doubts.surely
-        self._unlink_keys = doubts.unlink_keys
-        self._unlink_beneath = doubts.unlink_beneath
+        self._doubts = doubts
         self._books = space.books
         self._space = space
         self._publisher = publisher
@@ -61,6 +63,8 @@ class Writes:
         return [begun for batch in _batches(keys) for begun in self._begin(batch)]
 
     def _begin(self, keys: Sequence[str]) -> list[Begun]:
+        doubts = Doubtful()
+
         def act() -> list[Begun]:
             with self._books.section() as (member, index):
                 begun = []
@@ -68,11 +72,63 @@ class Writes:
                     ticket = self._count(member, index, key)
                     row = index.notes.add_writing(key, member.owner, beneath=False)
                     begun.append(Begun(key, ticket, row, member.owner))
-                dying = self._condemn_keys(member, index, keys)
-            self._space.release(dying)
+                dying = self._condemn_keys(member, index, keys, doubts)
+            self._release(dying)
             return begun
 
-        return self._surely(keys, act, lambda: self._unlink_keys(keys)) or [Begun(key) for key in keys]
+        return self._surely(keys, act, doubts) or [Begun(key) for key in keys]
+
+    def _surely(self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful) -> T | None:
+        """Do something about some keys, and see to those of which a file may be left."""
+        done = self._doubts.surely(
+            keys, act, lambda: self._doubts.unlink_keys(keys), lambda: self.forget_now(keys, Doubtful())
+        )
+        self._see_to(doubts)
+        return done
+
+    def _release(self, dying: list[Dying]) -> None:
+        """Unlink what is out of sight; what cannot be settled now is settled later, and fails no write."""
+        try:
+            self._space.release(dying)
+        except Exception as error:
+            self._doubts.tell(error)
+
+    def _see_to(self, doubts: Doubtful) -> None:
+        """Serve nothing of the keys of which a file may be left."""
+        self._doubts.suspect(doubts.missing)
+        if left := list(doubts.left):
+            if doubts.error is not None:
+                self._doubts.tell(doubts.error)
+            self._doubts.pend(left, lambda: self.forget_now(left, Doubtful()))
+
+    def forget_now(self, keys: Sequence[str], doubts: Doubtful) -> bool:
+        """Forget keys, where trouble is the caller's; whether all their files are seen to be gone."""
+        for batch in _batches(keys):
+            with self._books.section() as (member, index):
+                for key in batch:
+                    self._count(member, index, key)
+                dying = self._condemn_keys(member, index, batch, doubts)
+            self._release(dying)
+        return not doubts.left
+
+    def adopt(self, names: Sequence[str]) -> None:
+        """See to what other processes have left: serve nothing of it until its files are seen to be gone."""
+        self._doubts.adopt(names, self._again)
+
+    def make_up_for_return(self) -> None:
+        """Forget what was written while the directory that is there now was away."""
+        names = self._doubts.has_returned()
+        if names and not self._again(names):
+            self._doubts.pend(names, lambda: self._again(names))
+        self._doubts.forget_returned()
+
+    def _again(self, names: Sequence[str]) -> bool:
+        doubts = Doubtful()
+        self.forget_now([name for name in names if not name.endswith("/")], doubts)
+        for name in names:
+            if name.endswith("/"):
+                self._drop_now(name.rstrip("/"), doubts)
+        return not doubts.left
 
     def end(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
         """After the source was written: forget what was filled meanwhile, and store the new values."""
@@ -83,6 +139,7 @@ class Writes:
 
     def _end(self, writes: Sequence[Begun]) -> list[Ticket | None]:
         keys = [write.key for write in writes]
+        doubts = Doubtful()
 
         def act() -> list[Ticket | None]:
             tickets: list[Ticket | None] = []
@@ -93,24 +150,45 @@ class Writes:
                     ticket = self._count(member, index, write.key)
                     tickets.append(ticket if alone else None)
                     index.notes.drop_writing(write.row, write.owner)
-                dying = self._condemn_keys(member, index, keys)
-            self._space.release(dying)
+                dying = self._condemn_keys(member, index, keys, doubts)
+            self._release(dying)
             return tickets
 
-        return self._surely(keys, act, lambda: self._unlink_keys(keys)) or [None] * len(writes)
+        return self._surely(keys, act, doubts) or [None] * len(writes)
 
     def forget(self, key: str, since: Ticket | None) -> Ticket | None:
         """Forget a key whose value turned out to be another; a ticket to store that, None if it was written since."""
+        doubts = Doubtful()
 
         def act() -> Ticket | None:
             with self._books.section() as (member, index):
                 alone = since is not None and since == current_ticket(member, key)
                 ticket = self._count(member, index, key)
-                dying = self._condemn_keys(member, index, [key])
-            self._space.release(dying)
+                dying = self._condemn_keys(member, index, [key], doubts)
+            self._release(dying)
             return ticket if alone else None
 
-        return self._surely([key], act, lambda: self._unlink_keys([key]))
+        return self._surely([key], act, doubts)
+
+    def remove(self, key: str) -> None:
+        """Remove a key that has no source, and that may have been written as well as not.
+
+        Raises
+        ------
+        OSError
+            It may still be there.
+        """
+        doubts = Doubtful()
+        self._doubts.strictly(lambda: self.forget_now([key], doubts), lambda: self._doubts.unlink_keys([key]))
+        if doubts.error is not None:
+            raise doubts.error
+
+    def remove_beneath(self, prefix: str) -> None:
+        """As `remove`, of everything beneath a prefix."""
+        doubts = Doubtful()
+        self._doubts.strictly(lambda: self._drop_now(prefix, doubts), lambda: self._doubts.unlink_beneath(prefix))
+        if doubts.error is not None:
+            raise doubts.error
 
     @staticmethod
     def _count(member: Membership, index: Index, key: str) -> Ticket:
@@ -119,22 +197,39 @@ class Writes:
         index.notes.drop_absent([key])
         return current_ticket(member, key)
 
-    def _condemn_keys(self, member: Membership, index: Index, keys: Sequence[str]) -> list[Dying]:
-        return self._space.condemn(member, index, [row for key in keys for row in index.of_key(key)])
+    def _condemn_keys(self, member: Membership, index: Index, keys: Sequence[str], doubts: Doubtful) -> list[Dying]:
+        """Take keys out of the index and out of sight; within a section, which is committed."""
+        rows = [row for key in keys for row in index.of_key(key)]
+        dying = self._space.condemn(member, index, rows, doubts)
+        for key in keys:
+            if key not in doubts.left:
+                self._space.clear_paths(index, key, doubts)
+        return dying
 
     # -- everything beneath a prefix
 
     def begin_drop(self, prefix: str) -> Begun:
         """Before everything beneath a prefix is deleted at the source: forget it, and say that it is being written."""
 
+        begun = Begun(prefix)
+
         def act() -> Begun:
+            nonlocal begun
             with self._books.section() as (member, index):
                 row = index.notes.add_writing(prefix, member.owner, beneath=True)
-                begun = Begun(prefix, None, row, member.owner)
+            begun = Begun(prefix, None, row, member.owner)
             self.drop_now(prefix)
             return begun
 
-        return self._surely([f"{prefix}/"], act, lambda: self._unlink_beneath(prefix)) or Begun(prefix)
+        return self._surely_beneath(prefix, act) or begun
+
+    def _surely_beneath(self, prefix: str, act: Callable[[], T]) -> T | None:
+        return self._doubts.surely(
+            [beneath(prefix)],
+            act,
+            lambda: self._doubts.unlink_beneath(prefix),
+            lambda: self._drop_now(prefix, Doubtful()),
+        )
 
     def end_drop(self, begun: Begun) -> None:
         """After everything beneath a prefix was deleted at the source."""
@@ -144,25 +239,56 @@ class Writes:
             with self._books.section() as (_, index):
                 index.notes.drop_writing(begun.row, begun.owner)
 
-        self._surely([f"{begun.key}/"], act, lambda: self._unlink_beneath(begun.key))
+        self._surely_beneath(begun.key, act)
 
     def drop(self, prefix: str) -> None:
         """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there."""
-        self._surely([f"{prefix}/"], lambda: self.drop_now(prefix), lambda: self._unlink_beneath(prefix))
+        self._surely_beneath(prefix, lambda: self.drop_now(prefix))
 
     def drop_now(self, prefix: str, *, counted: bool = False) -> None:
         """As `drop`, where trouble is the caller's; `counted` if the counter of writes was raised already."""
+        doubts = Doubtful()
+        self._drop_now(prefix, doubts, counted=counted)
+        self._see_to(doubts)
+
+    def _drop_now(self, prefix: str, doubts: Doubtful, *, counted: bool = False) -> bool:
+        """As `drop_now`; whether all files are seen to be gone."""
         with self._books.section() as (member, index):
             if not counted:
                 member.writes.bump(prefix_slot(prefix))
             index.notes.drop_nodes(prefix, documents=not counted)
             index.notes.drop_absent_beneath(prefix)
-        while True:
+        is_last = False
+        while not is_last:
             with self._books.section() as (member, index):
-                dying = self._space.condemn(member, index, index.beneath(prefix, _BATCH))
-            self._space.release(dying)
-            if not dying:
-                return
+                rows = index.beneath(prefix, _BATCH)
+                is_last = not rows
+                dying = self._space.condemn(member, index, rows, doubts)
+            self._release(dying)
+        self._drop_orphans(prefix, doubts)
+        return not doubts.left
+
+    def _drop_orphans(self, prefix: str, doubts: Doubtful) -> None:
+        """Drop files of ours beneath a prefix that have no row: what an earlier failure, or a crash, has left."""
+        keys = set()
+        with self._books.section() as (_, index):
+            keys.update(item.entry.key for item in index.left_dying() if _is_beneath(item.entry.key, prefix))
+        try:
+            if not prefix or is_plain(prefix):
+                for path in files.walk(files.inside(self._books.root, f"{prefix}/").rstrip("/")):
+                    keys.add(os.path.relpath(path, self._books.root).replace(os.sep, "/"))
+        except OSError as error:
+            doubts.note(beneath(prefix), error)
+        for batch in _batches(sorted(keys - doubts.left)):
+            with self._books.section() as (_, index):
+                for key in batch:
+                    # what has a row by now was stored after the drop
+                    if not index.knows(key):
+                        self._space.clear_paths(index, key, doubts)
+
+
+def _is_beneath(key: str, prefix: str) -> bool:
+    return not prefix or key.startswith(f"{prefix}/")
 
 
 def _batches(items: Sequence[T]) -> list[Sequence[T]]:

@@ -238,10 +238,17 @@ class LockedLocalStore(LocalStore):
         await pool.run(self._store, key, value, exclusive=True)
 
     def delete_sync(self, key: str) -> None:
-        """Remove a key, and, where it is a directory, everything beneath it."""
+        """Remove a key, and, where it is a directory, everything beneath it.
+
+        Raises
+        ------
+        OSError
+            It may still be there.
+        """
         self._check_writable()
         if is_cacheable(key):
-            self._directory.writes.forget(key, None)
+            self._directory.prepare()
+            self._directory.writes.remove(key)
             self._delete_beneath(key)
 
     async def delete(self, key: str) -> None:
@@ -249,24 +256,43 @@ class LockedLocalStore(LocalStore):
         await pool.run(self.delete_sync, key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """Remove everything beneath a prefix."""
+        """Remove everything beneath a prefix.
+
+        Raises
+        ------
+        OSError
+            Something may still be there.
+        """
         self._check_writable()
         await pool.run(self._delete_beneath, prefix.rstrip("/"))
 
     async def clear(self) -> None:
-        """Remove everything, other people's files included: that is what clearing a store means."""
+        """Remove everything, other people's files included: that is what clearing a store means.
+
+        Raises
+        ------
+        OSError
+            Something may still be there.
+        """
         await self.delete_dir("")
 
     def _delete_beneath(self, prefix: str) -> None:
-        self._directory.writes.drop(prefix)
+        self._directory.prepare()
+        self._directory.writes.remove_beneath(prefix)
         if prefix and not is_plain(prefix):
             return
-        top = os.path.join(self.root, prefix) if prefix else os.fspath(self.root)
-        # what is deleted through the store goes, whoever wrote it; the cache's own files are the index's business
-        for path in [top] if os.path.isfile(top) else files.walk(top):
-            if self._directory.reader.is_foreign_file(path, os.path.relpath(path, self.root).replace(os.sep, "/")):
-                files.discard(path)
-                files.prune(path, os.fspath(self.root))
+        root = self._directory.root
+        try:
+            # what is deleted through the store goes, whoever wrote it, but not what lies behind a link;
+            # the cache's own files are the index's business
+            top = files.inside(root, f"{prefix}/.").removesuffix("/.") if prefix else root
+            paths = [top] if prefix and files.exists(top) and not os.path.isdir(top) else files.walk(top)
+            for path in paths:
+                if self._directory.reader.is_foreign_file(path, os.path.relpath(path, root)):
+                    files.discard(path)
+                    files.prune(path, root)
+        except CacheFault as fault:
+            raise OSError(errno.EIO, str(fault), prefix) from fault
 
     # -- listing
 
