@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _disk as disk
 from xzcache import _files as files
 from xzcache._errors import Busy, CacheFault, Damaged, Foreign, Unusable, translated
+from xzcache._index import is_locked
 from xzcache._keys import META
-from xzcache._membership import Membership
+from xzcache._membership import Membership, take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from xzcache._index import Index
 
 FORMAT: Final = 1
+"""How entries lie, and how what is no longer true is made invisible by hand. (Who may lock what is another matter: see
+`take_over`.)"""
 _inherited: Final[list[object]] = []
-"""What must neither be used nor closed any more: above all the parent's connections, in a forked child."""
+"""What must neither be used nor closed any more: a parent's connections, in a child of a fork that could not wait."""
 
 
 class Books:
@@ -38,6 +41,13 @@ class Books:
         The cache directory.
     timeout : float
         Seconds to wait for the guard.
+    joined : callable
+        What is called when this process has joined; must not wait.
+
+    Attributes
+    ----------
+    checked : (int, int) or None
+        Generation and serial number of the index whose totals this process knows to be right.
 
     Notes
     -----
@@ -45,8 +55,10 @@ class Books:
     next section, and a forked child starts anew.
     """
 
-    def __init__(self, root: str, timeout: float) -> None:
+    def __init__(self, root: str, timeout: float, joined: Callable[[], None] = lambda: None) -> None:
         self.root = root
+        self.checked: tuple[int, int] | None = None
+        self._joined = joined
         self.meta = f"{root}/{META}"
         self.timeout = timeout
         self.is_retired = False
@@ -80,6 +92,7 @@ class Books:
                     self._member = self._join()
                 except OSError as error:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
+                self._joined()
             return self._member
 
     def _join(self) -> Membership:
@@ -94,6 +107,7 @@ class Books:
             # whoever owns it could plant entries
             if not disk.is_own_directory(place):
                 raise Foreign(f"{place} is a link or belongs to another user")
+        take_over(self.meta, self.timeout)
         member = Membership(self.meta, self.timeout)
         with member.guard:
             if self.read_note("format") != str(FORMAT):
@@ -110,7 +124,7 @@ class Books:
     @property
     def has_stamps(self) -> bool:
         """Whether the file system can tell which files are ours."""
-        return files.has_stamps(f"{self.meta}/guard.lock")
+        return files.has_stamps(f"{self.meta}/lock")
 
     def note_made(self, namespace: str) -> None:
         """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
@@ -144,10 +158,10 @@ class Books:
         for _ in range(3):
             member = self.member()
             with member.guard:
-                if member.guard.is_current():
+                if self._member is member and member.guard.is_current():
                     yield member
                     return
-                # somebody removed the directory: start over in a new one
+                # this process left it meanwhile, or somebody removed the directory: start over
                 self.abandon(member)
         raise Unusable(f"the cache directory {self.root} is removed again and again")
 
@@ -168,20 +182,20 @@ class Books:
             self._inside.yes = True
             index = None
             try:
-                index = member.open_index()
-                index.begin()
+                index = opened = member.open_index()
+                member.patiently(lambda: opened.begin(0))
                 yield member, index
                 index.commit()
                 member.note_serial(index)
-                # the transaction has happened: what else goes wrong is not its failure
-                with suppress(sqlite3.Error):
-                    index.checkpoint()
             except BaseException as error:
                 if index is not None:
                     with suppress(sqlite3.Error):
                         index.rollback()
                     index.forget_uncommitted()
                 if isinstance(error, sqlite3.Error):
+                    if not is_locked(error):
+                        # a new connection looks at the files anew
+                        member.disconnect()
                     raise _blamed(translated(error), member) from error
                 _blamed(error, member)
                 raise
@@ -197,22 +211,28 @@ class Books:
         Busy
             A rebuild goes on for too long.
         """
-        member = self.member()
-        if not member.guard.is_current():
-            # somebody removed the directory: join in a new one
-            with self.guarded() as joined:
-                member = joined
-        if not member.storing.share(self.timeout):
-            raise Busy("the index is being rebuilt")
-        try:
-            if member.index is None or member.read_generation() != member.generation:
-                with self.section() as (current, _):
-                    if current is not member:
-                        raise Busy("the directory was removed meanwhile")
-            member.see_revocations()
-            yield member
-        finally:
-            member.storing.leave()
+        for _ in range(3):
+            member = self.member()
+            if not member.guard.is_current():
+                # somebody removed the directory: join in a new one
+                with self.guarded() as joined:
+                    member = joined
+            if not member.storing.share(self.timeout):
+                raise Busy("the index is being rebuilt")
+            try:
+                if self._member is not member:
+                    # this process left the directory meanwhile
+                    continue
+                if member.owner == 0 or member.read_generation() != member.generation:
+                    with self.section() as (current, _):
+                        if current is not member:
+                            raise Busy("the directory was removed meanwhile")
+                member.see_revocations()
+                yield member
+                return
+            finally:
+                member.storing.leave()
+        raise Busy(f"the cache directory {self.root} is left again and again")
 
     def abandon(self, member: Membership) -> None:
         """Let go of a directory that is no longer there."""
@@ -221,37 +241,81 @@ class Books:
                 self._member = None
         member.leave_index()
 
-    def close(self) -> None:
-        """Give the lease back and sign off. The next use joins again."""
+    def close(self, last_words: Callable[[Index], None] | None = None, *, unless_writing: bool = False) -> bool:
+        """Give the lease back and sign off, once nothing is being stored. The next use joins again.
+
+        Parameters
+        ----------
+        last_words : callable, optional
+            What is still to be told to the index.
+        unless_writing : bool, optional
+            Whether to stay if this process is writing at the source.
+
+        Returns
+        -------
+        bool
+            Whether this process has left.
+        """
         member = self._member
         if member is None:
-            return
-        try:
+            return True
+        with member.storing.kept_out(self.timeout) as alone:
             # a directory that was removed is not made again to sign off from it
-            if member.index is not None and member.guard.is_current():
-                with self.section() as (current, index):
-                    if current is member:
-                        index.drop_owner(member.owner)
-                with member.guard:
-                    with suppress(OSError):
-                        os.rmdir(f"{self.meta}/tmp/{member.owner}")
-                    member.leave_index()
-            else:
-                member.leave_index()
-        except (CacheFault, OSError):
-            # what cannot be closed under the guard is not closed at all: the last one to close folds the log in
-            _inherited.append(member)
-        with self._opening:
+            with suppress(CacheFault, OSError):
+                if (
+                    alone
+                    and member.owner
+                    and member.guard.is_current()
+                    and not self._sign_off(member, last_words, unless_writing=unless_writing)
+                ):
+                    return False
+            # a process that could not sign off is taken for dead, and buried by the next one
             if self._member is member:
                 self._member = None
+        return True
+
+    def _sign_off(
+        self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
+    ) -> bool:
+        with member.guard:
+            stays = False
+            try:
+                index = member.open_index()
+                member.patiently(lambda: index.begin(0))
+                try:
+                    if last_words is not None:
+                        last_words(index)
+                    # while this process writes at the source, the index says so on its behalf
+                    is_writing = bool(index.notes.writing_of(member.owner))
+                    if not is_writing:
+                        index.drop_owner(member.owner)
+                    index.commit()
+                finally:
+                    index.rollback()
+                member.note_serial(index)
+                if not is_writing:
+                    with suppress(OSError):
+                        os.rmdir(f"{self.meta}/tmp/{member.owner}")
+                    if self.checked is not None and self.checked[0] == member.generation:
+                        self.checked = member.generation, index.serial()
+                stays = is_writing and unless_writing
+            except sqlite3.Error as error:
+                raise translated(error) from error
+            finally:
+                if not stays:
+                    # a thread that waits for this guard has to see that it is of the past
+                    self._member = None
+                    member.leave_index()
+            return not stays
 
     # -- fork
 
     def before_fork(self) -> None:
         """Wait until no thread is in a section, and keep it so: the child must not inherit half a transaction."""
         self._forking = self._member
-        if self._forking is not None:
-            self._forking.guard.before_fork()
+        if self._forking is not None and self._forking.guard.before_fork():
+            # the child must neither use nor close the connection of its parent, so there is none to inherit
+            self._forking.disconnect()
         self._opening.acquire()
 
     def after_fork_in_parent(self) -> None:
@@ -264,7 +328,9 @@ class Books:
         """Start anew: no lock of the parent's is released, and its connection is neither used nor closed."""
         for member in {self._member, self._forking} - {None}:
             assert member is not None
-            _inherited.append(member)
+            if member.index is not None:
+                _inherited.append(member.index)
+                member.index = None
             member.close_descriptors()
         self._member = self._forking = None
         self._opening = threading.Lock()

@@ -6,10 +6,12 @@ stored".
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
 import time
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +19,7 @@ from xzcache import _disk as disk
 from xzcache import _recovery as recovery
 from xzcache._absences import Absences
 from xzcache._arrays import Arrays
-from xzcache._background import Background
+from xzcache._background import Background, departures
 from xzcache._books import Books
 from xzcache._doubts import Doubts
 from xzcache._errors import Foreign
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
+
+_users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 """Seconds between attempts to make up for what could not be made invisible."""
@@ -77,7 +81,8 @@ class CacheDirectory:
         policy: str = "lru",
     ) -> None:
         self.root = root
-        self.books = Books(root, lock_timeout)
+        self._users: set[int] = set()
+        self.books = Books(root, lock_timeout, self._see_whether_used)
         self.background = Background(lambda parcels: self.publisher.publish_all(parcels))
         self._min_free = min_free
         self._policy = policy
@@ -98,6 +103,40 @@ class CacheDirectory:
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
+
+    # -- who uses it
+
+    def used_by(self, user: object) -> weakref.finalize[[int], object]:
+        """Take note of a user: without any, this process leaves the directory. What ends the use, if nothing else does.
+
+        Everything can be used without: the process joins, and leaves soon.
+        """
+        number = next(_users)
+        self._users.add(number)
+        end = weakref.finalize(user, self._end_use, number)
+        # all directories are closed at exit
+        end.atexit = False
+        return end
+
+    def _end_use(self, number: int) -> None:
+        # a finalizer: it must neither wait nor take a lock
+        self._users.discard(number)
+        self._see_whether_used()
+
+    def _see_whether_used(self) -> None:
+        if not self._users:
+            departures.add(self._leave)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything uses the directory, or this process has not left it yet."""
+        return bool(self._users) or self.books.current is not None
+
+    def _leave(self) -> bool:
+        """Leave, if nothing uses the directory; False where it is about to be left."""
+        if self._users or self.books.current is None:
+            return True
+        return self.background.is_idle and self._close(unless_writing=True)
 
     @property
     def is_prepared(self) -> bool:
@@ -211,11 +250,13 @@ class CacheDirectory:
     def close(self) -> None:
         """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
         self.background.wait()
-        if (member := self.books.current) is not None:
-            if member.guard.is_current():
-                self.flush()
-            self.books.close()
-        self._prepared = None
+        self._close()
+
+    def _close(self, *, unless_writing: bool = False) -> bool:
+        left = self.books.close(self.recency.tell if self.recency else None, unless_writing=unless_writing)
+        if (prepared := self._prepared) is not None and prepared[0] is not self.books.current:
+            self._prepared = None
+        return left
 
     def remove_if_last(self) -> bool:
         """Leave, and take away what the cache made, if no other process uses it; whether it did."""
@@ -241,4 +282,5 @@ class CacheDirectory:
     def after_fork_in_child(self) -> None:
         """Start anew, with the settings of the parent and nothing else of it."""
         self.books.after_fork_in_child()
+        # the users are there in the child, too
         self._start(self.keeper.bound, self.keeper.default_bound)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from xzcache import _recovery as recovery
 from xzcache._config import Unset
-from xzcache._errors import Busy, CacheFault, Damaged, NoRoom
+from xzcache._errors import Busy, CacheFault, Damaged, NoRoom, report_bug, without_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,8 @@ logger = logging.getLogger("xzcache")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
+_SHARE: Final = 20
+"""A rebuild that was in vain is tried again after so many times the time that it took."""
 _MOST_REPAIRS: Final = 5
 
 
@@ -49,6 +51,7 @@ class Keeper:
         self.troubles = 0
         self.latest_trouble: BaseException | None = None
         self._rebuild_after = 0.0
+        self._doubt_after = 0.0
         self._owes_revocation = False
         self._told: set[tuple[type[BaseException], int | None]] = set()
 
@@ -73,19 +76,26 @@ class Keeper:
             try:
                 return action()
             except Damaged as damage:
-                if time.monotonic() < self._rebuild_after:
-                    raise
                 tries += 1
+                # a rebuild empties directories and keeps everybody waiting: not again at each read
+                if time.monotonic() < (self._rebuild_after if damage.is_certain else self._doubt_after):
+                    raise
                 if mended or tries > _MOST_REPAIRS:
-                    # a rebuild empties directories and keeps everybody waiting: not again at each read
-                    self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                    self._pause(_PAUSE_AFTER_FAILURE)
                     raise
+                began = time.monotonic()
                 try:
-                    # where somebody else did it, or the directory is another one by now, it may be needed again
+                    # where another process did it, or the directory is another one by now, it may be needed again
                     mended = self._rebuild(damage)
-                except CacheFault:
-                    self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                except BaseException:
+                    self._pause(_PAUSE_AFTER_FAILURE + _SHARE * (time.monotonic() - began))
                     raise
+                if mended and not damage.is_certain:
+                    # a disk that fails now and then makes a new index no better than the old one
+                    self._doubt_after = time.monotonic() + _PAUSE_AFTER_FAILURE + _SHARE * (time.monotonic() - began)
+
+    def _pause(self, seconds: float) -> None:
+        self._rebuild_after = self._doubt_after = time.monotonic() + seconds
 
     def _rebuild(self, damage: Damaged) -> bool:
         generation = self.books.member().generation if damage.generation is None else damage.generation
@@ -110,7 +120,7 @@ class Keeper:
                 index.set_max_size(self.bound)
                 if alone and current is member:
                     member.revoke_leases(index)
-                index.commit()
+                # what is remembered is what was asked for, whatever becomes of the index
                 recovery.remember_bound(self.books, self.bound)
         finally:
             if alone:
@@ -120,12 +130,15 @@ class Keeper:
             raise Busy("somebody is writing, and may still use what was leased under the old bound")
 
     def trouble(self, error: BaseException) -> None:
-        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong."""
+        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong.
+
+        What the cache does not expect to go wrong is an error of its own, which is logged with its traceback.
+        """
         if isinstance(error, NoRoom):
             return
         self.troubles += 1
-        self.latest_trouble = error
         kind = (type(error), getattr(error, "errno", None))
-        if kind not in self._told:
+        if not report_bug(error, f"the cache in {self.books.root}; reads go to the source") and kind not in self._told:
             self._told.add(kind)
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)
+        self.latest_trouble = without_frames(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import re
 import secrets
@@ -11,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
-from xzcache._errors import Busy, CacheFault
+from xzcache._errors import Busy, CacheFault, is_trouble
 from xzcache._index import Index
 from xzcache._keys import END, Entry, prefix_slot, relative_path, write_slot
 
@@ -22,9 +24,14 @@ if TYPE_CHECKING:
     from xzcache._membership import Membership
     from xzcache._schema import Dying
 
-_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm)?")
+logger = logging.getLogger("xzcache")
+
+_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-journal|-wal|-shm)?")
 _UNBOUNDED: Final = "none"
 _EVERYTHING: Final = -1
+_BATCH: Final = 500
+_MANY: Final = 100_000
+"""Entries whose sum takes so long (7 ms) that only a process which is alone with the directory adds them up."""
 
 
 def recover(books: Books) -> None:
@@ -49,6 +56,40 @@ def recover(books: Books) -> None:
         finish(books, index, left)
         index.drop_dying(item.id for item in left)
         _sweep(books, member, index)
+        if not member.is_checked:
+            _check_sums(books, member, index)
+        restarted = member.was_restarted()
+    if restarted:
+        _discard_orphans(books)
+        with books.section() as (member, _):
+            member.note_boot()
+
+
+def _check_sums(books: Books, member: Membership, index: Index) -> None:
+    """Do not believe the index what it can be asked for: what the rows add up to, and the bound."""
+    bound = index.totals().max_size
+    if (remembered := _remembered_bound(books, bound)) != bound:
+        index.set_max_size(remembered)
+    state = member.generation, index.serial()
+    if index.last_entry() <= _MANY or (books.checked != state and index.owners() == [member.owner]):
+        if index.mend_totals():
+            logger.warning("the totals of the cache in %s were wrong and are right now", books.root)
+        books.checked = state
+    member.is_checked = True
+
+
+def _discard_orphans(books: Books) -> None:
+    """Unlink entry files that the index does not know, or not as they are.
+
+    What was written just before the machine stopped may have got to the disk in any order.
+    """
+    stamped = _stamped(books)
+    while batch := list(itertools.islice(stamped, _BATCH)):
+        with books.section() as (_, index):
+            for path, entry, stamp, _ in batch:
+                row = index.find(entry)
+                if row is None or (row.size, row.crc) != (stamp.size, stamp.crc):
+                    files.discard_ours(path, entry)
 
 
 def is_last_to_leave(books: Books) -> bool:
@@ -165,9 +206,11 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> bool:
             try:
                 _build(books, member, generation, bound)
                 remember_bound(books, bound)
-            except Exception as error:
+            except BaseException as error:
                 _remove_index(books, generation)
-                raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
+                if is_trouble(error):
+                    raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
+                raise
             member.begin_generation(generation)
             for number in old:
                 _remove_index(books, number)
@@ -193,9 +236,13 @@ def _generations(books: Books) -> set[int]:
 
 
 def _remove_index(books: Books, generation: int) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        with suppress(OSError):
-            os.unlink(f"{books.meta}/index-{generation}.db{suffix}")
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path = f"{books.meta}/index-{generation}.db{suffix}"
+        try:
+            os.unlink(path)
+        except OSError:
+            # nobody else makes directories here
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _build(books: Books, member: Membership, generation: int, max_size: int | None) -> None:
@@ -223,7 +270,6 @@ def _build(books: Books, member: Membership, generation: int, max_size: int | No
                 files.discard(path)
         _shrink(books, index)
         index.commit()
-        index.checkpoint(0)
     finally:
         index.close()
 

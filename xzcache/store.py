@@ -24,6 +24,7 @@ from xzcache._sources import is_at_hand, local_path, open_source, spelled
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
+from xzcache.local import LockedLocalStore
 
 
 class CacheStore(ReadableView, WritableView):
@@ -175,6 +176,13 @@ class CacheStore(ReadableView, WritableView):
     def max_size(self) -> int | None:
         """The bound of the whole cache, in bytes; None for no bound."""
         return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._reads.backend.bound
+
+    def close(self) -> None:
+        """Close the source, and let go of the cache: what is cached stays, and the store can be used again."""
+        super().close()
+        self._reads.backend.close()
+        if isinstance(self._cache, LockedLocalStore) and self._cache is not self._given_cache:
+            self._cache.let_go()
 
     # -- copies
 
