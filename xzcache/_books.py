@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 """How entries lie, and how what is no longer true is made invisible by hand. (Who may lock what is another matter: see
 `take_over`.)"""
+_MOMENT: Final = 0.09
 _inherited: Final[list[object]] = []
 """What must neither be used nor closed any more: a parent's connections, in a child of a fork that could not wait."""
 
@@ -67,6 +69,12 @@ class Books:
         self._forking: Membership | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
+        self._used = 0.0
+
+    @property
+    def was_just_used(self) -> bool:
+        """Whether the index was used less than a moment ago."""
+        return time.monotonic() - self._used < _MOMENT
 
     @property
     def current(self) -> Membership | None:
@@ -157,6 +165,7 @@ class Books:
         """Hold the guard of the directory as it is now, without touching the index."""
         for _ in range(3):
             member = self.member()
+            self._used = time.monotonic()
             with member.guard:
                 if self._member is member and member.guard.is_current():
                     yield member

@@ -136,7 +136,7 @@ class CacheDirectory:
         """Leave, if nothing uses the directory; False where it is about to be left."""
         if self._users or self.books.current is None:
             return True
-        return self.background.is_idle and self._close(unless_writing=True)
+        return self.background.is_idle and not self.books.was_just_used and self._close(unless_writing=True)
 
     @property
     def is_prepared(self) -> bool:
@@ -187,6 +187,8 @@ class CacheDirectory:
         if self.keeper.bound != max_size:
             self.keeper.bound = max_size
             self._prepare_after = 0.0
+        if self.books.current is None:
+            self.keeper.ask_again()
 
     def set_min_free(self, min_free: float | int) -> None:
         """Ask for another reserve of free disk, in this process."""

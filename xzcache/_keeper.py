@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from xzcache import _recovery as recovery
-from xzcache._config import Unset
+from xzcache._config import UNSET, Unset
 from xzcache._errors import Busy, CacheFault, Damaged, NoRoom, report_bug, without_frames
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Keeper:
         self._rebuild_after = 0.0
         self._doubt_after = 0.0
         self._owes_revocation = False
+        self._applied: int | Unset | None = UNSET
         self._told: set[tuple[type[BaseException], int | None]] = set()
 
     def attempt(self, action: Callable[[], T], otherwise: T) -> T:
@@ -107,11 +108,13 @@ class Keeper:
 
     def apply_bound(self) -> None:
         """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
-        if isinstance(self.bound, Unset):
+        if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._owes_revocation):
+            # what another process has asked for since holds, also when this one comes back
             return
         with self.books.section() as (member, index):
             old = index.totals().max_size
         if old == self.bound and not self._owes_revocation:
+            self._applied = self.bound
             return
         lower = self.bound is not None and (old is None or self.bound <= old)
         alone = lower and member.storing.exclude(self.books.timeout)
@@ -128,6 +131,11 @@ class Keeper:
         self._owes_revocation = lower and not alone
         if self._owes_revocation:
             raise Busy("somebody is writing, and may still use what was leased under the old bound")
+        self._applied = self.bound
+
+    def ask_again(self) -> None:
+        """Have the bound be asked for again at the next `apply_bound`."""
+        self._applied = UNSET
 
     def trouble(self, error: BaseException) -> None:
         """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong.
