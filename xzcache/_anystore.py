@@ -276,8 +276,8 @@ class StoreBackend(Alone):
 
     # -- looking
 
-    def info(self) -> dict[str, Any]:
-        """What is cached; sizes in bytes."""
+    def info(self, *, exact: bool = True) -> dict[str, Any]:
+        """What is cached; sizes in bytes. It is always exact."""
         size, count = self._ledger.size, len(self._ledger)
         return {
             "cache_store_type": type(self.cache_store).__name__,
@@ -287,6 +287,7 @@ class StoreBackend(Alone):
             "total_size": size,
             "total_keys": count,
             "cache_directory": None,
+            "max_size": self.bound,
         }
 
     def _trouble(self, error: Exception) -> None:

@@ -161,12 +161,18 @@ class Books:
         return None
 
     @contextmanager
-    def guarded(self) -> Iterator[Membership]:
-        """Hold the guard of the directory as it is now, without touching the index."""
+    def guarded(self, patience: float | None = None) -> Iterator[Membership]:
+        """Hold the guard of the directory as it is now, without touching the index.
+
+        Parameters
+        ----------
+        patience : float, optional
+            Seconds to wait for it, instead of those of this object.
+        """
         for _ in range(3):
             member = self.member()
             self._used = time.monotonic()
-            with member.guard:
+            with member.guard if patience is None else member.guard.within(patience):
                 if self._member is member and member.guard.is_current():
                     yield member
                     return
@@ -175,7 +181,7 @@ class Books:
         raise Unusable(f"the cache directory {self.root} is removed again and again")
 
     @contextmanager
-    def section(self) -> Iterator[tuple[Membership, Index]]:
+    def section(self, patience: float | None = None) -> Iterator[tuple[Membership, Index]]:
         """One transaction on the index, under the guard.
 
         Commits at the end; a caller that has to act between commit and the release of the guard commits by itself.
@@ -187,7 +193,7 @@ class Books:
         """
         if getattr(self._inside, "yes", False):
             raise CacheFault("a section within a section")
-        with self.guarded() as member:
+        with self.guarded(patience) as member:
             self._inside.yes = True
             index = None
             try:

@@ -22,7 +22,7 @@ from xzcache._arrays import Arrays
 from xzcache._background import Background, departures
 from xzcache._books import Books
 from xzcache._doubts import Doubts
-from xzcache._errors import Foreign
+from xzcache._errors import Busy, CacheFault, Foreign
 from xzcache._keeper import Keeper
 from xzcache._leaders import Leaders
 from xzcache._policies import POLICIES
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
 
+_GLANCE: Final = 0.02
+"""Seconds that somebody who only looks waits for the index."""
 _users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
@@ -100,6 +102,7 @@ class CacheDirectory:
         self.writes = Writes(self.doubts, self.space, self.publisher)
         self.absences = Absences(self.keeper)
         self.arrays = Arrays(self.keeper, self.writes, self.doubts)
+        self._seen: dict[str, tuple[Totals, tuple[int, int]]] = {}
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
@@ -240,6 +243,17 @@ class CacheDirectory:
     def _share(self, namespace: str) -> tuple[int, int]:
         with self.books.section() as (_, index):
             return index.share(namespace)
+
+    def glance(self, namespace: str) -> tuple[Totals, tuple[int, int]]:
+        """As `totals` and `share`, for show: as they were seen last, where they are not to be had at once."""
+        try:
+            with self.books.section(_GLANCE) as (_, index):
+                self._seen[namespace] = index.totals(), index.share(namespace)
+        except Busy:
+            pass
+        except (CacheFault, OSError) as error:
+            self.keeper.trouble(error)
+        return self._seen.get(namespace, (Totals(0, 0, 0, 0, None), (0, 0)))
 
     def odd_keys(self, prefix: str) -> list[str]:
         """Keys beneath a prefix whose files do not lie at the key."""

@@ -114,9 +114,22 @@ class Guard:
         self._kept_out = False
 
     def __enter__(self) -> None:
+        self._acquire(None)
+
+    @contextmanager
+    def within(self, patience: float) -> Iterator[None]:
+        """Hold the guard if it is to be had within so many seconds."""
+        self._acquire(patience)
+        try:
+            yield
+        finally:
+            self.__exit__(None, None, None)
+
+    def _acquire(self, patience: float | None) -> None:
         now = time.monotonic()
-        patient = now >= self._impatient_until
-        deadline = now + (self.timeout if patient else min(_IMPATIENT_WAIT, self.timeout))
+        patient = patience is None and now >= self._impatient_until
+        wait = self.timeout if patient else min(_IMPATIENT_WAIT, self.timeout)
+        deadline = now + (wait if patience is None else min(patience, wait))
         if not self._mutex.acquire(timeout=deadline - now):
             self._give_up(patient)
         pause = _FIRST_PAUSE

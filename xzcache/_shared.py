@@ -267,13 +267,19 @@ class SharedBackend:
         """Forget all entries of this source, and no other's."""
         await pool.run(self.directory.writes.drop, self.namespace)
 
-    def info(self) -> dict[str, Any]:
-        """What is cached of this source, and in all; sizes in bytes."""
-        self.directory.prepare()
-        self.directory.background.wait()
-        self.directory.flush()
-        totals = self.directory.totals()
-        count, size = self.directory.share(self.namespace)
+    def info(self, *, exact: bool = True) -> dict[str, Any]:
+        """What is cached of this source, and in all; sizes in bytes.
+
+        Exact is what comes after all that is being stored. Else nothing is waited for, and a moment ago is good enough.
+        """
+        if exact:
+            self.directory.prepare()
+            self.directory.background.wait()
+            self.directory.flush()
+            totals = self.directory.totals()
+            count, size = self.directory.share(self.namespace)
+        else:
+            totals, (count, size) = self.directory.glance(self.namespace)
         return {
             "cache_store_type": "LockedLocalStore",
             "current_size": size,
@@ -282,6 +288,7 @@ class SharedBackend:
             "total_size": totals.size,
             "total_keys": totals.entries,
             "cache_directory": self.directory.root,
+            "max_size": totals.max_size,
         }
 
     @property

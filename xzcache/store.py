@@ -236,7 +236,7 @@ class CacheStore(ReadableView, WritableView):
 
     def _looks(self) -> Looks:
         # what is only looked at is neither made nor waited for
-        info = self.cache_info() if self._reads.backend.is_open else {"max_size": self._asked_max_size}
+        info = self._info(exact=False) if self._reads.backend.is_open else {"max_size": self._asked_max_size}
         where = self.source.label, label_of(self._cache)
         return Looks(type(self).__name__, *where, self.max_age_seconds, info, self.cache_stats())
 
@@ -260,9 +260,18 @@ class CacheStore(ReadableView, WritableView):
             ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; of this source ``current_size``
             (bytes), ``tracked_keys``, ``cached_keys``; of the whole, which `max_size` bounds, ``total_size`` and
             ``total_keys``; ``cache_directory``.
+
+        Notes
+        -----
+        Waits until what was read so far is stored, so that the figures are exact.
         """
-        names = ("max_age_seconds", "max_size", "cache_set_data")
-        return self._reads.backend.info() | {name: getattr(self, name) for name in names}
+        return self._info(exact=True)
+
+    def _info(self, *, exact: bool) -> dict[str, Any]:
+        info = self._reads.backend.info(exact=exact)
+        if not isinstance(self._asked_max_size, Unset):
+            info["max_size"] = self._asked_max_size
+        return info | {"max_age_seconds": self.max_age_seconds, "cache_set_data": self.cache_set_data}
 
     def cache_stats(self) -> dict[str, Any]:
         """What this store, with its `with_read_only` copies, read in this process.
