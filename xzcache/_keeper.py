@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -20,8 +21,8 @@ logger = logging.getLogger("xzcache")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
-_SHARE: Final = 20
-"""A rebuild that was in vain is tried again after so many times the time that it took."""
+_SHARE: Final = 2.0
+"""The pause is longer by this factor for each second that the rebuild took."""
 _MOST_REPAIRS: Final = 5
 
 
@@ -82,21 +83,27 @@ class Keeper:
                 if time.monotonic() < (self._rebuild_after if damage.is_certain else self._doubt_after):
                     raise
                 if mended or tries > _MOST_REPAIRS:
-                    self._pause(_PAUSE_AFTER_FAILURE)
+                    self._pause(0.0)
                     raise
                 began = time.monotonic()
                 try:
                     # where another process did it, or the directory is another one by now, it may be needed again
                     mended = self._rebuild(damage)
-                except BaseException:
-                    self._pause(_PAUSE_AFTER_FAILURE + _SHARE * (time.monotonic() - began))
+                except BaseException as error:
+                    if not _lacks_descriptors(error):
+                        self._pause(time.monotonic() - began)
                     raise
                 if mended and not damage.is_certain:
                     # a disk that fails now and then makes a new index no better than the old one
-                    self._doubt_after = time.monotonic() + _PAUSE_AFTER_FAILURE + _SHARE * (time.monotonic() - began)
+                    self._doubt_after = self._after(time.monotonic() - began)
 
-    def _pause(self, seconds: float) -> None:
-        self._rebuild_after = self._doubt_after = time.monotonic() + seconds
+    def _pause(self, took: float) -> None:
+        self._rebuild_after = self._doubt_after = self._after(took)
+
+    @staticmethod
+    def _after(took: float) -> float:
+        """When a rebuild may be tried again: a small share of the time goes into rebuilds that are in vain."""
+        return time.monotonic() + _PAUSE_AFTER_FAILURE * max(1.0, _SHARE * took)
 
     def _rebuild(self, damage: Damaged) -> bool:
         generation = self.books.member().generation if damage.generation is None else damage.generation
@@ -150,3 +157,15 @@ class Keeper:
             self._told.add(kind)
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)
         self.latest_trouble = without_frames(error)
+
+
+def _lacks_descriptors(error: BaseException) -> bool:
+    """Whether nothing but a file could not be opened, which costs little to try again."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            return True
+        if getattr(cause, "sqlite_errorname", None) == "SQLITE_CANTOPEN":
+            return True
+        cause = cause.__cause__
+    return False

@@ -66,8 +66,7 @@ def lock_range(fd: int, kind: int, offset: int, length: int = 1) -> bool:
             shared = fcntl.LOCK_SH if kind == fcntl.F_RDLCK else fcntl.LOCK_EX
             operation = fcntl.LOCK_UN if kind == fcntl.F_UNLCK else shared | fcntl.LOCK_NB
             fcntl.lockf(fd, operation, length, offset, os.SEEK_SET)
-    except (BlockingIOError, PermissionError):
-        # POSIX leaves it to the system which of the two it is
+    except BlockingIOError:
         return False
     return True
 
