@@ -35,7 +35,6 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 import xzcache
 from xzcache._keys import META, Entry, relative_path
 from xzcache._leaders import Leaders
-from xzcache._registry import _close_all
 from xzcache._spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
@@ -66,7 +65,7 @@ def _main(
         outcome = Failed(traceback.format_exc())
     if multiprocessing.get_start_method(allow_none=True) != "spawn":
         # a child of a fork server does not run what was registered for the exit before it was forked
-        _close_all()
+        xzcache.cleanup_resources()
     with suppress(OSError):
         link.send(outcome)
 
@@ -402,7 +401,7 @@ class Made(WrapperStore[MemoryStore]):
 
 
 _FILES_OF_OURS = re.compile(
-    r"(guard|storing|door|owners|keys-\d+)\.lock|writes|(format|node|max_size)(\.new)?|index-(\d+)\.db(-wal|-shm)?"
+    r"guard\.lock|lock|writes|(format|node|max_size)(\.new)?|index-(\d+)\.db(-journal)?"
     r"|tmp|trash|odd|ranges|made"
 )
 _PLACES = ("tmp", "trash", "odd", "ranges")
@@ -484,14 +483,14 @@ def _is_free(path: str) -> bool:
 
 def index_path(root: str) -> str:
     """The index that is current, by the first bytes of the guard's file."""
-    with open(f"{root}/{META}/guard.lock", "rb") as file:
+    with open(f"{root}/{META}/lock", "rb") as file:
         return f"{root}/{META}/index-{int.from_bytes(file.read(8), 'little')}.db"
 
 
 @contextmanager
 def opened_index(root: str) -> Iterator[sqlite3.Connection]:
     """The index by SQLite's own means, under the guard."""
-    with open(f"{root}/{META}/guard.lock", "r+b") as guard:
+    with open(f"{root}/{META}/lock", "r+b") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         with closing(sqlite3.connect(f"file:{index_path(root)}?mode=rw", uri=True)) as connection:
             yield connection
@@ -501,7 +500,7 @@ def findings(root: str) -> list[str]:
     """What is wrong with a directory that no process uses."""
     meta = f"{root}/{META}"
     found = [
-        f"{name} is locked" for name in os.listdir(meta) if name.endswith(".lock") and not _is_free(f"{meta}/{name}")
+        f"{name} is locked" for name in ("lock", "writes") if not _is_free(f"{meta}/{name}")
     ]
     with opened_index(root) as index:
 

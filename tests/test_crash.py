@@ -555,7 +555,7 @@ class Countdown:
         self.left = steps
         for name in CALLS:
             self._arm(os, name)
-        for name in ("begin", "commit", "checkpoint"):
+        for name in ("begin", "commit"):
             self._arm(Index, name)
 
     def _arm(self, owner: Any, name: str) -> None:

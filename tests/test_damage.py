@@ -505,14 +505,14 @@ def log_gone(rig: Rig) -> None:
 
 def generation(value: bytes) -> Callable[[Rig], None]:
     def damage(rig: Rig) -> None:
-        overwrite(rig.meta / "guard.lock", value)
+        overwrite(rig.meta / "lock", value)
 
     damage.__name__ = f"generation_{value.hex()}"
     return damage
 
 
 def guard_empty(rig: Rig) -> None:
-    os.truncate(rig.meta / "guard.lock", 0)
+    os.truncate(rig.meta / "lock", 0)
 
 
 def gone(name: str) -> Callable[[Rig], None]:
@@ -582,7 +582,7 @@ INDEX: list[Callable[[Rig], None]] = [
     guard_empty,
 ]
 STATE = [
-    *(gone(n) for n in ("guard.lock", "storing.lock", "owners.lock", "keys-0.lock", "writes", "format", "max_size")),
+    *(gone(n) for n in ("guard.lock", "lock", "writes", "format", "max_size")),
     *(gone(n) for n in ("tmp", "trash")),
     holds("writes", b""),
     holds("max_size", b"\xff\xfe not a number"),

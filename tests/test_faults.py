@@ -664,7 +664,7 @@ async def times_of(store: xzcache.CacheStore, keys: list[str]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("lock", ["guard.lock", "storing.lock"])
+@pytest.mark.parametrize("lock", ["lock", "writes"])
 async def test_a_lock_that_is_held_for_ever(tmp_path: Path, lock: str) -> None:
     counting = memory_source()
     keys = [f"c/{i}" for i in range(7)]
@@ -698,8 +698,8 @@ async def test_a_rebuild_that_a_stopped_writer_keeps_away(tmp_path: Path) -> Non
     with xzcache.config.set(lock_timeout=1.0):
         store = xzcache.CacheStore(counting, cache_store=tmp_path / "cache")
     await times_of(store, keys[:1])
-    with held(tmp_path / "cache" / META / "storing.lock", fcntl.LOCK_SH):
-        os.truncate(tmp_path / "cache" / META / "guard.lock", 0)
+    with held(tmp_path / "cache" / META / "writes", fcntl.LOCK_SH):
+        os.truncate(tmp_path / "cache" / META / "lock", 0)
         first, *others = await times_of(store, keys[1:])
         assert first < 5
         assert sum(others) < 1, "only the first waits"

@@ -29,7 +29,8 @@ BOUND = 1 << 20
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[CacheDirectory]:
-    directory = xzcache.LockedLocalStore(tmp_path, max_size=BOUND).directory
+    store = xzcache.LockedLocalStore(tmp_path, max_size=BOUND)
+    directory = store.directory
     assert directory.prepare()
     yield directory
     directory.close()

@@ -115,7 +115,7 @@ def fail_to_settle(link: Connection, root: str) -> None:
 
     def late(self: Space, dying: list) -> None:
         Space.settle = settle  # type: ignore[method-assign]  # once is enough
-        with open(f"{root}/.xzcache/guard.lock", "r+b") as guard:
+        with open(f"{root}/.xzcache/lock", "r+b") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             settle(self, dying)
 

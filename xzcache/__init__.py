@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xzcache._config import config
 from xzcache._open_zarr import install
+from xzcache._registry import cleanup_resources
 from xzcache.local import LockedLocalStore
 from xzcache.store import CacheStore
 
@@ -23,6 +24,7 @@ __all__ = [
     "CacheStore",
     "LockedLocalStore",
     "__version__",
+    "cleanup_resources",
     "cluster_info",
     "config",
     "open_mfdataset",

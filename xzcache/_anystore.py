@@ -15,6 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xzcache._alone import Alone
+from xzcache._errors import report_bug
 from xzcache._flights import through
 from xzcache._keys import Entry, clip, within
 from xzcache._ledger import Ledger, Ticket
@@ -279,10 +280,13 @@ class StoreBackend(Alone):
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
         return await self._nodes.compare(key, document, ticket, self.drop)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     # -- looking
 
-    def info(self) -> dict[str, Any]:
-        """What is cached; sizes in bytes."""
+    def info(self, *, exact: bool = True) -> dict[str, Any]:
+        """What is cached; sizes in bytes. It is always exact."""
         size, count = self._ledger.size, len(self._ledger)
         return {
             "cache_store_type": type(self.cache_store).__name__,
@@ -292,11 +296,12 @@ class StoreBackend(Alone):
             "total_size": size,
             "total_keys": count,
             "cache_directory": None,
+            "max_size": self.bound,
         }
 
     def _trouble(self, error: Exception) -> None:
         self.troubles += 1
-        if type(error) not in self._told:
+        if not report_bug(error, "the cache store; reads go to the source") and type(error) not in self._told:
             self._told.add(type(error))
             logger.warning("trouble with the cache store, reads go to the source: %s: %s", type(error).__name__, error)
 

@@ -1,20 +1,24 @@
-"""Work that its caller does not wait for: storing what somebody has been given already.
+"""Work that its caller does not wait for: storing what has been handed out already, and leaving directories.
 
-One thread does it, in order; what has gathered meanwhile is stored together. How many bytes may be waiting is bounded:
+One thread stores, in order; what has gathered meanwhile is stored together. How many bytes may be waiting is bounded:
 beyond, the caller has to wait after all.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _parcels as parcels
+from xzcache._errors import report_bug
 from xzcache._fork import renew_after_fork
 from xzcache._pool import try_in_order
 
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache")
 
 _MOST_BYTES: Final = 64 << 20
+_LINGER: Final = 0.1
+"""Seconds between the end of the last use of a directory and leaving it: another store may be about to be opened."""
+_LONGEST_PAUSE: Final = 1.0
 
 
 class Background:
@@ -94,8 +101,9 @@ class Background:
         while True:
             try:
                 self._do_next()
-            except Exception:
-                logger.exception("what was to be stored in a cache may not be")
+            except Exception as error:
+                if not report_bug(error, "what was to be stored in a cache may not be"):
+                    logger.warning("what was to be stored in a cache may not be: %s", error)
             finally:
                 with self._lock:
                     self._is_busy = False
@@ -141,6 +149,12 @@ class Background:
                 self._bytes -= self._waiting.pop(future, 0)
             future.set_result(None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being fetched or waits to be stored."""
+        with self._lock:
+            return not self._readers and not self._waiting
+
     async def pause(self) -> None:
         """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
         while True:
@@ -159,3 +173,74 @@ class Background:
             waiting = list(self._waiting)
         for future in waiting:
             future.exception()
+
+
+class Departures:
+    """Leaves what nothing uses any more, in a thread that is there only as long as there is something to leave."""
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """What the parent was about to leave, the child has not joined."""
+        self._queue: SimpleQueue[Callable[[], bool] | None] = SimpleQueue()
+        self._is_running = threading.Lock()
+
+    def add(self, leave: Callable[[], bool]) -> None:
+        """Have something left; `leave` tells whether that is done, or to be tried again.
+
+        Finalizers call this, at any point of any thread. So it waits for no lock, and takes none that the thread may
+        have taken already: those of `threading` are such.
+        """
+        self._queue.put(leave)
+        self._start()
+
+    def _start(self) -> None:
+        if self._is_running.acquire(blocking=False):
+            try:
+                _thread.start_new_thread(self._run, ())
+            except RuntimeError:
+                # at the end of the process all directories are closed
+                self._is_running.release()
+
+    def _run(self) -> None:
+        waiting: dict[Callable[[], bool], None] = {}
+        pause = _LINGER
+        try:
+            due = time.monotonic() + pause
+            while True:
+                with suppress(Empty):
+                    if (leave := self._queue.get(timeout=max(0.0, due - time.monotonic()))) is None:
+                        due = 0.0
+                    else:
+                        waiting[leave] = None
+                        due = min(due, time.monotonic() + _LINGER)
+                if time.monotonic() >= due:
+                    waiting = {leave: None for leave in waiting if not self._is_left(leave)}
+                    if not waiting:
+                        break
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    due = time.monotonic() + pause
+        finally:
+            self._is_running.release()
+        if not self._queue.empty():
+            self._start()
+
+    @staticmethod
+    def _is_left(leave: Callable[[], bool]) -> bool:
+        try:
+            return leave()
+        except Exception as error:
+            if not report_bug(error, "a cache directory was to be left"):
+                logger.warning("a cache directory could not be left: %s", error)
+            return True
+
+    def wait(self, timeout: float) -> None:
+        """Wait until everything is left that is to be left now, and the thread has ended."""
+        self._queue.put(None)
+        if self._is_running.acquire(timeout=timeout):
+            self._is_running.release()
+
+
+departures: Final = Departures()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _disk as disk
 from xzcache import _files as files
 from xzcache._errors import Busy, CacheFault, Damaged, Foreign, Unusable, translated
+from xzcache._index import is_locked
 from xzcache._keys import META
-from xzcache._membership import Membership
+from xzcache._membership import Membership, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
     from xzcache._index import Index
 
 FORMAT: Final = 1
+"""How entries lie, and how what is no longer true is made invisible by hand. (Who may lock what is another matter: see
+`take_over`.)"""
+_MOMENT: Final = 0.09
 _inherited: Final[list[object]] = []
-"""What must neither be used nor closed any more: above all the parent's connections, in a forked child."""
+"""What must neither be used nor closed any more: a parent's connections, in a child of a fork that could not wait."""
 
 
 class Books:
@@ -38,9 +43,13 @@ class Books:
         The cache directory.
     timeout : float
         Seconds to wait for the guard.
+    joined : callable
+        What is called when this process has joined; must not wait.
 
     Attributes
     ----------
+    checked : (int, int) or None
+        Generation and serial number of the index whose totals this process knows to be right.
     when_refused, when_joined : callable
         Called when the directory turns out not to be this user's cache, and when it turns out to be.
 
@@ -50,8 +59,10 @@ class Books:
     next section, and a forked child starts anew.
     """
 
-    def __init__(self, root: str, timeout: float) -> None:
+    def __init__(self, root: str, timeout: float, joined: Callable[[], None] = lambda: None) -> None:
         self.root = root
+        self.checked: tuple[int, int] | None = None
+        self._joined = joined
         self.meta = f"{root}/{META}"
         self.timeout = timeout
         self.is_retired = False
@@ -64,6 +75,12 @@ class Books:
         self._stamps: bool | None = None
         self.lost: set[tuple[int, int]] = set()
         """Which directories were at the path before, were taken away, and may come back."""
+        self._used = 0.0
+
+    @property
+    def was_just_used(self) -> bool:
+        """Whether the index was used less than a moment ago."""
+        return time.monotonic() - self._used < _MOMENT
 
     @property
     def current(self) -> Membership | None:
@@ -93,6 +110,7 @@ class Books:
                 except OSError as error:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
                 self.when_joined()
+                self._joined()
             return self._member
 
     def _join(self) -> Membership:
@@ -113,6 +131,7 @@ class Books:
             # whoever else may write it could plant entries, or have files of others deleted
             if (why := disk.unsafe(place)) is not None:
                 raise Foreign(why)
+        take_over(self.meta, self.timeout)
         member = Membership(self.meta, self.timeout)
         with member.guard:
             if self.read_note("format") != str(FORMAT):
@@ -129,7 +148,7 @@ class Books:
     @property
     def has_stamps(self) -> bool:
         """Whether the file system can tell which files are ours."""
-        return files.has_stamps(f"{self.meta}/guard.lock")
+        return files.has_stamps(f"{self.meta}/lock")
 
     def note_made(self, namespace: str) -> None:
         """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
@@ -158,20 +177,27 @@ class Books:
         return None
 
     @contextmanager
-    def guarded(self) -> Iterator[Membership]:
-        """Hold the guard of the directory as it is now, without touching the index."""
+    def guarded(self, patience: float | None = None) -> Iterator[Membership]:
+        """Hold the guard of the directory as it is now, without touching the index.
+
+        Parameters
+        ----------
+        patience : float, optional
+            Seconds to wait for it, instead of those of this object.
+        """
         for _ in range(3):
             member = self.member()
-            with member.guard:
-                if member.guard.is_current():
+            self._used = time.monotonic()
+            with member.guard if patience is None else member.guard.within(patience):
+                if self._member is member and member.guard.is_current():
                     yield member
                     return
-                # somebody removed the directory: start over in a new one
+                # this process left it meanwhile, or somebody removed the directory: start over
                 self.abandon(member)
         raise Unusable(f"the cache directory {self.root} is removed again and again")
 
     @contextmanager
-    def section(self) -> Iterator[tuple[Membership, Index]]:
+    def section(self, patience: float | None = None) -> Iterator[tuple[Membership, Index]]:
         """One transaction on the index, under the guard.
 
         Commits at the end; a caller that has to act between commit and the release of the guard commits by itself.
@@ -183,24 +209,24 @@ class Books:
         """
         if getattr(self._inside, "yes", False):
             raise CacheFault("a section within a section")
-        with self.guarded() as member:
+        with self.guarded(patience) as member:
             self._inside.yes = True
             index = None
             try:
-                index = member.open_index()
-                index.begin()
+                index = opened = member.open_index()
+                member.patiently(lambda: opened.begin(0))
                 yield member, index
                 index.commit()
                 member.note_serial(index)
-                # the transaction has happened: what else goes wrong is not its failure
-                with suppress(sqlite3.Error):
-                    index.checkpoint()
             except BaseException as error:
                 if index is not None:
                     with suppress(sqlite3.Error):
                         index.rollback()
                     index.forget_uncommitted()
                 if isinstance(error, sqlite3.Error):
+                    if not is_locked(error):
+                        # a new connection looks at the files anew
+                        member.disconnect()
                     raise _blamed(translated(error), member) from error
                 _blamed(error, member)
                 raise
@@ -216,22 +242,28 @@ class Books:
         Busy
             A rebuild goes on for too long.
         """
-        member = self.member()
-        if not member.guard.is_current():
-            # somebody removed the directory: join in a new one
-            with self.guarded() as joined:
-                member = joined
-        if not member.storing.share(self.timeout):
-            raise Busy("the index is being rebuilt")
-        try:
-            if member.index is None or member.read_generation() != member.generation:
-                with self.section() as (current, _):
-                    if current is not member:
-                        raise Busy("the directory was removed meanwhile")
-            member.see_revocations()
-            yield member
-        finally:
-            member.storing.leave()
+        for _ in range(3):
+            member = self.member()
+            if not member.guard.is_current():
+                # somebody removed the directory: join in a new one
+                with self.guarded() as joined:
+                    member = joined
+            if not member.storing.share(self.timeout):
+                raise Busy("the index is being rebuilt")
+            try:
+                if self._member is not member:
+                    # this process left the directory meanwhile
+                    continue
+                if member.owner == 0 or member.read_generation() != member.generation:
+                    with self.section() as (current, _):
+                        if current is not member:
+                            raise Busy("the directory was removed meanwhile")
+                member.see_revocations()
+                yield member
+                return
+            finally:
+                member.storing.leave()
+        raise Busy(f"the cache directory {self.root} is left again and again")
 
     def is_stand_in(self) -> bool:
         """Whether the directory at the path is the one that this process uses, and not one that was away."""
@@ -250,37 +282,81 @@ class Books:
                 self._member = None
         member.leave_index()
 
-    def close(self) -> None:
-        """Give the lease back and sign off. The next use joins again."""
+    def close(self, last_words: Callable[[Index], None] | None = None, *, unless_writing: bool = False) -> bool:
+        """Give the lease back and sign off, once nothing is being stored. The next use joins again.
+
+        Parameters
+        ----------
+        last_words : callable, optional
+            What is still to be told to the index.
+        unless_writing : bool, optional
+            Whether to stay if this process is writing at the source.
+
+        Returns
+        -------
+        bool
+            Whether this process has left.
+        """
         member = self._member
         if member is None:
-            return
-        try:
+            return True
+        with member.storing.kept_out(self.timeout) as alone:
             # a directory that was removed is not made again to sign off from it
-            if member.index is not None and member.guard.is_current():
-                with self.section() as (current, index):
-                    if current is member:
-                        index.drop_owner(member.owner)
-                with member.guard:
-                    with suppress(OSError):
-                        os.rmdir(f"{self.meta}/tmp/{member.owner}")
-                    member.leave_index()
-            else:
-                member.leave_index()
-        except (CacheFault, OSError):
-            # what cannot be closed under the guard is not closed at all: the last one to close folds the log in
-            _inherited.append(member)
-        with self._opening:
+            with suppress(CacheFault, OSError):
+                if (
+                    alone
+                    and member.owner
+                    and member.guard.is_current()
+                    and not self._sign_off(member, last_words, unless_writing=unless_writing)
+                ):
+                    return False
+            # a process that could not sign off is taken for dead, and buried by the next one
             if self._member is member:
                 self._member = None
+        return True
+
+    def _sign_off(
+        self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
+    ) -> bool:
+        with member.guard:
+            stays = False
+            try:
+                index = member.open_index()
+                member.patiently(lambda: index.begin(0))
+                try:
+                    if last_words is not None:
+                        last_words(index)
+                    # while this process writes at the source, the index says so on its behalf
+                    is_writing = bool(index.notes.writing_of(member.owner))
+                    if not is_writing:
+                        index.drop_owner(member.owner)
+                    index.commit()
+                finally:
+                    index.rollback()
+                member.note_serial(index)
+                if not is_writing:
+                    with suppress(OSError):
+                        os.rmdir(f"{self.meta}/tmp/{member.owner}")
+                    if self.checked is not None and self.checked[0] == member.generation:
+                        self.checked = member.generation, index.serial()
+                stays = is_writing and unless_writing
+            except sqlite3.Error as error:
+                raise translated(error) from error
+            finally:
+                if not stays:
+                    # a thread that waits for this guard has to see that it is of the past
+                    self._member = None
+                    member.leave_index()
+            return not stays
 
     # -- fork
 
     def before_fork(self) -> None:
         """Wait until no thread is in a section, and keep it so: the child must not inherit half a transaction."""
         self._forking = self._member
-        if self._forking is not None:
-            self._forking.guard.before_fork()
+        if self._forking is not None and self._forking.guard.before_fork():
+            # the child must neither use nor close the connection of its parent, so there is none to inherit
+            self._forking.disconnect()
         self._opening.acquire()
 
     def after_fork_in_parent(self) -> None:
@@ -293,7 +369,9 @@ class Books:
         """Start anew: no lock of the parent's is released, and its connection is neither used nor closed."""
         for member in {self._member, self._forking} - {None}:
             assert member is not None
-            _inherited.append(member)
+            if member.index is not None:
+                _inherited.append(member.index)
+                member.index = None
             member.close_descriptors()
         self._member = self._forking = None
         self._opening = threading.Lock()

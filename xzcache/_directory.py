@@ -6,10 +6,12 @@ stored".
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
 import time
+import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -18,10 +20,11 @@ from xzcache import _files as files
 from xzcache import _recovery as recovery
 from xzcache._absences import Absences
 from xzcache._arrays import Arrays
-from xzcache._background import Background
+from xzcache._background import Background, departures
 from xzcache._books import Books
 from xzcache._config import Unset
 from xzcache._doubts import Doubts
+from xzcache._errors import Busy, CacheFault
 from xzcache._keeper import Keeper
 from xzcache._keys import META
 from xzcache._leaders import Leaders
@@ -39,6 +42,10 @@ if TYPE_CHECKING:
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
+
+_GLANCE: Final = 0.02
+"""Seconds that somebody who only looks waits for the index."""
+_users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 """Seconds between attempts to make up for what could not be made invisible."""
@@ -79,7 +86,8 @@ class CacheDirectory:
         policy: str = "lru",
     ) -> None:
         self.root = root
-        self.books = Books(root, lock_timeout)
+        self._users: set[int] = set()
+        self.books = Books(root, lock_timeout, self._see_whether_used)
         self.background = Background(lambda parcels: self.publisher.publish_all(parcels))
         self._min_free = min_free
         self._policy = policy
@@ -101,9 +109,44 @@ class CacheDirectory:
             self.writes.adopt(before.held)
         self.absences = Absences(self.keeper)
         self.arrays = Arrays(self.keeper, self.writes, self.doubts)
+        self._seen: dict[str, tuple[Totals, tuple[int, int]]] = {}
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
+
+    # -- who uses it
+
+    def used_by(self, user: object) -> weakref.finalize[[int], object]:
+        """Take note of a user: without any, this process leaves the directory. What ends the use, if nothing else does.
+
+        Everything can be used without: the process joins, and leaves soon.
+        """
+        number = next(_users)
+        self._users.add(number)
+        end = weakref.finalize(user, self._end_use, number)
+        # all directories are closed at exit
+        end.atexit = False
+        return end
+
+    def _end_use(self, number: int) -> None:
+        # a finalizer: it must neither wait nor take a lock
+        self._users.discard(number)
+        self._see_whether_used()
+
+    def _see_whether_used(self) -> None:
+        if not self._users:
+            departures.add(self._leave)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything uses the directory, or this process has not left it yet."""
+        return bool(self._users) or self.books.current is not None
+
+    def _leave(self) -> bool:
+        """Leave, if nothing uses the directory; False where it is about to be left."""
+        if self._users or self.books.current is None:
+            return True
+        return self.background.is_idle and not self.books.was_just_used and self._close(unless_writing=True)
 
     @property
     def is_prepared(self) -> bool:
@@ -156,6 +199,8 @@ class CacheDirectory:
         if self.keeper.bound != max_size:
             self.keeper.bound = max_size
             self._prepare_after = 0.0
+        if self.books.current is None:
+            self.keeper.ask_again()
 
     def set_min_free(self, min_free: float | int) -> None:
         """Ask for another reserve of free disk, in this process."""
@@ -222,6 +267,19 @@ class CacheDirectory:
         with self.books.section() as (_, index):
             return index.share(namespace)
 
+    def glance(self, namespace: str) -> tuple[Totals, tuple[int, int]]:
+        """As `totals` and `share`, for show: as they were seen last, where they are not to be had at once."""
+        if not self.is_made:
+            return self.totals(), (0, 0)
+        try:
+            with self.books.section(_GLANCE) as (_, index):
+                self._seen[namespace] = index.totals(), index.share(namespace)
+        except Busy:
+            pass
+        except (CacheFault, OSError) as error:
+            self.keeper.trouble(error)
+        return self._seen.get(namespace, (Totals(0, 0, 0, 0, None), (0, 0)))
+
     def odd_keys(self, prefix: str) -> list[str]:
         """Keys beneath a prefix whose files do not lie at the key."""
         if not self.is_made:
@@ -239,12 +297,13 @@ class CacheDirectory:
             # what was taken away and is back would be served by those who come after
             self.writes.adopt(self.reader.quarantine.suspected)
             self.doubts.make_up()
-        if (member := self.books.current) is not None:
-            with suppress(OSError):
-                if member.guard.is_current():
-                    self.flush()
-            self.books.close()
-        self._prepared = None
+        self._close()
+
+    def _close(self, *, unless_writing: bool = False) -> bool:
+        left = self.books.close(self.recency.tell if self.recency else None, unless_writing=unless_writing)
+        if (prepared := self._prepared) is not None and prepared[0] is not self.books.current:
+            self._prepared = None
+        return left
 
     def remove_if_last(self) -> bool:
         """Leave, and take away what the cache made, if no other process uses it; whether it did."""
@@ -272,4 +331,5 @@ class CacheDirectory:
         """Start anew, with the settings of the parent and nothing else of it."""
         self.books.after_fork_in_child()
         self.doubts.let_go_of_note()
+        # the users are there in the child, too
         self._start(self.keeper.bound, self.keeper.default_bound)

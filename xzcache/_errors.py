@@ -4,7 +4,7 @@ None of these reaches somebody who reads data: a read that meets one is served f
 reader gets of what the source does.
 
     CacheFault
-    ├── Busy       another process held the guard, or rebuilds, for longer than we wait
+    ├── Busy       another process held the guard, or rebuilds, or another program uses the index, for longer than we wait
     ├── Damaged    the index is not ours, not whole, or gone
     ├── NoRoom     the bound, the free-disk reserve or the disk itself leaves no space
     └── Unusable   the directory cannot be opened for writing
@@ -14,10 +14,14 @@ reader gets of what the source does.
 from __future__ import annotations
 
 import errno
+import logging
 import sqlite3
+from contextlib import suppress
 from typing import Final
 
-_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCHEMA"}
+logger = logging.getLogger("xzcache")
+
+_DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCHEMA", "SQLITE_READONLY_DBMOVED"}
 
 
 class CacheFault(Exception):
@@ -33,6 +37,8 @@ class Damaged(CacheFault):
 
     generation: int | None = None
     """Which index it was."""
+    is_certain = True
+    """Whether its contents are known to be wrong; else the system could not read or write it."""
 
 
 class NoRoom(CacheFault):
@@ -60,12 +66,71 @@ class Replaced(OSError):
         return type(self), (self.filename,)
 
 
+_told: Final[set[tuple[str, int]]] = set()
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Whether an exception tells of something that the cache expects to go wrong; any other is an error of its code."""
+    return isinstance(error, CacheFault | OSError | sqlite3.Error | MemoryError)
+
+
+def report_bug(error: BaseException, where: str) -> bool:
+    """Log an error in the code of the cache with its traceback, once for each line that raises one.
+
+    Parameters
+    ----------
+    error : BaseException
+    where : str
+        What was being done, or with what.
+
+    Returns
+    -------
+    bool
+        Whether it is one.
+    """
+    if is_trouble(error) or not isinstance(error, Exception):
+        return False
+    place = "", 0
+    trace = error.__traceback__
+    while trace is not None:
+        place, trace = (trace.tb_frame.f_code.co_filename, trace.tb_lineno), trace.tb_next
+    if place not in _told:
+        _told.add(place)
+        logger.error("an error in xzcache itself, please report it (%s)", where, exc_info=error)
+    return True
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """An exception that keeps nothing alive, to be remembered: not what its frames, or those of its causes, hold."""
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        if (each := todo.pop()) is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            todo += [each.__cause__, each.__context__]
+    return error
+
+
 def translated(error: sqlite3.Error) -> CacheFault:
     """The cache's own word for what SQLite says."""
     name = getattr(error, "sqlite_errorname", "") or ""
-    if name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"):
+    if name == "SQLITE_FULL" or (name in ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_TRUNCATE") and _has_file_size_limit()):
         return NoRoom(f"no room for the index: {error}")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
+        return Busy(f"another program uses the index: {error}")
     damaged = any(name.startswith(code) for code in _DAMAGE) or "no such " in str(error)
     if damaged or (isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)):
-        return Damaged(f"the index is damaged: {error}")
+        damage = Damaged(f"the index is damaged: {error}")
+        damage.is_certain = not name.startswith("SQLITE_IOERR") or name == "SQLITE_IOERR_SHORT_READ"
+        return damage
     return CacheFault(f"the index cannot be used: {error}")
+
+
+def _has_file_size_limit() -> bool:
+    """Whether the process may not write large files: SQLite does not tell that from a broken disk."""
+    with suppress(ImportError, OSError):
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return False

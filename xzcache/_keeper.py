@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from xzcache import _recovery as recovery
-from xzcache._config import Unset
-from xzcache._errors import Busy, CacheFault, Damaged, NoRoom
+from xzcache._config import UNSET, Unset
+from xzcache._errors import Busy, CacheFault, Damaged, NoRoom, report_bug, without_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,8 @@ logger = logging.getLogger("xzcache")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
+_SHARE: Final = 2.0
+"""The pause is longer by this factor for each second that the rebuild took."""
 _MOST_REPAIRS: Final = 5
 
 
@@ -49,7 +52,9 @@ class Keeper:
         self.troubles = 0
         self.latest_trouble: BaseException | None = None
         self._rebuild_after = 0.0
+        self._doubt_after = 0.0
         self._owes_revocation = False
+        self._applied: int | Unset | None = UNSET
         self._told: set[tuple[type[BaseException], int | None]] = set()
 
     def attempt(self, action: Callable[[], T], otherwise: T) -> T:
@@ -73,19 +78,32 @@ class Keeper:
             try:
                 return action()
             except Damaged as damage:
-                if time.monotonic() < self._rebuild_after:
-                    raise
                 tries += 1
+                # a rebuild empties directories and keeps everybody waiting: not again at each read
+                if time.monotonic() < (self._rebuild_after if damage.is_certain else self._doubt_after):
+                    raise
                 if mended or tries > _MOST_REPAIRS:
-                    # a rebuild empties directories and keeps everybody waiting: not again at each read
-                    self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                    self._pause(0.0)
                     raise
+                began = time.monotonic()
                 try:
-                    # where somebody else did it, or the directory is another one by now, it may be needed again
+                    # where another process did it, or the directory is another one by now, it may be needed again
                     mended = self._rebuild(damage)
-                except CacheFault:
-                    self._rebuild_after = time.monotonic() + _PAUSE_AFTER_FAILURE
+                except BaseException as error:
+                    if not _lacks_descriptors(error):
+                        self._pause(time.monotonic() - began)
                     raise
+                if mended and not damage.is_certain:
+                    # a disk that fails now and then makes a new index no better than the old one
+                    self._doubt_after = self._after(time.monotonic() - began)
+
+    def _pause(self, took: float) -> None:
+        self._rebuild_after = self._doubt_after = self._after(took)
+
+    @staticmethod
+    def _after(took: float) -> float:
+        """When a rebuild may be tried again: a small share of the time goes into rebuilds that are in vain."""
+        return time.monotonic() + _PAUSE_AFTER_FAILURE * max(1.0, _SHARE * took)
 
     def _rebuild(self, damage: Damaged) -> bool:
         generation = self.books.member().generation if damage.generation is None else damage.generation
@@ -97,11 +115,13 @@ class Keeper:
 
     def apply_bound(self) -> None:
         """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
-        if isinstance(self.bound, Unset):
+        if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._owes_revocation):
+            # what another process has asked for since holds, also when this one comes back
             return
         with self.books.section() as (member, index):
             old = index.totals().max_size
         if old == self.bound and not self._owes_revocation:
+            self._applied = self.bound
             return
         lower = self.bound is not None and (old is None or self.bound <= old)
         alone = lower and member.storing.exclude(self.books.timeout)
@@ -110,7 +130,7 @@ class Keeper:
                 index.set_max_size(self.bound)
                 if alone and current is member:
                     member.revoke_leases(index)
-                index.commit()
+                # what is remembered is what was asked for, whatever becomes of the index
                 recovery.remember_bound(self.books, self.bound)
         finally:
             if alone:
@@ -118,17 +138,37 @@ class Keeper:
         self._owes_revocation = lower and not alone
         if self._owes_revocation:
             raise Busy("somebody is writing, and may still use what was leased under the old bound")
+        self._applied = self.bound
+
+    def ask_again(self) -> None:
+        """Have the bound be asked for again at the next `apply_bound`."""
+        self._applied = UNSET
 
     def trouble(self, error: BaseException) -> None:
-        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong."""
+        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong.
+
+        What the cache does not expect to go wrong is an error of its own, which is logged with its traceback.
+        """
         if isinstance(error, NoRoom):
             return
         self.troubles += 1
-        self.latest_trouble = error
         kind = (type(error), getattr(error, "errno", None))
-        if kind not in self._told:
+        if not report_bug(error, f"the cache in {self.books.root}; reads go to the source") and kind not in self._told:
             self._told.add(kind)
             if isinstance(cause := error.__cause__, OSError):
                 # the same will be met again, by whoever reads a file there
                 self._told.add((type(cause), cause.errno))
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)
+        self.latest_trouble = without_frames(error)
+
+
+def _lacks_descriptors(error: BaseException) -> bool:
+    """Whether nothing but a file could not be opened, which costs little to try again."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            return True
+        if getattr(cause, "sqlite_errorname", None) == "SQLITE_CANTOPEN":
+            return True
+        cause = cause.__cause__
+    return False

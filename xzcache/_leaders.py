@@ -48,7 +48,7 @@ class Tickets:
         for slot in slots:
             if slot not in counts:
                 counts[slot] = self._member.writes.read(slot)
-        return Ticket(id(self._member), self._member.generation, (self._lost, *[counts[slot] for slot in slots]))
+        return Ticket(self._member.number, self._member.generation, (self._lost, *[counts[slot] for slot in slots]))
 
 
 class Leaders:
@@ -111,7 +111,7 @@ class Leaders:
             return None
         try:
             slots = all_slots(entry.key, data=not is_document(entry.key))
-            return Ticket(id(member), member.generation, member.writes.before(slots))
+            return Ticket(member.number, member.generation, member.writes.before(slots))
         except OSError as error:
             self._keeper.trouble(error)
             return None

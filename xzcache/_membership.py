@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import threading
+import time
 from contextlib import suppress
-from typing import Final
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from xzcache._bytelocks import ByteLocks
-from xzcache._errors import Damaged, Unusable
-from xzcache._index import Index
-from xzcache._locks import Guard, StoringLock, WriteCounters
+from xzcache._errors import Busy, Damaged, Unusable
+from xzcache._index import Index, is_locked
+from xzcache._locks import Guard, StoringLock, WriteCounters, is_unlocked, open_lock_file, try_flock
 
-_KEY_LOCK_FILES: Final = 16
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
 _MOST_OWNERS: Final = 10_000
-_left_open: Final[list[object]] = []
+_PATIENCE: Final = 0.25
+"""Seconds to wait for another program that has the index locked, with the guard held: once, then not for a while."""
+_IMPATIENCE: Final = 10.0
+
+_GUARD_OF_OLD: Final = "guard.lock"
+_LOCKS_OF_OLD: Final = ("storing.lock", "door.lock", "owners.lock", *(f"keys-{i}.lock" for i in range(16)))
+"""The lock files of version 0.1.0, which had one for each lock; a process of it that runs still has them open."""
 
 
 class Membership:
     """This process's part in a directory: open locks, an owner number, and the bytes it may still write.
 
+    It has three descriptors: the file ``lock``, whose `flock` is the guard and whose bytes are the owners' locks; the
+    file ``writes``, whose `flock` is the storing lock and whose bytes are the locks of keys; and the index. During a
+    transaction SQLite has the journal open as well.
+
     Attributes
     ----------
+    number : int
+        The files of the locks and of the counters: what was counted in others says nothing.
     owner : int
-        The number under which the index knows this process; its byte of the owners' file is locked for life.
+        The number under which the index knows this process; its byte of the lock file is locked for life.
     free : int
         Bytes that are leased and not yet spent; guarded by `lease_lock`.
     """
 
     def __init__(self, meta: str, timeout: float) -> None:
         self.meta = meta
-        self.guard = Guard(f"{meta}/guard.lock", timeout)
-        self.storing = StoringLock(f"{meta}/storing.lock", f"{meta}/door.lock")
-        self.owners = ByteLocks([f"{meta}/owners.lock"])
-        self.keys = ByteLocks([f"{meta}/keys-{i}.lock" for i in range(_KEY_LOCK_FILES)])
-        self.writes = WriteCounters(f"{meta}/writes")
+        self.guard = Guard(f"{meta}/lock", timeout)
+        try:
+            self.writes = WriteCounters(f"{meta}/writes")
+        except BaseException:
+            self.guard.close()
+            raise
+        self.number = os.fstat(self.guard.fd).st_ino << 64 | os.fstat(self.writes.fd).st_ino
+        self.storing = StoringLock(self.writes.fd, self.guard.fd)
+        self.owners = ByteLocks(self.guard.fd)
+        self.keys = ByteLocks(self.writes.fd)
         self.lease_lock = threading.Lock()
         self.index: Index | None = None
         self.generation = 0
         self.owner = 0
         self.free = 0
         self.next_recovery = 0.0
+        self.is_checked = False
         self._sequence = 0
         self._serial = -1
         self._epoch = 0
+        self._impatient_until = 0.0
         self._closed = False
         status = os.fstat(self.guard.fd)
         self.identity = status.st_dev, status.st_ino
@@ -57,7 +83,7 @@ class Membership:
     def index_path(self, generation: int) -> str:
         return f"{self.meta}/index-{generation}.db"
 
-    # The guard's file holds three numbers of 8 bytes, written under the guard: generation, serial, epoch.
+    # The guard's file holds four numbers of 8 bytes, written under the guard: generation, serial, epoch, boot.
 
     def _read(self, position: int) -> int:
         return int.from_bytes(os.pread(self.guard.fd, 8, 8 * position), "little")
@@ -73,7 +99,16 @@ class Membership:
         """Make another index the current one, for all who enter the guard from now on."""
         # a serial that nobody reached, as garbage might be, would make every index look old
         self._write(1, 0)
+        self.note_boot()
         self._write(0, generation)
+
+    def note_boot(self) -> None:
+        """Write down that the index is known to be whole since the machine was started; under the guard."""
+        self._write(3, _boot())
+
+    def was_restarted(self) -> bool:
+        """Whether the machine was started anew since, so that a part of what was written may not have got to the disk."""
+        return bool(boot := _boot()) and self._read(3) != boot
 
     def revoke_leases(self, index: Index) -> None:
         """Take all leases back, while nobody stores; whoever stores next finds the epoch changed."""
@@ -111,25 +146,60 @@ class Membership:
     def open_index(self) -> Index:
         """The current index, with this process registered in it; under the guard only."""
         generation = self.read_generation()
-        if self.index is not None and generation == self.generation:
-            return self.index
-        self.leave_index()
+        if generation != self.generation or generation == 0:
+            self.leave_index()
+        elif self.index is not None and self.index.is_logged:
+            self.disconnect()
         self.generation = generation
         if generation == 0:
             raise Damaged("there is no index yet")
-        index = Index(self.index_path(generation))
+        if self.index is None:
+            index = self.patiently(lambda: Index(self.index_path(generation)))
+            try:
+                if self.owner == 0:
+                    self._register(index)
+            except BaseException:
+                index.close()
+                raise
+            self.index = index
+        return self.index
+
+    def _register(self, index: Index) -> None:
+        self.patiently(lambda: index.begin(0))
+        if index.serial() < self.read_serial():
+            raise Damaged("the index has lost its last transactions")
+        if self.was_restarted() and not index.is_sound():
+            raise Damaged("the index did not survive the restart of the machine")
+        owner = self._take_number(index)
         try:
-            index.begin()
-            if index.serial() < self.read_serial():
-                raise Damaged("the index has lost its last transactions")
-            owner = self._take_number(index)
             os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700, exist_ok=True)
             index.commit()
         except BaseException:
-            index.close()
+            self.owners.unlock(owner)
             raise
-        self.index, self.owner, self._epoch = index, owner, self._read(2)
-        return index
+        self.owner, self._epoch = owner, self._read(2)
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Do something that another program may keep from being done: wait for it once, then not for a while.
+
+        Raises
+        ------
+        Busy
+            It has the index locked.
+        """
+        now = time.monotonic()
+        patient = now >= self._impatient_until
+        while True:
+            try:
+                return action()
+            except sqlite3.OperationalError as error:
+                if not is_locked(error):
+                    raise
+                if not patient or time.monotonic() >= now + _PATIENCE:
+                    if patient:
+                        self._impatient_until = time.monotonic() + _IMPATIENCE
+                    raise Busy(f"another program has the index in {self.meta} locked") from error
+            time.sleep(_PATIENCE / 100)
 
     def _take_number(self, index: Index) -> int:
         for _ in range(_MOST_OWNERS):
@@ -138,14 +208,20 @@ class Membership:
                 return owner
             # still locked by a process that does not know of the new index yet
             index.drop_owner(owner)
-        raise Unusable(f"no number in {self.meta}/owners.lock can be locked")
+        raise Unusable(f"no number in {self.meta}/lock can be locked")
+
+    def disconnect(self) -> None:
+        """Close the connection, which the next section opens again; under the guard, or where nobody can be in one."""
+        index, self.index = self.index, None
+        if index is not None:
+            with suppress(sqlite3.Error):
+                index.close()
 
     def leave_index(self) -> None:
         """Close the index of an older generation; under the guard only."""
-        if self.index is not None:
-            with suppress(sqlite3.Error):
-                self.index.close()
-            self.index = None
+        self.disconnect()
+        self.is_checked = False
+        if self.owner:
             self.owners.unlock(self.owner)
         with self.lease_lock:
             self.owner = self.free = 0
@@ -153,13 +229,72 @@ class Membership:
     def close_descriptors(self) -> None:
         if not self._closed:
             self._closed = True
-            for lock in (self.guard, self.storing, self.owners, self.keys, self.writes):
-                lock.close()
+            self.owners.disown()
+            self.keys.disown()
+            self.guard.close()
+            self.writes.close()
 
     def __del__(self) -> None:
         # other threads may still be using the locks of a directory that was left: they go with the last of them
-        if hasattr(self, "writes"):
+        if hasattr(self, "_closed"):
             self.close_descriptors()
-        if getattr(self, "index", None) is not None:
-            # not closed here, where nobody holds the guard: the last one to close an index folds its log in
-            _left_open.append(self.index)
+            self.disconnect()
+
+
+def take_over(meta: str, timeout: float) -> None:
+    """Bring a directory of version 0.1.0 to today's lock files, unless a process of that version uses it.
+
+    Where its guard was, a directory keeps such processes out from then on: they serve what is cached, store nothing,
+    and make what they write invisible by hand.
+
+    Raises
+    ------
+    Unusable
+        A process of that version uses the directory. Until it is gone, this one does as it would do.
+    """
+    path = f"{meta}/{_GUARD_OF_OLD}"
+    while not os.path.isdir(path):
+        try:
+            old = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            continue
+        try:
+            deadline = time.monotonic() + timeout
+            while not try_flock(old, fcntl.LOCK_EX):
+                if time.monotonic() >= deadline:
+                    raise Unusable(f"{path} is held by a process of version 0.1.0")
+                time.sleep(_PATIENCE / 100)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(old)):
+                    _convert(meta, old)
+        finally:
+            os.close(old)
+
+
+def _convert(meta: str, old: int) -> None:
+    """With the guard of old held; killed at any point, it is done again from the beginning."""
+    if not is_unlocked(f"{meta}/owners.lock"):
+        raise Unusable(f"the cache directory {os.path.dirname(meta)} is in use by a process of version 0.1.0")
+    numbers = os.pread(old, 24, 0).ljust(24, b"\0")
+    new = open_lock_file(f"{meta}/lock")
+    try:
+        if any(numbers[:8]) or not any(os.pread(new, 8, 0)):
+            os.pwrite(new, numbers + _boot().to_bytes(8, "little"), 0)
+    finally:
+        os.close(new)
+    os.unlink(f"{meta}/{_GUARD_OF_OLD}")
+    os.mkdir(f"{meta}/{_GUARD_OF_OLD}", 0o700)
+    for name in _LOCKS_OF_OLD:
+        with suppress(FileNotFoundError):
+            os.unlink(f"{meta}/{name}")
+
+
+def _boot() -> int:
+    """A number that is another one after each start of the machine; 0 where that cannot be told."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return int.from_bytes(blake2b(file.read(), digest_size=8).digest(), "little") or 1
+    except OSError:
+        return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files
-from xzcache._errors import Busy, CacheFault
+from xzcache._errors import Busy, CacheFault, is_trouble
 from xzcache._files import Whose
 from xzcache._index import Index
 from xzcache._keys import END, META, Entry, is_plain, prefix_slot, range_directory, relative_path, write_slot
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache")
 
-_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm)?")
+_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-journal|-wal|-shm)?")
 _UNBOUNDED: Final = "none"
 _EVERYTHING: Final = -1
 _AT_ONCE: Final = 256
 """Files that could not be removed before, and are tried again by one recovery."""
+_BATCH: Final = 500
+_MANY: Final = 100_000
+"""Entries whose sum takes so long (7 ms) that only a process which is alone with the directory adds them up."""
 
 UNDONE: Final = "undone-"
 """How the names of notes about what is still to be done begin, in the directory of files in flight."""
@@ -72,7 +76,45 @@ def recover(books: Books) -> list[str]:
         index.commit()
         index.begin()
         _sweep(books, member, index)
-        return [*{item.entry.key for item in index.left_dying()}, *left]
+        left += [item.entry.key for item in index.left_dying()]
+        if not member.is_checked:
+            _check_sums(books, member, index)
+        restarted = member.was_restarted()
+    if restarted and _discard_orphans(books):
+        with books.section() as (member, _):
+            member.note_boot()
+    return list(dict.fromkeys(left))
+
+
+def _check_sums(books: Books, member: Membership, index: Index) -> None:
+    """Do not believe the index what it can be asked for: what the rows add up to, and the bound."""
+    bound = index.totals().max_size
+    if (remembered := _remembered_bound(books, bound)) != bound:
+        index.set_max_size(remembered)
+    state = member.generation, index.serial()
+    if index.last_entry() <= _MANY or (books.checked != state and index.owners() == [member.owner]):
+        if index.mend_totals():
+            logger.warning("the totals of the cache in %s were wrong and are right now", books.root)
+        books.checked = state
+    member.is_checked = True
+
+
+def _discard_orphans(books: Books) -> bool:
+    """Unlink entry files that the index does not know, or not as they are; False where that is to be tried again.
+
+    What was written just before the machine stopped may have got to the disk in any order.
+    """
+    stamped, complete = _stamped(books), True
+    while batch := list(itertools.islice(stamped, _BATCH)):
+        with books.section() as (_, index):
+            for path, entry, stamp, _ in batch:
+                row = index.find(entry)
+                if row is None or stamp is None or (row.size, row.crc) != (stamp.size, stamp.crc):
+                    try:
+                        files.discard_ours(path, entry)
+                    except OSError:
+                        complete = False
+    return complete
 
 
 def is_last_to_leave(books: Books) -> bool:
@@ -324,9 +366,11 @@ def rebuild(books: Books, damaged: int, max_size: int | None) -> bool:
             try:
                 _build(books, member, generation, bound)
                 remember_bound(books, bound)
-            except Exception as error:
+            except BaseException as error:
                 _remove_index(books, generation)
-                raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
+                if is_trouble(error):
+                    raise CacheFault(f"the index of {books.root} cannot be rebuilt: {error}") from error
+                raise
             member.begin_generation(generation)
             for number in old:
                 _remove_index(books, number)
@@ -352,9 +396,13 @@ def _generations(books: Books) -> set[int]:
 
 
 def _remove_index(books: Books, generation: int) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        with suppress(OSError):
-            os.unlink(f"{books.meta}/index-{generation}.db{suffix}")
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path = f"{books.meta}/index-{generation}.db{suffix}"
+        try:
+            os.unlink(path)
+        except OSError:
+            # nobody else makes directories here
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _build(books: Books, member: Membership, generation: int, max_size: int | None) -> None:
@@ -385,7 +433,6 @@ def _build(books: Books, member: Membership, generation: int, max_size: int | No
                 _discard_or_count(books, index, entry, odd=odd, size=status.st_size, certain=stamp is not None)
         _shrink(books, index)
         index.commit()
-        index.checkpoint(0)
     finally:
         index.close()
 

@@ -11,7 +11,9 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from xzcache import _pool as pool
 from xzcache._anystore import StoreBackend
+from xzcache._background import departures
 from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
 from xzcache._directory import CacheDirectory
 from xzcache._disk import settled
@@ -47,6 +49,7 @@ def open_directory(
     with _lock:
         directory = _directories.get(path)
         if directory is None:
+            _forget_removed()
             reserve = config.get("min_free") if isinstance(min_free, Unset) else min_free
             directory = _directories[path] = CacheDirectory(
                 path,
@@ -65,6 +68,14 @@ def open_directory(
             if not isinstance(policy, Unset):
                 directory.set_policy(policy)
     return directory
+
+
+def _forget_removed() -> None:
+    """Forget directories that are gone and not used, now and then: test suites make thousands of them."""
+    if len(_directories) % 64 == 63:
+        for path, directory in list(_directories.items()):
+            if not directory.is_used and not os.path.lexists(path):
+                del _directories[path]
 
 
 class _Binding(NamedTuple):
@@ -102,9 +113,22 @@ def store_backend(cache_store: Store, source: str) -> StoreBackend:
         return backend
 
 
-def _close_all() -> None:
-    for directory in list(_directories.values()):
+def cleanup_resources(timeout: float = 30.0) -> None:
+    """Leave all cache directories and end all threads of this package; what is used again, is opened again.
+
+    For those who count descriptors or threads, as test suites do. The end of the process does the same.
+
+    Parameters
+    ----------
+    timeout : float, optional
+        Seconds to wait for what the threads are doing.
+    """
+    with _lock:
+        directories = list(_directories.values())
+    for directory in directories:
         directory.close()
+    departures.wait(timeout)
+    pool.stop(timeout)
 
 
 def _before_fork() -> None:
@@ -126,6 +150,6 @@ def _after_fork_in_child() -> None:
         directory.after_fork_in_child()
 
 
-atexit.register(_close_all)
+atexit.register(cleanup_resources)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

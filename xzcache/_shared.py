@@ -52,6 +52,7 @@ class SharedBackend:
     def __init__(self, directory: CacheDirectory, namespace: str, *, lasting: bool = True) -> None:
         self.directory = directory
         self.namespace = namespace
+        self._use = directory.used_by(self)
         if not lasting:
             renew_after_fork(self)
 
@@ -67,7 +68,16 @@ class SharedBackend:
     async def prepare(self) -> None:
         """Open the directory, where that was not done yet."""
         if self.directory.wants_preparing:
+            self._use_again()
             await pool.run(self.directory.prepare)
+
+    def close(self) -> None:
+        """Leave the directory, if nothing else uses it; not at once, and only until the next use."""
+        self._use()
+
+    def _use_again(self) -> None:
+        if not self._use.alive:
+            self._use = self.directory.used_by(self)
 
     def at_once(self, key: str, max_age: Age) -> memoryview | None:
         """The value of a key, where it is to be had without waiting or doubt; else None, and `find` tells."""
@@ -77,7 +87,7 @@ class SharedBackend:
         entry = Entry(f"{self.namespace}/{key}")
         data = directory.reader.at_once(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
         if data is not None and directory.recency.note(entry):
-            pool.submit(directory.flush)
+            pool.spawn(directory.flush)
         return data
 
     def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
@@ -90,7 +100,7 @@ class SharedBackend:
         if not directory.reader.into(entry, max_age_ns, place, patient=patient):
             return False
         if directory.recency.note(entry):
-            pool.submit(directory.flush)
+            pool.spawn(directory.flush)
         return True
 
     def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
@@ -105,7 +115,7 @@ class SharedBackend:
             span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
             if (data := reader.read(found, *span)) is not None:
                 if self.directory.recency.note(found.entry):
-                    pool.submit(self.directory.flush)
+                    pool.spawn(self.directory.flush)
                 return data
         return None
 
@@ -118,7 +128,7 @@ class SharedBackend:
                 reader.close(found)
             elif (data := await self._read(found, entry)) is not None:
                 if self.directory.recency.note(found.entry):
-                    pool.submit(self.directory.flush)
+                    pool.spawn(self.directory.flush)
                 return data
         return None
 
@@ -177,6 +187,7 @@ class SharedBackend:
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
         """While somebody fetches what is not cached."""
+        self._use_again()
         self.directory.background.enter()
         try:
             yield
@@ -252,14 +263,20 @@ class SharedBackend:
         """Forget all entries of this source, and no other's."""
         await pool.run(self.directory.writes.drop, self.namespace)
 
-    def info(self) -> dict[str, Any]:
-        """What is cached of this source, and in all; sizes in bytes."""
-        self.directory.background.wait()
-        if self.directory.is_made:
-            self.directory.prepare()
-            self.directory.flush()
-        totals = self.directory.totals()
-        count, size = self.directory.share(self.namespace)
+    def info(self, *, exact: bool = True) -> dict[str, Any]:
+        """What is cached of this source, and in all; sizes in bytes.
+
+        Exact is what comes after all that is being stored. Else nothing is waited for, and a moment ago is good enough.
+        """
+        if exact:
+            self.directory.background.wait()
+            if self.directory.is_made:
+                self.directory.prepare()
+                self.directory.flush()
+            totals = self.directory.totals()
+            count, size = self.directory.share(self.namespace)
+        else:
+            totals, (count, size) = self.directory.glance(self.namespace)
         return {
             "cache_store_type": "LockedLocalStore",
             "current_size": size,
@@ -268,6 +285,7 @@ class SharedBackend:
             "total_size": totals.size,
             "total_keys": totals.entries,
             "cache_directory": self.directory.root,
+            "max_size": totals.max_size,
         }
 
     @property

@@ -149,8 +149,6 @@ class Space:
                     logger.warning("%s: nothing new is cached until there is more", error)
                 raise error
             if short > 0:
-                index.commit()
-                index.checkpoint(0)
                 return short
             index.change_lease(member.owner, grant)
             index.commit()

@@ -85,7 +85,7 @@ class Gauge:
             if due:
                 self._looked = time.monotonic()
         if due:
-            pool.submit(self._look)
+            pool.spawn(self._look)
         counts = process.as_dict()
         return self._latest._replace(**{name: counts[name] for name in Usage._fields if name in counts})
 

@@ -96,6 +96,7 @@ class LockedLocalStore(LocalStore):
         self._directory = open_directory(self._given_root, self.max_size, self.min_free, self.policy)
         is_there = os.path.realpath(place) == self._directory.root
         super().__init__(place if is_there else Path(self._directory.root), read_only=read_only)
+        self._use = self._directory.used_by(self)
 
     @property
     def directory(self) -> CacheDirectory:
@@ -167,7 +168,7 @@ class LockedLocalStore(LocalStore):
         # a file that somebody else put here is part of the store, if not of the cache
         data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
         if self._directory.recency.note(found.entry) and not self.read_only:
-            pool.submit(self._directory.flush)
+            pool.spawn(self._directory.flush)
         return None if data is None else prototype.buffer.from_bytes(data)
 
     async def get(
@@ -223,6 +224,7 @@ class LockedLocalStore(LocalStore):
             raise TypeError(f"{type(self).__name__}.set(): `value` must be a Buffer, not a {type(value).__name__}")
         if not is_cacheable(key):
             raise ValueError(f"key={key!r} is not accepted: give text of at most 3000 bytes as UTF-8")
+        self._use_again()
         self._directory.prepare()
         try:
             self._directory.publisher.store(Entry(key), memoryview(value.to_bytes()), exclusive=exclusive)
@@ -331,13 +333,23 @@ class LockedLocalStore(LocalStore):
 
     async def _ensure_open(self) -> None:
         if not self._is_open:
+            self._use_again()
             await pool.run(self._directory.prepare)
             self._is_open = True
 
+    def _use_again(self) -> None:
+        if not self._use.alive:
+            self._use = self._directory.used_by(self)
+
     def close(self) -> None:
-        """Tell the other processes of the latest uses. The store can be used again."""
+        """Tell the other processes of the latest uses, and let go of the directory. The store can be used again."""
         self._directory.flush()
+        self.let_go()
         super().close()
+
+    def let_go(self) -> None:
+        """Have this process leave the directory soon, unless another store uses it, and until the next use."""
+        self._use()
 
     async def move(self, dest_root: Path | str) -> None:
         """Move the directory to another path, while no other process uses it."""

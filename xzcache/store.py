@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -26,6 +27,7 @@ from xzcache._sources import is_at_hand, local_path, open_source, spelled
 from xzcache._stats import Stats, process
 from xzcache._writable import WritableView
 from xzcache._writethrough import WriteThrough
+from xzcache.local import LockedLocalStore
 
 _LONGEST_LOOK: Final = 0.2
 """Seconds for which a table in a notebook may wait for its figures."""
@@ -197,6 +199,13 @@ class CacheStore(ReadableView, WritableView):
         """The bound of the whole cache, in bytes; None for no bound."""
         return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._reads.backend.bound
 
+    def close(self) -> None:
+        """Close the source, and let go of the cache: what is cached stays, and the store can be used again."""
+        super().close()
+        self._reads.backend.close()
+        if isinstance(self._cache, LockedLocalStore) and self._cache is not self._given_cache:
+            self._cache.let_go()
+
     # -- copies
 
     def _settings(self) -> dict[str, Any]:
@@ -269,7 +278,7 @@ class CacheStore(ReadableView, WritableView):
         if is_open:
             # a notebook runs an event loop: it does not wait for what is being stored, nor for other processes
             with suppress(TimeoutError):
-                info = pool.submit(self.cache_info).result(_LONGEST_LOOK)
+                info = pool.submit(partial(self._info, exact=False)).result(_LONGEST_LOOK)
         where = self.source.label, label_of(self._cache)
         return Looks(type(self).__name__, *where, is_open, info, self.cache_stats()).html()
 
@@ -284,9 +293,18 @@ class CacheStore(ReadableView, WritableView):
             ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; of this source ``current_size``
             (bytes), ``tracked_keys``, ``cached_keys``; of the whole, which `max_size` bounds, ``total_size`` and
             ``total_keys``; ``cache_directory``.
+
+        Notes
+        -----
+        Waits until what was read so far is stored, so that the figures are exact.
         """
-        names = ("max_age_seconds", "max_size", "cache_set_data")
-        return self._reads.backend.info() | {name: getattr(self, name) for name in names}
+        return self._info(exact=True)
+
+    def _info(self, *, exact: bool) -> dict[str, Any]:
+        info = self._reads.backend.info(exact=exact)
+        if not isinstance(self._asked_max_size, Unset):
+            info["max_size"] = self._asked_max_size
+        return info | {"max_age_seconds": self.max_age_seconds, "cache_set_data": self.cache_set_data}
 
     def cache_stats(self) -> dict[str, Any]:
         """What this store, with its `with_read_only` copies, read in this process.
