@@ -53,8 +53,8 @@ class Flipping(WrapperStore[Store]):
         return prototype.buffer.from_bytes(bytes(data))
 
 
-def _maker(kind: type[WrapperStore[Store]]) -> Callable[[Store, str, str], Store]:
-    def make(store: Store, directory: str, policy: str) -> Store:
+def _maker(kind: type[WrapperStore[Store]]) -> Callable[[Store, str], Store]:
+    def make(store: Store, directory: str) -> Store:
         return store if isinstance(store, kind) else kind(store)
 
     return make

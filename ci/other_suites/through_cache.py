@@ -14,14 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 from zarr.abc.store import Store
 from zarr.storage import StorePath
 
 import xzcache
 
 
-def cached(store: Store, directory: str, policy: str) -> Store:
+def lru(store: Store, directory: str) -> Store:
     """The store, read and written through a cache whose bound is small enough for entries to leave."""
+    return _cached(store, directory, "lru")
+
+
+def adaptive(store: Store, directory: str) -> Store:
+    """The same, where other entries leave first."""
+    return _cached(store, directory, "adaptive")
+
+
+def _cached(store: Store, directory: str, policy: str) -> Store:
     return xzcache.CacheStore(
         store, cache_store=directory, policy=policy, max_size="500 kB", read_only=store.read_only
     )
@@ -29,17 +39,23 @@ def cached(store: Store, directory: str, policy: str) -> Store:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("through_cache", "stores read through a cache")
-    group.addoption("--wrapping", metavar="MODULE:FUNCTION", help="what makes one store of another")
+    group.addoption("--wrapping", metavar="MODULE:FUNCTION", help="what makes one store of another and a directory")
     group.addoption("--cache", metavar="DIRECTORY", help="the directory that all wrapping stores share")
-    group.addoption("--cache-policy", default="lru", help="which entries leave the cache first")
+    group.addoption("--pipeline", metavar="NAME", help="the codec pipeline of all arrays")
     group.addoption("--outcomes", metavar="FILE", type=Path, help="where the outcome of each test is written, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # of a plugin that runs tests again, which would hide what is sought
+    config.addinivalue_line("markers", "flaky: means nothing here")
+    if config.option.pipeline:
+        # tests go back to the defaults, and processes that they start need not know the one of xzcache
+        zarr.config.defaults.insert(0, {"codec_pipeline": {"path": config.option.pipeline}})
+        zarr.config.refresh()
     if config.option.wrapping:
         module, _, function = config.option.wrapping.partition(":")
         make = getattr(importlib.import_module(module), function)
-        wrap_all(lambda store: make(store, config.option.cache, config.option.cache_policy))
+        wrap_all(lambda store: make(store, config.option.cache))
     if config.option.outcomes and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config.option.outcomes))
 
