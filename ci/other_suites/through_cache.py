@@ -1,4 +1,4 @@
-"""A pytest plugin for the tests of other projects: each store that Zarr opens is wrapped, and outcomes are written down.
+"""A pytest plugin for the tests of other projects: wraps each store that Zarr opens, writes down how tests end.
 
 It is loaded by name (``-p through_cache``) into suites that know nothing of it. Without ``--wrapping`` nothing is
 wrapped, so that the run with a cache and the run without one differ in the wrapping alone.
