@@ -27,9 +27,7 @@ class Stale(WrapperStore[Store]):
         # kept with what is wrapped, which is wrapped anew whenever it is opened
         self._seen: dict[Any, Buffer] = vars(store).setdefault("seen", {})
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         asked = key, str(byte_range)
         if asked not in self._seen:
             value = await self._store.get(key, prototype, byte_range)
@@ -42,9 +40,7 @@ class Stale(WrapperStore[Store]):
 class Flipping(WrapperStore[Store]):
     """Changes one bit of each chunk that is read."""
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         value = await self._store.get(key, prototype, byte_range)
         if value is None or len(value) == 0 or "/c/" not in f"/{key}":
             return value

@@ -79,7 +79,15 @@ SUITES = [
     ),
     Suite(
         "xarray",
-        tuple(f"xarray/tests/test_{part}.py" for part in ("backends", "backends_api", "backends_datatree", "distributed")),
+        tuple(
+            f"xarray/tests/test_{part}.py"
+            for part in (
+                "backends",
+                "backends_api",
+                "backends_datatree",
+                "distributed",
+            )
+        ),
         ("-k", "zarr or Zarr"),
         ("xarray/tests/test_backends_api.py", "xarray/tests/test_backends_datatree.py"),
     ),

@@ -32,9 +32,7 @@ def adaptive(store: Store, directory: str) -> Store:
 
 
 def _cached(store: Store, directory: str, policy: str) -> Store:
-    return xzcache.CacheStore(
-        store, cache_store=directory, policy=policy, max_size="500 kB", read_only=store.read_only
-    )
+    return xzcache.CacheStore(store, cache_store=directory, policy=policy, max_size="500 kB", read_only=store.read_only)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
