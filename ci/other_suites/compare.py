@@ -39,6 +39,7 @@ STORES = {
     "plain": None,
     "lru": "through_cache:lru",
     "adaptive": "through_cache:adaptive",
+    "locked": "through_cache:locked",
     # only to show that such stores are noticed
     "forgetful": "broken:forgetful",
     "stale": "broken:stale",
@@ -46,11 +47,11 @@ STORES = {
 }
 """What makes the stores that Zarr reads and writes of those that a test gives it."""
 
-POLICIES = ("lru", "adaptive")
+CACHES = ("lru", "adaptive")
 BROKEN = ("forgetful", "stale", "flipping")
 
 SLICE = {"batched": "lru", "ours": "adaptive"}
-"""What a run of a few minutes compares: the policy for each pipeline."""
+"""What a run of a few minutes compares: the store for each pipeline."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class Runner:
             )
             if done.returncode not in (0, 1) or not ends.exists():
                 sys.exit(f"{variant}: pytest gave up with {done.returncode}\n{done.stdout[-3000:]}")
-            if variant.store in POLICIES and not any(cache.rglob("*")):
+            if variant.store in CACHES and not any(cache.rglob("*")):
                 sys.exit(f"{variant}: nothing was cached, so that nothing was compared")
             outcomes = {test: Outcome(*ended) for test, ended in json.loads(ends.read_text()).items()}
         if not only:
@@ -332,7 +333,7 @@ def main() -> int:
     parser.add_argument("--slice", action="store_true", help="a part of the tests, in two variants: minutes")
     parser.add_argument("--suite", action="append", choices=[suite.project for suite in SUITES], help="only this suite")
     parser.add_argument("--pipeline", action="append", choices=list(PIPELINES), help="only this codec pipeline")
-    parser.add_argument("--policy", action="append", choices=POLICIES, help="only this policy of the cache")
+    parser.add_argument("--store", action="append", choices=[*CACHES, "locked"], help="only this kind of store")
     parser.add_argument("-n", "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tests at once")
     parser.add_argument("--report", type=Path, help="where the differences are written, with their messages, as JSON")
     parser.add_argument("--self-test", action="store_true", help="only show that stores broken on purpose are noticed")
@@ -347,14 +348,17 @@ def main() -> int:
             if options.suite and suite.project not in options.suite:
                 continue
             for pipeline in options.pipeline or (SLICE if options.slice else PIPELINES):
-                stores = options.policy or ([SLICE[pipeline]] if options.slice else POLICIES)
+                stores = options.store or ([SLICE[pipeline]] if options.slice else CACHES)
+                if pipeline == "batched" and not (options.store or options.slice):
+                    # what decodes makes no difference to it
+                    stores = [*stores, "locked"]
                 found.of(runner, suite, pipeline, stores)
     if options.report:
         told = [(str(d.variant), d.test, d.without, d.through) for d in found.differing]
         options.report.write_text(json.dumps(told, indent=1))
     faults += [f"without a reason: {difference}" for difference in found.without_reason(reasons)]
     faults += found.no_longer(reasons)
-    if not (options.self_test or options.slice or options.suite or options.pipeline or options.policy):
+    if not (options.self_test or options.slice or options.suite or options.pipeline or options.store):
         faults += found.names_no_test(reasons)
     for reason in reasons:
         covered = [d for d in found.differing if reason.covers(d.variant, d.test)]

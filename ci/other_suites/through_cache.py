@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import zarr
 from zarr.abc.store import Store
-from zarr.storage import StorePath
+from zarr.storage import LocalStore, StorePath
 
 import xzcache
 
@@ -29,6 +29,13 @@ def lru(store: Store, directory: str) -> Store:
 def adaptive(store: Store, directory: str) -> Store:
     """The same, where other entries leave first."""
     return _cached(store, directory, "adaptive")
+
+
+def locked(store: Store, directory: str) -> Store:
+    """A directory as the store that caches are kept in; other stores as they are."""
+    if type(store) is not LocalStore:
+        return store
+    return xzcache.LockedLocalStore(store.root, read_only=store.read_only)
 
 
 def _cached(store: Store, directory: str, policy: str) -> Store:
