@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "flaky: means nothing here")
     if config.option.pipeline:
         # tests go back to the defaults, and processes that they start need not know the one of xzcache
-        zarr.config.defaults.insert(0, {"codec_pipeline": {"path": config.option.pipeline}})
+        zarr.config.defaults[0]["codec_pipeline"]["path"] = config.option.pipeline
         zarr.config.refresh()
     if config.option.wrapping:
         module, _, function = config.option.wrapping.partition(":")
