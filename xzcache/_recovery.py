@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
