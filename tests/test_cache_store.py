@@ -1259,7 +1259,7 @@ async def test_a_text_of_the_store_says_what_it_is(cache_kind: str, tmp_path: Pa
     await fill(source, k=b"12345")
     store = cached(cache_kind, source, tmp_path, max_size=1000)
     await read(store, "k")
-    for part in ("CacheStore(", str(tmp_path / "source")):
+    for part in ("CacheStore(", str(tmp_path / "source"), "cache_store="):
         assert part in repr(store)
     assert str(tmp_path / "source") in str(store)
 

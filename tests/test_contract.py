@@ -95,7 +95,6 @@ class TestOverMemory(OurStoreTests):
 
     def test_store_repr(self, store: xzcache.CacheStore) -> None:
         assert "MemoryStore" in repr(store)
-        assert "current_size=0" in repr(store)
 
 
 def run_machine(machine: type[RuleBasedStateMachine], store: Any, *, examples: int, steps: int, fixed: bool) -> None:

@@ -94,7 +94,8 @@ class _Cached:
 
 def _failed(error: Exception) -> NotCached:
     """What a failure of the cache is for a reader: the chunk is read as if it were not cached."""
-    logger.debug("a cached chunk could not be read", exc_info=error)
+    if not report_bug(error, "reading what is cached"):
+        logger.debug("a cached chunk could not be read", exc_info=error)
     return NotCached()
 
 
