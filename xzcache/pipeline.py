@@ -23,7 +23,7 @@ from zarr.registry import register_pipeline
 from zarr.storage import StorePath
 
 from xzcache import _pool as pool
-from xzcache._errors import Replaced
+from xzcache._errors import Replaced, report_bug
 from xzcache._readthrough import NotCached
 from xzcache._straight import place_of, stores_values
 from xzcache.store import CacheStore
