@@ -499,9 +499,7 @@ def opened_index(root: str) -> Iterator[sqlite3.Connection]:
 def findings(root: str) -> list[str]:
     """What is wrong with a directory that no process uses."""
     meta = f"{root}/{META}"
-    found = [
-        f"{name} is locked" for name in ("lock", "writes") if not _is_free(f"{meta}/{name}")
-    ]
+    found = [f"{name} is locked" for name in ("lock", "writes") if not _is_free(f"{meta}/{name}")]
     with opened_index(root) as index:
 
         def one(query: str) -> Any:

@@ -4,7 +4,7 @@ None of these reaches somebody who reads data: a read that meets one is served f
 reader gets of what the source does.
 
     CacheFault
-    ├── Busy       another process held the guard, or rebuilds, or another program uses the index, for longer than we wait
+    ├── Busy       another process held the guard, or rebuilds, or a program has the index locked, for too long
     ├── Damaged    the index is not ours, not whole, or gone
     ├── NoRoom     the bound, the free-disk reserve or the disk itself leaves no space
     └── Unusable   the directory cannot be opened for writing

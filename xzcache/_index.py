@@ -344,7 +344,9 @@ def _connect(path: str) -> sqlite3.Connection:
 
 def is_locked(error: sqlite3.Error) -> bool:
     """Whether another program has a lock on the index, which none of ours has without the guard."""
-    return (getattr(error, "sqlite_errorname", "") or "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL"))
+    return (getattr(error, "sqlite_errorname", "") or "").startswith(
+        ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
+    )
 
 
 def _is_logged(path: str) -> bool:

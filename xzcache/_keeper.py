@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from xzcache import _recovery as recovery
 from xzcache._config import UNSET, Unset
-from xzcache._errors import Busy, CacheFault, Damaged, NoRoom, report_bug, without_frames
+from xzcache._errors import Busy, Damaged, NoRoom, report_bug, without_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -272,7 +272,7 @@ class StoringLock:
 
     @contextmanager
     def kept_out(self, timeout: float) -> Iterator[bool]:
-        """Keep the other threads of this process out; tells whether they left in time. Other processes do not notice."""
+        """Keep the threads of this process out, and no other process; tells whether they left in time."""
         if not _poll(self._try_close, timeout):
             yield False
             return

@@ -107,7 +107,7 @@ class Membership:
         self._write(3, _boot())
 
     def was_restarted(self) -> bool:
-        """Whether the machine was started anew since, so that a part of what was written may not have got to the disk."""
+        """Whether the machine was started anew since: a part of what was written may not have got to the disk."""
         return bool(boot := _boot()) and self._read(3) != boot
 
     def revoke_leases(self, index: Index) -> None:
