@@ -54,7 +54,6 @@ sums = [int(zarr.open_array(each, mode="r")[:].sum()) for each in (store, copy)]
 info = copy.cache_info()
 repr(store), store.max_size, store.cache_stats()
 xzcache.CachePlugin()
-local = xzcache.LockedLocalStore(info["cache_directory"])
 found = {"sums": sums, "told": told, "where": info["cache_directory"], "misses": copy.cache_stats()["misses"]}
 print(json.dumps(found))
 """
