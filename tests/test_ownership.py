@@ -1,7 +1,7 @@
 """Whose directories and files a cache uses, and what becomes of reads where there is none to use.
 
-A cache is its user's alone. In a directory that others share, a folder of this user's is the cache; what others may have
-touched is not read. Whatever the environment is like, constructing and looking raise nothing, and reads go on.
+A cache is its user's alone. In a directory that others share, a folder of this user's is the cache; what others may
+have touched is not read. Whatever the environment is like, constructing and looking raise nothing, and reads go on.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ from zarr.storage import LocalStore, MemoryStore
 import xzcache
 
 OTHER = 12345
-needs_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="to give files away takes root"
-)
+needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="to give files away takes root")
 PRIVATE = f"xzcache-{USER}"
 
 USE = """
@@ -56,8 +54,8 @@ sums = [int(zarr.open_array(each, mode="r")[:].sum()) for each in (store, copy)]
 info = copy.cache_info()
 repr(store), store.max_size, store.cache_stats()
 xzcache.CachePlugin()
-local = xzcache.LockedLocalStore(info["cache_directory"])
-print(json.dumps({"sums": sums, "told": told, "where": info["cache_directory"], "misses": copy.cache_stats()["misses"]}))
+found = {"sums": sums, "told": told, "where": info["cache_directory"], "misses": copy.cache_stats()["misses"]}
+print(json.dumps(found))
 """
 
 
@@ -137,7 +135,7 @@ def test_no_home_to_keep_a_cache_in(base: Base, env: dict[str, str | None]) -> N
 @needs_containers
 @pytest.mark.parametrize("home", [None, "/", "/dev/null"])
 def test_neither_a_home_nor_temporary_files(base: Base, home: str | None) -> None:
-    read_only = {base.temporary: "mode=755,ro", "/var/tmp": "mode=755,ro"}  # noqa: S108  # what the system has
+    read_only = {base.temporary: "mode=755,ro", "/var/tmp": "mode=755,ro"}  # what the system has
     keep = f"mkdir /mnt/base; mount --bind {base.path} /mnt/base"
     hide = f"mount -t tmpfs -o mode=755 tmpfs /tmp; mkdir -p {base.path}; mount --bind /mnt/base {base.path}"
     found = base.use(home=home, mounts=read_only, before=[keep, hide])
