@@ -125,9 +125,7 @@ class LockedLocalStore(LocalStore):
     def __eq__(self, other: object) -> bool:
         # the bound and the policy are the directory's: whoever asked last has set them for all
         return (
-            isinstance(other, type(self))
-            and self._directory is other._directory
-            and self.read_only == other.read_only
+            isinstance(other, type(self)) and self._directory is other._directory and self.read_only == other.read_only
         )
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
