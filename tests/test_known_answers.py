@@ -1,4 +1,4 @@
-"""What is answered without the object: that a chunk is absent, that a key exists, its size; and which stores are equal."""
+"""What is answered without an object: its absence, its existence, its size; and which stores are equal."""
 
 from __future__ import annotations
 

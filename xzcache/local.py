@@ -141,8 +141,9 @@ class LockedLocalStore(LocalStore):
 
     def __eq__(self, other: object) -> bool:
         # the bound and the policy are the directory's: whoever asked last has set them for all
-        same = isinstance(other, type(self)) and self._directory is other._directory
-        return same and self.read_only == other.read_only
+        return (
+            isinstance(other, type(self)) and self._directory is other._directory and self.read_only == other.read_only
+        )
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 

@@ -60,9 +60,10 @@ class CacheStore(ReadableView, WritableView):
         The name, one path component, under which the entries of this source are kept, instead of one made of what it
         is. Stores that are given the same name are taken for the same source.
     revalidate : {"open", True, False} or float, optional
-        When the source is asked for metadata documents again: at their first use by a newly opened store; at each read,
-        chunks included; never; or after so many seconds. Where an array's document changed, what is cached of the array
-        is dropped.
+        When the source is asked for metadata documents again: at their first use by a newly opened store, and at each
+        use of a store that is not read-only, so that writes are based on what the source has; at each read, chunks
+        included; never; or after so many seconds. Where an array's document changed, what is cached of the array is
+        dropped. A chunk that Zarr changes in part is asked for in any case.
     missing_max_age_seconds : float or "infinity", optional
         For how long a chunk that the source does not have is not asked for again, in seconds; 0 to always ask.
         Configured: 60, and with ``revalidate=False`` as long as `max_age_seconds`; a local directory and memory are
