@@ -79,6 +79,7 @@ FLOORS = {
     "_disk": 1,
     "_pieces": 1,
     "_spans": 0,
+    "_states": 0,
     "_straight": 0,
     "_files": 1,
     "_looks": 0,

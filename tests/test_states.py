@@ -198,9 +198,7 @@ def source_of(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Sour
         name = f"{tmp_path.name}.zarr"
         through = server.store("bucket", name)
         options = {"upstream": kind.split()[1], "storage_options": words(server)}
-        return Source(
-            f"s3://bucket/{name}", lambda key, data: sync(through.set(key, buffer(data))), options
-        )
+        return Source(f"s3://bucket/{name}", lambda key, data: sync(through.set(key, buffer(data))), options)
     clock = iter(range(1_000_000_000, 2_000_000_000, 5))
 
     def write(key: str, data: bytes) -> None:
@@ -322,9 +320,7 @@ def test_two_processes_keep_no_parts_of_two_states(source: Source, tmp_path: Pat
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_an_object_that_is_rewritten_between_two_requests_of_a_call(
-    shelf: Shelf, library: str, tmp_path: Path
-) -> None:
+def test_an_object_that_is_rewritten_between_two_requests_of_a_call(shelf: Shelf, library: str, tmp_path: Path) -> None:
     shelf.objects[KEY] = OLD
     store = Source(shelf.url, shelf.objects.__setitem__, {"upstream": library}).opened(tmp_path / "cache")
     wanted = between((0, 20_000), (20_000, 40_000))
@@ -334,7 +330,11 @@ def test_an_object_that_is_rewritten_between_two_requests_of_a_call(
         groups = [
             pair
             async for group in store.get_ranges(
-                KEY, wanted, prototype=zarr.core.buffer.default_buffer_prototype(), max_coalesced_bytes=1, max_concurrency=1
+                KEY,
+                wanted,
+                prototype=zarr.core.buffer.default_buffer_prototype(),
+                max_coalesced_bytes=1,
+                max_concurrency=1,
             )
             for pair in group
         ]

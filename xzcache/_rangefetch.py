@@ -177,10 +177,7 @@ class _Fetch:
         told = [mosaic for validator, mosaic in self._mosaics.items() if tells(validator)]
         at_hand = told[0] if told else Mosaic()
         return [
-            part
-            for span in self._left.values()
-            for missing in at_hand.missing(span)
-            for part in there.missing(missing)
+            part for span in self._left.values() for missing in at_hand.missing(span) for part in there.missing(missing)
         ]
 
     async def _gather(self) -> None:

@@ -155,7 +155,6 @@ class Reading:
         # it was evicted while we asked, or is damaged
         return await self.ask(request), None
 
-
     async def agree(
         self, key: str, entry: Entry, validator: str, ticket: Any, data: memoryview | None = None
     ) -> tuple[Any, str, bool]:

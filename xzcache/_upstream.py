@@ -422,7 +422,7 @@ async def _of_fsspec(source: FsspecStore, inner: Any, key: str) -> _Head:
 
 def _of_info(info: Mapping[str, Any], protocols: set[str]) -> _Head:
     etag = str(info.get("ETag") or info.get("etag") or "")
-    size = info.get("size")
+    size = said if isinstance(said := info.get("size"), int) else None
     validator = ""
     if protocols & {"http", "https"}:
         validator = _of_web(etag, _date(info.get("Last-Modified")), size)
@@ -433,7 +433,7 @@ def _of_info(info: Mapping[str, Any], protocols: set[str]) -> _Head:
         at = modified.timestamp() if isinstance(modified, datetime) else modified
         if isinstance(at, int | float) and time.time() - at > _SETTLED_SECONDS:
             validator = f"time {at} {size}"
-    return _Head(validator, size if validator and isinstance(size, int) else None)
+    return _Head(validator, size if validator else None)
 
 
 def _date(text: str | None) -> datetime | None:
@@ -472,7 +472,7 @@ class _Noting:
             return None
         twin = object.__new__(FsspecStore)
         twin.__dict__.update(source.__dict__)
-        twin.fs = cls(source.fs)  # type: ignore[assignment]
+        twin.fs = cls(source.fs)
         return twin
 
     def __getattr__(self, name: str) -> Any:
@@ -526,12 +526,10 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
     return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
 
 
-async def _noted(
-    twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
-) -> Answer:
+async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Answer:
     """Read through a `_Noting` twin of a store."""
     value = await twin.get(key, prototype, byte_range)
-    heads: list[_Head] = twin.fs.heads  # type: ignore[attr-defined]
+    heads: list[_Head] = twin.fs.heads
     if not heads or value is None:
         return _judged(value, byte_range, _Head())
     head = heads[-1]
