@@ -1,4 +1,4 @@
-"""Credentials where people keep them: obstore reads with what the tools of AWS, Google and Azure find, as fsspec does."""
+"""Credentials where people keep them: obstore reads with what the tools of AWS, Google and Azure find."""
 
 from __future__ import annotations
 
