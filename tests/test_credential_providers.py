@@ -146,6 +146,15 @@ def test_a_region_of_a_profile(profiles: Tools, s3: S3Server) -> None:
 
 
 @pytest.mark.parametrize("upstream", ["auto", "obstore"])
+def test_a_profile_beside_a_key(profiles: Tools, s3: S3Server, upstream: str) -> None:
+    """The key is taken, and where to read is in the profile; which has to be there all the same."""
+    keys = {"key": s3.access_key, "secret": s3.secret_key}
+    assert values(opened({"profile": "good", **keys}, upstream)) == VALUES
+    with pytest.raises(ValueError, match="nosuch"):
+        opened({"profile": "nosuch", **keys}, upstream)
+
+
+@pytest.mark.parametrize("upstream", ["auto", "obstore"])
 @pytest.mark.parametrize("way", ["storage_options", "AWS_PROFILE"])
 def test_a_profile_that_there_is_not(profiles: Tools, monkeypatch: pytest.MonkeyPatch, way: str, upstream: str) -> None:
     if way == "AWS_PROFILE":
