@@ -65,7 +65,7 @@ FLOORS = {
     # what a source is, and how it is read
     "_identity": 6,
     "_globs": 6,
-    "_upstream": 4,
+    "_upstream": 6,
     "_sources": 5,
     "_filesystems": 4,
     "_objectstores": 4,

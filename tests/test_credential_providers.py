@@ -1,4 +1,4 @@
-"""Credentials where people keep them: obstore reads with what the tools of AWS, Google and Azure find, as fsspec does."""
+"""Credentials where people keep them: obstore reads with what the tools of AWS, Google and Azure find."""
 
 from __future__ import annotations
 
@@ -143,6 +143,15 @@ def test_a_region_of_a_profile(profiles: Tools, s3: S3Server) -> None:
     store = opened({"profile": "elsewhere", "endpoint_url": s3.endpoint, "key": s3.access_key, "secret": s3.secret_key})
     assert store._store.store.config["region"] == "us-west-2"
     assert values(store) == VALUES
+
+
+@pytest.mark.parametrize("upstream", ["auto", "obstore"])
+def test_a_profile_beside_a_key(profiles: Tools, s3: S3Server, upstream: str) -> None:
+    """The key is taken, and where to read is in the profile; which has to be there all the same."""
+    keys = {"key": s3.access_key, "secret": s3.secret_key}
+    assert values(opened({"profile": "good", **keys}, upstream)) == VALUES
+    with pytest.raises(ValueError, match="nosuch"):
+        opened({"profile": "nosuch", **keys}, upstream)
 
 
 @pytest.mark.parametrize("upstream", ["auto", "obstore"])

@@ -55,35 +55,36 @@ def outcome(function: Callable[[], Any]) -> Any:
         return "nothing"
 
 
-def places(home: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One dataset in each place that a library may take for the one that is meant, each with a value of its own."""
-    names = {
-        part for name in NAMES for part in (name, *(name.split(sign)[0] for sign in "#?;%"), name.replace("%20", " "))
-    }
-    found = sorted(home / name for name in names)
-    for number, place in enumerate(found):
+    root = tmp_path_factory.mktemp("filled")
+    cut = {name.split(sign)[0] for name in NAMES for sign in "#?;%"}
+    for number, name in enumerate(sorted({*NAMES, *cut, "run 3.zarr"})):
         data = xr.Dataset({"v": ("x", np.full(4, number))})
-        data.to_zarr(LocalStore(place), zarr_format=3, consolidated=False)
-    return found
+        data.to_zarr(LocalStore(root / name), zarr_format=3, consolidated=False)
+    return root
+
+
+@pytest.fixture
+def places(filled: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(filled)
+    monkeypatch.setenv("HOME", str(filled))
+    return filled
 
 
 @spelled
-@named
-def test_a_store_reads_where_zarr_does(home: Path, name: str, spelling: str) -> None:
-    places(home)
-    given = SPELLINGS[spelling](home / name)
-
-    def through_zarr() -> int:
+def test_a_store_reads_where_zarr_does(places: Path, spelling: str) -> None:
+    for name in NAMES:
+        given = SPELLINGS[spelling](places / name)
         # Zarr takes a tilde as it is
         text = os.path.expanduser(given) if isinstance(given, str) else given
-        return int(zarr.open_group(text, mode="r")["v"][0])
-
-    expected = outcome(through_zarr)
-    if expected != "nothing":
-        store = xzcache.CacheStore(given, read_only=True)
-        assert int(zarr.open_group(store, mode="r")["v"][0]) == expected
-        assert store.path is not None
-        assert int(zarr.open_group(LocalStore(store.path), mode="r")["v"][0]) == expected
+        expected = outcome(lambda text=text: int(zarr.open_group(text, mode="r")["v"][0]))
+        if expected != "nothing":
+            store = xzcache.CacheStore(given, read_only=True)
+            assert int(zarr.open_group(store, mode="r")["v"][0]) == expected
+            assert store.path is not None
+            assert int(zarr.open_group(LocalStore(store.path), mode="r")["v"][0]) == expected
 
 
 DOORS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -108,14 +109,13 @@ DOORS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("door", DOORS)
 @spelled
-@named
-def test_the_engine_reads_where_xarray_does(home: Path, name: str, spelling: str, door: str) -> None:
-    places(home)
-    given = SPELLINGS[spelling](home / name)
+def test_the_engine_reads_where_xarray_does(places: Path, spelling: str, door: str) -> None:
     plain, cached = DOORS[door]
-    expected = outcome(lambda: int(plain(given)["v"][0]))
-    if expected != "nothing":
-        assert int(cached(given)["v"][0]) == expected
+    for name in NAMES:
+        given = SPELLINGS[spelling](places / name)
+        expected = outcome(lambda given=given: int(plain(given)["v"][0]))
+        if expected != "nothing":
+            assert int(cached(given)["v"][0]) == expected
 
 
 @spelled

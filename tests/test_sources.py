@@ -296,7 +296,6 @@ def test_what_is_cached_is_read_while_the_server_is_down(tmp_path: Path, data: P
 # -- options that obstore has no word for
 
 UNTRANSLATABLE: list[dict[str, Any]] = [
-    {"profile": SECRET},
     {"config_kwargs": {"user_agent": SECRET}},
     {"s3_additional_kwargs": {"ChecksumMode": SECRET}},
     {"default_cache_type": SECRET},
@@ -399,12 +398,11 @@ def test_a_refusal_by_the_server_is_its_own(s3: S3Server, tmp_path: Path, wrong:
 
 
 def test_no_credentials_at_all(s3: S3Server) -> None:
-    from botocore.exceptions import NoCredentialsError
-
     store = xzcache.CacheStore(
         "s3://bucket/data.zarr", cache_store=MemoryStore(), storage_options={"endpoint_url": s3.endpoint}
     )
-    with pytest.raises(NoCredentialsError):
+    # whichever library reads, in its own kind of exception
+    with pytest.raises(Exception, match=r"(?i)find no credentials|unable to locate credentials"):
         get(store, "a/c/0")
 
 
@@ -888,16 +886,6 @@ def test_credentials_of_google_that_obstore_does_not_take(
             xzcache.CacheStore("gs://b/x", cache_store=MemoryStore())
     else:
         assert library(xzcache.CacheStore("gs://b/x", cache_store=MemoryStore())) == "fsspec"
-
-
-@needs_obstore
-@pytest.mark.skipif(importlib.util.find_spec("adlfs") is not None, reason="adlfs is there")
-def test_a_connection_string_in_the_environment_is_no_word_of_obstores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=acc;AccountKey=a2V5")
-    from xzcache._objectstores import Untranslatable
-
-    with pytest.raises(Untranslatable):
-        object_store("az://c/x", {"account_name": "acc"}, sure=False)
 
 
 # -- URLs that nobody reads

@@ -176,13 +176,15 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
         raise Untranslatable("obstore has no word for the option 'use_ssl'")
     profile = given.pop("profile", None)
     config = _renamed([*given.items(), *client.items()], _S3, _S3_NATIVE)
+    if profile and _with_tools(profile) is None:
+        raise Untranslatable("without botocore, obstore has no word for the option 'profile'")
     signed = not config.get("skip_signature", False)
     if signed:
         config.pop("skip_signature", None)
         if "access_key_id" not in config and (profile or not _signs()):
             if (tools := _with_tools(profile)) is not None:
                 config["credential_provider"] = tools
-            elif profile or not sure:
+            elif not sure:
                 raise Untranslatable("without botocore, obstore may not find the credentials that s3fs finds")
         if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
             # obstore would send it along with somebody else's key
