@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache")
 
-_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm)?")
+_INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-wal|-shm|-journal)?")
 _UNBOUNDED: Final = "none"
 _EVERYTHING: Final = -1
 _AT_ONCE: Final = 256
@@ -352,7 +352,7 @@ def _generations(books: Books) -> set[int]:
 
 
 def _remove_index(books: Books, generation: int) -> None:
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", "-journal"):
         with suppress(OSError):
             os.unlink(f"{books.meta}/index-{generation}.db{suffix}")
 
