@@ -38,7 +38,10 @@ from xzcache._space import Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xzcache._membership import Membership
+    from xzcache._parcels import Parcel
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
@@ -88,9 +91,10 @@ class CacheDirectory:
         self.root = root
         self._users: set[int] = set()
         self.books = Books(root, lock_timeout, self._see_whether_used)
-        self.background = Background(lambda parcels: self.publisher.publish_all(parcels))
+        self.background = Background(self._publish_all)
         self._min_free = min_free
         self._policy = policy
+        self._quarantine = Quarantine()
         self._start(max_size, default_max_size)
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
@@ -98,8 +102,8 @@ class CacheDirectory:
         self.keeper = Keeper(self.books, max_size, default_max_size)
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
-        before = self.reader.quarantine if hasattr(self, "reader") else Quarantine()
-        self.reader = Reader(self.keeper, folds=folds, quarantine=Quarantine(before))
+        before, self._quarantine = self._quarantine, Quarantine(self._quarantine)
+        self.reader = Reader(self.keeper, folds=folds, quarantine=self._quarantine)
         self.books.when_refused, self.books.when_joined = self.reader.distrust_all, self.reader.trust_again
         self.leaders = Leaders(self.keeper)
         self.publisher = Publisher(self.keeper, self.space, folds=folds)
@@ -148,6 +152,9 @@ class CacheDirectory:
             return True
         return self.background.is_idle and not self.books.was_just_used and self._close(unless_writing=True)
 
+    def _publish_all(self, parcels: Sequence[Parcel]) -> None:
+        self.publisher.publish_all(parcels)
+
     @property
     def is_prepared(self) -> bool:
         """Whether `prepare` has nothing to do; never waits."""
@@ -157,11 +164,7 @@ class CacheDirectory:
     def is_ready(self) -> bool:
         """As `is_prepared`; what a hit asks. Which keys are in doubt, the reader knows."""
         prepared = self._prepared
-        return (
-            prepared is not None
-            and prepared[0] is self.books.current
-            and prepared[1] == self.keeper.bound
-        )
+        return prepared is not None and prepared[0] is self.books.current and prepared[1] == self.keeper.bound
 
     @property
     def wants_preparing(self) -> bool:
@@ -177,8 +180,8 @@ class CacheDirectory:
             if not self.is_prepared and not self.keeper.attempt(self._prepare, False):
                 self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
                 return False
-            if self.reader.quarantine.has_returned:
-                self.writes.adopt(self.reader.quarantine.take_returned())
+            if self._quarantine.has_returned:
+                self.writes.adopt(self._quarantine.take_returned())
             self.doubts.make_up()
             if self.doubts.owes:
                 self._prepare_after = time.monotonic() + _PAUSE_WHILE_IN_DOUBT
@@ -295,7 +298,7 @@ class CacheDirectory:
         self.background.wait()
         if self.books.current is not None:
             # what was taken away and is back would be served by those who come after
-            self.writes.adopt(self.reader.quarantine.suspected)
+            self.writes.adopt(self._quarantine.suspected)
             self.doubts.make_up()
         self._close()
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
 class Owed(NamedTuple):
     """An invalidation that is still to be done."""
 

@@ -210,7 +210,6 @@ class Writes:
 
     def begin_drop(self, prefix: str) -> Begun:
         """Before everything beneath a prefix is deleted at the source: forget it, and say that it is being written."""
-
         begun = Begun(prefix)
 
         def act() -> Begun:
@@ -270,7 +269,7 @@ class Writes:
 
     def _drop_orphans(self, prefix: str, doubts: Doubtful) -> None:
         """Drop files of ours beneath a prefix that have no row: what an earlier failure, or a crash, has left."""
-        keys = set()
+        keys: set[str] = set()
         with self._books.section() as (_, index):
             keys.update(item.entry.key for item in index.left_dying() if _is_beneath(item.entry.key, prefix))
         try:
