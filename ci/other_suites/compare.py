@@ -76,7 +76,10 @@ SUITES = [
             # they compare docstrings
             "--ignore=tests/test_api/test_synchronous.py",
         ),
-        ("tests/test_api.py", "tests/test_metadata", "tests/test_resize.py", "tests/test_codecs/test_sharding.py"),
+        (
+            *("tests/test_metadata/test_repair.py", "tests/test_metadata/test_io.py", "tests/test_api.py"),
+            *("tests/test_resize.py", "tests/test_codecs/test_sharding.py"),
+        ),
     ),
     Suite(
         "xarray",
@@ -90,7 +93,8 @@ SUITES = [
             )
         ),
         ("-k", "zarr or Zarr"),
-        ("xarray/tests/test_backends_api.py", "xarray/tests/test_backends_datatree.py"),
+        # a part of these is in tests/test_xarray_suite.py
+        (),
     ),
     Suite(
         "dask",
@@ -345,7 +349,7 @@ def main() -> int:
     if not options.self_test:
         runner = Runner(options.sources, options.jobs, whole=not options.slice)
         for suite in SUITES:
-            if options.suite and suite.project not in options.suite:
+            if (options.suite and suite.project not in options.suite) or (options.slice and not suite.slice):
                 continue
             for pipeline in options.pipeline or (SLICE if options.slice else PIPELINES):
                 stores = options.store or ([SLICE[pipeline]] if options.slice else CACHES)
