@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _files as files

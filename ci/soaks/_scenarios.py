@@ -209,5 +209,3 @@ def copy(template: Path, target: Path) -> None:
     """Make a directory what another one is, extended attributes and times included."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(template, target, symlinks=True)
-
-

@@ -247,7 +247,9 @@ class Ground:
         hit = "(INJECTED)" in log.read_text(errors="replace") or found is None or _has_stopped(log)
         os.write(we_say, b"g")
         wrong += [f"a process that was there: {line}" for line in bystander.wait() or []]
-        wrong += [f"a later process: {line}" for line in Forked(scenarios.read_all, self.source, self.cache).wait() or []]
+        wrong += [
+            f"a later process: {line}" for line in Forked(scenarios.read_all, self.source, self.cache).wait() or []
+        ]
         wrong += [f"the audit: {line}" for line in Forked(audit, self.cache).wait() or []]
         if not keepsake.exists():
             wrong.append("the user's file is gone")

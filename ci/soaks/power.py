@@ -110,7 +110,7 @@ def _ops(call: str, text: str, result: int) -> Iterator[Op]:
             yield Op("grow", fd, (int(offset) + int(length),))
     elif call.startswith("rename"):
         folders = [unhex(f).decode() if f.startswith("\\x") else f for f in re.findall(r"<([^>]*)>", text)]
-        folders = (folders + ["", ""])[:2]
+        folders = [*folders, "", ""][:2]
         yield Op("rename", _joined(folders[0], names[0]), (_joined(folders[1], names[1]),))
     elif call in ("unlink", "unlinkat"):
         what = "rmdir" if "AT_REMOVEDIR" in text else "unlink"
@@ -302,9 +302,7 @@ def attempt(trial: Trial) -> tuple[Trial, list[str]]:
     here = recorded.place.parent / f"ground-{os.getpid()}"
     shutil.rmtree(here, ignore_errors=True)
     old_source = str(recorded.place / "source")
-    disk = crash(
-        recorded.start, recorded.record, trial.point, trial.variant, old_source, random.Random(trial.seed)
-    )
+    disk = crash(recorded.start, recorded.record, trial.point, trial.variant, old_source, random.Random(trial.seed))
     disk.put(lambda path: str(here) + path[len(str(recorded.place)) :])
     source, cache = here / "source", here / "cache"
     source.mkdir(exist_ok=True)
@@ -357,7 +355,9 @@ def main() -> int:
             trials += [Trial(scenario, p, variant, chance.randrange(1 << 30)) for p in points for variant in VARIANTS]
             print(f"{scenario}: {count} changes recorded", flush=True)
         booted = another_boot(top)
-        print(f"seed {seed}: {len(trials)} trials; the readers see another boot: {'yes' if booted else 'no'}", flush=True)
+        print(
+            f"seed {seed}: {len(trials)} trials; the readers see another boot: {'yes' if booted else 'no'}", flush=True
+        )
         bad = 0
         with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
             for trial, wrong in pool.imap_unordered(attempt, trials):

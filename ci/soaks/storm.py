@@ -446,7 +446,11 @@ class Storm:
         """Put a damaged copy in the place of a file, or take a file away."""
         cache = self.place / "disk" / "cache"
         entries = [path for path in cache.rglob("*") if path.is_file() and ".xzcache" not in path.parts]
-        ours = [*cache.glob(".xzcache/index-*.db"), *cache.glob(".xzcache/ranges/*/*/*"), *cache.glob(".xzcache/writes")]
+        ours = [
+            *cache.glob(".xzcache/index-*.db"),
+            *cache.glob(".xzcache/ranges/*/*/*"),
+            *cache.glob(".xzcache/writes"),
+        ]
         pool = entries if entries and self.chance.random() < 0.8 else ours
         if not pool:
             return
