@@ -43,7 +43,6 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, Stor
 import xzcache
 from xzcache._buckets import region_of
 from xzcache._globs import expanded
-from xzcache._objectstores import object_store
 
 __all__ = ["nobody", "tidy"]
 
