@@ -223,15 +223,20 @@ def test_what_travels(profiles: Tools, s3: S3Server, monkeypatch: pytest.MonkeyP
 
 def test_credentials_that_expire(tools: Tools, s3: S3Server, tmp_path: Path) -> None:
     """Another program says them for some seconds only: what it says next is taken without opening anything anew."""
-    said, calls = tmp_path / "said.json", tmp_path / "calls"
-    program = tmp_path / "program.py"
-    program.write_text(f"open({str(calls)!r}, 'a').write('.')\nprint(open({str(said)!r}).read())\n")
+    said, calls, program = tmp_path / "said.json", tmp_path / "calls", tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+            import datetime, json
+            open({str(calls)!r}, "a").write(".")
+            until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=5)
+            print(json.dumps(json.load(open({str(said)!r})) | {{"Expiration": until.isoformat(timespec="seconds")}}))
+        """)
+    )
     tools.write(f"[default]\nregion = us-east-1\ncredential_process = {sys.executable} {program}\n")
 
     def say(secret: str) -> None:
-        until = (datetime.now(UTC) + timedelta(seconds=5)).isoformat(timespec="seconds")
         keys = {"AccessKeyId": s3.access_key, "SecretAccessKey": secret, "SessionToken": "of-this-minute"}
-        (tmp_path / "next").write_text(json.dumps({"Version": 1, **keys, "Expiration": until}))
+        (tmp_path / "next").write_text(json.dumps({"Version": 1, **keys}))
         os.replace(tmp_path / "next", said)
 
     say(s3.secret_key)
