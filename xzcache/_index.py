@@ -136,6 +136,27 @@ class Index:
         row = self._do("SELECT n, bytes FROM ns WHERE name = ?", (namespace,)).fetchone()
         return row if row is not None else (0, 0)
 
+    def problems(self) -> list[str]:
+        """What SQLite's own check finds wrong with the file; a second for a million entries."""
+        return [text for (text,) in self._do("PRAGMA integrity_check(20)") if text != "ok"]
+
+    def wrong_totals(self) -> list[tuple[str, int, int]]:
+        """Each total that differs from its rows: its name, the number that is written down, and the true one."""
+        count, size = self._do("SELECT count(*), coalesce(sum(size), 0) FROM entry").fetchone()
+        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
+        shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0) FROM ns").fetchone()
+        totals = self.totals()
+        pairs = [
+            ("entries", totals.entries, count),
+            ("bytes", totals.size, size),
+            ("leases", totals.lease, lease),
+            ("tombstones", totals.dying, dying),
+            ("entries by source", shares[0], count),
+            ("bytes by source", shares[1], size),
+        ]
+        return [(name, says, true) for name, says, true in pairs if says != true]
+
     def is_sound(self) -> bool:
         """Whether every table and every index of the file is whole; a second for a million entries."""
         return bool(self._do("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
@@ -296,6 +317,11 @@ class Index:
         query = f"SELECT key FROM entry{where} odd = 1 AND start = 0 AND stop = -1"
         return [key for (key,) in self._do(query, bounds)]
 
+    def rows_after(self, id_: int, limit: int) -> list[Row]:
+        """The entries of the next higher ids."""
+        rows = self._do(f"SELECT {_COLUMNS} FROM entry WHERE id > ? ORDER BY id LIMIT ?", (id_, limit))
+        return [_row(r) for r in rows]
+
     def rows(self) -> Iterator[Row]:
         for row in self._do(f"SELECT {_COLUMNS} FROM entry"):
             yield _row(row)
@@ -317,7 +343,7 @@ class Index:
         """Files whose owner has signed off."""
         return self._dying("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
 
-    def _dying(self, where: str, *values: int) -> list[Dying]:
+    def _dying(self, where: str, *values: int | str) -> list[Dying]:
         rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
 
@@ -328,6 +354,10 @@ class Index:
     def left_dying(self, limit: int = -1) -> list[Dying]:
         """Those files, or some of them: their bytes stay counted."""
         return self._dying("owner = 0 ORDER BY random() LIMIT ?", limit)
+
+    def is_dying(self, entry: Entry) -> bool:
+        """Whether a tombstone speaks of a file of an entry."""
+        return bool(self._dying("key = ? AND start = ? AND stop = ?", *entry))
 
     def dying_ids(self) -> set[int]:
         return {id_ for (id_,) in self._do("SELECT id FROM dying")}

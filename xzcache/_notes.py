@@ -85,6 +85,14 @@ class Notes:
     def drop_writings_of(self, owner: int) -> None:
         self._do("DELETE FROM writing WHERE owner = ?", (owner,))
 
+    def writings_of_nobody(self) -> list[str]:
+        """Keys, and prefixes of keys, whose writer has left."""
+        rows = self._do("SELECT key FROM writing WHERE owner NOT IN (SELECT id FROM owner)").fetchall()
+        return [key for (key,) in rows]
+
+    def drop_writings_of_nobody(self) -> None:
+        self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
+
     # -- what the source does not have
 
     def set_absent(self, key: str, noted: float) -> None:

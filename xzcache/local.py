@@ -16,6 +16,7 @@ from zarr.storage import LocalStore
 
 from xzcache import _files as files
 from xzcache import _pool as pool
+from xzcache._audit import Audit, audit
 from xzcache._config import (
     UNSET,
     Unset,
@@ -324,6 +325,40 @@ class LockedLocalStore(LocalStore):
         start = len(prefix) + 1 if prefix else 0
         for name in sorted({key[start:].partition("/")[0] for key in await pool.run(self._keys, prefix)}):
             yield name
+
+    # -- the audit
+
+    def check(self, *, repair: bool = False) -> Audit:
+        """Compare the index with the files, the files with their checksums, and look for what was left behind.
+
+        Reads every entry of the directory. Other processes may use it meanwhile: what they store and evict is no
+        finding. Files of the user's are neither read nor touched.
+
+        Parameters
+        ----------
+        repair : bool
+            Whether to repair what is found: damaged entries, and files that no row counts, leave the cache; sums are
+            made right; what dead processes left is taken away.
+
+        Returns
+        -------
+        Audit
+            ``ok``, ``findings``, ``entries``, ``size`` (bytes), ``repaired``; printed, a line for each finding. Of a
+            directory that is not there: no entries, no findings.
+
+        Raises
+        ------
+        OSError
+            The directory cannot be used: another user's, made by a newer version, or locked for too long.
+        ValueError
+            `repair` of a store that is read-only.
+        """
+        if parse_flag("repair", repair):
+            self._check_writable()
+        try:
+            return audit(self._directory, repair=repair)
+        except CacheFault as fault:
+            raise OSError(errno.EIO, str(fault), self._directory.root) from fault
 
     # -- the life of the object
 

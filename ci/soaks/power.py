@@ -36,6 +36,7 @@ CALLS = (
 )
 VARIANTS = ("all", "no data", "cut", "zeros", "late names lost")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+APART = "SOAK_HAS_MOUNTS_OF_ITS_OWN"
 
 
 class Op(NamedTuple):
@@ -96,8 +97,8 @@ def _ops(call: str, text: str, result: int) -> Iterator[Op]:
             yield Op("create", _joined(fd, names[0]), ("O_TRUNC" in text,))
     elif call in ("write", "pwrite64"):
         data = unhex(_TEXT.findall(text)[0])[:result]
-        offset = int(text.rsplit(",", 1)[1]) if call == "pwrite64" else None
-        yield Op("write", fd, (offset, data))
+        at = int(text.rsplit(",", 1)[1]) if call == "pwrite64" else None
+        yield Op("write", fd, (at, data))
     elif call in ("pwritev", "writev", "pwritev2"):
         raise RuntimeError(f"{call} is not understood here")
     elif call == "ftruncate":
@@ -203,12 +204,12 @@ class Disk:
     @staticmethod
     def _change(inode: Inode, op: Op) -> None:
         if op.what == "write":
-            offset, data = op.arguments
+            where, data = op.arguments
             assert isinstance(data, bytes)
-            at = inode.position if offset is None else int(str(offset))
+            at = inode.position if where is None else int(str(where))
             inode.data.extend(bytes(max(0, at - len(inode.data))))
             inode.data[at : at + len(data)] = data
-            if offset is None:
+            if where is None:
                 inode.position = at + len(data)
         elif op.what == "truncate":
             size = int(str(op.arguments[0]))
@@ -311,16 +312,12 @@ def attempt(trial: Trial) -> tuple[Trial, list[str]]:
     return trial, wrong
 
 
-def another_boot(folder: Path) -> bool:
-    """Have this process and its children see the id of another boot; False where that cannot be done."""
+def enter_another_boot(folder: Path) -> bool:
+    """Begin again in a mount namespace in which the machine has the id of another boot; False where that fails."""
     fake = folder / "boot_id"
     fake.write_text("00000000-1111-2222-3333-444444444444\n")
-    try:
-        os.unshare(os.CLONE_NEWNS)
-    except (AttributeError, OSError):
-        return False
-    commands = (["mount", "--make-rprivate", "/"], ["mount", "--bind", str(fake), BOOT_ID])
-    return all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in commands)
+    mount = ["mount", "--bind", str(fake), BOOT_ID]
+    return subprocess.run(mount, capture_output=True, check=False).returncode == 0
 
 
 def arguments() -> argparse.Namespace:
@@ -336,6 +333,10 @@ def main() -> int:
     if shutil.which("strace") is None:
         print("ci/soak power: strace is not here, nothing was tried")
         return 0
+    if APART not in os.environ and os.geteuid() == 0 and shutil.which("unshare"):
+        # what is mounted there is gone with the process, and no other process sees it
+        os.environ[APART] = "yes"
+        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv])
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="power-") as folder:
@@ -349,12 +350,12 @@ def main() -> int:
         for scenario in scenarios.SCENARIOS:
             recorded = _records[scenario] = record(scenario, template, top / scenario)
             count = len(recorded.record)
-            points = range(count + 1)
+            points = list(range(count + 1))
             if options.points and options.points < count:
                 points = sorted(chance.sample(points, options.points))
             trials += [Trial(scenario, p, variant, chance.randrange(1 << 30)) for p in points for variant in VARIANTS]
             print(f"{scenario}: {count} changes recorded", flush=True)
-        booted = another_boot(top)
+        booted = APART in os.environ and enter_another_boot(top)
         print(
             f"seed {seed}: {len(trials)} trials; the readers see another boot: {'yes' if booted else 'no'}", flush=True
         )
