@@ -119,7 +119,7 @@ class Books:
         if found and found.isdecimal() and found != str(FORMAT):
             raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
         disk.make_private(self.root)
-        for name in ("tmp", "trash", "odd", "ranges", "made"):
+        for name in ("tmp", "trash", "odd", "ranges", "made", "written"):
             # a link there leads to files that are not the cache's; what is behind it is left alone
             if not os.path.islink(self.meta) and os.path.islink(path := f"{self.meta}/{name}"):
                 os.unlink(path)
@@ -282,7 +282,13 @@ class Books:
                 self._member = None
         member.leave_index()
 
-    def close(self, last_words: Callable[[Index], None] | None = None, *, unless_writing: bool = False) -> bool:
+    def close(
+        self,
+        last_words: Callable[[Index], None] | None = None,
+        *,
+        unless_writing: bool = False,
+        owes: bool = False,
+    ) -> bool:
         """Give the lease back and sign off, once nothing is being stored. The next use joins again.
 
         Parameters
@@ -291,6 +297,8 @@ class Books:
             What is still to be told to the index.
         unless_writing : bool, optional
             Whether to stay if this process is writing at the source.
+        owes : bool, optional
+            Whether an invalidation is still to be done.
 
         Returns
         -------
@@ -300,6 +308,7 @@ class Books:
         member = self._member
         if member is None:
             return True
+        is_done = False
         with member.storing.kept_out(self.timeout) as alone:
             # a directory that was removed is not made again to sign off from it
             with suppress(CacheFault, OSError):
@@ -310,10 +319,19 @@ class Books:
                     and not self._sign_off(member, last_words, unless_writing=unless_writing)
                 ):
                     return False
+                is_done = alone and not member.is_writing
             # a process that could not sign off is taken for dead, and buried by the next one
             if self._member is member:
                 self._member = None
+        if is_done and not owes:
+            member.take_notes_back()
         return True
+
+    def note_written(self, namespace: str) -> None:
+        """Say that a namespace is being written in this boot of the machine; see `Membership.note_written`."""
+        member = self._member
+        if member is None or not member.is_noted(namespace):
+            self.member().note_written(namespace)
 
     def _sign_off(
         self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
@@ -327,7 +345,7 @@ class Books:
                     if last_words is not None:
                         last_words(index)
                     # while this process writes at the source, the index says so on its behalf
-                    is_writing = bool(index.notes.writing_of(member.owner))
+                    is_writing = member.is_writing = bool(index.notes.writing_of(member.owner))
                     if not is_writing:
                         index.drop_owner(member.owner)
                     index.commit()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import _disk as disk
 from xzcache import _files as files
+from xzcache import _pool as pool
 from xzcache import _recovery as recovery
 from xzcache._absences import Absences
 from xzcache._arrays import Arrays
@@ -117,6 +118,7 @@ class CacheDirectory:
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
+        self._is_trusted = False
 
     # -- who uses it
 
@@ -167,6 +169,16 @@ class CacheDirectory:
         return prepared is not None and prepared[0] is self.books.current and prepared[1] == self.keeper.bound
 
     @property
+    def may_serve(self) -> bool:
+        """Whether entries may be read by their paths, though this process may not have joined: no hit has to ask.
+
+        Before somebody has seen to a loss of power, entries may be of before a write that the source has.
+        """
+        if not self._is_trusted:
+            self._is_trusted = self.is_ready or not recovery.may_be_stale(self.books)
+        return self._is_trusted
+
+    @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
         return (not self.is_prepared or self.doubts.owes) and time.monotonic() >= self._prepare_after
@@ -194,8 +206,14 @@ class CacheDirectory:
         self.writes.adopt(left)
         self.keeper.apply_bound()
         self.space.fit()
+        if not left and recovery.has_dead_notes(self.books):
+            # that waits for the disk
+            pool.spawn(self._settle_notes)
         self._prepared = self.books.current, bound
         return True
+
+    def _settle_notes(self) -> None:
+        self.keeper.attempt(lambda: recovery.settle_notes(self.books), None)
 
     def set_bound(self, max_size: int | None) -> None:
         """Ask for another bound, for all processes; a smaller one evicts at the next use."""
@@ -303,7 +321,8 @@ class CacheDirectory:
         self._close()
 
     def _close(self, *, unless_writing: bool = False) -> bool:
-        left = self.books.close(self.recency.tell if self.recency else None, unless_writing=unless_writing)
+        last_words = self.recency.tell if self.recency else None
+        left = self.books.close(last_words, unless_writing=unless_writing, owes=self.doubts.owes)
         if (prepared := self._prepared) is not None and prepared[0] is not self.books.current:
             self._prepared = None
         return left

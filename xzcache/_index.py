@@ -125,8 +125,17 @@ class Index:
         return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
 
     def serial(self) -> int:
-        """A number that grows with every entry that comes or goes."""
-        return int(self._do("SELECT serial FROM total").fetchone()[0])
+        """A number that grows with every entry that comes or goes.
+
+        Raises
+        ------
+        Damaged
+            There is none.
+        """
+        row = self._do("SELECT serial FROM total").fetchone()
+        if row is None or not isinstance(row[0], int):
+            raise Damaged("the totals of the index are not there")
+        return row[0]
 
     def set_max_size(self, max_size: int | None) -> None:
         self._do("UPDATE total SET max_size = ?", (max_size,))

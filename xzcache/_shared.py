@@ -122,6 +122,8 @@ class SharedBackend:
     async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader
+        if not self.directory.may_serve:
+            return None
         for found in reader.candidates(entry):
             if not _is_fresh(found, max_age):
                 # another file that holds it may be younger

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import _files as files
-from xzcache._keys import Entry, is_plain, prefix_slot, write_slot
+from xzcache._keys import Entry, is_plain, namespace_of, prefix_slot, write_slot
 from xzcache._leaders import Ticket, current_ticket
 from xzcache._quarantine import beneath
 from xzcache._space import Doubtful
@@ -67,6 +67,7 @@ class Writes:
 
         def act() -> list[Begun]:
             with self._books.section() as (member, index):
+                self._note(keys, member)
                 begun = []
                 for key in keys:
                     ticket = self._count(member, index, key)
@@ -80,11 +81,23 @@ class Writes:
 
     def _surely(self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful) -> T | None:
         """Do something about some keys, and see to those of which a file may be left."""
+        self._note(keys)
         done = self._doubts.surely(
             keys, act, lambda: self._doubts.unlink_keys(keys), lambda: self.forget_now(keys, Doubtful())
         )
         self._see_to(doubts)
         return done
+
+    def _note(self, keys: Sequence[str], member: Membership | None = None) -> None:
+        """Say that the namespaces of some keys are being written: the power may go before the entries are gone.
+
+        Where that cannot be said, what is cached is right for as long as the machine runs.
+        """
+        for namespace in set(map(namespace_of, keys)):
+            try:
+                (self._books if member is None else member).note_written(namespace)
+            except Exception as error:
+                self._doubts.tell(error)
 
     def _release(self, dying: list[Dying]) -> None:
         """Unlink what is out of sight; what cannot be settled now is settled later, and fails no write."""
@@ -179,6 +192,7 @@ class Writes:
             It may still be there.
         """
         doubts = Doubtful()
+        self._note([key])
         self._doubts.strictly(lambda: self.forget_now([key], doubts), lambda: self._doubts.unlink_keys([key]))
         if doubts.error is not None:
             raise doubts.error
@@ -186,6 +200,7 @@ class Writes:
     def remove_beneath(self, prefix: str) -> None:
         """As `remove`, of everything beneath a prefix."""
         doubts = Doubtful()
+        self._note([f"{prefix}/"] if prefix else [""])
         self._doubts.strictly(lambda: self._drop_now(prefix, doubts), lambda: self._doubts.unlink_beneath(prefix))
         if doubts.error is not None:
             raise doubts.error
@@ -215,6 +230,7 @@ class Writes:
         def act() -> Begun:
             nonlocal begun
             with self._books.section() as (member, index):
+                self._note([f"{prefix}/"], member)
                 row = index.notes.add_writing(prefix, member.owner, beneath=True)
             begun = Begun(prefix, None, row, member.owner)
             self.drop_now(prefix)
@@ -223,6 +239,7 @@ class Writes:
         return self._surely_beneath(prefix, act) or begun
 
     def _surely_beneath(self, prefix: str, act: Callable[[], T]) -> T | None:
+        self._note([f"{prefix}/"] if prefix else [""])
         return self._doubts.surely(
             [beneath(prefix)],
             act,
