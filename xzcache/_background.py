@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _parcels as parcels
 from xzcache._errors import report_bug
 from xzcache._fork import renew_after_fork
+from xzcache._health import LONG
 from xzcache._pool import try_in_order
 
 if TYPE_CHECKING:
@@ -42,10 +43,15 @@ class Background:
     ----------
     publish_all : callable
         What stores several parcels together.
+    hangs : callable
+        Asked now and then by those who wait: whether the disk hangs, and is not to be waited for.
     """
 
-    def __init__(self, publish_all: Callable[[Sequence[Parcel]], None]) -> None:
+    def __init__(
+        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[], bool] = lambda: False
+    ) -> None:
         self._publish_all = publish_all
+        self._hangs = hangs
         self.after_fork_in_child()
         renew_after_fork(self)
 
@@ -164,7 +170,11 @@ class Background:
                 return
             self._begin()
             # meanwhile others may come, fetch, and leave it to this one
-            await asyncio.shield(asyncio.wrap_future(last))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
+                continue
+            if self._hangs():
+                return
 
     def wait(self) -> None:
         """Wait until all is done that there is to do now."""

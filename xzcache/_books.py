@@ -52,6 +52,8 @@ class Books:
         Generation and serial number of the index whose totals this process knows to be right.
     when_refused, when_joined : callable
         Called when the directory turns out not to be this user's cache, and when it turns out to be.
+    when_used : callable
+        Called after each transaction.
 
     Notes
     -----
@@ -73,6 +75,7 @@ class Books:
         self._forking: Membership | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
+        self.when_used: Callable[[], None] = _nothing
         self.lost: set[tuple[int, int]] = set()
         """Which directories were at the path before, were taken away, and may come back."""
         self._used = 0.0
@@ -232,6 +235,7 @@ class Books:
                 raise
             finally:
                 self._inside.yes = False
+                self.when_used()
 
     @contextmanager
     def storing(self) -> Iterator[Membership]:

@@ -6,6 +6,7 @@ stored".
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import shutil
@@ -13,7 +14,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 from xzcache import _disk as disk
 from xzcache import _files as files
@@ -26,6 +27,7 @@ from xzcache._books import Books
 from xzcache._config import Unset
 from xzcache._doubts import Doubts
 from xzcache._errors import Busy, CacheFault
+from xzcache._health import LONG, Health
 from xzcache._keeper import Keeper
 from xzcache._keys import META
 from xzcache._leaders import Leaders
@@ -39,16 +41,22 @@ from xzcache._space import Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from xzcache._membership import Membership
     from xzcache._parcels import Parcel
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
 
 _GLANCE: Final = 0.02
 """Seconds that somebody who only looks waits for the index."""
+_PROBED: Final = 1 << 16
+_PATIENCE_OF_A_PROBE: Final = 0.2
 _users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
@@ -92,7 +100,8 @@ class CacheDirectory:
         self.root = root
         self._users: set[int] = set()
         self.books = Books(root, lock_timeout, self._see_whether_used)
-        self.background = Background(self._publish_all)
+        self.health = Health(root, self._probe, self._make_up)
+        self.background = Background(self._publish_all, self._hangs)
         self._min_free = min_free
         self._policy = policy
         self._quarantine = Quarantine()
@@ -100,7 +109,8 @@ class CacheDirectory:
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
         self.recency = recency_for(POLICIES[self._policy]())
-        self.keeper = Keeper(self.books, max_size, default_max_size)
+        self.keeper = Keeper(self.books, max_size, default_max_size, self.health)
+        self.books.when_used = self.health.note_progress
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
         before, self._quarantine = self._quarantine, Quarantine(self._quarantine)
@@ -119,6 +129,90 @@ class CacheDirectory:
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
         self._is_trusted = False
+        self._under_way: Future[bool] | None = None
+
+    # -- the disk
+
+    def _probe(self) -> None:
+        """Do a little of everything on the disk."""
+        try:
+            os.stat(self.root)
+            os.listdir(self.books.meta)
+            fd = os.open(f"{self.books.meta}/lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # there is no cache, which is no fault of the disk
+            return
+        try:
+            os.fstat(fd)
+            os.pread(fd, 64, 0)
+        finally:
+            os.close(fd)
+        if (path := self.reader.slow_path) and os.path.lexists(path):
+            # other files may be as well as ever
+            with suppress(OSError), open(path, "rb", buffering=0) as file:
+                file.read(_PROBED)
+        with self.books.section(_PATIENCE_OF_A_PROBE):
+            pass
+
+    def _make_up(self) -> bool:
+        self._prepare_after = 0.0
+        self.doubts.make_up()
+        return not self.doubts.owes
+
+    def _hangs(self) -> bool:
+        """What a read does that waited for the disk for long: whether it goes on without, as nothing comes of it."""
+        if self.health.is_aside:
+            return True
+        if self.health.makes_progress:
+            return False
+        member = self.books.current
+        if member is None or not member.guard.is_contended:
+            # else another process has the guard, which is no fault of the disk
+            self.health.note_slow("nothing was heard from its disk for a second")
+        return True
+
+    async def promptly(self, otherwise: T, function: Callable[..., T], *args: object, patience: float = LONG) -> T:
+        """Await a blocking function of a read; `otherwise` where the disk lets it hang, or is to be left alone."""
+        if self.health.is_aside:
+            return otherwise
+        return await self._unless_it_hangs(otherwise, pool.submit(self._with_progress, function, args), patience)
+
+    def _with_progress(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
+        try:
+            return function(*args)
+        finally:
+            self.health.note_progress()
+
+    async def _unless_it_hangs(self, otherwise: T, future: Future[T], patience: float = LONG) -> T:
+        while True:
+            try:
+                return await asyncio.wait_for(pool.outcome(future), patience)
+            except TimeoutError:
+                if future.done():
+                    # it was the function's own
+                    return await pool.outcome(future)
+                if self._hangs():
+                    return otherwise
+                patience = LONG
+
+    async def to_the_end(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `promptly`, of what must not be left undone: what hangs is waited for, but others need not learn it."""
+        future = pool.submit(function, *args, **kwargs)
+        try:
+            return await asyncio.wait_for(pool.outcome(future), LONG)
+        except TimeoutError:
+            if not future.done():
+                self._hangs()
+            return await pool.outcome(future)
+
+    async def prepare_promptly(self) -> None:
+        """As `prepare`, which goes on where it takes long: all who want it wait for the same."""
+        if self.health.is_aside:
+            self.health.tell_if_long()
+            return
+        if (future := self._under_way) is None or future.done():
+            future = self._under_way = pool.submit(self.prepare)
+        await self._unless_it_hangs(False, future)
 
     # -- who uses it
 
@@ -152,6 +246,8 @@ class CacheDirectory:
         """Leave, if nothing uses the directory; False where it is about to be left."""
         if self._users or self.books.current is None:
             return True
+        if self.health.is_aside:
+            return False
         return self.background.is_idle and not self.books.was_just_used and self._close(unless_writing=True)
 
     def _publish_all(self, parcels: Sequence[Parcel]) -> None:
@@ -181,10 +277,15 @@ class CacheDirectory:
     @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
+        if self.health.is_aside:
+            # what is wrong is told there
+            return True
         return (not self.is_prepared or self.doubts.owes) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
         """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
+        if self.health.is_aside:
+            return False
         with self._preparing:
             if self.books.lost and not self.books.is_stand_in():
                 # the directory that was away may be back
@@ -293,6 +394,8 @@ class CacheDirectory:
         if not self.is_made:
             return self.totals(), (0, 0)
         try:
+            if self.health.is_aside:
+                raise Busy("the disk is to be left alone")
             with self.books.section(_GLANCE) as (_, index):
                 self._seen[namespace] = index.totals(), index.share(namespace)
         except Busy:
@@ -313,6 +416,10 @@ class CacheDirectory:
 
     def close(self) -> None:
         """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
+        if self.health.is_aside:
+            # whoever comes next finds that this process is gone
+            self.health.rest()
+            return
         self.background.wait()
         if self.books.current is not None:
             # what was taken away and is back would be served by those who come after
@@ -352,6 +459,7 @@ class CacheDirectory:
     def after_fork_in_child(self) -> None:
         """Start anew, with the settings of the parent and nothing else of it."""
         self.books.after_fork_in_child()
+        self.health = Health(self.root, self._probe, self._make_up)
         self.doubts.let_go_of_note()
         # the users are there in the child, too
         self._start(self.keeper.bound, self.keeper.default_bound)
