@@ -44,11 +44,11 @@ class Background:
     publish_all : callable
         What stores several parcels together.
     hangs : callable
-        Asked now and then by those who wait: whether the disk hangs, and is not to be waited for.
+        Whether the disk hangs, and is not to be waited for, given whether the caller has waited for long already.
     """
 
     def __init__(
-        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[], bool] = lambda: False
+        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[bool], bool] = lambda waited: False
     ) -> None:
         self._publish_all = publish_all
         self._hangs = hangs
@@ -166,14 +166,14 @@ class Background:
         while True:
             with self._lock:
                 last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
-            if last is None:
+            if last is None or self._hangs(False):
                 return
             self._begin()
             # meanwhile others may come, fetch, and leave it to this one
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
                 continue
-            if self._hangs():
+            if self._hangs(True):
                 return
 
     def wait(self) -> None:

@@ -159,11 +159,11 @@ class CacheDirectory:
         self.doubts.make_up()
         return not self.doubts.owes
 
-    def _hangs(self) -> bool:
-        """What a read does that waited for the disk for long: whether it goes on without, as nothing comes of it."""
+    def _hangs(self, waited: bool = True) -> bool:
+        """Whether a read goes on without the disk; asked when it has waited for long, or is about to wait."""
         if self.health.is_aside:
             return True
-        if self.health.makes_progress:
+        if not waited or self.health.makes_progress:
             return False
         member = self.books.current
         if member is None or not member.guard.is_contended:

@@ -356,6 +356,10 @@ class Index:
         rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
 
+    def disown_lost(self) -> None:
+        """Give to nobody what belongs to owners that are not there: the rows may be of different transactions."""
+        self._do("UPDATE dying SET owner = 0 WHERE owner NOT IN (SELECT id FROM owner)")
+
     def disown_dying(self, ids: Iterable[int]) -> None:
         """Leave files that could not be seen to be gone to whoever recovers next."""
         self.connection.executemany("UPDATE dying SET owner = 0 WHERE id = ?", [(id_,) for id_ in ids])
