@@ -488,7 +488,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_range_is_of_one_version(
@@ -519,18 +519,11 @@ def test_every_range_is_of_one_version(
         elif what == "elsewhere":
             there = how and kind not in ("memory://", "plain")
         elif what in ("read", "ranges"):
-
-            def act(part: Any = how) -> Any:
-                one = part[0] if isinstance(part, list) and len(part) == 1 else part
-                call = neighbours.run if there else lambda f, *args: f(*args)
-                return one, call(read_now, store, KEY, one)
-
+            part: Any = how[0] if isinstance(how, list) and len(how) == 1 else how
             try:
-                part, found = act()
-            except OSError as error:
-                if error.errno != errno.ESTALE:
-                    # a range beyond the end of the present version
-                    continue
+                found = neighbours.run(read_now, store, KEY, part) if there else read_now(store, KEY, part)
+            except OSError:
+                # replaced meanwhile, or a range beyond the end of the present version
                 continue
             if isinstance(part, list) and kind.endswith(("plain", "untold")):
                 continue
@@ -562,7 +555,8 @@ async def test_tasks_that_read_while_an_object_is_rewritten(shelf: Shelf, tmp_pa
             try:
                 found = await read(stores[number % 3], KEY, wanted)
             except OSError as error:
-                assert error.errno == errno.ESTALE
+                if error.errno != errno.ESTALE:
+                    raise
                 continue
             assert found in [right(version, wanted) for version in versions]
 
