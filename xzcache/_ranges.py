@@ -123,6 +123,9 @@ class RangeReads:
     ) -> list[list[tuple[int, Buffer | None]] | BaseException]:
         """What is asked for by itself, or the exceptions of that; together of one state with the rest of the call."""
         entry = self._backend.entry(key, 0, END)
+        # no bytes are of any state
+        parts = [byte_ranges[place] for place in places]
+        empty = all(isinstance(part, RangeByteRequest) and part.start >= part.end for part in parts)
         turn = asyncio.Semaphore(concurrency)
         for _ in range(_TRIES):
             since = None if entry is None else self._backend.ticket(entry)
@@ -130,7 +133,7 @@ class RangeReads:
                 *(self._one(key, byte_ranges[place], prototype, place, turn) for place in places),
                 return_exceptions=True,
             )
-            if len(byte_ranges) < 2 or not places or entry is None or self._backend.ticket(entry) == since:
+            if len(byte_ranges) < 2 or empty or entry is None or self._backend.ticket(entry) == since:
                 return found
             # something was forgotten meanwhile: some of it may be of the state before
             if len(places) < len(byte_ranges):
