@@ -73,7 +73,7 @@ class RangeReads:
             await self._reads.get_ready(key)
             since = self._backend.ticket(next(iter(wanted)))
             found, missing = await self._fetches.look(key, wanted)
-            if missing:
+            if missing or alone:
                 states = self._backend.states_of(key)
             if missing and found and not (all(map(tells, states)) and self._is_as(since, wanted)):
                 # what nobody can compare with what is to be fetched is fetched with it
@@ -85,7 +85,7 @@ class RangeReads:
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         if hits:
             yield [pair for pairs in hits for pair in pairs]
-        apart = self._apart(key, byte_ranges, alone, prototype, limits["max_concurrency"])
+        apart = self._apart(key, byte_ranges, alone, prototype, limits["max_concurrency"], states if found else set())
         calls = []
         if missing:
             rest = {entry: wanted[entry] for entry in missing}
@@ -135,6 +135,7 @@ class RangeReads:
         places: list[int],
         prototype: BufferPrototype,
         concurrency: int,
+        states: set[str],
     ) -> list[list[tuple[int, Buffer | None]] | BaseException]:
         """What is asked for by itself, or the exceptions of that; together of one state with the rest of the call."""
         entry = self._backend.entry(key, 0, END)
@@ -148,11 +149,12 @@ class RangeReads:
                 *(self._one(key, byte_ranges[place], prototype, place, turn) for place in places),
                 return_exceptions=True,
             )
+            changed = any(map(tells, states)) and not states <= self._backend.states_of(key)
+            if changed:
+                break
             if len(byte_ranges) < 2 or empty or entry is None or self._backend.ticket(entry) == since:
                 return found
             # something was forgotten meanwhile: some of it may be of the state before
-            if len(places) < len(byte_ranges):
-                break
         return [Replaced(key)]
 
     async def _one(
