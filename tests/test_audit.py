@@ -185,5 +185,5 @@ def test_what_others_do_meanwhile_is_no_finding(cache: Path) -> None:
 def test_bad_input(cache: Path) -> None:
     with pytest.raises(TypeError, match="repair"):
         xzcache.LockedLocalStore(cache).check(repair="yes")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="read-only|read only"):
+    with pytest.raises(ValueError, match=r"read-only|read only"):
         xzcache.LockedLocalStore(cache, read_only=True).check(repair=True)

@@ -279,8 +279,9 @@ def _repair(directory: CacheDirectory, found: _Pass) -> None:
         index.mend_totals()
     for start in range(0, len(found.rows), _BATCH):
         with books.section() as (member, index):
-            rows = [row for row in found.rows[start : start + _BATCH] if index.find(row.entry) == row]
-            dying = space.condemn(member, index, rows)
+            # what was told of its use meanwhile is the same entry; what was stored anew is not
+            there = index.of_ids([row.id for row in found.rows[start : start + _BATCH]])
+            dying = space.condemn(member, index, list(there.values()))
         space.release(dying)
     for path in found.orphans:
         with books.section():

@@ -376,8 +376,10 @@ class Membership:
             self._closed = True
             self.owners.disown()
             self.keys.disown()
-            self.guard.close()
-            self.writes.close()
+            for lock in (self.guard, self.writes):
+                # whatever a file system says then, the descriptor is gone
+                with suppress(OSError):
+                    lock.close()
 
     def __del__(self) -> None:
         # other threads may still be using the locks of a directory that was left: they go with the last of them

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from xzcache._readthrough import ReadThrough
 
 _REMEMBERED: Final = 65536
+_TRIES: Final = 3
+"""Times that ranges are read before the object is taken to be changing all the time."""
 
 
 class RangeReads:
@@ -71,7 +73,7 @@ class RangeReads:
             await self._reads.get_ready(key)
             since = self._backend.ticket(next(iter(wanted)))
             found, missing = await self._fetches.look(key, wanted)
-            if missing:
+            if missing or alone:
                 states = self._backend.states_of(key)
             if missing and found and not (all(map(tells, states)) and self._is_as(since, wanted)):
                 # what nobody can compare with what is to be fetched is fetched with it
@@ -83,15 +85,16 @@ class RangeReads:
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         if hits:
             yield [pair for pairs in hits for pair in pairs]
-        turn = asyncio.Semaphore(limits["max_concurrency"])
-        calls = [self._one(key, byte_ranges[place], prototype, place, turn) for place in alone]
+        apart = self._apart(key, byte_ranges, alone, prototype, limits["max_concurrency"], states if found else set())
+        calls = []
         if missing:
             rest = {entry: wanted[entry] for entry in missing}
             promoted = self._is_worth_the_whole(key, missing)
             fetch = self._whole if promoted else self._missing
             calls.append(fetch(key, rest, prototype, limits, states))
         failures = []
-        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        outcomes, others = await asyncio.gather(apart, asyncio.gather(*calls, return_exceptions=True))
+        for outcome in [*outcomes, *others]:
             if isinstance(outcome, BaseException):
                 failures.append(outcome)
             else:
@@ -124,6 +127,35 @@ class RangeReads:
     ) -> list[tuple[int, Buffer | None]]:
         request = request_for(key, entry)._replace(prototype=prototype)
         return [(place, self._reading.hit(request, data)) for place in places]
+
+    async def _apart(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        places: list[int],
+        prototype: BufferPrototype,
+        concurrency: int,
+        states: set[str],
+    ) -> list[list[tuple[int, Buffer | None]] | BaseException]:
+        """What is asked for by itself, or the exceptions of that; together of one state with the rest of the call."""
+        entry = self._backend.entry(key, 0, END)
+        # no bytes are of any state
+        parts = [byte_ranges[place] for place in places]
+        empty = all(isinstance(part, RangeByteRequest) and part.start >= part.end for part in parts)
+        turn = asyncio.Semaphore(concurrency)
+        for _ in range(_TRIES):
+            since = None if entry is None else self._backend.ticket(entry)
+            found = await asyncio.gather(
+                *(self._one(key, byte_ranges[place], prototype, place, turn) for place in places),
+                return_exceptions=True,
+            )
+            changed = any(map(tells, states)) and not states <= self._backend.states_of(key)
+            if changed:
+                break
+            if len(byte_ranges) < 2 or empty or entry is None or self._backend.ticket(entry) == since:
+                return found
+            # something was forgotten meanwhile: some of it may be of the state before
+        return [Replaced(key)]
 
     async def _one(
         self, key: str, byte_range: ByteRequest | None, prototype: BufferPrototype, place: int, turn: asyncio.Semaphore

@@ -324,7 +324,8 @@ async def _of_obstore(
             return Answer(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
         # older versions let go of both with the bytes
-        meta, part = dict(got.meta), tuple(got.range)
+        meta: dict[str, Any] = dict(got.meta)
+        part = got.range
         if type(source) is WebStore and got.attributes.get("Content-Encoding"):
             # what was stored compressed is unpacked by other clients of the web
             value = await source.linked().get(key, prototype, byte_range)

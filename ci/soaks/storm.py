@@ -443,32 +443,41 @@ class Storm:
         self.board.orders[3] = self.chance.choice([self.bound, self.bound, self.bound // 2])
 
     def damage(self) -> None:
-        """Put a damaged copy in the place of a file, or take a file away."""
+        """Damage a file: the index in its place, an entry by a copy that takes its place, or is simply gone.
+
+        An entry is not changed in place: between a reader's look at a file and its read, no cache could notice.
+        """
         cache = self.place / "disk" / "cache"
+        index = list(cache.glob(".xzcache/index-*.db"))
         entries = [path for path in cache.rglob("*") if path.is_file() and ".xzcache" not in path.parts]
-        ours = [
-            *cache.glob(".xzcache/index-*.db"),
-            *cache.glob(".xzcache/ranges/*/*/*"),
-            *cache.glob(".xzcache/writes"),
-        ]
-        pool = entries if entries and self.chance.random() < 0.8 else ours
-        if not pool:
-            return
-        path = self.chance.choice(pool)
+        entries += cache.glob(".xzcache/ranges/*/*/*")
         with suppress(OSError):
-            if self.chance.random() < 0.2 and pool is entries:
-                path.unlink()
-            else:
-                copy = path.with_name(".damaged")
-                shutil.copy2(path, copy)
-                data = bytearray(copy.read_bytes())
-                if data and self.chance.random() < 0.5:
-                    data[self.chance.randrange(len(data))] ^= 0x55
+            if index and self.chance.random() < 0.2:
+                with open(index[0], "r+b") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    if self.chance.random() < 0.5:
+                        file.truncate(size // 2)
+                    else:
+                        file.seek(self.chance.randrange(size + 1))
+                        file.write(bytes(100))
+            elif entries:
+                path = self.chance.choice(entries)
+                if self.chance.random() < 0.2:
+                    path.unlink()
                 else:
-                    data = data[: len(data) // 2]
-                copy.write_bytes(data)
-                os.replace(copy, path)
+                    self._replace_by_damaged(path)
             self.done["damaged"] += 1
+
+    def _replace_by_damaged(self, path: Path) -> None:
+        copy = path.with_name(".damaged")
+        shutil.copy2(path, copy)
+        data = bytearray(copy.read_bytes())
+        if data and self.chance.random() < 0.5:
+            data[self.chance.randrange(len(data))] ^= 0x55
+        else:
+            data = data[: len(data) // 2]
+        copy.write_bytes(data)
+        os.replace(copy, path)
 
     def fill_disk(self) -> None:
         """Leave no byte free for a moment."""

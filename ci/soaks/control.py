@@ -1,0 +1,90 @@
+"""Breaks the order of steps on purpose, and sees whether the soaks notice.
+
+Each control is a copy of the package with one line changed, so that a promise no longer holds. A soak that runs over
+the copy has to fail. A control whose line is no longer there fails as well: then it has to be written anew.
+
+    ci/soak control                 all of them
+    ci/soak control --only NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import xzcache
+
+
+class Control(NamedTuple):
+    """A promise that is broken, and who has to notice.
+
+    Attributes
+    ----------
+    what : str
+    changes : tuple of (str, str, str)
+        Module, what stands there, and what stands there instead.
+    soaks : tuple of str
+        Commands; each has to end with 1.
+    """
+
+    what: str
+    changes: tuple[tuple[str, str, str], ...]
+    soaks: tuple[str, ...]
+
+
+CONTROLS: dict[str, Control] = {}
+
+
+def broken(control: Control, place: Path) -> str | None:
+    """Make a broken copy of the package; what is wrong with the control, if anything is."""
+    shutil.copytree(Path(xzcache.__file__).parent, place / "xzcache")
+    for module, old, new in control.changes:
+        path = place / "xzcache" / module
+        text = path.read_text() if path.exists() else ""
+        if text.count(old) != 1:
+            return f"{module} has {text.count(old)} times what is to be changed: {old!r}"
+        path.write_text(text.replace(old, new))
+    return None
+
+
+def notices(soak: str, place: Path) -> bool:
+    """Whether a soak fails over a broken copy."""
+    name, *arguments = soak.split()
+    script = Path(__file__).with_name(f"{name}.py")
+    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), *arguments],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    # 1 is what a soak says that found something; anything else is a soak that did not run
+    return done.returncode == 1 and "Traceback" not in done.stderr.splitlines()[-1:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="ci/soak control", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", action="append", choices=sorted(CONTROLS))
+    options = parser.parse_args()
+    bad = 0
+    for name in options.only or CONTROLS:
+        control = CONTROLS[name]
+        with tempfile.TemporaryDirectory(prefix="control-") as folder:
+            if why := broken(control, Path(folder)):
+                print(f"{name}: cannot be tried: {why}", flush=True)
+                bad += 1
+                continue
+            for soak in control.soaks:
+                seen = notices(soak, Path(folder))
+                bad += not seen
+                print(f"{name} ({control.what}): ci/soak {soak}: {'noticed' if seen else 'NOT NOTICED'}", flush=True)
+    print(f"{bad} not noticed" if bad else "all noticed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
