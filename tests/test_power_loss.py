@@ -175,7 +175,8 @@ def test_a_writer_that_was_killed_costs_the_next_boot_nothing_once_another_proce
     fill(folder)
     perform(folder, "set:a/c/0=new", "die", dies=True)
     # what makes it safe waits for the disk, so it is done aside
-    until(lambda: perform(folder, "get:a/c/0") == ["a/c/0 new"] and not any((folder / "cache/.xzcache/written").iterdir()))
+    notes = folder / "cache/.xzcache/written"
+    until(lambda: perform(folder, "get:a/c/0") == ["a/c/0 new"] and not any(notes.iterdir()))
     assert hits_of(folder, 1) == ["a/c/1 old", "b/c/0 old", "hits 2"]
 
 

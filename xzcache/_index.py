@@ -357,8 +357,12 @@ class Index:
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
 
     def disown_lost(self) -> None:
-        """Give to nobody what belongs to owners that are not there: the rows may be of different transactions."""
+        """Give to nobody what belongs to owners that are not there: the rows may be of different transactions.
+
+        What they were writing is forgotten by its namespace.
+        """
         self._do("UPDATE dying SET owner = 0 WHERE owner NOT IN (SELECT id FROM owner)")
+        self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
 
     def disown_dying(self, ids: Iterable[int]) -> None:
         """Leave files that could not be seen to be gone to whoever recovers next."""

@@ -313,6 +313,9 @@ class Membership:
             raise Damaged("the index did not survive the restart of the machine")
         if index.serial() < self.read_serial():
             raise Damaged("the index has lost its last transactions")
+        if self.was_restarted():
+            # before this process takes a number that one of them had
+            index.disown_lost()
         owner = self._take_number(index)
         try:
             # after the power went, the files of an owner may be there whose row was lost; its number is free again

@@ -62,8 +62,6 @@ def recover(books: Books) -> list[str]:
         removed, or cannot be told apart, stays counted, and keeps nothing else from being done.
     """
     with books.section() as (member, index):
-        if member.was_restarted():
-            index.disown_lost()
         for owner in index.owners():
             if owner != member.owner and member.owners.try_lock(owner):
                 try:
