@@ -109,7 +109,6 @@ FLOORS = {
     "_keys": 0,
     "_quarantine": 0,
 }
-MAX_LINES = 300
 ATTICS = {"common", "utils"}
 
 
@@ -123,8 +122,6 @@ def offences(package: Path, floors: Mapping[str, int]) -> Iterator[str]:
         source = path.read_text(encoding="utf-8")
         if ATTICS & {part.strip("_") for part in name.split(".")}:
             yield f"{where}: a module named utils or common has no subject; name it for its one idea"
-        if (lines := len(source.splitlines())) > MAX_LINES:
-            yield f"{where}: {lines} lines, {MAX_LINES} at most; split it"
         if name not in floors:
             yield f"{where}: {name} has no floor in the table"
             continue
