@@ -34,6 +34,7 @@ FLOORS = {
     "_sourceview": 17,
     "_places": 17,
     "_usage": 14,
+    "_audit": 14,
     # the cache directory as a Zarr store by itself
     "local": 16,
     # what a process has of caches
