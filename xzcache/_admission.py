@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xzcache._index import Index
     from xzcache._keys import Entry
     from xzcache._membership import Membership
-    from xzcache._parcels import InFlight, Parcel
+    from xzcache._parcels import InFlight
 
 
 class Admission:
@@ -59,7 +59,7 @@ class Admission:
                 continue
             item.has_others = known = index.knows(key)
             item.old = index.find(parcel.entry) if known else None
-            apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, parcel))
+            apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, item))
             if apart and parcel.ticket is not None:
                 continue
             if self._finds_place(item):
@@ -71,9 +71,9 @@ class Admission:
         """Whether the key of an entry cannot be a path."""
         return entry.is_whole and not is_plain(entry.key, folds=self._folds)
 
-    def _agrees(self, index: Index, parcel: Parcel) -> bool:
+    def _agrees(self, index: Index, item: InFlight) -> bool:
         """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
-        entry = parcel.entry
+        parcel, entry = item.parcel, item.parcel.entry
         for row in (index.find(entry.whole), index.piece_of(entry.key)):
             if row is not None and row.entry != entry:
                 path = self._path(row.entry, odd=row.odd)
@@ -81,7 +81,11 @@ class Admission:
                 if stamp is None:
                     # where it cannot be told, it may be of another state
                     with suppress(OSError):
-                        if files.look(path, row.entry) in (Whose.GONE, Whose.UNMARKED):
+                        found = files.look(path, row.entry)
+                        if found in (Whose.MARKED, Whose.FOREIGN):
+                            # nor ever will be: damage gives way
+                            item.damaged.append(row)
+                        if found is not Whose.OURS:
                             continue
                     return False
                 if not fits(parcel.validator, stamp.validator):

@@ -234,16 +234,19 @@ class StoreBackend(Alone):
         ticket = await self._forget(key)
         return ticket if alone else None
 
-    async def begin_drop(self, prefix: str) -> str:
-        """Before all keys beneath a prefix are deleted at the source."""
+    async def begin_drop(self, prefix: str, *, itself: bool = False) -> tuple[str, Sequence[Any]]:
+        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
+        begun = await self.begin([prefix]) if itself else []
         self._write_begins(f"{prefix}/")
         await self.drop(prefix)
-        return prefix
+        return prefix, begun
 
     async def end_drop(self, begun: Any) -> None:
         """After they were deleted."""
-        self._write_ends(f"{begun}/")
-        await self.drop(begun)
+        prefix, writes = begun
+        self._write_ends(f"{prefix}/")
+        await self.drop(prefix)
+        await self.end(writes, [None] * len(writes), None)
 
     async def _forget(self, key: str) -> Ticket | None:
         ticket = self._ledger.count_write(key)

@@ -264,6 +264,7 @@ class Publisher:
         for item in items:
             ticket, entry = item.parcel.ticket, item.parcel.entry
             item.parcel.is_stored = ticket is None or ticket == tickets.of(entry.key)
+            rows.update({row.id: row for row in item.damaged})
             if not item.parcel.is_stored or (item.has_others and entry.is_whole):
                 for row in index.of_key(entry.key):
                     if not item.parcel.is_stored or not row.entry.is_whole:

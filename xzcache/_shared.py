@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xzcache._pieces import Listed
     from xzcache._reader import Found
     from xzcache._spans import Span
-    from xzcache._writes import Begun
+    from xzcache._writes import Begun, Drop
 
 _INLINE: Final = 1 << 20
 """Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
@@ -216,9 +216,10 @@ class SharedBackend:
         """Forget a key whose value turned out to be another; a ticket to store it with."""
         return await pool.run(self.directory.writes.forget, f"{self.namespace}/{key}", since)
 
-    async def begin_drop(self, prefix: str) -> Begun:
-        """Before all keys beneath a prefix are deleted at the source."""
-        return await pool.run(self.directory.writes.begin_drop, f"{self.namespace}/{prefix}".rstrip("/"))
+    async def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
+        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
+        prefix = f"{self.namespace}/{prefix}".rstrip("/")
+        return await pool.run(self.directory.writes.begin_drop, prefix, itself=itself)
 
     async def end_drop(self, begun: Any) -> None:
         """After all keys beneath a prefix were deleted at the source."""
