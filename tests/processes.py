@@ -549,6 +549,11 @@ def audit(root: str) -> int:
     """The closing check of a test, once every process has left; returns the number of entries."""
     found = findings(root)
     assert not found, "\n".join(found)
+    # by the package's own audit, too, which has to agree
+    store = xzcache.LockedLocalStore(root)
+    report = store.check()
+    store.directory.close()
+    assert report.ok, str(report)
     with opened_index(root) as index:
         return int(index.execute("SELECT n FROM total").fetchone()[0])
 
