@@ -308,8 +308,9 @@ class Writes:
     ) -> bool:
         """As `drop_now`, of some keys as well; whether all files are seen to be gone."""
         with self._books.section() as (member, index):
-            for write in () if begun is None else begun.writes:
-                index.notes.add_writing(write.row, write.key, member.owner, beneath=write is begun.beneath)
+            if begun is not None:
+                for write in begun.writes:
+                    index.notes.add_writing(write.row, write.key, member.owner, beneath=write is begun.beneath)
             for key in keys:
                 self._count(member, index, key)
             if not counted:
