@@ -108,6 +108,7 @@ FLOORS = {
     "_eviction": 0,
     "_reuse": 0,
     "_fork": 0,
+    "_health": 1,
     "_keys": 0,
     "_quarantine": 0,
 }

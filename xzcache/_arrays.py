@@ -59,17 +59,30 @@ class Arrays:
             What to publish the document with; None if it was written meanwhile.
         """
         described = documents.describe(key, document)
-        affected = {beneath(_join(namespace, path)) for path in described.arrays or (key.rpartition("/")[0],)}
 
         def act() -> Ticket | None:
-            changed, valid = self._changed(namespace, key, document, ticket, described)
-            for path in changed:
-                self._drop_array(namespace, path, described)
-            self._set_seen(f"{namespace}/{key}", documents.state_of(document))
-            return valid
+            return self._compare(namespace, key, document, ticket, described)
 
         # other processes find out for themselves, so nothing is unlinked for this one's sake
-        return self._doubts.surely(affected, act, None, lambda: (act(), True)[1])
+        return self._doubts.surely(_affected(namespace, key, described), act, None, lambda: (act(), True)[1])
+
+    def compare_later(self, namespace: str, key: str, document: bytes | None) -> None:
+        """As `compare`, when the disk is well again; until then nothing is served of what the document describes."""
+        described = documents.describe(key, document)
+        self._doubts.pend_latest(
+            f"{namespace}/{key}",
+            _affected(namespace, key, described),
+            lambda: (self._compare(namespace, key, document, None, described), True)[1],
+        )
+
+    def _compare(
+        self, namespace: str, key: str, document: bytes | None, ticket: Ticket | None, described: documents.Description
+    ) -> Ticket | None:
+        changed, valid = self._changed(namespace, key, document, ticket, described)
+        for path in changed:
+            self._drop_array(namespace, path, described)
+        self._set_seen(f"{namespace}/{key}", documents.state_of(document))
+        return valid
 
     def is_absent(self, namespace: str, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document, of a node that it does have.
@@ -105,7 +118,8 @@ class Arrays:
         seen : mapping of str to bytes
             The beginnings of states; empty where somebody had no room to tell.
         """
-        return self._keeper.attempt(lambda: self._doubtful(namespace, seen), [])
+        # where nobody can tell, all of them
+        return self._keeper.attempt(lambda: self._doubtful(namespace, seen), list(seen))
 
     def _doubtful(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
         doubtful = []
@@ -202,6 +216,11 @@ class Arrays:
         with self._books.section() as (_, index):
             nodes = {node: index.notes.node(_join(namespace, node)) for node in documents.of_array(path)}
         return {node: digest for node, digest in nodes.items() if digest is not None}
+
+
+def _affected(namespace: str, key: str, described: documents.Description) -> set[str]:
+    """What a document may show to have changed."""
+    return {beneath(_join(namespace, path)) for path in described.arrays or (key.rpartition("/")[0],)}
 
 
 def _join(namespace: str, path: str) -> str:

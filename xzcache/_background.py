@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache import _parcels as parcels
 from xzcache._errors import report_bug
 from xzcache._fork import renew_after_fork
+from xzcache._health import LONG
 from xzcache._pool import try_in_order
 
 if TYPE_CHECKING:
@@ -42,10 +43,15 @@ class Background:
     ----------
     publish_all : callable
         What stores several parcels together.
+    hangs : callable
+        Whether the disk hangs, and is not to be waited for, given whether the caller has waited for long already.
     """
 
-    def __init__(self, publish_all: Callable[[Sequence[Parcel]], None]) -> None:
+    def __init__(
+        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[bool], bool] = lambda waited: False
+    ) -> None:
         self._publish_all = publish_all
+        self._hangs = hangs
         self.after_fork_in_child()
         renew_after_fork(self)
 
@@ -160,11 +166,15 @@ class Background:
         while True:
             with self._lock:
                 last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
-            if last is None:
+            if last is None or self._hangs(False):
                 return
             self._begin()
             # meanwhile others may come, fetch, and leave it to this one
-            await asyncio.shield(asyncio.wrap_future(last))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
+                continue
+            if self._hangs(True):
+                return
 
     def wait(self) -> None:
         """Wait until all is done that there is to do now."""

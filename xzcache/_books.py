@@ -52,6 +52,8 @@ class Books:
         Generation and serial number of the index whose totals this process knows to be right.
     when_refused, when_joined : callable
         Called when the directory turns out not to be this user's cache, and when it turns out to be.
+    when_used : callable
+        Called after each transaction.
 
     Notes
     -----
@@ -73,6 +75,7 @@ class Books:
         self._forking: Membership | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
+        self.when_used: Callable[[], None] = _nothing
         self.lost: set[tuple[int, int]] = set()
         """Which directories were at the path before, were taken away, and may come back."""
         self.writing: set[int] = set()
@@ -121,7 +124,7 @@ class Books:
         if found and found.isdecimal() and found != str(FORMAT):
             raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
         disk.make_private(self.root)
-        for name in ("tmp", "trash", "odd", "ranges", "made"):
+        for name in ("tmp", "trash", "odd", "ranges", "made", "written"):
             # a link there leads to files that are not the cache's; what is behind it is left alone
             if not os.path.islink(self.meta) and os.path.islink(path := f"{self.meta}/{name}"):
                 os.unlink(path)
@@ -234,6 +237,7 @@ class Books:
                 raise
             finally:
                 self._inside.yes = False
+                self.when_used()
 
     @contextmanager
     def storing(self) -> Iterator[Membership]:
@@ -284,7 +288,13 @@ class Books:
                 self._member = None
         member.leave_index()
 
-    def close(self, last_words: Callable[[Index], None] | None = None, *, unless_writing: bool = False) -> bool:
+    def close(
+        self,
+        last_words: Callable[[Index], None] | None = None,
+        *,
+        unless_writing: bool = False,
+        owes: bool = False,
+    ) -> bool:
         """Give the lease back and sign off, once nothing is being stored. The next use joins again.
 
         Parameters
@@ -293,6 +303,8 @@ class Books:
             What is still to be told to the index.
         unless_writing : bool, optional
             Whether to stay if this process is writing at the source.
+        owes : bool, optional
+            Whether an invalidation is still to be done.
 
         Returns
         -------
@@ -302,6 +314,7 @@ class Books:
         member = self._member
         if member is None:
             return True
+        is_done = False
         with member.storing.kept_out(self.timeout) as alone:
             # a directory that was removed is not made again to sign off from it
             with suppress(CacheFault, OSError):
@@ -312,10 +325,19 @@ class Books:
                     and not self._sign_off(member, last_words, unless_writing=unless_writing)
                 ):
                     return False
+                is_done = alone and not member.is_writing
             # a process that could not sign off is taken for dead, and buried by the next one
             if self._member is member:
                 self._member = None
+        if is_done and not owes:
+            member.take_notes_back()
         return True
+
+    def note_written(self, namespace: str) -> None:
+        """Say that a namespace is being written in this boot of the machine; see `Membership.note_written`."""
+        member = self._member
+        if member is None or not member.is_noted(namespace):
+            self.member().note_written(namespace)
 
     def _sign_off(
         self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
@@ -329,7 +351,7 @@ class Books:
                     if last_words is not None:
                         last_words(index)
                     # while this process writes at the source, the index says so on its behalf
-                    is_writing = bool(index.notes.writing_of(member.owner))
+                    is_writing = member.is_writing = bool(index.notes.writing_of(member.owner))
                     if not is_writing:
                         index.drop_owner(member.owner)
                     index.commit()

@@ -6,6 +6,7 @@ stored".
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import shutil
@@ -13,10 +14,11 @@ import threading
 import time
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 from xzcache import _disk as disk
 from xzcache import _files as files
+from xzcache import _pool as pool
 from xzcache import _recovery as recovery
 from xzcache._absences import Absences
 from xzcache._arrays import Arrays
@@ -25,6 +27,7 @@ from xzcache._books import Books
 from xzcache._config import Unset
 from xzcache._doubts import Doubts
 from xzcache._errors import Busy, CacheFault
+from xzcache._health import LONG, Health
 from xzcache._keeper import Keeper
 from xzcache._keys import META
 from xzcache._leaders import Leaders
@@ -38,16 +41,22 @@ from xzcache._space import Space
 from xzcache._writes import Writes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from xzcache._membership import Membership
     from xzcache._parcels import Parcel
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
 """Seconds for which a directory that could not be opened is left alone by reads."""
 
 _GLANCE: Final = 0.02
 """Seconds that somebody who only looks waits for the index."""
+_PROBED: Final = 1 << 16
+_PATIENCE_OF_A_PROBE: Final = 0.2
 _users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
@@ -91,7 +100,8 @@ class CacheDirectory:
         self.root = root
         self._users: set[int] = set()
         self.books = Books(root, lock_timeout, self._see_whether_used)
-        self.background = Background(self._publish_all)
+        self.health = Health(root, self._probe, self._make_up)
+        self.background = Background(self._publish_all, self._hangs)
         self._min_free = min_free
         self._policy = policy
         self._quarantine = Quarantine()
@@ -99,7 +109,8 @@ class CacheDirectory:
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
         self.recency = recency_for(POLICIES[self._policy]())
-        self.keeper = Keeper(self.books, max_size, default_max_size)
+        self.keeper = Keeper(self.books, max_size, default_max_size, self.health)
+        self.books.when_used = self.health.note_progress
         self.space = Space(self.books, self.recency, self._min_free)
         folds = disk.folds_case(self.books.meta)
         before, self._quarantine = self._quarantine, Quarantine(self._quarantine)
@@ -117,6 +128,91 @@ class CacheDirectory:
         self._prepared: tuple[Membership | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
+        self._is_trusted = False
+        self._under_way: Future[bool] | None = None
+
+    # -- the disk
+
+    def _probe(self) -> None:
+        """Do a little of everything on the disk."""
+        try:
+            os.stat(self.root)
+            os.listdir(self.books.meta)
+            fd = os.open(f"{self.books.meta}/lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # there is no cache, which is no fault of the disk
+            return
+        try:
+            os.fstat(fd)
+            os.pread(fd, 64, 0)
+        finally:
+            os.close(fd)
+        if (path := self.reader.slow_path) and os.path.lexists(path):
+            # other files may be as well as ever
+            with suppress(OSError), open(path, "rb", buffering=0) as file:
+                file.read(_PROBED)
+        with self.books.section(_PATIENCE_OF_A_PROBE):
+            pass
+
+    def _make_up(self) -> bool:
+        self._prepare_after = 0.0
+        self.doubts.make_up()
+        return not self.doubts.owes
+
+    def _hangs(self, waited: bool = True) -> bool:
+        """Whether a read goes on without the disk; asked when it has waited for long, or is about to wait."""
+        if self.health.is_aside:
+            return True
+        if not waited or self.health.makes_progress:
+            return False
+        member = self.books.current
+        if member is None or not member.guard.is_contended:
+            # else another process has the guard, which is no fault of the disk
+            self.health.note_slow("nothing was heard from its disk for a second")
+        return True
+
+    async def promptly(self, otherwise: T, function: Callable[..., T], *args: object, patience: float = LONG) -> T:
+        """Await a blocking function of a read; `otherwise` where the disk lets it hang, or is to be left alone."""
+        if self.health.is_aside:
+            return otherwise
+        return await self._unless_it_hangs(otherwise, pool.submit(self._with_progress, function, args), patience)
+
+    def _with_progress(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
+        try:
+            return function(*args)
+        finally:
+            self.health.note_progress()
+
+    async def _unless_it_hangs(self, otherwise: T, future: Future[T], patience: float = LONG) -> T:
+        while True:
+            try:
+                return await asyncio.wait_for(pool.outcome(future), patience)
+            except TimeoutError:
+                if future.done():
+                    # it was the function's own
+                    return await pool.outcome(future)
+                if self._hangs():
+                    return otherwise
+                patience = LONG
+
+    async def to_the_end(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `promptly`, of what must not be left undone: what hangs is waited for, but others need not learn it."""
+        future = pool.submit(function, *args, **kwargs)
+        try:
+            return await asyncio.wait_for(pool.outcome(future), LONG)
+        except TimeoutError:
+            if not future.done():
+                self._hangs()
+            return await pool.outcome(future)
+
+    async def prepare_promptly(self) -> None:
+        """As `prepare`, which goes on where it takes long: all who want it wait for the same."""
+        if self.health.is_aside:
+            self.health.tell_if_long()
+            return
+        if (future := self._under_way) is None or future.done():
+            future = self._under_way = pool.submit(self.prepare)
+        await self._unless_it_hangs(False, future)
 
     # -- who uses it
 
@@ -154,7 +250,7 @@ class CacheDirectory:
             # another process may do what this one could not
             self.doubts.leave_note()
             return True
-        if not self.background.is_idle or self.books.was_just_used:
+        if self.health.is_aside or not self.background.is_idle or self.books.was_just_used:
             return False
         if self.doubts.owes:
             self.doubts.make_up()
@@ -179,12 +275,27 @@ class CacheDirectory:
         return prepared is not None and prepared[0] is self.books.current and prepared[1] == self.keeper.bound
 
     @property
+    def may_serve(self) -> bool:
+        """Whether entries may be read by their paths, though this process may not have joined: no hit has to ask.
+
+        Before somebody has seen to a loss of power, entries may be of before a write that the source has.
+        """
+        if not self._is_trusted:
+            self._is_trusted = self.is_ready or not recovery.may_be_stale(self.books)
+        return self._is_trusted
+
+    @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
+        if self.health.is_aside:
+            # what is wrong is told there
+            return True
         return (not self.is_prepared or self.doubts.owes) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
         """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
+        if self.health.is_aside:
+            return False
         with self._preparing:
             if self.books.lost and not self.books.is_stand_in():
                 # the directory that was away may be back
@@ -206,8 +317,14 @@ class CacheDirectory:
         self.writes.adopt(left)
         self.keeper.apply_bound()
         self.space.fit()
+        if not left and recovery.has_dead_notes(self.books):
+            # that waits for the disk
+            pool.spawn(self._settle_notes)
         self._prepared = self.books.current, bound
         return True
+
+    def _settle_notes(self) -> None:
+        self.keeper.attempt(lambda: recovery.settle_notes(self.books), None)
 
     def set_bound(self, max_size: int | None) -> None:
         """Ask for another bound, for all processes; a smaller one evicts at the next use."""
@@ -287,6 +404,8 @@ class CacheDirectory:
         if not self.is_made:
             return self.totals(), (0, 0)
         try:
+            if self.health.is_aside:
+                raise Busy("the disk is to be left alone")
             with self.books.section(_GLANCE) as (_, index):
                 self._seen[namespace] = index.totals(), index.share(namespace)
         except Busy:
@@ -307,6 +426,10 @@ class CacheDirectory:
 
     def close(self) -> None:
         """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
+        if self.health.is_aside:
+            # whoever comes next finds that this process is gone
+            self.health.rest()
+            return
         self.background.wait()
         if self.books.current is not None:
             # what was taken away and is back would be served by those who come after
@@ -316,7 +439,8 @@ class CacheDirectory:
         self.doubts.leave_note()
 
     def _close(self, *, unless_writing: bool = False) -> bool:
-        left = self.books.close(self.recency.tell if self.recency else None, unless_writing=unless_writing)
+        last_words = self.recency.tell if self.recency else None
+        left = self.books.close(last_words, unless_writing=unless_writing, owes=self.doubts.owes)
         if (prepared := self._prepared) is not None and prepared[0] is not self.books.current:
             self._prepared = None
         return left
@@ -346,6 +470,7 @@ class CacheDirectory:
     def after_fork_in_child(self) -> None:
         """Start anew, with the settings of the parent and nothing else of it."""
         self.books.after_fork_in_child()
+        self.health = Health(self.root, self._probe, self._make_up)
         self.doubts.let_go_of_note()
         # the users are there in the child, too
         self._start(self.keeper.bound, self.keeper.default_bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -153,6 +154,36 @@ def free_bytes(path: str) -> tuple[int, int]:
     """Bytes that are free to this user on the file system of `path`, and bytes in all."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
+
+def sync(path: str) -> None:
+    """Have a file, or the names in a directory, be on the disk.
+
+    Raises
+    ------
+    OSError
+        They may not be.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_all(fd: int) -> None:
+    """Have all that was changed on the file system of an open file be on the disk.
+
+    Raises
+    ------
+    OSError
+        It may not be.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if os.name == "posix" else None
+    if call is None:
+        os.sync()
+    elif call(fd) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _sign(number: re.Match[str]) -> str:

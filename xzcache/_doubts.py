@@ -36,6 +36,8 @@ class Owed(NamedTuple):
     """What is in doubt until then, as a `Quarantine` names it; empty where nothing is but the index is to be told."""
     again: Callable[[], bool]
     """Does it; whether all files are seen to be gone."""
+    tag: str = ""
+    """What makes an older one of the same tag unnecessary."""
 
 
 class Doubts:
@@ -136,6 +138,15 @@ class Doubts:
         if names:
             self._quarantine.hold(names)
             self._owe(Owed(list(names), again))
+
+    def pend_latest(self, tag: str, names: Collection[str], again: Callable[[], bool]) -> None:
+        """As `pend`, in place of what was pending under the same tag."""
+        self._quarantine.hold(names)
+        with self._lock:
+            older = [owed for owed in self._owed if owed.tag == tag]
+            self._owed = [owed for owed in self._owed if owed.tag != tag] + [Owed(list(names), again, tag)]
+        for owed in older:
+            self._quarantine.free(owed.names)
 
     def tell(self, error: BaseException) -> None:
         """Say what went wrong with a file."""

@@ -125,8 +125,17 @@ class Index:
         return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
 
     def serial(self) -> int:
-        """A number that grows with every entry that comes or goes."""
-        return int(self._do("SELECT serial FROM total").fetchone()[0])
+        """A number that grows with every entry that comes or goes.
+
+        Raises
+        ------
+        Damaged
+            There is none.
+        """
+        row = self._do("SELECT serial FROM total").fetchone()
+        if row is None or not isinstance(row[0], int):
+            raise Damaged("the totals of the index are not there")
+        return row[0]
 
     def set_max_size(self, max_size: int | None) -> None:
         self._do("UPDATE total SET max_size = ?", (max_size,))
@@ -346,6 +355,10 @@ class Index:
     def _dying(self, where: str, *values: int | str) -> list[Dying]:
         rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
         return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+
+    def disown_lost(self) -> None:
+        """Give to nobody what belongs to owners that are not there: the rows may be of different transactions."""
+        self._do("UPDATE dying SET owner = 0 WHERE owner NOT IN (SELECT id FROM owner)")
 
     def disown_dying(self, ids: Iterable[int]) -> None:
         """Leave files that could not be seen to be gone to whoever recovers next."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from xzcache._books import Books
+    from xzcache._health import Health
 
 logger = logging.getLogger("xzcache")
 
@@ -36,6 +37,8 @@ class Keeper:
         The bound in bytes that was asked for, None for none.
     default_bound : int or None
         The bound of a directory that does not know one yet.
+    health : Health
+        The state of the disk.
 
     Attributes
     ----------
@@ -45,8 +48,9 @@ class Keeper:
         How it failed last.
     """
 
-    def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None) -> None:
+    def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None, health: Health) -> None:
         self.books = books
+        self.health = health
         self.bound = bound
         self.default_bound = default_bound
         self.troubles = 0
@@ -58,7 +62,9 @@ class Keeper:
         self._told: set[tuple[type[BaseException], int | None]] = set()
 
     def attempt(self, action: Callable[[], T], otherwise: T) -> T:
-        """Do something with the books; `otherwise` where it cannot be done, for whatever reason."""
+        """Do something with the books; `otherwise` where it cannot be done, or the disk is to be left alone."""
+        if self.health.is_aside:
+            return otherwise
         try:
             return self.insist(action)
         except Exception as error:
@@ -152,6 +158,7 @@ class Keeper:
         if isinstance(error, NoRoom):
             return
         self.troubles += 1
+        self.health.note_fault(error)
         kind = (type(error), getattr(error, "errno", None))
         if not report_bug(error, f"the cache in {self.books.root}; reads go to the source") and kind not in self._told:
             self._told.add(kind)

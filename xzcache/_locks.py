@@ -111,6 +111,8 @@ class Guard:
         self._mutex = threading.Lock()
         self._impatient_until = 0.0
         self._kept_out = False
+        self.is_contended = False
+        """Whether a thread waits for another process."""
 
     def __enter__(self) -> None:
         self._acquire(None)
@@ -134,13 +136,16 @@ class Guard:
         pause = _FIRST_PAUSE
         try:
             while not try_flock(self.fd, fcntl.LOCK_EX):
+                self.is_contended = True
                 if time.monotonic() >= deadline:
                     self._give_up(patient)
                 time.sleep(pause)
                 pause = min(pause * 1.5, _LONGEST_PAUSE)
         except BaseException:
+            self.is_contended = False
             self._mutex.release()
             raise
+        self.is_contended = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

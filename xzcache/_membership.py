@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import secrets
 import sqlite3
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
+from xzcache import _disk as disk
+from xzcache import _files as files
 from xzcache._bytelocks import ByteLocks
 from xzcache._errors import Busy, Damaged, Unusable
 from xzcache._index import Index, is_locked
 from xzcache._locks import Guard, StoringLock, WriteCounters, is_unlocked, open_lock_file, try_flock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -29,6 +34,62 @@ _IMPATIENCE: Final = 10.0
 _GUARD_OF_OLD: Final = "guard.lock"
 _LOCKS_OF_OLD: Final = ("storing.lock", "door.lock", "owners.lock", *(f"keys-{i}.lock" for i in range(16)))
 """The lock files of version 0.1.0, which had one for each lock; a process of it that runs still has them open."""
+
+_WRITTEN: Final = "written"
+"""The directory of the notes that namespaces are being written."""
+_NOTE: Final = re.compile(r"([0-9a-f]{16})-(\d+)-\d+")
+_NOTES: Final = 1 << 60
+"""The first byte of the lock file that stands for the notes of one process; the owners' bytes lie far below."""
+_MOST_NOTES: Final = 16
+_LONGEST_SYNC: Final = 5.0
+"""Seconds that the end of a process waits for the disk."""
+
+
+class WrittenNote(NamedTuple):
+    """A note that a process has written through the cache to a namespace since the machine was started.
+
+    What was invalidated for a write is not safe on the disk before the process signs off, but the source has the write.
+    If the power goes in between, entries of the old values may come back, so everything of the namespace is dropped.
+
+    Attributes
+    ----------
+    path : str
+    boot : int
+        The number of the boot in which the process wrote.
+    number : int
+        The byte of the lock file that is locked for as long as the process lives.
+    """
+
+    path: str
+    boot: int
+    number: int
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        return self.boot == _boot()
+
+    def namespace(self) -> str:
+        """The namespace; empty for all of them, as where the note is not whole."""
+        with open(self.path, "rb") as file:
+            name = file.read()
+        text = name.decode(errors="replace")
+        return text[:-1] if text.endswith("\n") else ""
+
+
+def written_notes(meta: str) -> list[WrittenNote]:
+    """The notes of all processes.
+
+    Raises
+    ------
+    OSError
+        They cannot be read, so nobody can tell whether the entries are true.
+    """
+    try:
+        names = os.listdir(f"{meta}/{_WRITTEN}")
+    except FileNotFoundError:
+        return []
+    found = [(name, match) for name in names if (match := _NOTE.fullmatch(name)) is not None]
+    return [WrittenNote(f"{meta}/{_WRITTEN}/{name}", int(match[1], 16), int(match[2])) for name, match in found]
 
 
 class Membership:
@@ -46,6 +107,8 @@ class Membership:
         The number under which the index knows this process; its byte of the lock file is locked for life.
     free : int
         Bytes that are leased and not yet spent; guarded by `lease_lock`.
+    is_writing : bool
+        Whether this process was writing at the source when it signed off.
     """
 
     def __init__(self, meta: str, timeout: float) -> None:
@@ -72,6 +135,10 @@ class Membership:
         self._epoch = 0
         self._impatient_until = 0.0
         self._closed = False
+        self._noting = threading.Lock()
+        self._noted: dict[str, str] = {}
+        self._note_number = 0
+        self.is_writing = False
         status = os.fstat(self.guard.fd)
         self.identity = status.st_dev, status.st_ino
         """What tells this directory from another one that takes its place."""
@@ -109,6 +176,82 @@ class Membership:
     def was_restarted(self) -> bool:
         """Whether the machine was started anew since: a part of what was written may not have got to the disk."""
         return bool(boot := _boot()) and self._read(3) != boot
+
+    # -- the notes that namespaces are being written
+
+    def is_noted(self, namespace: str) -> bool:
+        """Whether `note_written` has nothing to do."""
+        return namespace in self._noted or "" in self._noted or not _boot()
+
+    def note_written(self, namespace: str) -> None:
+        """Say, before the first write to a namespace, that it is being written, so that a loss of power is noticed.
+
+        The note is on the disk when this returns. Where the platform does not tell one boot from the next, there is
+        none.
+
+        Raises
+        ------
+        OSError
+            It could not be written.
+        """
+        if self.is_noted(namespace):
+            return
+        with self._noting:
+            if self.is_noted(namespace):
+                return
+            if len(self._noted) >= _MOST_NOTES - 1:
+                namespace = ""
+            folder = f"{self.meta}/{_WRITTEN}"
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            # each process does this, as the one that made the directory may not have got that far
+            for place in (self.meta, os.path.dirname(self.meta)):
+                disk.sync(place)
+            while not self._note_number:
+                number = _NOTES | secrets.randbits(48)
+                if self.owners.try_lock(number):
+                    self._note_number = number
+            path = f"{folder}/{_boot():016x}-{self._note_number}-{len(self._noted)}"
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                # what has no end of line is not whole, and stands for all namespaces
+                os.write(fd, f"{namespace}\n".encode() if namespace else b"")
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            disk.sync(folder)
+            self._noted[namespace] = path
+
+    def take_notes_back(self) -> None:
+        """Make what was invalidated safe on the disk, then remove the notes that say it is not; after signing off.
+
+        Where that takes long, it is left to a thread, and where it cannot be done, to the next process.
+        """
+        if self._noted:
+            thread = threading.Thread(target=self._take_notes_back, name="xzcache-sync", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # the end of the process
+                self._take_notes_back()
+            else:
+                thread.join(_LONGEST_SYNC)
+
+    def _take_notes_back(self) -> None:
+        with self._noting, suppress(OSError):
+            disk.sync_all(self.guard.fd)
+            for path in self._noted.values():
+                files.discard(path)
+            self._noted.clear()
+
+    def dead_notes(self) -> Iterator[WrittenNote]:
+        """Notes of this boot whose processes are dead, each with its byte locked."""
+        for note in written_notes(self.meta):
+            if note.is_of_this_boot and note.number != self._note_number and self.owners.try_lock(note.number):
+                try:
+                    yield note
+                finally:
+                    self.owners.unlock(note.number)
 
     def revoke_leases(self, index: Index) -> None:
         """Take all leases back, while nobody stores; whoever stores next finds the epoch changed."""
@@ -166,13 +309,15 @@ class Membership:
 
     def _register(self, index: Index) -> None:
         self.patiently(lambda: index.begin(0))
-        if index.serial() < self.read_serial():
-            raise Damaged("the index has lost its last transactions")
         if self.was_restarted() and not index.is_sound():
             raise Damaged("the index did not survive the restart of the machine")
+        if index.serial() < self.read_serial():
+            raise Damaged("the index has lost its last transactions")
         owner = self._take_number(index)
         try:
-            os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700, exist_ok=True)
+            # after the power went, the files of an owner may be there whose row was lost; its number is free again
+            files.remove_tree(f"{self.meta}/tmp/{owner}")
+            os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700)
             index.commit()
         except BaseException:
             self.owners.unlock(owner)
@@ -293,6 +438,7 @@ def _convert(meta: str, old: int) -> None:
             os.unlink(f"{meta}/{name}")
 
 
+@cache
 def _boot() -> int:
     """A number that is another one after each start of the machine; 0 where that cannot be told."""
     try:

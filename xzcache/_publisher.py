@@ -74,7 +74,7 @@ class Publisher:
 
     def publish_all(self, parcels: Sequence[Parcel]) -> None:
         """As `publish`, of several together, no two of them the same entry; each tells whether it was stored."""
-        todo = [parcel for parcel in parcels if parcel.ticket is not None]
+        todo = [parcel for parcel in parcels if parcel.ticket is not None and not self._keeper.health.is_aside]
         if len(todo) > 1:
             # what one of them lacks must not harm the others
             todo = self._keeper.attempt(lambda: self._together(todo), [])

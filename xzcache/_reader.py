@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 from xzcache import _files as files
 from xzcache import _opened as opening
 from xzcache._errors import Damaged, Unusable
 from xzcache._files import Whose
+from xzcache._health import LONG, allowance
 from xzcache._keys import Entry, is_plain, relative_path
 from xzcache._pieces import Listed, Pieces
 from xzcache._quarantine import EVERYTHING, Quarantine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy as np
 
@@ -43,6 +45,27 @@ class Found(NamedTuple):
         return self.opened.size
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _timed(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[Reader, P], T]:
+    """A method that tells when the disk takes too long."""
+
+    @wraps(method)
+    def timed(self: Reader, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        began = time.monotonic()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            if (took := time.monotonic() - began) > LONG:
+                found = args[0] if args and isinstance(args[0], Found) else None
+                if found is None or took > allowance(found.size):
+                    self._is_slow("" if found is None else found.path, took)
+
+    return timed
+
+
 class Reader:
     """Reads the entries of one cache directory, without a look at the index.
 
@@ -59,6 +82,8 @@ class Reader:
     ----------
     quarantine : Quarantine
         Keys of which something could not be made invisible when it had to be.
+    slow_path : str
+        The file that took too long, if one did.
 
     Notes
     -----
@@ -76,6 +101,7 @@ class Reader:
         self._damaged: dict[str, opening.Signature] = {}
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self._refuses_all = False
+        self.slow_path = ""
 
     def find(self, entry: Entry, *, anyones: bool = False) -> Found | None:
         """Open a file that holds an entry: its own, or one that holds more of the object.
@@ -121,15 +147,29 @@ class Reader:
         """
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
-        return None if signature is None else opening.read_unchanged(path, signature, most, self._trouble)
+        if signature is None:
+            return None
+        began = time.monotonic()
+        data = opening.read_unchanged(path, signature, most, self._trouble)
+        if (took := time.monotonic() - began) > LONG:
+            self._is_slow(path, took)
+        return data
 
     def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
         """As `at_once`, into an array of bytes; what is there after False is undefined."""
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
-        return signature is not None and opening.read_unchanged_into(
-            path, signature, place, self._trouble, patient=patient
-        )
+        if signature is None:
+            return False
+        began = time.monotonic()
+        done = opening.read_unchanged_into(path, signature, place, self._trouble, patient=patient)
+        if (took := time.monotonic() - began) > LONG and took > allowance(len(place)):
+            self._is_slow(path, took)
+        return done
+
+    def _is_slow(self, path: str, took: float) -> None:
+        self.slow_path = path
+        self._keeper.health.note_slow(f"{path or 'an operation'} took {took:.1f} s")
 
     def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> opening.Signature | None:
         """The file that was checked at a path, if it may be served."""
@@ -140,6 +180,7 @@ class Reader:
             return None
         return signature
 
+    @_timed
     def listed(self, key: str) -> Listed:
         """The byte ranges of an object that there are, as far as can be seen."""
         try:
@@ -169,6 +210,7 @@ class Reader:
             self._trouble(error)
             return None
 
+    @_timed
     def _open(self, entry: Entry, *, anyones: bool = False) -> Found | None:
         odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
         path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
@@ -202,6 +244,7 @@ class Reader:
     def _path(self, entry: Entry, *, odd: bool) -> str:
         return f"{self._root}/{relative_path(entry, odd=odd)}"
 
+    @_timed
     def read(self, found: Found, first: int, last: int) -> memoryview | None:
         """Bytes of a file that was found, which is closed; None where they are not what was stored.
 
@@ -220,6 +263,7 @@ class Reader:
         finally:
             found.opened.close()
 
+    @_timed
     def read_now(self, found: Found, first: int, last: int) -> tuple[bool, memoryview | None]:
         """As `read`, if that needs no waiting: else `(False, None)`, and the file stays open."""
         waits = False
@@ -297,6 +341,7 @@ class Reader:
         directory = os.path.dirname(found.path)
         return os.path.realpath(directory) == directory
 
+    @_timed
     def is_foreign(self, found: Found) -> bool:
         """Whether a file that was found is not one of the cache's; where nobody can tell, `read` does."""
         if found.known:
@@ -367,6 +412,7 @@ class Reader:
                 states.add("")
         return states
 
+    @_timed
     def _validator(self, found: Found) -> str:
         try:
             stamp, _ = files.stamp_of_open(found.opened.fd)
@@ -377,6 +423,7 @@ class Reader:
             found.opened.close()
         return stamp.validator if stamp is not None and stamp.digest == found.entry.digest() else ""
 
+    @_timed
     def size(self, found: Found) -> int | None:
         """The size of a file that was found, which is closed; None where only its contents tell whose it is."""
         try:
@@ -391,6 +438,7 @@ class Reader:
         finally:
             found.opened.close()
 
+    @_timed
     def renew(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""
         if (found := self.find(entry)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -14,11 +15,13 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from xzcache import _disk as disk
 from xzcache import _files as files
 from xzcache._errors import Busy, CacheFault, is_trouble
 from xzcache._files import Whose
 from xzcache._index import Index
 from xzcache._keys import END, META, Entry, is_plain, prefix_slot, range_directory, relative_path, write_slot
+from xzcache._membership import written_notes
 from xzcache._schema import Row
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ _EVERYTHING: Final = -1
 _AT_ONCE: Final = 256
 """Files that could not be removed before, and are tried again by one recovery."""
 _BATCH: Final = 500
+_UNSYNCED_NS: Final = 300 * 10**9
+"""Nanoseconds after which what was written is on the disk: ten times what Linux takes by default."""
 _MANY: Final = 100_000
 """Entries whose sum takes so long (7 ms) that only a process which is alone with the directory adds them up."""
 
@@ -57,6 +62,8 @@ def recover(books: Books) -> list[str]:
         removed, or cannot be told apart, stays counted, and keeps nothing else from being done.
     """
     with books.section() as (member, index):
+        if member.was_restarted():
+            index.disown_lost()
         for owner in index.owners():
             if owner != member.owner and member.owners.try_lock(owner):
                 try:
@@ -82,10 +89,72 @@ def recover(books: Books) -> list[str]:
         if not member.is_checked:
             _check_sums(books, member, index)
         restarted = member.was_restarted()
-    if restarted and _discard_orphans(books):
-        with books.section() as (member, _):
-            member.note_boot()
+    _see_to_restart(books, restarted=restarted)
     return list(dict.fromkeys(left))
+
+
+def _see_to_restart(books: Books, *, restarted: bool) -> None:
+    """Drop what may not be true any more since the machine was started anew."""
+    old = [note for note in written_notes(books.meta) if not note.is_of_this_boot]
+    for note in old:
+        # another process may be doing the same
+        with suppress(FileNotFoundError):
+            _drop_namespace(books, note.namespace())
+    if not (old or restarted) or not _discard_torn(books):
+        return
+    with books.section() as (member, _):
+        member.note_boot()
+        fd = member.guard.fd
+    if old:
+        # else the power could go again, and bring back what was dropped, but not the notes
+        disk.sync_all(fd)
+        for note in old:
+            files.discard(note.path)
+
+
+def _drop_namespace(books: Books, namespace: str) -> None:
+    """Drop everything of a namespace, or of all: some of its entries may be of before a write that the source has."""
+    logger.info("what is cached of %s is dropped: it was written when the power went", namespace or "any source")
+    with books.section() as (member, index):
+        member.writes.bump(prefix_slot(namespace))
+        index.notes.drop_nodes(namespace)
+        index.notes.drop_absent_beneath(namespace)
+    is_last = False
+    while not is_last:
+        with books.section() as (_, index):
+            rows = index.beneath(namespace, _BATCH)
+            is_last = not rows
+            dying = []
+            for row in rows:
+                index.remove(row.id)
+                dying.append(index.add_dying(row, 0))
+            index.commit()
+            index.begin()
+            finish(books, index, dying)
+
+
+def has_dead_notes(books: Books) -> bool:
+    """Whether there is something for `settle_notes` to do."""
+    return any(books.member().dead_notes())
+
+
+def settle_notes(books: Books) -> None:
+    """Remove the notes of processes that were killed in this boot, after what they invalidated is safe on the disk."""
+    member = books.member()
+    dead = list(member.dead_notes())
+    if dead:
+        disk.sync_all(member.guard.fd)
+        for note in dead:
+            files.discard(note.path)
+
+
+def may_be_stale(books: Books) -> bool:
+    """Whether entries may be of before a write that the source has, as nobody has seen to a loss of power yet."""
+    try:
+        return not all(note.is_of_this_boot for note in written_notes(books.meta))
+    except OSError as error:
+        # a directory that is not there, or is another's, has nothing that would be served
+        return error.errno not in (errno.ENOTDIR, errno.EACCES)
 
 
 def _check_sums(books: Books, member: Membership, index: Index) -> None:
@@ -101,22 +170,62 @@ def _check_sums(books: Books, member: Membership, index: Index) -> None:
     member.is_checked = True
 
 
-def _discard_orphans(books: Books) -> bool:
-    """Unlink entry files that the index does not know, or not as they are; False where that is to be tried again.
+def _discard_torn(books: Books) -> bool:
+    """Drop what does not hang together: files that the index does not know, or not as they are, and rows without files.
 
-    What was written just before the machine stopped may have got to the disk in any order.
+    What was written just before the machine stopped may have got to the disk in any order, and in part. Returns False
+    where that is to be tried again.
     """
-    stamped, complete = _stamped(books), True
+    stamped, complete, newest = _stamped(books), True, 0
     while batch := list(itertools.islice(stamped, _BATCH)):
         with books.section() as (_, index):
             for path, entry, stamp, _ in batch:
                 row = index.find(entry)
-                if row is None or stamp is None or (row.size, row.crc) != (stamp.size, stamp.crc):
-                    try:
+                try:
+                    if row is None or stamp is None or (row.size, row.crc) != (stamp.size, stamp.crc):
                         files.discard_ours(path, entry)
-                    except OSError:
-                        complete = False
-    return complete
+                    else:
+                        newest = max(newest, os.lstat(path).st_mtime_ns)
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    complete = False
+    after = 0
+    while True:
+        with books.section() as (_, index):
+            rows = index.rows_after(after, _BATCH)
+        if not rows:
+            return complete
+        after = rows[-1].id
+        if torn := [row for row in rows if _is_torn(books, row, newest - _UNSYNCED_NS)]:
+            with books.section() as (_, index):
+                dying = []
+                for row in torn:
+                    current = index.find(row.entry)
+                    if current is not None and current.id == row.id:
+                        index.remove(row.id)
+                        dying.append(index.add_dying(row, 0))
+                index.commit()
+                index.begin()
+                finish(books, index, dying)
+
+
+def _is_torn(books: Books, row: Row, since: int) -> bool:
+    """Whether a row has no file of its size, or one that was written after `since` and is not what was stored."""
+    path = f"{books.root}/{relative_path(row.entry, odd=row.odd)}"
+    try:
+        status = os.lstat(path)
+        if status.st_size != row.size or not stat.S_ISREG(status.st_mode):
+            return True
+        if status.st_mtime_ns < since:
+            return False
+        with open(path, "rb") as file:
+            return files.checksum(file.read()) != row.crc
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        # nobody can tell, so a reader has to
+        return False
 
 
 def is_last_to_leave(books: Books) -> bool:

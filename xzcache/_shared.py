@@ -10,8 +10,10 @@ from xzcache import _pool as pool
 from xzcache._config import is_fresh
 from xzcache._flights import Claims, Flights
 from xzcache._fork import renew_after_fork
+from xzcache._health import allowance
 from xzcache._keys import Entry, is_cacheable, within
 from xzcache._parcels import Parcel
+from xzcache._pieces import Listed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from xzcache._directory import CacheDirectory
     from xzcache._files import Data
     from xzcache._leaders import Ticket
-    from xzcache._pieces import Listed
     from xzcache._reader import Found
     from xzcache._spans import Span
     from xzcache._writes import Begun, Drop
@@ -65,11 +66,16 @@ class SharedBackend:
         full = f"{self.namespace}/{key}"
         return Entry(full, start, stop) if is_cacheable(full) else None
 
+    @property
+    def is_aside(self) -> bool:
+        """Whether the disk is to be left alone, so that nothing is cached as far as a read can see."""
+        return self.directory.health.is_aside
+
     async def prepare(self) -> None:
         """Open the directory, where that was not done yet."""
         if self.directory.wants_preparing:
             self._use_again()
-            await pool.run(self.directory.prepare)
+            await self.directory.prepare_promptly()
 
     def close(self) -> None:
         """Leave the directory, if nothing else uses it; not at once, and only until the next use."""
@@ -82,7 +88,7 @@ class SharedBackend:
     def at_once(self, key: str, max_age: Age) -> memoryview | None:
         """The value of a key, where it is to be had without waiting or doubt; else None, and `find` tells."""
         directory = self.directory
-        if not directory.is_ready:
+        if directory.health.is_aside or not directory.is_ready:
             return None
         entry = Entry(f"{self.namespace}/{key}")
         data = directory.reader.at_once(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
@@ -93,7 +99,7 @@ class SharedBackend:
     def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
         """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
         directory = self.directory
-        if not directory.is_ready:
+        if directory.health.is_aside or not directory.is_ready:
             return False
         entry = Entry(f"{self.namespace}/{key}")
         max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
@@ -105,7 +111,7 @@ class SharedBackend:
 
     def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
         """As `find`, where waiting for the disk is no harm."""
-        if not self.directory.is_ready:
+        if self.directory.health.is_aside or not self.directory.is_ready:
             return None
         reader = self.directory.reader
         for found in reader.candidates(entry):
@@ -122,6 +128,8 @@ class SharedBackend:
     async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader
+        if self.is_aside or not self.directory.may_serve:
+            return None
         for found in reader.candidates(entry):
             if not _is_fresh(found, max_age):
                 # another file that holds it may be younger
@@ -139,12 +147,13 @@ class SharedBackend:
             done, data = reader.read_now(found, first, last)
             if done:
                 return data
-        return await pool.run(reader.read, found, first, last)
+        patience = allowance(found.size)
+        return await self.directory.promptly(None, reader.read, found, first, last, patience=patience)
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
         """The size of a whole object that `find` would find, in bytes; its file is read only where it has no stamp."""
         reader = self.directory.reader
-        if (found := reader.find(entry)) is None:
+        if self.is_aside or not self.directory.may_serve or (found := reader.find(entry)) is None:
             return None
         if not _is_fresh(found, max_age):
             reader.close(found)
@@ -156,33 +165,39 @@ class SharedBackend:
 
     def listed(self, key: str) -> Listed:
         """The byte ranges that are cached of an object."""
-        return self.directory.reader.listed(f"{self.namespace}/{key}")
+        full = f"{self.namespace}/{key}"
+        return Listed(full, ()) if self.is_aside else self.directory.reader.listed(full)
 
     def states_of(self, key: str) -> set[str]:
         """The validators of what is cached of an object; an empty one where the state of that is unknown."""
-        return self.directory.reader.states_of(f"{self.namespace}/{key}")
+        return set() if self.is_aside else self.directory.reader.states_of(f"{self.namespace}/{key}")
 
     def lead(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry; what gives that up again, or None."""
-        return self.directory.leaders.lead(entry)
+        return _nothing if self.is_aside else self.directory.leaders.lead(entry)
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
         """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
-        return self.directory.leaders.claim(f"{self.namespace}/{key}", span)
+        return _nothing if self.is_aside else self.directory.leaders.claim(f"{self.namespace}/{key}", span)
 
     def ticket(self, entry: Entry) -> Ticket | None:
         """Take note of the writes so far, before a fetch begins."""
-        return self.directory.leaders.ticket(entry)
+        return None if self.is_aside else self.directory.leaders.ticket(entry)
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
-        return await pool.run(self.directory.publisher.publish, entry, data, ticket, validator)
+        if self.is_aside:
+            return False
+        return await self.directory.promptly(False, self.directory.publisher.publish, entry, data, ticket, validator)
 
     async def publish_soon(
         self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
         """As `publish`, but without waiting for it: the last to leave `fetching` does."""
-        self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
+        if self.is_aside:
+            done()
+        else:
+            self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
 
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
@@ -197,59 +212,65 @@ class SharedBackend:
 
     async def validator(self, entry: Entry) -> str:
         """What tells the cached state of an entry from others; empty where nothing does."""
-        return self.directory.reader.validator(entry)
+        return "" if self.is_aside else self.directory.reader.validator(entry)
 
     async def renew(self, entry: Entry, max_age: Age) -> None:
         """Let the age of an entry begin anew, where ages matter."""
-        if max_age != "infinity":
+        if max_age != "infinity" and not self.is_aside:
             self.directory.reader.renew(entry)
 
     async def begin(self, keys: Sequence[str]) -> list[Begun]:
         """Before the source of some keys is written."""
-        return await pool.run(self.directory.writes.begin, [f"{self.namespace}/{key}" for key in keys])
+        return await self.directory.to_the_end(self.directory.writes.begin, [f"{self.namespace}/{key}" for key in keys])
 
     async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """After the source of some keys was written."""
-        await pool.run(self.directory.writes.end, writes, values)
+        await self.directory.to_the_end(self.directory.writes.end, writes, values)
 
     async def forget(self, key: str, since: Any) -> Ticket | None:
         """Forget a key whose value turned out to be another; a ticket to store it with."""
-        return await pool.run(self.directory.writes.forget, f"{self.namespace}/{key}", since)
+        return await self.directory.to_the_end(self.directory.writes.forget, f"{self.namespace}/{key}", since)
 
     async def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
         """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
-        prefix = f"{self.namespace}/{prefix}".rstrip("/")
-        return await pool.run(self.directory.writes.begin_drop, prefix, itself=itself)
+        full = f"{self.namespace}/{prefix}".rstrip("/")
+        return await self.directory.to_the_end(self.directory.writes.begin_drop, full, itself=itself)
 
     async def end_drop(self, begun: Any) -> None:
         """After all keys beneath a prefix were deleted at the source."""
-        await pool.run(self.directory.writes.end_drop, begun)
+        await self.directory.to_the_end(self.directory.writes.end_drop, begun)
 
     async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
-        return await pool.run(self.directory.arrays.compare, self.namespace, key, document, ticket)
+        if self.is_aside:
+            self.directory.arrays.compare_later(self.namespace, key, document)
+            return None
+        compare = self.directory.arrays.compare
+        return await self.directory.to_the_end(compare, self.namespace, key, document, ticket)
 
     async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
         """Documents whose state, as somebody has seen it, may not be the one that this machine's entries are of."""
-        return await pool.run(self.directory.arrays.doubtful, self.namespace, seen)
+        return await self.directory.promptly(list(seen), self.directory.arrays.doubtful, self.namespace, seen)
 
     async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
         """Remember, in this process, of which documents the source was asked in doubt."""
-        await pool.run(self.directory.arrays.settled, self.namespace, seen, asked)
+        await self.directory.promptly(None, self.directory.arrays.settled, self.namespace, seen, asked)
 
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
-        return await pool.run(self.directory.arrays.is_absent, self.namespace, key, max_age)
+        return await self.directory.promptly(False, self.directory.arrays.is_absent, self.namespace, key, max_age)
 
     def lacks_now(self, key: str, max_age: Age) -> bool:
         """As `lacks`, as far as this process knows."""
-        return self.directory.absences.knows(f"{self.namespace}/{key}", max_age) is True
+        return not self.is_aside and self.directory.absences.knows(f"{self.namespace}/{key}", max_age) is True
 
     async def lacks(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a chunk."""
         absences = self.directory.absences
+        if self.is_aside or not self.directory.may_serve:
+            return False
         known = absences.knows(full := f"{self.namespace}/{key}", max_age)
-        return await pool.run(absences.look, full, max_age) if known is None else known
+        return await self.directory.promptly(False, absences.look, full, max_age) if known is None else known
 
     async def note_lack(self, key: str, ticket: Ticket) -> None:
         """Remember that the source does not have a chunk."""
@@ -258,11 +279,11 @@ class SharedBackend:
 
     async def note(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
-        await pool.run(self.directory.arrays.note, self.namespace, key, document)
+        await self.directory.promptly(None, self.directory.arrays.note, self.namespace, key, document)
 
     async def clear(self) -> None:
         """Forget all entries of this source, and no other's."""
-        await pool.run(self.directory.writes.drop, self.namespace)
+        await self.directory.to_the_end(self.directory.writes.drop, self.namespace)
 
     def info(self, *, exact: bool = True) -> dict[str, Any]:
         """What is cached of this source, and in all; sizes in bytes.
@@ -270,7 +291,8 @@ class SharedBackend:
         Exact is what comes after all that is being stored. Else nothing is waited for, and a moment ago is good enough.
         """
         if exact:
-            self.directory.background.wait()
+            if not self.is_aside:
+                self.directory.background.wait()
             if self.directory.is_made:
                 self.directory.prepare()
                 self.directory.flush()
@@ -310,6 +332,10 @@ class SharedBackend:
     def is_same_cache(self, other: object) -> bool:
         """Whether another backend keeps its entries in the same place."""
         return isinstance(other, SharedBackend) and self.directory is other.directory
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_fresh(found: Found, max_age: Age) -> bool:

@@ -7,7 +7,7 @@ import secrets
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import _files as files
-from xzcache._keys import Entry, is_plain, prefix_slot, write_slot
+from xzcache._keys import Entry, is_plain, namespace_of, prefix_slot, write_slot
 from xzcache._leaders import Ticket, current_ticket
 from xzcache._quarantine import beneath
 from xzcache._space import Doubtful
@@ -86,6 +86,7 @@ class Writes:
 
         def act() -> list[Begun]:
             with self._books.section() as (member, index):
+                self._note(keys, member)
                 tickets = [self._count(member, index, key) for key in keys]
                 for write in begun:
                     index.notes.add_writing(write.row, write.key, member.owner, beneath=False)
@@ -109,6 +110,7 @@ class Writes:
 
         Where that is done by hand, it is done again by the index later, which is told then which writes have ended.
         """
+        self._note(keys)
         done = self._doubts.surely(
             keys,
             act,
@@ -117,6 +119,17 @@ class Writes:
         )
         self._see_to(doubts)
         return done
+
+    def _note(self, keys: Sequence[str], member: Membership | None = None) -> None:
+        """Say that the namespaces of some keys are being written: the power may go before the entries are gone.
+
+        Where that cannot be said, what is cached is right for as long as the machine runs.
+        """
+        for namespace in set(map(namespace_of, keys)):
+            try:
+                (self._books if member is None else member).note_written(namespace)
+            except Exception as error:
+                self._doubts.tell(error)
 
     def _release(self, dying: list[Dying], *, soon: bool = False) -> None:
         """Unlink what is out of sight; what cannot be settled now is settled later, and fails no write."""
@@ -216,6 +229,7 @@ class Writes:
             It may still be there.
         """
         doubts = Doubtful()
+        self._note([key])
         self._doubts.strictly(lambda: self.forget_now([key], doubts), lambda: self._doubts.unlink_keys([key]))
         if doubts.error is not None:
             raise doubts.error
@@ -223,6 +237,7 @@ class Writes:
     def remove_beneath(self, prefix: str) -> None:
         """As `remove`, of everything beneath a prefix."""
         doubts = Doubtful()
+        self._note([f"{prefix}/"] if prefix else [""])
         self._doubts.strictly(lambda: self._drop_now(prefix, doubts), lambda: self._doubts.unlink_beneath(prefix))
         if doubts.error is not None:
             raise doubts.error
@@ -268,6 +283,7 @@ class Writes:
             self._books.writing.difference_update(write.row for write in drop.writes)
 
     def _surely_drop(self, prefix: str, drop: Drop | None = None, *, begins: bool = False) -> None:
+        self._note([f"{prefix}/"] if prefix else [""])
         keys = [] if drop is None else drop.keys
         ended = None if begins else drop
 
@@ -309,6 +325,7 @@ class Writes:
         """As `drop_now`, of some keys as well; whether all files are seen to be gone."""
         with self._books.section() as (member, index):
             if begun is not None:
+                self._note([f"{prefix}/"], member)
                 for write in begun.writes:
                     index.notes.add_writing(write.row, write.key, member.owner, beneath=write is begun.beneath)
             for key in keys:

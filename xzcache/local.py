@@ -161,7 +161,7 @@ class LockedLocalStore(LocalStore):
         prototype = prototype or default_buffer_prototype()
         wanted = span(byte_range)
         reader = self._directory.reader
-        if wanted is None or not is_cacheable(key):
+        if wanted is None or not is_cacheable(key) or not self._may_read():
             return None
         found = reader.find(Entry(key), anyones=True)
         if found is None:
@@ -172,6 +172,10 @@ class LockedLocalStore(LocalStore):
         if self._directory.recency.note(found.entry) and not self.read_only:
             pool.spawn(self._directory.flush)
         return None if data is None else prototype.buffer.from_bytes(data)
+
+    def _may_read(self) -> bool:
+        """Whether files are as they were last written: after a loss of power, when that was seen to."""
+        return self._directory.may_serve or (self._directory.prepare() and self._directory.may_serve)
 
     async def get(
         self,
@@ -200,7 +204,7 @@ class LockedLocalStore(LocalStore):
 
     def _size_of(self, key: str) -> int | None:
         reader = self._directory.reader
-        found = reader.find(Entry(key), anyones=True) if is_cacheable(key) else None
+        found = reader.find(Entry(key), anyones=True) if is_cacheable(key) and self._may_read() else None
         if found is None:
             return None
         # what pretends to be an entry, and belongs to another user, is not read either
