@@ -43,7 +43,6 @@ FLOORS = {
     "_shared": 14,
     "_anystore": 14,
     # the cache directory that processes share, blocking: whole, then part by part
-    "_audit": 14,
     "_directory": 13,
     "_arrays": 12,
     "_writes": 11,

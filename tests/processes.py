@@ -401,7 +401,7 @@ class Made(WrapperStore[MemoryStore]):
 
 
 _FILES_OF_OURS = re.compile(
-    r"guard\.lock|lock|writes|(format|node|max_size)(\.new)?|index-(\d+)\.db(-journal)?"
+    r"guard\.lock|lock|writes|written|(format|node|max_size)(\.new)?|index-(\d+)\.db(-journal)?"
     r"|tmp|trash|odd|ranges|made"
 )
 _PLACES = ("tmp", "trash", "odd", "ranges")

@@ -149,7 +149,7 @@ class _Pass:
                     dead.append(owner)
                     if lease := index.lease_of(owner):
                         self._add("lease", f"owner {owner}", f"{lease} bytes are leased to a process that is gone")
-                    for key, _ in index.notes.writing_of(owner):
+                    for _, key, _ in index.notes.writing_of(owner):
                         self._add("write", key, "a process that is gone was writing it")
             left = index.left_dying() + index.dying_of_nobody()
             for item in left + [item for owner in dead for item in index.dying_of(owner)]:
