@@ -38,7 +38,64 @@ class Control(NamedTuple):
     soaks: tuple[str, ...]
 
 
-CONTROLS: dict[str, Control] = {}
+CONTROLS = {
+    "bytes-before-unlink": Control(
+        "space is given back before the file is unlinked",
+        (
+            (
+                "_space.py",
+                "        erased = self.erase(dying)\n",
+                "        self.settle(dying)\n        erased = self.erase(dying)\n",
+            ),
+        ),
+        ("faults --scenario evicting --what EIO --call unlink --positions 6",),
+    ),
+    "name-before-row": Control(
+        "a file gets its name before its row is committed",
+        (
+            (
+                "_publisher.py",
+                "        index.commit()\n        for item, path in moves:\n",
+                "        for item, path in moves:\n",
+            ),
+            (
+                "_publisher.py",
+                "                item.failure = error\n\n    def _undo",
+                "                item.failure = error\n        index.commit()\n\n    def _undo",
+            ),
+        ),
+        ("faults --scenario evicting --what KILL --call pwrite64 --positions 40",),
+    ),
+    "unknown-is-no": Control(
+        "a file that cannot be looked at is taken for one that is not there",
+        (
+            (
+                "_files.py",
+                "            return _look_without_stamps(path)\n        raise\n",
+                "            return _look_without_stamps(path)\n        return Whose.GONE\n",
+            ),
+        ),
+        ("faults --scenario evicting --what EIO --call lgetxattr --positions 10",),
+    ),
+    "no-checksum": Control(
+        "the checksum of a file is not compared",
+        (("_reader.py", "files.checksum(data) != crc", "files.checksum(data) == -1"),),
+        ("damage --files 300",),
+    ),
+    "deaf-fill": Control(
+        "a fill that began before a write is stored all the same",
+        (
+            ("_admission.py", "parcel.ticket != tickets.of(key)", "False"),
+            ("_publisher.py", "ticket == tickets.of(entry.key)", "True"),
+        ),
+        ("storm --seconds 40 --seed 3",),
+    ),
+    "bound": Control(
+        "an entry is stored that was given no room",
+        (("_space.py", "        if had == size:\n            return\n", "        return\n"),),
+        ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
+    ),
+}
 
 
 def broken(control: Control, place: Path) -> str | None:
