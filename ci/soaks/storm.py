@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _scenarios import entry_bytes
 from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
@@ -517,23 +518,6 @@ def _until_stopped(pid: int) -> None:
     with suppress(OSError):
         while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "TtZX":
             time.sleep(0.0005)
-
-
-def entry_bytes(cache: Path) -> int:
-    """Bytes of all entry files, of those in flight and of those on their way out."""
-    sizes: dict[tuple[int, int], int] = {}
-    stack = [cache]
-    while stack:
-        here = stack.pop()
-        with suppress(OSError):
-            for item in os.scandir(here):
-                if item.is_dir(follow_symlinks=False):
-                    stack.append(Path(item.path))
-                elif here.name != ".xzcache" and item.name not in (".damaged",):
-                    with suppress(FileNotFoundError):
-                        status = item.stat(follow_symlinks=False)
-                        sizes[status.st_dev, status.st_ino] = status.st_size
-    return sum(sizes.values())
 
 
 @contextmanager
