@@ -324,18 +324,25 @@ def test_a_write_whose_end_the_index_was_not_told_is_over(root: Path, write: str
 
 
 def test_a_write_that_the_index_was_not_told_of_ends_an_absence(root: Path) -> None:
-    make_origin(root)
+    make_origin(root, [f"a/c/{number}" for number in range(5)])
     with Team() as team:
         writer = Worker(team, cached, root, settings={"lock_timeout": 0.3}, revalidate=False)
-        writer.ask("get", "a/c/0")
-        assert anew(root, "get", "a/c/7") is None
-        assert anew(root, "get", "a/c/7") is None
+        options = {"revalidate": False, "missing_max_age_seconds": 60}
+        first, second, third = (Worker(team, cached, root, **options) for _ in range(3))
+        for number, worker in enumerate((writer, first, second, third)):
+            assert worker.ask("get", f"a/c/{number}") == 1
+        assert first.ask("get", "a/c/7") is None
+        # what was noted is stored in order: once this is, so is that
+        first.ask("get", "a/c/4")
+        until(entry(root, "a/c/4").exists)
+        make_origin(root, ["a/c/7"])
+        assert second.ask("get", "a/c/7") is None, "it is not remembered to be absent"
         with index_locked(root):
             assert writer.ask("set", "a/c/7", 2) == "done"
         # the writer has not used the index since
-        assert anew(root, "get", "a/c/7") == 2
-        writer.leave()
-    assert anew(root, "get", "a/c/7") == 2
+        for worker in (third, second, first, writer):
+            assert worker.ask("get", "a/c/7") == 2
+            worker.leave()
     accounted(root)
 
 

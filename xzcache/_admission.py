@@ -38,8 +38,11 @@ class Admission:
         self._root = root
         self._folds = folds
 
-    def of(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[InFlight]:
-        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted."""
+    def of(self, member: Membership, index: Index, items: Sequence[InFlight], seen: set[str]) -> list[InFlight]:
+        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted.
+
+        Directories that were looked at are added to `seen`.
+        """
         tickets, writings = Tickets(member), index.notes.writings()
         states: dict[str, str] = {}
         admitted = []
@@ -62,7 +65,7 @@ class Admission:
             apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, item))
             if apart and parcel.ticket is not None:
                 continue
-            if self._finds_place(item):
+            if self._finds_place(item, seen):
                 admitted.append(item)
                 states[key] = state
         return admitted
@@ -96,13 +99,13 @@ class Admission:
         places = (True,) if self.is_odd(entry) else (False, True)
         return any(files.exists(self._path(entry, odd=odd)) for odd in places)
 
-    def _finds_place(self, item: InFlight) -> bool:
+    def _finds_place(self, item: InFlight, seen: set[str]) -> bool:
         """Have an entry lie elsewhere where something of somebody else's is at its key; False if that cannot be."""
         entry = item.parcel.entry
         if item.odd or not entry.is_whole:
             return True
         try:
-            item.odd = self._is_blocked(item)
+            item.odd = self._is_blocked(item, seen)
             if item.odd:
                 files.attach(item.temporary, item.stamp_in_place)
         except OSError as error:
@@ -110,11 +113,11 @@ class Admission:
             item.failure = error
         return item.failure is None
 
-    def _is_blocked(self, item: InFlight) -> bool:
+    def _is_blocked(self, item: InFlight, seen: set[str]) -> bool:
         """Whether something of somebody else's keeps an entry from lying at its key."""
         entry = item.parcel.entry
         try:
-            path = files.inside(self._root, relative_path(entry, odd=False))
+            path = files.inside(self._root, relative_path(entry, odd=False), seen)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return True

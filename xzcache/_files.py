@@ -202,10 +202,16 @@ def move(source: str, target: str) -> None:
         os.replace(source, target)
 
 
-def inside(root: str, relative: str) -> str:
+def inside(root: str, relative: str, seen: set[str] | None = None) -> str:
     """The absolute path of something in a cache directory, once no directory above it is a link.
 
     Every path that is unlinked, renamed or written goes through here: a link leads to somebody else's files.
+
+    Parameters
+    ----------
+    root, relative : str
+    seen : set of str, optional
+        Directories that were seen to be none a moment ago, while the guard was held; those of this path are added.
 
     Raises
     ------
@@ -215,12 +221,16 @@ def inside(root: str, relative: str) -> str:
     path = root
     for name in ["", *relative.split("/")[:-1]]:
         path = f"{path}/{name}" if name else path
+        if seen is not None and path in seen:
+            continue
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
             break
         if stat.S_ISLNK(mode):
             raise OSError(errno.ELOOP, "a link is in the place of a directory of the cache", path)
+        if seen is not None:
+            seen.add(path)
     return f"{root}/{relative}"
 
 

@@ -346,7 +346,8 @@ class Space:
         while self._erased:
             erased.append(self._erased.pop())
         try:
-            index.drop_dying(item.id for item in erased)
+            if erased:
+                self.settle_in(index, erased)
             yield
         except BaseException:
             self._erased.extend(erased)
@@ -371,10 +372,15 @@ class Space:
         """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""
         try:
             with self.books.section() as (_, index):
-                index.drop_dying(item.id for item in dying)
+                self.settle_in(index, dying)
         except BaseException:
             self._unreleased += dying
             raise
+
+    @staticmethod
+    def settle_in(index: Index, dying: list[Dying]) -> None:
+        """Give back, within a transaction, the bytes of files that were unlinked."""
+        index.drop_dying(item.id for item in dying)
 
 
 def recovery_due(member: Membership) -> bool:
