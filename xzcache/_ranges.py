@@ -140,8 +140,8 @@ class RangeReads:
             What the source said of the state of what was cached.
         """
         began = time.perf_counter()
-        merging = {"gap": limits["max_gap_bytes"], "most": limits["max_coalesced_bytes"]}
-        spans = merged([(entry.start, entry.stop) for entry in wanted], **merging)
+        ends = [(entry.start, entry.stop) for entry in wanted]
+        spans = merged(ends, gap=limits["max_gap_bytes"], most=limits["max_coalesced_bytes"])
         asked: list[ByteRequest | None] = [RangeByteRequest(*span) for span in spans]
         together = {place for places in wanted.values() for place in places}
         others = [place for place in range(len(byte_ranges)) if place not in together]

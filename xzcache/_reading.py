@@ -221,6 +221,9 @@ class Reading:
         if all(fits(validator, state) for state in states):
             return ticket, validator, False
         replaced = any(differ((validator, state)) for state in states)
+        if not replaced and self.backend.ticket(entry) != ticket:
+            # what is cached came later than this was asked for, and this is not stored
+            return ticket, validator, False
         if not replaced:
             state = min(states)
             is_told = tells(validator) or tells(state)
