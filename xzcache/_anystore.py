@@ -135,6 +135,9 @@ class StoreBackend(Alone):
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
+        if self._is_being_written(entry.key):
+            # nobody can tell whether it is of before or of after the write
+            return False
         others = [self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry]
         if not all(fits(validator, other) for other in others):
             # parts of two states of an object must not be mixed
