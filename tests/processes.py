@@ -401,8 +401,8 @@ class Made(WrapperStore[MemoryStore]):
 
 
 _FILES_OF_OURS = re.compile(
-    r"guard\.lock|lock|writes|written|(format|node|max_size)(\.new)?|index-(\d+)\.db(-journal)?"
-    r"|tmp|trash|odd|ranges|made"
+    r"guard\.lock|lock|writes|(format|node|max_size)(\.new)?|index-(\d+)\.db(-journal)?"
+    r"|tmp|trash|odd|ranges|made|written"
 )
 _PLACES = ("tmp", "trash", "odd", "ranges")
 

@@ -426,7 +426,7 @@ class CacheDirectory:
 
     def close(self) -> None:
         """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
-        if self.health.is_aside:
+        if not self.health.comes_back(LONG):
             # whoever comes next finds that this process is gone
             self.health.rest()
             return

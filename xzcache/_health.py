@@ -25,6 +25,7 @@ _FAULTS: Final = 10
 _WINDOW: Final = 30.0
 """So many faults within so many seconds put the cache aside."""
 _FIRST_PAUSE: Final = 1.0
+_POLL: Final = 0.01
 _LONGEST_PAUSE: Final = 60.0
 _OF_THE_DISK: Final = frozenset(
     getattr(errno, name)
@@ -184,6 +185,13 @@ class Health:
             logger.info(
                 "the cache in %s is used again, after %.1f s and %d probes", self._root, now - self._since, count
             )
+
+    def comes_back(self, patience: float) -> bool:
+        """Whether the directory is healthy, now or within so many seconds."""
+        end = time.monotonic() + patience
+        while self.is_aside and time.monotonic() < end:
+            time.sleep(_POLL)
+        return not self.is_aside
 
     def rest(self) -> None:
         """Probe no more, and begin anew as healthy: the directory is left."""

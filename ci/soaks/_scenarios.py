@@ -220,7 +220,11 @@ def entry_bytes(cache: Path) -> int:
         with suppress(OSError):
             for item in os.scandir(here):
                 if item.is_dir(follow_symlinks=False):
-                    stack.append(Path(item.path))
+                    if here.name != ".xzcache" or item.name in ("tmp", "trash", "odd", "ranges"):
+                        stack.append(Path(item.path))
+                elif item.name.startswith("undone-"):
+                    # a note of what is still to be done
+                    continue
                 elif here.name != ".xzcache" and item.name not in (".damaged", "notes"):
                     with suppress(FileNotFoundError):
                         status = item.stat(follow_symlinks=False)

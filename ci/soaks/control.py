@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import xzcache
 
-
 WHOLE = Path(xzcache.__file__).parents[1]
 """Where the package is as it is."""
 

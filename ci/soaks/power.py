@@ -32,7 +32,7 @@ from faults import Forked, attach, audit
 
 CALLS = (
     "openat,open,creat,write,pwrite64,pwritev,pwritev2,writev,ftruncate,truncate,fallocate,rename,renameat,renameat2,"
-    "unlink,unlinkat,mkdir,mkdirat,rmdir,fsetxattr,setxattr,lsetxattr,utimensat,fsync,fdatasync,close,link,linkat"
+    "unlink,unlinkat,mkdir,mkdirat,rmdir,fsetxattr,setxattr,lsetxattr,utimensat,fsync,fdatasync,syncfs,close,link,linkat"
 )
 VARIANTS = ("all", "no data", "cut", "zeros", "late names lost")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -126,6 +126,8 @@ def _ops(call: str, text: str, result: int) -> Iterator[Op]:
         yield Op("attribute", path, (strings[0].decode(), strings[1]))
     elif call in ("fsync", "fdatasync"):
         yield Op("sync", fd)
+    elif call == "syncfs":
+        yield Op("sync all", fd)
     elif call == "close":
         yield Op("close", fd)
 
@@ -184,6 +186,9 @@ class Disk:
                 self.names[target] = self.names.pop(op.path)
             else:
                 self._rename_folder(op.path, target)
+        elif op.what == "sync all":
+            for inode in [*self.names.values(), *self.open.values()]:
+                inode.synced = bytes(inode.data)
         elif op.what == "unlink" and names:
             if op.path in self.names:
                 self.open[op.path] = self.names.pop(op.path)
@@ -242,7 +247,7 @@ def crash(start: Disk, record: list[Op], point: int, variant: str, source: str, 
     """The disk after the power went before the operation number `point`."""
     disk = deepcopy(start)
     # a journal keeps the order of names; all that a sync came after is there
-    last_sync = max([n for n, op in enumerate(record[:point]) if op.what == "sync"], default=0)
+    last_sync = max([n for n, op in enumerate(record[:point]) if op.what in ("sync", "sync all")], default=0)
     kept = chance.randint(last_sync, point) if variant == "late names lost" else point
     for number, op in enumerate(record[:point]):
         is_source = op.path.startswith(source)
