@@ -456,11 +456,24 @@ def frozen(children: list[Child]) -> Iterator[None]:
         for child in children:
             with suppress(ProcessLookupError):
                 child.signal(signal.SIGSTOP)
+        # a thread that runs on another processor goes on for a moment
+        deadline = time.monotonic() + PATIENCE
+        while not all(map(_is_stopped, children)):
+            assert time.monotonic() < deadline
         yield
     finally:
         for child in children:
             with suppress(ProcessLookupError):
                 child.signal(signal.SIGCONT)
+
+
+def _is_stopped(child: Child) -> bool:
+    """Whether no thread of a process runs, as far as the platform tells."""
+    for task in Path(f"/proc/{child.pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if task.read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                return False
+    return True
 
 
 # -- the audit
@@ -549,6 +562,11 @@ def audit(root: str) -> int:
     """The closing check of a test, once every process has left; returns the number of entries."""
     found = findings(root)
     assert not found, "\n".join(found)
+    # by the package's own audit, too, which has to agree
+    store = xzcache.LockedLocalStore(root)
+    report = store.check()
+    store.directory.close()
+    assert report.ok, str(report)
     with opened_index(root) as index:
         return int(index.execute("SELECT n FROM total").fetchone()[0])
 

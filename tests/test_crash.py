@@ -304,8 +304,8 @@ STEPS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "after-condemning": (Space, "condemn", after),
     "before-erasing": (Space, "erase", before),
     "after-erasing": (Space, "erase", after),
-    "before-settling": (Space, "settle", before),
-    "after-settling": (Space, "settle", after),
+    "before-settling": (Space, "settle_in", before),
+    "after-settling": (Space, "settle_in", after),
 }
 
 

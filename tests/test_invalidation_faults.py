@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
@@ -273,6 +274,78 @@ def test_a_store_of_its_own_deletes_or_raises(root: Path, how: str) -> None:
         store.leave()
 
 
+# -- the index cannot be told
+
+
+@contextmanager
+def index_locked(root: Path) -> Iterator[None]:
+    """Have the lock of the index as if another process had stopped with it."""
+    with open(root / "cache/.xzcache/lock", "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class SlowToReturn(LocalStore):
+    """A source that has written a key when another process stops that has the index."""
+
+    lock: Any = None
+
+    async def set(self, key: str, value: Any, byte_range: Any = None) -> None:
+        await super().set(key, value)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+    async def delete(self, key: str) -> None:
+        await super().delete(key)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+
+@pytest.mark.parametrize("write", ["set", "delete"])
+def test_a_write_whose_end_the_index_was_not_told_is_over(root: Path, write: str) -> None:
+    """Its key is cached again, by the same process, which leaves the directory in the end."""
+    make_origin(root)
+    (root / "cache").mkdir()
+    with xzcache.config.set(lock_timeout=0.2):
+        origin = SlowToReturn(root / "origin")
+        store = xzcache.CacheStore(origin, cache_store=root / "cache", namespace=NAMESPACE, revalidate=False)
+        asyncio.run(read(store, "a/c/1"))
+        until(entry(root, "a/c/1").exists)
+        with open(root / "cache/.xzcache/lock", "r+b") as origin.lock:
+            asyncio.run(store.set("a/c/0", buffer(value("a/c/0", 2))) if write == "set" else store.delete("a/c/0"))
+    make_origin(root)
+
+    def is_cached() -> bool:
+        assert asyncio.run(read(store, "a/c/0")) == value("a/c/0", 1)
+        return entry(root, "a/c/0").exists()
+
+    until(is_cached)
+    del store
+    until(lambda: not os.listdir(root / "cache/.xzcache/tmp"))
+    accounted(root)
+
+
+def test_a_write_that_the_index_was_not_told_of_ends_an_absence(root: Path) -> None:
+    make_origin(root, [f"a/c/{number}" for number in range(5)])
+    with Team() as team:
+        writer = Worker(team, cached, root, settings={"lock_timeout": 0.3}, revalidate=False)
+        options = {"revalidate": False, "missing_max_age_seconds": 60}
+        first, second, third = (Worker(team, cached, root, **options) for _ in range(3))
+        for number, worker in enumerate((writer, first, second, third)):
+            assert worker.ask("get", f"a/c/{number}") == 1
+        assert first.ask("get", "a/c/7") is None
+        # what was noted is stored in order: once this is, so is that
+        first.ask("get", "a/c/4")
+        until(entry(root, "a/c/4").exists)
+        make_origin(root, ["a/c/7"])
+        assert second.ask("get", "a/c/7") is None, "it is not remembered to be absent"
+        with index_locked(root):
+            assert writer.ask("set", "a/c/7", 2) == "done"
+        # the writer has not used the index since
+        for worker in (third, second, first, writer):
+            assert worker.ask("get", "a/c/7") == 2
+            worker.leave()
+    accounted(root)
+
+
 # -- processes that stall
 
 
@@ -289,7 +362,12 @@ def traced(child: Child, log: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         tracer.send_signal(signal.SIGINT)
-        tracer.communicate()
+        try:
+            tracer.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            # it waits in vain for a process that was killed while it was held up
+            tracer.kill()
+            tracer.communicate()
 
 
 def injected(log: Path, word: str = "INJECTED") -> int:

@@ -82,12 +82,6 @@ def test_a_floor_without_a_module(tmp_path: Path) -> None:
     assert offences == ["pkg: the table has a floor for _gone, which is no module"]
 
 
-def test_a_long_module(tmp_path: Path) -> None:
-    assert check(tmp_path, {"_errors.py": "x = 1\n" * 300}) == []
-    offences = check(tmp_path, {"_errors.py": "x = 1\n" * 301})
-    assert offences == ["pkg/_errors.py: 301 lines, 300 at most; split it"]
-
-
 @pytest.mark.parametrize("file", ["utils.py", "_common.py", "parts/_utils.py", "utils/__init__.py"])
 def test_an_attic(tmp_path: Path, file: str) -> None:
     assert any(line.startswith(f"pkg/{file}: a module named") for line in check(tmp_path, {file: ""}))

@@ -123,7 +123,7 @@ def bound_of(shape: Shape, asks: bool) -> Any:
     return shape.bound if asks else UNSET
 
 
-def give_back_too_early(self: Space, dying: list) -> None:
+def give_back_too_early(self: Space, dying: list, *, soon: bool = False) -> None:
     """The steps of `Space.release` in the wrong order, with time to see it."""
     if dying:
         self.settle(dying)

@@ -78,14 +78,14 @@ def test_what_is_cached_can_be_read_without_the_source(tmp_path: Path) -> None:
 def delete_while_another_sets(link: Connection, root: str) -> None:
     """Delete a directory; when the index has dropped it, and the files are looked for, another process sets a key."""
     store = xzcache.LockedLocalStore(root)
-    drop = Writes.drop
+    drop = Writes.remove_beneath
 
     def dropped(self: Writes, prefix: str) -> None:
         drop(self, prefix)
         link.send("dropped")
         assert link.recv() == "set"
 
-    Writes.drop = dropped  # type: ignore[method-assign]  # so that a race can be an event
+    Writes.remove_beneath = dropped  # type: ignore[method-assign]  # so that a race can be an event
     asyncio.run(store.delete_dir("a"))
 
 

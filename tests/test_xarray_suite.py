@@ -90,8 +90,10 @@ def only_through_the_cache(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> 
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def guard(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
-            opened = method(self, given, *args, **kwargs)
+        def guard(self: Any, *args: Any, **kwargs: Any) -> Any:
+            opened = method(self, *args, **kwargs)
+            # xarray passes it by position and by name
+            given = args[0] if args else kwargs["filename_or_obj"]
             store = given.store if isinstance(given, StorePath) else given
             assert isinstance(store, xzcache.CacheStore), f"{store!r} was read, and not the cache"
             assert store.cache_info()["cached_keys"], f"{store!r} was read past the cache"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xzcache._config import is_fresh
 from xzcache._documents import arrays_of
 from xzcache._keys import absence_slot
-from xzcache._leaders import Ticket, current_ticket
+from xzcache._leaders import Ticket, Tickets, current_ticket
 
 if TYPE_CHECKING:
     from xzcache._config import Age
@@ -88,15 +88,16 @@ class Absences:
     def _look(self, key: str, max_age: Age) -> bool:
         array = _array_of(key)
         count = self._count(array)
-        # tickets are older than the rows that they are remembered with
-        tickets = {name: self._ticket(name) for name in self._rows(array)}
         rows = self._rows(array)
-        for name, at in rows.items():
-            if (ticket := tickets.get(name)) is not None:
-                self._remember(name, _Noted(at, ticket))
+        if (member := self._books.current) is not None:
+            # after the rows: what was written since, also where the index could not be told, has another ticket
+            tickets = Tickets(member)
+            for name, (at, digest) in rows.items():
+                if (ticket := tickets.of(name)).digest() == digest:
+                    self._remember(name, _Noted(at, ticket))
         if len(rows) >= _REMEMBERED:
-            with self._books.section() as (_, index):
-                noted = index.notes.absent_since(key)
+            with self._books.section() as (member, index):
+                noted = index.notes.absent_since(key, current_ticket(member, key).digest())
             return noted is not None and is_fresh(noted, max_age)
         with self._lock:
             if len(self._read_at) > _REMEMBERED:
@@ -114,14 +115,14 @@ class Absences:
         self._own[array] = {number for number in own if number > count}
         self._read_at[array] = count
 
-    def _rows(self, array: str) -> dict[str, float]:
-        """What is noted of an array; the guard is let go of now and then."""
-        rows: dict[str, float] = {}
+    def _rows(self, array: str) -> dict[str, tuple[float, int]]:
+        """What is noted of an array: when, and under which ticket; the guard is let go of now and then."""
+        rows: dict[str, tuple[float, int]] = {}
         last = ""
         while len(rows) < _REMEMBERED:
             with self._books.section() as (_, index):
                 page = index.notes.absent_beneath(array, last, _PAGE)
-            rows.update(page)
+            rows.update({name: (at, digest) for name, at, digest in page})
             if len(page) < _PAGE:
                 break
             last = page[-1][0]
@@ -148,7 +149,7 @@ class Absences:
             arrays = set()
             for key, noted in pending.items():
                 if noted.ticket == current_ticket(member, key) and not index.notes.is_written(key):
-                    index.notes.set_absent(key, noted.at)
+                    index.notes.set_absent(key, noted.at, noted.ticket.digest())
                     arrays.add(_array_of(key))
             for array in arrays:
                 with self._lock:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xzcache._index import Index
     from xzcache._keys import Entry
     from xzcache._membership import Membership
-    from xzcache._parcels import InFlight, Parcel
+    from xzcache._parcels import InFlight
 
 
 class Admission:
@@ -38,8 +38,11 @@ class Admission:
         self._root = root
         self._folds = folds
 
-    def of(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[InFlight]:
-        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted."""
+    def of(self, member: Membership, index: Index, items: Sequence[InFlight], seen: set[str]) -> list[InFlight]:
+        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted.
+
+        Directories that were looked at are added to `seen`.
+        """
         tickets, writings = Tickets(member), index.notes.writings()
         states: dict[str, str] = {}
         admitted = []
@@ -59,10 +62,10 @@ class Admission:
                 continue
             item.has_others = known = index.knows(key)
             item.old = index.find(parcel.entry) if known else None
-            apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, parcel))
+            apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, item))
             if apart and parcel.ticket is not None:
                 continue
-            if self._finds_place(item):
+            if self._finds_place(item, seen):
                 admitted.append(item)
                 states[key] = state
         return admitted
@@ -71,9 +74,9 @@ class Admission:
         """Whether the key of an entry cannot be a path."""
         return entry.is_whole and not is_plain(entry.key, folds=self._folds)
 
-    def _agrees(self, index: Index, parcel: Parcel) -> bool:
+    def _agrees(self, index: Index, item: InFlight) -> bool:
         """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
-        entry = parcel.entry
+        parcel, entry = item.parcel, item.parcel.entry
         for row in (index.find(entry.whole), index.piece_of(entry.key)):
             if row is not None and row.entry != entry:
                 path = self._path(row.entry, odd=row.odd)
@@ -81,7 +84,11 @@ class Admission:
                 if stamp is None:
                     # where it cannot be told, it may be of another state
                     with suppress(OSError):
-                        if files.look(path, row.entry) in (Whose.GONE, Whose.UNMARKED):
+                        found = files.look(path, row.entry)
+                        if found in (Whose.MARKED, Whose.FOREIGN):
+                            # nor ever will be: damage gives way
+                            item.damaged.append(row)
+                        if found is not Whose.OURS:
                             continue
                     return False
                 if not fits(parcel.validator, stamp.validator):
@@ -92,13 +99,13 @@ class Admission:
         places = (True,) if self.is_odd(entry) else (False, True)
         return any(files.exists(self._path(entry, odd=odd)) for odd in places)
 
-    def _finds_place(self, item: InFlight) -> bool:
+    def _finds_place(self, item: InFlight, seen: set[str]) -> bool:
         """Have an entry lie elsewhere where something of somebody else's is at its key; False if that cannot be."""
         entry = item.parcel.entry
         if item.odd or not entry.is_whole:
             return True
         try:
-            item.odd = self._is_blocked(item)
+            item.odd = self._is_blocked(item, seen)
             if item.odd:
                 files.attach(item.temporary, item.stamp_in_place)
         except OSError as error:
@@ -106,11 +113,11 @@ class Admission:
             item.failure = error
         return item.failure is None
 
-    def _is_blocked(self, item: InFlight) -> bool:
+    def _is_blocked(self, item: InFlight, seen: set[str]) -> bool:
         """Whether something of somebody else's keeps an entry from lying at its key."""
         entry = item.parcel.entry
         try:
-            path = files.inside(self._root, relative_path(entry, odd=False))
+            path = files.inside(self._root, relative_path(entry, odd=False), seen)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return True

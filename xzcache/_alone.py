@@ -61,6 +61,11 @@ class Alone:
     def _write_ends(self, *written: str) -> None:
         self._written -= Counter(written)
 
+    def _is_being_written(self, key: str) -> bool:
+        return bool(self._written) and any(
+            key == written or (written.endswith("/") and key.startswith(written)) for written in list(self._written)
+        )
+
     async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
         """No other process shares these books, so there is nothing that it could not know of."""
         return []

@@ -135,6 +135,9 @@ class StoreBackend(Alone):
 
     async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
+        if self._is_being_written(entry.key):
+            # nobody can tell whether it is of before or of after the write
+            return False
         others = [self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry]
         if not all(fits(validator, other) for other in others):
             # parts of two states of an object must not be mixed
@@ -234,16 +237,19 @@ class StoreBackend(Alone):
         ticket = await self._forget(key)
         return ticket if alone else None
 
-    async def begin_drop(self, prefix: str) -> str:
-        """Before all keys beneath a prefix are deleted at the source."""
+    async def begin_drop(self, prefix: str, *, itself: bool = False) -> tuple[str, Sequence[Any]]:
+        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
+        begun = await self.begin([prefix]) if itself else []
         self._write_begins(f"{prefix}/")
         await self.drop(prefix)
-        return prefix
+        return prefix, begun
 
     async def end_drop(self, begun: Any) -> None:
         """After they were deleted."""
-        self._write_ends(f"{begun}/")
-        await self.drop(begun)
+        prefix, writes = begun
+        self._write_ends(f"{prefix}/")
+        await self.drop(prefix)
+        await self.end(writes, [None] * len(writes), None)
 
     async def _forget(self, key: str) -> Ticket | None:
         ticket = self._ledger.count_write(key)

@@ -92,8 +92,9 @@ class Arrays:
         return self._keeper.attempt(lambda: self._is_absent(namespace, key, max_age), False)
 
     def _is_absent(self, namespace: str, key: str, max_age: Age) -> bool:
-        with self._books.section() as (_, index):
-            noted = index.notes.absent_since(f"{namespace}/{key}")
+        full = f"{namespace}/{key}"
+        with self._books.section() as (member, index):
+            noted = index.notes.absent_since(full, current_ticket(member, full).digest())
             return (noted is not None and is_fresh(noted, max_age)) and any(
                 index.find(Entry(f"{namespace}/{sibling}")) for sibling in documents.siblings(key)
             )
@@ -188,9 +189,7 @@ class Arrays:
                 else:
                     changed.append(path)
             valid = ticket is not None and ticket == current_ticket(member, full)
-            if valid and absent:
-                index.notes.set_absent(full, time.time())
-            elif not absent:
+            if not absent:
                 index.notes.drop_absent([full])
             for attributes, digest in described.attributes.items():
                 index.notes.set_node(_join(namespace, attributes), digest)
@@ -198,7 +197,10 @@ class Arrays:
                 member.writes.bump(prefix_slot(_join(namespace, path)))
             for path in noted:
                 member.writes.bump(data_slot(_join(namespace, path)))
-            return changed, current_ticket(member, full) if valid else None
+            now = current_ticket(member, full)
+            if valid and absent:
+                index.notes.set_absent(full, time.time(), now.digest())
+            return changed, now if valid else None
 
     def _drop_array(self, namespace: str, path: str, described: documents.Description) -> None:
         known = self._known(namespace, path)

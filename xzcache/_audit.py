@@ -149,7 +149,7 @@ class _Pass:
                     dead.append(owner)
                     if lease := index.lease_of(owner):
                         self._add("lease", f"owner {owner}", f"{lease} bytes are leased to a process that is gone")
-                    for key, _ in index.notes.writing_of(owner):
+                    for _, key, _ in index.notes.writing_of(owner):
                         self._add("write", key, "a process that is gone was writing it")
             left = index.left_dying() + index.dying_of_nobody()
             for item in left + [item for owner in dead for item in index.dying_of(owner)]:
@@ -219,8 +219,13 @@ class _Pass:
             return "unknown", str(error)
         if data is None or opened.size != row.size or files.checksum(data) != row.crc:
             return "damaged", f"{opened.size} bytes that are not the {row.size} that were stored"
-        if (stamp is None and self._books.has_stamps) or (stamp is not None and stamp.digest != row.entry.digest()):
-            return "damaged", "its stamp is not that of the entry"
+        if stamp is None and self._books.has_stamps:
+            return "damaged", "its stamp is gone"
+        if stamp is not None:
+            # the stamp of a file that does not lie at its own key names the key as well
+            named = stamp.entry if row.odd or not row.entry.is_whole else row.entry
+            if stamp.digest != row.entry.digest() or named != row.entry:
+                return "damaged", "its stamp is not that of the entry"
         if not opened.is_ours:
             return "damaged", "it belongs to another user"
         self.entries += 1

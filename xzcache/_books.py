@@ -78,6 +78,8 @@ class Books:
         self.when_used: Callable[[], None] = _nothing
         self.lost: set[tuple[int, int]] = set()
         """Which directories were at the path before, were taken away, and may come back."""
+        self.writing: set[int] = set()
+        """Ids of the writes that this process has begun at the source and not ended."""
         self._used = 0.0
 
     @property
@@ -398,6 +400,7 @@ class Books:
         self._member = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
+        self.writing = set()
 
 
 def _nothing() -> None:

@@ -244,11 +244,21 @@ class CacheDirectory:
 
     def _leave(self) -> bool:
         """Leave, if nothing uses the directory; False where it is about to be left."""
-        if self._users or self.books.current is None:
+        if self._users:
             return True
-        if self.health.is_aside:
+        if self.books.current is None:
+            # another process may do what this one could not
+            self.doubts.leave_note()
+            return True
+        if self.health.is_aside or not self.background.is_idle or self.books.was_just_used:
             return False
-        return self.background.is_idle and not self.books.was_just_used and self._close(unless_writing=True)
+        if self.doubts.owes:
+            self.doubts.make_up()
+        left = self._close(unless_writing=True)
+        if not left and not self.books.writing:
+            # the index speaks of writes that are over
+            self.keeper.attempt(lambda: recovery.recover(self.books), None)
+        return left
 
     def _publish_all(self, parcels: Sequence[Parcel]) -> None:
         self.publisher.publish_all(parcels)
@@ -426,6 +436,7 @@ class CacheDirectory:
             self.writes.adopt(self._quarantine.suspected)
             self.doubts.make_up()
         self._close()
+        self.doubts.leave_note()
 
     def _close(self, *, unless_writing: bool = False) -> bool:
         last_words = self.recency.tell if self.recency else None

@@ -231,6 +231,11 @@ class Doubts:
                 files.discard(self._note_path)
             self.let_go_of_note()
 
+    def leave_note(self) -> None:
+        """Leave the note, if there is one, to others: this process no longer uses the directory."""
+        with self._lock:
+            self.let_go_of_note()
+
     def let_go_of_note(self) -> None:
         """Close the note, if there is one: a forked child is not who wrote it."""
         if self._note >= 0:

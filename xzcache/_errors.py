@@ -66,6 +66,10 @@ class Replaced(OSError):
         return type(self), (self.filename,)
 
 
+class Unclear(Exception):
+    """Nobody can tell whether some parts of an object are of one state: they are to be asked for anew, together."""
+
+
 _told: Final[set[tuple[str, int]]] = set()
 
 

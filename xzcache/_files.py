@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 _ATTRIBUTE: Final = "user.xzcache"
 _NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
 _STAMP: Final = struct.Struct("<B16sIQqq")
-_VERSION: Final = 2
+_CHECK: Final = struct.Struct("<I")
+_VERSION: Final = 60
+"""No single bit makes this one of the older versions, whose stamps have no checksum of their own."""
+_WITHOUT_CHECK: Final = 2
 _WITHOUT_VALIDATOR: Final = 1
 _LONGEST_VALIDATOR: Final = 200
 OF_NOBODY: Final = bytes(16)
@@ -70,7 +73,8 @@ class Stamp(NamedTuple):
 
     def encode(self) -> bytes:
         head = _STAMP.pack(_VERSION, self.digest, self.crc, self.size, self.start, self.stop)
-        return head + f"{self.key}\0{self.validator}".encode()
+        stamp = head + f"{self.key}\0{self.validator}".encode()
+        return stamp + _CHECK.pack(checksum(stamp))
 
     @property
     def entry(self) -> Entry:
@@ -102,13 +106,20 @@ def read_stamp(file: int | str) -> Stamp | None:
 def _decode(raw: bytes) -> Stamp | None:
     try:
         version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
+        if version == _VERSION:
+            # a validator or a key that is damaged must not be taken for another state or another entry
+            (check,) = _CHECK.unpack(raw[-_CHECK.size :])
+            raw = raw[: -_CHECK.size]
+            if check != checksum(raw):
+                return None
         text = raw[_STAMP.size :].decode()
     except (struct.error, UnicodeDecodeError):
         return None
     if version == _WITHOUT_VALIDATOR:
         return Stamp(digest, crc, size, start, stop, text)
     key, _, validator = text.rpartition("\0")
-    return Stamp(digest, crc, size, start, stop, key, validator) if version == _VERSION else None
+    known = version in (_VERSION, _WITHOUT_CHECK)
+    return Stamp(digest, crc, size, start, stop, key, validator) if known else None
 
 
 def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
@@ -191,10 +202,16 @@ def move(source: str, target: str) -> None:
         os.replace(source, target)
 
 
-def inside(root: str, relative: str) -> str:
+def inside(root: str, relative: str, seen: set[str] | None = None) -> str:
     """The absolute path of something in a cache directory, once no directory above it is a link.
 
     Every path that is unlinked, renamed or written goes through here: a link leads to somebody else's files.
+
+    Parameters
+    ----------
+    root, relative : str
+    seen : set of str, optional
+        Directories that were seen to be none a moment ago, while the guard was held; those of this path are added.
 
     Raises
     ------
@@ -204,12 +221,16 @@ def inside(root: str, relative: str) -> str:
     path = root
     for name in ["", *relative.split("/")[:-1]]:
         path = f"{path}/{name}" if name else path
+        if seen is not None and path in seen:
+            continue
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
             break
         if stat.S_ISLNK(mode):
             raise OSError(errno.ELOOP, "a link is in the place of a directory of the cache", path)
+        if seen is not None:
+            seen.add(path)
     return f"{root}/{relative}"
 
 

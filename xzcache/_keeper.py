@@ -48,9 +48,7 @@ class Keeper:
         How it failed last.
     """
 
-    def __init__(
-        self, books: Books, bound: int | Unset | None, default_bound: int | None, health: Health
-    ) -> None:
+    def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None, health: Health) -> None:
         self.books = books
         self.health = health
         self.bound = bound

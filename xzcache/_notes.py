@@ -60,13 +60,14 @@ class Notes:
 
     # -- writes that have begun and not ended
 
-    def add_writing(self, key: str, owner: int, *, beneath: bool) -> int:
-        cursor = self._do("INSERT INTO writing(key, beneath, owner) VALUES(?, ?, ?)", (key, beneath, owner))
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+    def add_writing(self, id_: int, key: str, owner: int, *, beneath: bool) -> None:
+        """Say that a key, or everything beneath it, is being written; the id is one that no other write has."""
+        self._do(
+            "INSERT OR REPLACE INTO writing(id, key, beneath, owner) VALUES(?, ?, ?, ?)", (id_, key, beneath, owner)
+        )
 
-    def drop_writing(self, id_: int, owner: int) -> None:
-        self._do("DELETE FROM writing WHERE id = ? AND owner = ?", (id_, owner))
+    def drop_writings(self, ids: Iterable[int]) -> None:
+        self._do_many("DELETE FROM writing WHERE id = ?", [(id_,) for id_ in ids])
 
     def writings(self) -> Writings:
         """What is being written, whoever does it."""
@@ -77,13 +78,10 @@ class Notes:
         """Whether somebody is writing a key, or something above it."""
         return self.writings().concern(key)
 
-    def writing_of(self, owner: int) -> list[tuple[str, bool]]:
-        """Keys, and prefixes of keys, that an owner is writing."""
-        rows = self._do("SELECT key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
-        return [(key, bool(beneath)) for key, beneath in rows]
-
-    def drop_writings_of(self, owner: int) -> None:
-        self._do("DELETE FROM writing WHERE owner = ?", (owner,))
+    def writing_of(self, owner: int) -> list[tuple[int, str, bool]]:
+        """Ids of the writes of an owner, their keys, and whether each is of all that is beneath the key."""
+        rows = self._do("SELECT id, key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
+        return [(id_, key, bool(beneath)) for id_, key, beneath in rows]
 
     def writings_of_nobody(self) -> list[str]:
         """Keys, and prefixes of keys, whose writer has left."""
@@ -95,18 +93,24 @@ class Notes:
 
     # -- what the source does not have
 
-    def set_absent(self, key: str, noted: float) -> None:
-        self._do("INSERT OR REPLACE INTO absent(key, noted) VALUES(?, ?)", (key, noted))
+    def set_absent(self, key: str, noted: float, ticket: int) -> None:
+        """Note that a key is absent, for as long as its ticket has this digest.
 
-    def absent_since(self, key: str) -> float | None:
-        row = self._do("SELECT noted FROM absent WHERE key = ?", (key,)).fetchone()
+        A write that could not use the index has removed no row, but it was counted.
+        """
+        self._do("INSERT OR REPLACE INTO absent(key, noted, ticket) VALUES(?, ?, ?)", (key, noted, ticket))
+
+    def absent_since(self, key: str, ticket: int) -> float | None:
+        """When a key was found to be absent, None where it was not, or was written since."""
+        row = self._do("SELECT noted FROM absent WHERE key = ? AND ticket = ?", (key, ticket)).fetchone()
         return None if row is None else float(row[0])
 
-    def absent_beneath(self, prefix: str, after: str, limit: int) -> list[tuple[str, float]]:
-        """Keys beneath a prefix, in order, and when they were found to be absent."""
+    def absent_beneath(self, prefix: str, after: str, limit: int) -> list[tuple[str, float, int]]:
+        """Keys beneath a prefix, in order, when they were found to be absent, and the digests of their tickets."""
         where, (first, last) = range_of(prefix)
         return self._do(
-            f"SELECT key, noted FROM absent{where} AND key > ? ORDER BY key LIMIT ?", (first, last, after, limit)
+            f"SELECT key, noted, ticket FROM absent{where} AND key > ? ORDER BY key LIMIT ?",
+            (first, last, after, limit),
         ).fetchall()
 
     def keep_absent(self, most: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class InFlight:
         What the index had of the entry before, and what has become of that.
     has_others : bool
         Whether the index may have other entries of the same object.
+    damaged : list of Row
+        Those of them whose files do not tell of which state they are.
     is_spent : bool
         Whether the bytes are the index's to count now.
     failure : OSError, NoRoom or None
@@ -71,6 +73,7 @@ class InFlight:
     old: Row | None = None
     replaced: Dying | None = None
     has_others: bool = False
+    damaged: list[Row] = field(default_factory=list)
     is_spent: bool = False
     failure: OSError | NoRoom | None = None
 

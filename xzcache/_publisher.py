@@ -177,7 +177,9 @@ class Publisher:
 
     def _enter(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
         """Give entries their rows, then their files their names; returns what somebody wrote in the meantime."""
-        entering = self._admission.of(member, index, items)
+        # a directory that many of them have in common is looked at once
+        seen: set[str] = set()
+        entering = self._admission.of(member, index, items, seen)
         if not entering:
             return []
         keys = {item.parcel.entry.key for item in entering}
@@ -200,7 +202,7 @@ class Publisher:
         moves = []
         for item in entering:
             try:
-                moves.append((item, self._path(item)))
+                moves.append((item, self._path(item, seen)))
             except OSError as error:
                 item.failure = error
         try:
@@ -264,6 +266,7 @@ class Publisher:
         for item in items:
             ticket, entry = item.parcel.ticket, item.parcel.entry
             item.parcel.is_stored = ticket is None or ticket == tickets.of(entry.key)
+            rows.update({row.id: row for row in item.damaged})
             if not item.parcel.is_stored or (item.has_others and entry.is_whole):
                 for row in index.of_key(entry.key):
                     if not item.parcel.is_stored or not row.entry.is_whole:
@@ -274,5 +277,5 @@ class Publisher:
         index.begin()
         return self._space.condemn(member, index, rows.values())
 
-    def _path(self, item: InFlight) -> str:
-        return files.inside(self._root, relative_path(item.parcel.entry, odd=item.odd))
+    def _path(self, item: InFlight, seen: set[str]) -> str:
+        return files.inside(self._root, relative_path(item.parcel.entry, odd=item.odd), seen)

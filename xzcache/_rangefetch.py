@@ -10,13 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _upstream as upstream
-from xzcache._errors import Replaced
+from xzcache._errors import Replaced, Unclear
 from xzcache._flights import Claim, HandedOver
 from xzcache._keys import END
 from xzcache._rangeleads import Lead, Leads, pieces_of
 from xzcache._reading import contents, request_for
 from xzcache._spans import Cover, Mosaic, merged
-from xzcache._states import beside, tells
+from xzcache._states import beside, differ, tells, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
+_TRIES: Final = 3
+"""Times that what nothing tells the state of is fetched anew, as something was forgotten meanwhile."""
 
 Found = dict["Entry", memoryview | None]
 
@@ -84,6 +86,8 @@ class RangeFetches:
         ------
         Replaced
             The source has another object than what is cached is of.
+        Unclear
+            Nobody can tell whether it has.
         Exception
             The source's own.
         """
@@ -118,7 +122,9 @@ class _Fetch:
         self._mosaics: dict[str, Mosaic] = {}
         self._asked: list[Span] = []
         # the validators of what was taken
-        self._used: set[str] = set(states)
+        self._known = told(states)
+        self._used: set[str] = set(self._known)
+        self._tries = 0
         # cached, but damaged, too old, gone, or of an answer whose state nobody can compare
         self._unfit: set[Entry] = set()
         self._ticket: Any = None
@@ -131,8 +137,7 @@ class _Fetch:
             # what is wanted together is then of one time
             self._unfit.update(self._backend.listed(self._key))
         while True:
-            if self._is_overtaken():
-                self._mosaics.clear()
+            self._let_go_if_overtaken()
             self._ticket = self._backend.ticket(self._wanted[0])
             needs = self._needs(self._names())
             mine, others = self._claim(needs, alone=self._ticket is None or time.monotonic() >= deadline)
@@ -141,7 +146,6 @@ class _Fetch:
                 await self._gather()
                 if not self._left:
                     break
-                # of two states nothing can be put together
                 await self._must_agree(self._used | self._mosaics.keys())
                 if self._needs([]) != needs:
                     continue
@@ -157,8 +161,10 @@ class _Fetch:
                 # another process is fetching
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.2, _LONGEST_POLL)
-        if self._used:
-            await self._must_agree(self._used | self._backend.states_of(self._key))
+        await self._must_agree(self._used)
+        if len(self._used) > 1 and told(self._used):
+            # some of it has a state that nothing tells
+            raise Unclear
         return self._found
 
     # -- what is there
@@ -186,7 +192,7 @@ class _Fetch:
         if self._unfit.isdisjoint(piece for span in self._left.values() for piece in listed.overlapping(*span)):
             states = self._backend.states_of(self._key)
             found, _ = await self._fetches.look(self._key, self._left)
-            for entry, data in found.items():
+            for entry, data in [] if self._is_overtaken() else found.items():
                 self._used |= states
                 self._take(entry, data)
         pieces = {piece for span in self._left.values() for piece in self._fit(listed.overlapping(*span))}
@@ -199,13 +205,28 @@ class _Fetch:
             if not tells(state):
                 # it serves what it holds, and no more
                 self._unfit.add(piece)
-        if self._is_overtaken():
-            self._mosaics.clear()
+        self._let_go_if_overtaken()
         self._assemble()
 
     def _is_overtaken(self) -> bool:
         """Whether the object was written since: bytes from before and from after that are not of one state of it."""
         return bool(self._backend.ticket(self._wanted[0]) != self._ticket)
+
+    def _let_go_if_overtaken(self) -> None:
+        """Let go of what cannot be compared with what comes now, where something was forgotten since the last look."""
+        if self._is_overtaken():
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._mosaics.clear()
+        if all(map(tells, self._used)):
+            return
+        self._tries += 1
+        if self._tries > _TRIES:
+            raise Unclear
+        self._found.clear()
+        self._left = {entry: (entry.start, entry.stop) for entry in self._wanted}
+        self._used = set(self._known)
 
     def _assemble(self) -> None:
         for entry, span in list(self._left.items()):
@@ -243,9 +264,7 @@ class _Fetch:
 
     def _land(self, span: Span, data: memoryview | None, validator: str) -> None:
         if data is not None:
-            if self._is_overtaken():
-                # these are of one state, by themselves
-                self._mosaics.clear()
+            self._let_go_if_overtaken()
             self._mosaics.setdefault(validator, Mosaic()).add(span, data)
             self._assemble()
         else:
@@ -289,15 +308,19 @@ class _Fetch:
             await self._must_agree(self._used | {answer.validator for answer in answers})
             asked = self._backend.entry(self._key, *spans[0])
             assert asked is not None
+            before = self._ticket
             self._ticket, validator, replaced = await self._reading.agree(
-                self._key, asked, answers[0].validator, self._ticket, fetched[0] if len(fetched) == 1 else None
+                self._key, asked, answers[0].validator, before, fetched[0] if len(fetched) == 1 else None
             )
             if replaced:
                 raise Replaced(self._key)
+            if self._ticket != before or self._is_overtaken():
+                self._let_go()
             answers = [answer._replace(validator=beside(answer.validator, validator)) for answer in answers]
             for lead, answer, data in zip(leads, answers, fetched, strict=True):
                 lead.claim.flight.land((data, answer.validator))
-                self._land(lead.claim.span, data, answer.validator)
+                self._mosaics.setdefault(answer.validator, Mosaic()).add(lead.claim.span, data)
+            self._assemble()
             there: list[Span] = []
             if tells(answers[0].validator):
                 # what is there already is not stored again
@@ -308,7 +331,7 @@ class _Fetch:
             await self._leads.store(self._key, pieces, self._ticket, self._reading.max_size)
         except BaseException as error:
             for lead in leads:
-                lead.claim.flight.fail(error)
+                lead.claim.flight.fail(HandedOver() if isinstance(error, Unclear) else error)
             raise
 
     async def _ask_plainly(self, answers: dict[Span, upstream.Answer]) -> None:
@@ -335,9 +358,12 @@ class _Fetch:
             self._take(entry, data)
 
     async def _must_agree(self, validators: set[str]) -> None:
-        """Whoever asks for ranges has read where they are: bytes of another state of the object would be wrong ones."""
-        if sum(map(tells, validators)) > 1:
+        """See that no validators are of two states."""
+        if len(told(validators)) > 1:
             await self._backend.forget(self._key, self._ticket)
+            if not differ(validators):
+                raise Unclear
+            self._reading.note_replaced(self._key)
             raise Replaced(self._key)
 
 

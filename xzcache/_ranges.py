@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from zarr.abc.store import RangeByteRequest
 
+from xzcache import _upstream as upstream
 from xzcache._documents import is_document
-from xzcache._errors import Replaced
+from xzcache._errors import Replaced, Unclear
 from xzcache._keys import END, span
 from xzcache._rangefetch import RangeFetches
 from xzcache._reading import request_for
-from xzcache._states import tells
+from xzcache._spans import merged
+from xzcache._states import differ, tells, told
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from xzcache._keys import Entry
-    from xzcache._rangefetch import Found
     from xzcache._readthrough import ReadThrough
+    from xzcache._upstream import Answer
+
+    Outcome = list[tuple[int, Buffer | None]] | BaseException
 
 _REMEMBERED: Final = 65536
 _TRIES: Final = 3
@@ -48,7 +52,7 @@ class RangeReads:
     async def get(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int
     ) -> AsyncIterator[list[tuple[int, Buffer | None]]]:
-        """As `Store.get_ranges`: first what is cached, then the rest.
+        """As `Store.get_ranges`; all of it is there before any of it is given.
 
         Raises
         ------
@@ -66,41 +70,115 @@ class RangeReads:
                 alone.append(place)
             else:
                 wanted.setdefault(entry, []).append(place)
-        found: Found = {}
-        missing: list[Entry] = []
-        states: set[str] = set()
-        if wanted:
-            await self._reads.get_ready(key)
-            since = self._backend.ticket(next(iter(wanted)))
-            found, missing = await self._fetches.look(key, wanted)
-            if missing or alone:
-                states = self._backend.states_of(key)
-            if missing and found and not (all(map(tells, states)) and self._is_as(since, wanted)):
-                # what nobody can compare with what is to be fetched is fetched with it
-                found, missing = {}, list(wanted)
-            if self._reading.must_ask(key):
-                # what is cached is asked about, each piece with its validator
-                alone += [place for entry in found for place in wanted[entry]]
-                found = {}
-        hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
-        if hits:
-            yield [pair for pairs in hits for pair in pairs]
-        apart = self._apart(key, byte_ranges, alone, prototype, limits["max_concurrency"], states if found else set())
-        calls = []
-        if missing:
-            rest = {entry: wanted[entry] for entry in missing}
-            promoted = self._is_worth_the_whole(key, missing)
-            fetch = self._whole if promoted else self._missing
-            calls.append(fetch(key, rest, prototype, limits, states))
-        failures = []
-        outcomes, others = await asyncio.gather(apart, asyncio.gather(*calls, return_exceptions=True))
-        for outcome in [*outcomes, *others]:
-            if isinstance(outcome, BaseException):
-                failures.append(outcome)
-            else:
+        with self._reading.watching(key) as watch:
+            outcomes = await self._together(key, byte_ranges, wanted, alone, prototype, limits)
+            if watch.replaced:
+                raise BaseExceptionGroup("reading byte ranges failed", [Replaced(key)])
+        for outcome in outcomes:
+            if not isinstance(outcome, BaseException):
                 yield outcome
-        if failures:
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
             raise BaseExceptionGroup("reading byte ranges failed", failures)
+
+    async def _together(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        wanted: dict[Entry, list[int]],
+        alone: list[int],
+        prototype: BufferPrototype,
+        limits: dict[str, int],
+    ) -> list[Outcome]:
+        """All ranges of a call, of one state as far as can be told; or the exceptions that came instead."""
+        entry = self._backend.entry(key, 0, END)
+        if entry is None:
+            return await self._apart(key, byte_ranges, alone, prototype, limits)
+        await self._reads.get_ready(key)
+        since = self._backend.ticket(entry)
+        found, missing = await self._fetches.look(key, wanted)
+        states = self._backend.states_of(key) if missing or alone else set()
+        if missing and found and not all(map(tells, states)):
+            # what nobody can compare with what is to be fetched is fetched with it
+            found, missing = {}, list(wanted)
+        if self._reading.must_ask(key):
+            # what is cached is asked about, each piece with its validator
+            alone = [*alone, *(place for entry in found for place in wanted[entry])]
+            found = {}
+        promoted = bool(missing) and self._is_worth_the_whole(key, missing)
+        calls = [self._apart(key, byte_ranges, alone, prototype, limits)]
+        if missing:
+            fetch = self._whole if promoted else self._missing
+            calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, states))
+        outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call]
+        if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
+            return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
+        is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
+        if alone or promoted:
+            # what was compared with these is gone: it may have been evicted, or was found to be of another state
+            is_clear &= told(states) <= self._backend.states_of(key)
+        if not missing or (alone and len(byte_ranges) > 1):
+            is_clear &= self._backend.ticket(entry) == since
+        if not is_clear:
+            return await self._anew(key, byte_ranges, wanted, prototype, limits, told(states))
+        hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
+        return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
+
+    async def _anew(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        wanted: dict[Entry, list[int]],
+        prototype: BufferPrototype,
+        limits: dict[str, int],
+        states: set[str],
+    ) -> list[Outcome]:
+        """All ranges of a call in one go from the source, past the cache.
+
+        Parameters
+        ----------
+        states : set of str
+            What the source said of the state of what was cached.
+        """
+        began = time.perf_counter()
+        ends = [(entry.start, entry.stop) for entry in wanted]
+        spans = merged(ends, gap=limits["max_gap_bytes"], most=limits["max_coalesced_bytes"])
+        asked: list[ByteRequest | None] = [RangeByteRequest(*span) for span in spans]
+        together = {place for places in wanted.values() for place in places}
+        others = [place for place in range(len(byte_ranges)) if place not in together]
+        asked += [byte_ranges[place] for place in others]
+        turn = asyncio.Semaphore(limits["max_concurrency"])
+        source, fixed = self._reading.source, self._reading.fixed
+
+        async def ask(part: ByteRequest | None) -> Answer:
+            async with turn:
+                # the state of a whole object may be worth a request here
+                return await upstream.ask(source, key, prototype, part, certain=True, fixed=fixed)
+
+        for _ in range(_TRIES):
+            try:
+                answers = await upstream.all_of(map(ask, asked))
+            except Exception as error:
+                return [error]
+            values = [answer.value for answer in answers if answer.value is not None]
+            self._reading.stats.miss(sum(map(len, values)), time.perf_counter() - began)
+            if len(values) < len(answers):
+                return [FileNotFoundError(key)]
+            validators = {answer.validator for answer in answers}
+            if not differ(validators):
+                break
+        if differ(validators | states):
+            self._reading.note_replaced(key)
+            await self._backend.forget(key, None)
+            return [Replaced(key)]
+        if not all(answer.exact for answer in answers[: len(spans)]):
+            # nothing can be cut out of such answers
+            return [group async for group in self._past_the_cache(key, byte_ranges, prototype, limits)]
+        pairs: list[tuple[int, Buffer | None]] = []
+        for (first, last), value in zip(spans, values, strict=False):
+            for entry, places in wanted.items():
+                if first <= entry.start and entry.stop <= last:
+                    pairs += [(place, value[entry.start - first : entry.stop - first]) for place in places]
+        return [[*pairs, *zip(others, values[len(spans) :], strict=True)]]
 
     async def _past_the_cache(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, limits: dict[str, int]
@@ -111,10 +189,6 @@ class RangeReads:
                 self._reading.stats.miss(0 if value is None else len(value), time.perf_counter() - began)
                 began = time.perf_counter()
             yield list(group)
-
-    def _is_as(self, since: Any, wanted: Iterable[Entry]) -> bool:
-        """Whether nothing was forgotten of an object since a ticket was taken."""
-        return bool(self._backend.ticket(next(iter(wanted))) == since)
 
     def _mergeable(self, key: str, byte_range: ByteRequest | None) -> Entry | None:
         wanted = span(byte_range) if isinstance(byte_range, RangeByteRequest) else None
@@ -134,28 +208,12 @@ class RangeReads:
         byte_ranges: Sequence[ByteRequest | None],
         places: list[int],
         prototype: BufferPrototype,
-        concurrency: int,
-        states: set[str],
-    ) -> list[list[tuple[int, Buffer | None]] | BaseException]:
-        """What is asked for by itself, or the exceptions of that; together of one state with the rest of the call."""
-        entry = self._backend.entry(key, 0, END)
-        # no bytes are of any state
-        parts = [byte_ranges[place] for place in places]
-        empty = all(isinstance(part, RangeByteRequest) and part.start >= part.end for part in parts)
-        turn = asyncio.Semaphore(concurrency)
-        for _ in range(_TRIES):
-            since = None if entry is None else self._backend.ticket(entry)
-            found = await asyncio.gather(
-                *(self._one(key, byte_ranges[place], prototype, place, turn) for place in places),
-                return_exceptions=True,
-            )
-            changed = any(map(tells, states)) and not states <= self._backend.states_of(key)
-            if changed:
-                break
-            if len(byte_ranges) < 2 or empty or entry is None or self._backend.ticket(entry) == since:
-                return found
-            # something was forgotten meanwhile: some of it may be of the state before
-        return [Replaced(key)]
+        limits: dict[str, int],
+    ) -> list[Outcome]:
+        """What is asked for by itself, or the exceptions of that."""
+        turn = asyncio.Semaphore(limits["max_concurrency"])
+        calls = (self._one(key, byte_ranges[place], prototype, place, turn) for place in places)
+        return await asyncio.gather(*calls, return_exceptions=True)
 
     async def _one(
         self, key: str, byte_range: ByteRequest | None, prototype: BufferPrototype, place: int, turn: asyncio.Semaphore
@@ -186,14 +244,14 @@ class RangeReads:
         prototype: BufferPrototype,
         limits: dict[str, int],
         states: set[str],
-    ) -> list[tuple[int, Buffer | None]]:
-        value = await self._reads.get(key, prototype, None)
+    ) -> list[Outcome]:
+        try:
+            value = await self._reads.get(key, prototype, None)
+        except Exception as error:
+            return [error]
         if value is None:
-            raise FileNotFoundError(key)
-        if not states <= self._backend.states_of(key) and any(map(tells, states)):
-            # the parts that were there are gone, as they were of another state
-            raise Replaced(key)
-        return [(place, value[entry.start : entry.stop]) for entry, places in wanted.items() for place in places]
+            return [FileNotFoundError(key)]
+        return [[(place, value[entry.start : entry.stop]) for entry, places in wanted.items() for place in places]]
 
     async def _missing(
         self,
@@ -202,13 +260,18 @@ class RangeReads:
         prototype: BufferPrototype,
         limits: dict[str, int],
         states: set[str],
-    ) -> list[tuple[int, Buffer | None]]:
-        found = await self._fetches.fetch(key, list(wanted), prototype, limits, states)
+    ) -> list[Outcome]:
+        try:
+            found = await self._fetches.fetch(key, list(wanted), prototype, limits, states)
+        except Exception as error:
+            return [error]
         if any(data is None for data in found.values()):
-            raise FileNotFoundError(key)
+            return [FileNotFoundError(key)]
         return [
-            (place, prototype.buffer.from_bytes(data))
-            for entry, data in found.items()
-            if data is not None
-            for place in wanted[entry]
+            [
+                (place, prototype.buffer.from_bytes(data))
+                for entry, data in found.items()
+                if data is not None
+                for place in wanted[entry]
+            ]
         ]

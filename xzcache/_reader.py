@@ -335,7 +335,9 @@ class Reader:
             return True
         if _SHOWS_PATHS:
             with suppress(FileNotFoundError):
-                return os.readlink(f"{_DESCRIPTORS}/{found.opened.fd}") == found.path
+                if os.readlink(f"{_DESCRIPTORS}/{found.opened.fd}") == found.path:
+                    return True
+        # a file that was evicted since it was opened has another path, or none
         directory = os.path.dirname(found.path)
         return os.path.realpath(directory) == directory
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -14,9 +15,11 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 from xzcache import _upstream as upstream
 from xzcache._documents import is_chunk
 from xzcache._keys import span
-from xzcache._states import beside, fits, tells
+from xzcache._states import beside, differ, fits, tells
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
@@ -43,6 +46,14 @@ class Request(NamedTuple):
     byte_range: ByteRequest | None
     started: float
     """When it was asked for, by `time.perf_counter`."""
+
+
+@dataclass(eq=False)
+class Watch:
+    """One reader of parts of an object, who has to learn of it when the object is found to be replaced."""
+
+    key: str
+    replaced: bool = False
 
 
 @dataclass
@@ -85,6 +96,23 @@ class Reading:
     passes: bool = False
     promote_above: int | None = None
     fixed: bool = False
+    _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
+
+    @contextmanager
+    def watching(self, key: str) -> Iterator[Watch]:
+        """While parts of an object are read that have to be of one state."""
+        watch = Watch(key)
+        self._watches[id(watch)] = watch
+        try:
+            yield watch
+        finally:
+            del self._watches[id(watch)]
+
+    def note_replaced(self, key: str) -> None:
+        """Tell those who read parts of an object that the source has another one than what was cached."""
+        for watch in list(self._watches.values()):
+            if watch.key == key:
+                watch.replaced = True
 
     def must_ask(self, key: str) -> bool:
         """Whether the source has to be asked for a key whatever the cache holds."""
@@ -181,41 +209,60 @@ class Reading:
         validator : str
             To store it under.
         replaced : bool
-            Whether parts of another state were cached.
+            Whether parts of another state were cached, as far as that is known.
         """
         if entry.is_whole and self.backend.listed(key).any() is None:
             # it takes the place of another whole one, whatever that is
             return ticket, validator, False
+        if entry.start == entry.stop:
+            # no bytes are of any state
+            return ticket, validator, False
         states = self.backend.states_of(key)
         if all(fits(validator, state) for state in states):
             return ticket, validator, False
-        replaced = any(tells(state) and not fits(validator, state) for state in states)
-        if not replaced and not entry.is_whole:
+        replaced = any(differ((validator, state)) for state in states)
+        if not replaced and self.backend.ticket(entry) != ticket:
+            # what is cached came later than this was asked for, and this is not stored
+            return ticket, validator, False
+        if not replaced:
             state = min(states)
-            if data is not None and not tells(validator) and await self.find(entry) == data:
+            is_told = tells(validator) or tells(state)
+            if data is not None and not entry.is_whole and not is_told and await self.find(entry) == data:
                 # there is nothing to be stored beside it
                 return ticket, beside(validator, state), False
-            still = await self._is_still(key)
+            still = await self._is_still(key, entry, data)
             # parts that are cached without a state fit none that has one
-            alike = len(states) == 1 or all(fits(state, other) for other in states)
-            if still and alike and not (state and tells(validator)):
+            alike = not is_told and all(fits(state, other) or state == other for other in states)
+            if still and alike and not entry.is_whole:
                 return ticket, beside(validator, state), False
             replaced = still is False
+        if replaced:
+            self.note_replaced(key)
         return await self.backend.forget(key, ticket), validator, replaced
 
-    async def _is_still(self, key: str) -> bool | None:
-        """Whether a piece of an object is at the source what it is in the cache; None where no piece can be read."""
-        for piece in self.backend.listed(key).by_size()[:_PROBES]:
-            if data := await self.find(piece):
-                byte_range: ByteRequest
-                if piece.start < 0:
-                    data = data[-_PROBE:]
-                    byte_range = SuffixByteRequest(len(data))
-                else:
-                    data = data[:_PROBE]
-                    byte_range = RangeByteRequest(piece.start, piece.start + len(data))
+    async def _is_still(self, key: str, entry: Entry, data: memoryview | None) -> bool | None:
+        """Whether a piece of an object is at the source what it is in the cache; None where that cannot be told.
+
+        Compared with what was just fetched, if that is the whole object; else a piece is asked for again.
+        """
+        pieces = self.backend.listed(key).by_size()[:_PROBES]
+        for piece in pieces if entry.is_whole else [*pieces, entry.whole]:
+            if not (cached := await self.find(piece)):
+                continue
+            if piece.start < 0:
+                cached = cached[-_PROBE:]
+                byte_range: ByteRequest = SuffixByteRequest(len(cached))
+            else:
+                cached = cached[:_PROBE]
+                byte_range = RangeByteRequest(piece.start, piece.start + len(cached))
+            if entry.is_whole and data is not None:
+                return (data[-len(cached) :] if piece.start < 0 else data[piece.start :][: len(cached)]) == cached
+            # a request that no reader made fails nobody's read
+            with suppress(Exception):
                 answer = await upstream.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
-                return answer.value is not None and contents(answer.value) == data
+                if answer.value is None or answer.exact:
+                    return answer.value is not None and contents(answer.value) == cached
+            return None
         return None
 
 

@@ -76,6 +76,7 @@ def recover(books: Books) -> list[str]:
                     index.begin()
                 finally:
                     member.owners.unlock(owner)
+        _forget_written(books, member, index, member.owner)
         finish(books, index, index.dying_of_nobody())
         finish(books, index, index.left_dying(_AT_ONCE))
         left = _finish_notes(books, member, index)
@@ -237,10 +238,14 @@ def is_last_to_leave(books: Books) -> bool:
 
 
 def _forget_written(books: Books, member: Membership, index: Index, owner: int) -> None:
-    """Forget what a process was writing at the source when it died: nobody knows how far it got."""
-    for key, beneath in index.notes.writing_of(owner):
-        _forget(books, member, index, key, beneath=beneath)
-    index.notes.drop_writings_of(owner)
+    """Forget what a process was writing at the source when it died: nobody knows how far it got.
+
+    The rows of this process are those of writes that are over, whose end could not be told to the index.
+    """
+    for id_, key, beneath in index.notes.writing_of(owner):
+        if id_ not in books.writing:
+            _forget(books, member, index, key, beneath=beneath)
+            index.notes.drop_writings([id_])
 
 
 def _forget(books: Books, member: Membership, index: Index, key: str, *, beneath: bool) -> None:

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from xzcache._keys import Entry
 
-VERSION: Final = 4
+VERSION: Final = 5
 
 _HEARD: Final = """
 CREATE TABLE heard(
   tick INTEGER PRIMARY KEY, key INTEGER NOT NULL, size INTEGER NOT NULL, id INTEGER NOT NULL);
+"""
+
+_ABSENT: Final = """
+CREATE TABLE absent(key TEXT PRIMARY KEY, noted REAL NOT NULL, ticket INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 _OF_THE_PAST: Final = f"""{_HEARD}
@@ -49,8 +53,7 @@ CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE seen(document TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE writing(id INTEGER PRIMARY KEY, key TEXT NOT NULL, beneath INTEGER NOT NULL, owner INTEGER NOT NULL);
 CREATE INDEX writing_key ON writing(beneath, key);
-CREATE TABLE absent(key TEXT PRIMARY KEY, noted REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE total(
+{_ABSENT}CREATE TABLE total(
   one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
   dying INTEGER NOT NULL, max_size INTEGER, serial INTEGER NOT NULL, tick INTEGER NOT NULL DEFAULT 0);
 INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0, 0);{_ENTRY_COMES}CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
@@ -68,8 +71,10 @@ UPGRADES: Final = {
 ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
-DROP TRIGGER entry_comes;{_ENTRY_COMES}""",
-    3: f"DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}",
+DROP TRIGGER entry_comes;{_ENTRY_COMES}DROP TABLE absent;{_ABSENT}""",
+    3: f"""DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}
+DROP TABLE absent;{_ABSENT}""",
+    4: f"DROP TABLE absent;{_ABSENT}",
 }
 """What makes an index of an older version, which is the key, one of this version."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xzcache._leaders import Ticket
     from xzcache._reader import Found
     from xzcache._spans import Span
-    from xzcache._writes import Begun
+    from xzcache._writes import Begun, Drop
 
 _INLINE: Final = 1 << 20
 """Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
@@ -231,10 +231,10 @@ class SharedBackend:
         """Forget a key whose value turned out to be another; a ticket to store it with."""
         return await self.directory.to_the_end(self.directory.writes.forget, f"{self.namespace}/{key}", since)
 
-    async def begin_drop(self, prefix: str) -> Begun:
-        """Before all keys beneath a prefix are deleted at the source."""
+    async def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
+        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
         full = f"{self.namespace}/{prefix}".rstrip("/")
-        return await self.directory.to_the_end(self.directory.writes.begin_drop, full)
+        return await self.directory.to_the_end(self.directory.writes.begin_drop, full, itself=itself)
 
     async def end_drop(self, begun: Any) -> None:
         """After all keys beneath a prefix were deleted at the source."""
@@ -258,9 +258,7 @@ class SharedBackend:
 
     async def is_absent(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
-        return await self.directory.promptly(
-            False, self.directory.arrays.is_absent, self.namespace, key, max_age
-        )
+        return await self.directory.promptly(False, self.directory.arrays.is_absent, self.namespace, key, max_age)
 
     def lacks_now(self, key: str, max_age: Age) -> bool:
         """As `lacks`, as far as this process knows."""

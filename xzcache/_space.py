@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from xzcache import _disk as disk
@@ -20,7 +21,7 @@ from xzcache._files import Whose
 from xzcache._keys import META, relative_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from xzcache._books import Books
     from xzcache._index import Index
@@ -82,6 +83,7 @@ class Space:
         self._full_until = 0.0
         self._full_for = 0
         self._unreleased: list[Dying] = []
+        self._erased: list[Dying] = []
 
     @property
     def policy(self) -> Policy:
@@ -114,10 +116,15 @@ class Space:
         for attempt in range(_ATTEMPTS):
             if not self.policy.evicts and whole >= self._full_for and time.monotonic() < self._full_until:
                 break
-            short = self._enlarge(member, size, whole)
+            short, dying = self._enlarge(member, size, whole)
             if short <= 0:
                 return
-            if self.make_room(short) == 0:
+            self.release(dying, soon=True)
+            self.evictions += len(dying)
+            freed = sum(item.size for item in dying)
+            if freed < short:
+                freed += self.make_room(short - freed)
+            if freed == 0:
                 if attempt and not recovery_due(member):
                     # what is smaller may still have room
                     self._full_until, self._full_for = time.monotonic() + _PAUSE_WHILE_FULL, whole
@@ -125,35 +132,55 @@ class Space:
                 recovery.recover(self.books)
         raise NoRoom(f"no room for {size} bytes in {self.books.root}")
 
-    def _enlarge(self, member: Membership, size: int, whole: int) -> int:
-        """Lease `size` bytes more, for a file of `whole` bytes; returns how many are missing, 0 if they were taken."""
+    def _enlarge(self, member: Membership, size: int, whole: int) -> tuple[int, list[Dying]]:
+        """Lease `size` bytes more, for a file of `whole` bytes.
+
+        Returns
+        -------
+        int
+            How many are missing, 0 if they were taken.
+        list of Dying
+            What has to leave for them, and is out of sight.
+        """
         with self.books.section() as (current, index):
             if current is not member:
                 raise NoRoom("the directory was removed meanwhile")
-            totals = index.totals()
-            if totals.max_size is not None and whole > totals.max_size:
-                raise NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
-            chunk = self._lease_size(totals, len(index.owners()))
-            room = totals.room
-            if room is not None and room < size:
-                return size - room + chunk
-            grant = size + chunk if room is None else min(size + chunk, room)
-            if (short := self._short_of_disk(grant)) > 0:
-                # what is leased in advance must not cost an entry
-                grant, short = size, self._short_of_disk(size)
-            if short > totals.size:
-                error = NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
-                if not self._has_told:
-                    # what is asked for by default may be news to somebody
-                    self._has_told = True
-                    logger.warning("%s: nothing new is cached until there is more", error)
-                raise error
-            if short > 0:
-                return short
-            index.change_lease(member.owner, grant)
-            index.commit()
-            member.give_back(grant - size)
-            return 0
+            with self._settling(index):
+                totals = index.totals()
+                short = self._grant(member, index, totals, size, whole)
+                index.commit()
+            if short <= 0 or not self.policy.evicts or totals.room is None or totals.room >= size:
+                return short, []
+            # others may take what is freed: more goes if they have
+            index.begin()
+            self.recency.tell(index)
+            return short, self.condemn(member, index, self.policy.choose(index, short))
+
+    def _grant(self, member: Membership, index: Index, totals: Totals, size: int, whole: int) -> int:
+        """Lease `size` bytes more, and some in advance; returns how many are missing, 0 if they were taken."""
+        if totals.max_size is not None and whole > totals.max_size:
+            raise NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
+        chunk = self._lease_size(totals, len(index.owners()))
+        room = totals.room
+        if room is not None and room < size:
+            return size - room + chunk
+        grant = size + chunk if room is None else min(size + chunk, room)
+        if (short := self._short_of_disk(grant)) > 0:
+            # what is leased in advance must not cost an entry
+            grant, short = size, self._short_of_disk(size)
+        if short > totals.size:
+            error = NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
+            if not self._has_told:
+                # what is asked for by default may be news to somebody
+                self._has_told = True
+                logger.warning("%s: nothing new is cached until there is more", error)
+            raise error
+        if short > 0:
+            return short
+        index.change_lease(member.owner, grant)
+        index.commit()
+        member.give_back(grant - size)
+        return 0
 
     @staticmethod
     def _lease_size(totals: Totals, owners: int) -> int:
@@ -228,10 +255,11 @@ class Space:
             the next recovery tries again.
         """
         dying = []
-        for row in rows:
-            index.remove(row.id)
-            dying.append(index.add_dying(row, member.owner))
-        index.commit()
+        with self._settling(index):
+            for row in rows:
+                index.remove(row.id)
+                dying.append(index.add_dying(row, member.owner))
+            index.commit()
         doubts = Doubtful() if doubts is None else doubts
         hidden = [item for item in dying if self._is_hidden(item, doubts)]
         if len(hidden) < len(dying):
@@ -292,11 +320,38 @@ class Space:
                 if is_last:
                     doubts.note(key, error)
 
-    def release(self, dying: list[Dying]) -> None:
-        """Unlink, and only then give the bytes back."""
+    def release(self, dying: list[Dying], *, soon: bool = False) -> None:
+        """Unlink, and only then give the bytes back.
+
+        Parameters
+        ----------
+        dying : list of Dying
+        soon : bool
+            Whether a few bytes may be given back with the next transaction, which is about to follow.
+        """
         dying, self._unreleased = dying + self._unreleased, []
-        if dying:
-            self.settle(self.erase(dying))
+        if not dying:
+            return
+        erased = self.erase(dying)
+        if soon and sum(item.size for item in erased) <= _LARGEST_LEASE:
+            self._erased.extend(erased)
+        else:
+            self.settle(erased)
+
+    @contextmanager
+    def _settling(self, index: Index) -> Iterator[None]:
+        """Give back, within a transaction that is committed inside, what was to be given back soon."""
+        erased: list[Dying] = []
+        # other threads add to it
+        while self._erased:
+            erased.append(self._erased.pop())
+        try:
+            if erased:
+                self.settle_in(index, erased)
+            yield
+        except BaseException:
+            self._erased.extend(erased)
+            raise
 
     def erase(self, dying: list[Dying]) -> list[Dying]:
         """Unlink condemned files; returns those of which nothing is left."""
@@ -317,10 +372,15 @@ class Space:
         """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""
         try:
             with self.books.section() as (_, index):
-                index.drop_dying(item.id for item in dying)
+                self.settle_in(index, dying)
         except BaseException:
             self._unreleased += dying
             raise
+
+    @staticmethod
+    def settle_in(index: Index, dying: list[Dying]) -> None:
+        """Give back, within a transaction, the bytes of files that were unlinked."""
+        index.drop_dying(item.id for item in dying)
 
 
 def recovery_due(member: Membership) -> bool:

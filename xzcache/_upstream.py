@@ -364,12 +364,19 @@ def _of_content(etag: str) -> str:
 
 
 def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
-    # ETags are often made of the time here; a time of the epoch is what obstore makes of none
+    # a time of the epoch is what obstore makes of none
     if modified is not None and modified.timestamp() > 0:
+        if (told := _of_content(etag)) and not _is_of_the_time(etag, modified):
+            return told
         if datetime.now(UTC).timestamp() - modified.timestamp() <= _SETTLED_SECONDS:
             return ""
-        return _of_content(etag) or f"time {modified} {size} {etag}"
+        return told or f"time {modified} {size} {etag}"
     return _of_content(etag)
+
+
+def _is_of_the_time(etag: str, modified: datetime) -> bool:
+    """Whether an ETag says no more than a time in seconds, and a size: nginx makes such."""
+    return etag.strip('"').partition("-")[0].lower() == f"{int(modified.timestamp()):x}"
 
 
 # -- files

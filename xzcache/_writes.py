@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import _files as files
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from xzcache._index import Index
     from xzcache._membership import Membership
     from xzcache._publisher import Publisher
-    from xzcache._schema import Dying
+    from xzcache._schema import Dying, Row
     from xzcache._space import Space
 
 _BATCH: Final = 128
@@ -28,12 +29,29 @@ T = TypeVar("T")
 
 
 class Begun(NamedTuple):
-    """A write that has begun: what the counters said then, and the row that says so in the index."""
+    """A write that has begun: the row that says so in the index, and what the counters said then.
+
+    Without a ticket, the index could not be told, or may not have been.
+    """
 
     key: str
+    row: int
     ticket: Ticket | None = None
-    row: int = 0
-    owner: int = 0
+
+
+class Drop(NamedTuple):
+    """A deletion that has begun: of everything beneath a key, and perhaps of the key itself."""
+
+    beneath: Begun
+    itself: Begun | None
+
+    @property
+    def keys(self) -> list[str]:
+        return [] if self.itself is None else [self.itself.key]
+
+    @property
+    def writes(self) -> list[Begun]:
+        return [self.beneath] if self.itself is None else [self.beneath, self.itself]
 
 
 class Writes:
@@ -64,26 +82,40 @@ class Writes:
 
     def _begin(self, keys: Sequence[str]) -> list[Begun]:
         doubts = Doubtful()
+        begun = [self._started(key) for key in keys]
 
         def act() -> list[Begun]:
             with self._books.section() as (member, index):
                 self._note(keys, member)
-                begun = []
-                for key in keys:
-                    ticket = self._count(member, index, key)
-                    row = index.notes.add_writing(key, member.owner, beneath=False)
-                    begun.append(Begun(key, ticket, row, member.owner))
+                tickets = [self._count(member, index, key) for key in keys]
+                for write in begun:
+                    index.notes.add_writing(write.row, write.key, member.owner, beneath=False)
                 dying = self._condemn_keys(member, index, keys, doubts)
-            self._release(dying)
-            return begun
+            # the bytes are given back when the write ends
+            self._release(dying, soon=True)
+            return [write._replace(ticket=ticket) for write, ticket in zip(begun, tickets, strict=True)]
 
-        return self._surely(keys, act, doubts) or [Begun(key) for key in keys]
+        return self._surely(keys, act, doubts) or begun
 
-    def _surely(self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful) -> T | None:
-        """Do something about some keys, and see to those of which a file may be left."""
+    def _started(self, key: str) -> Begun:
+        # no number is drawn twice, so that a row is never taken for that of another write
+        begun = Begun(key, secrets.randbits(62))
+        self._books.writing.add(begun.row)
+        return begun
+
+    def _surely(
+        self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful, ended: Sequence[Begun] = ()
+    ) -> T | None:
+        """Do something about some keys, and see to those of which a file may be left.
+
+        Where that is done by hand, it is done again by the index later, which is told then which writes have ended.
+        """
         self._note(keys)
         done = self._doubts.surely(
-            keys, act, lambda: self._doubts.unlink_keys(keys), lambda: self.forget_now(keys, Doubtful())
+            keys,
+            act,
+            lambda: self._doubts.unlink_keys(keys),
+            lambda: self.forget_now(keys, Doubtful(), ended),
         )
         self._see_to(doubts)
         return done
@@ -99,10 +131,10 @@ class Writes:
             except Exception as error:
                 self._doubts.tell(error)
 
-    def _release(self, dying: list[Dying]) -> None:
+    def _release(self, dying: list[Dying], *, soon: bool = False) -> None:
         """Unlink what is out of sight; what cannot be settled now is settled later, and fails no write."""
         try:
-            self._space.release(dying)
+            self._space.release(dying, soon=soon)
         except Exception as error:
             self._doubts.tell(error)
 
@@ -114,12 +146,13 @@ class Writes:
                 self._doubts.tell(doubts.error)
             self._doubts.pend(left, lambda: self.forget_now(left, Doubtful()))
 
-    def forget_now(self, keys: Sequence[str], doubts: Doubtful) -> bool:
+    def forget_now(self, keys: Sequence[str], doubts: Doubtful, ended: Sequence[Begun] = ()) -> bool:
         """Forget keys, where trouble is the caller's; whether all their files are seen to be gone."""
         for batch in _batches(keys):
             with self._books.section() as (member, index):
                 for key in batch:
                     self._count(member, index, key)
+                index.notes.drop_writings(write.row for write in ended)
                 dying = self._condemn_keys(member, index, batch, doubts)
             self._release(dying)
         return not doubts.left
@@ -162,12 +195,16 @@ class Writes:
                     alone = write.ticket is not None and write.ticket == current_ticket(member, write.key)
                     ticket = self._count(member, index, write.key)
                     tickets.append(ticket if alone else None)
-                    index.notes.drop_writing(write.row, write.owner)
+                index.notes.drop_writings(write.row for write in writes)
                 dying = self._condemn_keys(member, index, keys, doubts)
             self._release(dying)
             return tickets
 
-        return self._surely(keys, act, doubts) or [None] * len(writes)
+        try:
+            return self._surely(keys, act, doubts, writes) or [None] * len(writes)
+        finally:
+            # a row that is left is nobody's from here on: the next recovery forgets its key
+            self._books.writing.difference_update(write.row for write in writes)
 
     def forget(self, key: str, since: Ticket | None) -> Ticket | None:
         """Forget a key whose value turned out to be another; a ticket to store that, None if it was written since."""
@@ -212,9 +249,11 @@ class Writes:
         index.notes.drop_absent([key])
         return current_ticket(member, key)
 
-    def _condemn_keys(self, member: Membership, index: Index, keys: Sequence[str], doubts: Doubtful) -> list[Dying]:
-        """Take keys out of the index and out of sight; within a section, which is committed."""
-        rows = [row for key in keys for row in index.of_key(key)]
+    def _condemn_keys(
+        self, member: Membership, index: Index, keys: Sequence[str], doubts: Doubtful, others: Sequence[Row] = ()
+    ) -> list[Dying]:
+        """Take keys, and other entries, out of the index and out of sight; within a section, which is committed."""
+        rows = [*(row for key in keys for row in index.of_key(key)), *others]
         dying = self._space.condemn(member, index, rows, doubts)
         for key in keys:
             if key not in doubts.left:
@@ -223,43 +262,49 @@ class Writes:
 
     # -- everything beneath a prefix
 
-    def begin_drop(self, prefix: str) -> Begun:
-        """Before everything beneath a prefix is deleted at the source: forget it, and say that it is being written."""
-        begun = Begun(prefix)
+    def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
+        """Before all beneath a prefix is deleted at the source: forget it, and say that it is being written.
 
-        def act() -> Begun:
-            nonlocal begun
-            with self._books.section() as (member, index):
-                self._note([f"{prefix}/"], member)
-                row = index.notes.add_writing(prefix, member.owner, beneath=True)
-            begun = Begun(prefix, None, row, member.owner)
-            self.drop_now(prefix)
-            return begun
+        Parameters
+        ----------
+        prefix : str
+        itself : bool
+            Whether the prefix is a key as well, which is deleted with what is beneath it.
+        """
+        drop = Drop(self._started(prefix), self._started(prefix) if itself else None)
+        self._surely_drop(prefix, drop, begins=True)
+        return drop
 
-        return self._surely_beneath(prefix, act) or begun
+    def end_drop(self, drop: Drop) -> None:
+        """After it was deleted at the source."""
+        try:
+            self._surely_drop(drop.beneath.key, drop)
+        finally:
+            self._books.writing.difference_update(write.row for write in drop.writes)
 
-    def _surely_beneath(self, prefix: str, act: Callable[[], T]) -> T | None:
+    def _surely_drop(self, prefix: str, drop: Drop | None = None, *, begins: bool = False) -> None:
         self._note([f"{prefix}/"] if prefix else [""])
-        return self._doubts.surely(
-            [beneath(prefix)],
-            act,
-            lambda: self._doubts.unlink_beneath(prefix),
-            lambda: self._drop_now(prefix, Doubtful()),
-        )
-
-    def end_drop(self, begun: Begun) -> None:
-        """After everything beneath a prefix was deleted at the source."""
+        keys = [] if drop is None else drop.keys
+        ended = None if begins else drop
 
         def act() -> None:
-            self.drop_now(begun.key)
-            with self._books.section() as (_, index):
-                index.notes.drop_writing(begun.row, begun.owner)
+            doubts = Doubtful()
+            self._drop_now(prefix, doubts, keys=keys, begun=drop if begins else None, ended=ended)
+            self._see_to(doubts)
 
-        self._surely_beneath(begun.key, act)
+        def by_hand() -> None:
+            if keys:
+                self._doubts.unlink_keys(keys)
+            self._doubts.unlink_beneath(prefix)
+
+        def again() -> bool:
+            return self._drop_now(prefix, Doubtful(), keys=keys, ended=ended)
+
+        self._doubts.surely([beneath(prefix), *keys], act, by_hand, again)
 
     def drop(self, prefix: str) -> None:
         """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there."""
-        self._surely_beneath(prefix, lambda: self.drop_now(prefix))
+        self._surely_drop(prefix)
 
     def drop_now(self, prefix: str, *, counted: bool = False) -> None:
         """As `drop`, where trouble is the caller's; `counted` if the counter of writes was raised already."""
@@ -267,28 +312,49 @@ class Writes:
         self._drop_now(prefix, doubts, counted=counted)
         self._see_to(doubts)
 
-    def _drop_now(self, prefix: str, doubts: Doubtful, *, counted: bool = False) -> bool:
-        """As `drop_now`; whether all files are seen to be gone."""
+    def _drop_now(
+        self,
+        prefix: str,
+        doubts: Doubtful,
+        *,
+        counted: bool = False,
+        keys: Sequence[str] = (),
+        begun: Drop | None = None,
+        ended: Drop | None = None,
+    ) -> bool:
+        """As `drop_now`, of some keys as well; whether all files are seen to be gone."""
         with self._books.section() as (member, index):
+            if begun is not None:
+                self._note([f"{prefix}/"], member)
+                for write in begun.writes:
+                    index.notes.add_writing(write.row, write.key, member.owner, beneath=write is begun.beneath)
+            for key in keys:
+                self._count(member, index, key)
             if not counted:
                 member.writes.bump(prefix_slot(prefix))
             index.notes.drop_nodes(prefix, documents=not counted)
             index.notes.drop_absent_beneath(prefix)
-        is_last = False
+            tombstones = {item.entry.key for item in index.left_dying() if _is_beneath(item.entry.key, prefix)}
+            rows = index.beneath(prefix, _BATCH)
+            is_last = len(rows) < _BATCH
+            if ended is not None and is_last:
+                index.notes.drop_writings(write.row for write in ended.writes)
+            dying = self._condemn_keys(member, index, keys, doubts, rows)
+        self._release(dying, soon=begun is not None)
         while not is_last:
             with self._books.section() as (member, index):
                 rows = index.beneath(prefix, _BATCH)
-                is_last = not rows
+                is_last = len(rows) < _BATCH
+                if ended is not None and is_last:
+                    index.notes.drop_writings(write.row for write in ended.writes)
                 dying = self._space.condemn(member, index, rows, doubts)
-            self._release(dying)
-        self._drop_orphans(prefix, doubts)
+            self._release(dying, soon=begun is not None)
+        self._drop_orphans(prefix, tombstones, doubts)
         return not doubts.left
 
-    def _drop_orphans(self, prefix: str, doubts: Doubtful) -> None:
+    def _drop_orphans(self, prefix: str, tombstones: set[str], doubts: Doubtful) -> None:
         """Drop files of ours beneath a prefix that have no row: what an earlier failure, or a crash, has left."""
-        keys: set[str] = set()
-        with self._books.section() as (_, index):
-            keys.update(item.entry.key for item in index.left_dying() if _is_beneath(item.entry.key, prefix))
+        keys = set(tombstones)
         try:
             if not prefix or is_plain(prefix):
                 for path in files.walk(files.inside(self._books.root, f"{prefix}/").rstrip("/")):

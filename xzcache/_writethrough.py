@@ -95,21 +95,17 @@ class WriteThrough:
         if not self._is_cacheable(key):
             await delete()
             return
-        begun: Sequence[Any]
-        begun, cancelled = await through(self._backend.begin([key]))
-        try:
-            _honour(cancelled)
-            await self.deletion_beneath(key, delete)
-        finally:
-            _, cancelled = await through(self._backend.end(begun, [None], None))
-        _honour(cancelled)
+        await self._deletion(key, delete, itself=True)
 
     async def deletion_beneath(self, prefix: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete everything beneath a prefix."""
         if self._passes:
             await delete()
             return
-        begun, cancelled = await through(self._backend.begin_drop(prefix.rstrip("/")))
+        await self._deletion(prefix.rstrip("/"), delete, itself=False)
+
+    async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
+        begun, cancelled = await through(self._backend.begin_drop(prefix, itself=itself))
         try:
             _honour(cancelled)
             await delete()

@@ -209,3 +209,24 @@ def copy(template: Path, target: Path) -> None:
     """Make a directory what another one is, extended attributes and times included."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(template, target, symlinks=True)
+
+
+def entry_bytes(cache: Path) -> int:
+    """Bytes of all entry files, of those in flight and of those on their way out."""
+    sizes: dict[tuple[int, int], int] = {}
+    stack = [cache]
+    while stack:
+        here = stack.pop()
+        with suppress(OSError):
+            for item in os.scandir(here):
+                if item.is_dir(follow_symlinks=False):
+                    if here.name != ".xzcache" or item.name in ("tmp", "trash", "odd", "ranges"):
+                        stack.append(Path(item.path))
+                elif item.name.startswith("undone-"):
+                    # a note of what is still to be done
+                    continue
+                elif here.name != ".xzcache" and item.name not in (".damaged", "notes"):
+                    with suppress(FileNotFoundError):
+                        status = item.stat(follow_symlinks=False)
+                        sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())

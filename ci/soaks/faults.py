@@ -236,8 +236,11 @@ class Ground:
             end = time.monotonic() + PATIENCE
             while not _has_stopped(log) and not child.is_over() and time.monotonic() < end:
                 time.sleep(0.005)
-            other = Forked(scenarios.perform, "writing", self.source, self.cache)
-            wrong += [f"beside the stopped process: {line}" for line in other.wait() or []]
+            for scenario in ("evicting", "writing"):
+                other = Forked(scenarios.perform, scenario, self.source, self.cache)
+                wrong += [f"beside the stopped process: {line}" for line in other.wait() or []]
+                if (size := scenarios.entry_bytes(self.cache)) > scenarios.BOUND:
+                    wrong.append(f"beside the stopped process: {size} bytes on disk, {scenarios.BOUND} is the bound")
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGCONT)
         found = child.wait()

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _scenarios import entry_bytes
 from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
@@ -315,12 +316,13 @@ def shift_clocks(board: Board) -> None:
 class Storm:
     """The process that starts, stops, kills, damages and measures."""
 
-    def __init__(self, place: Path, processes: int, seed: int, bound: int, kills: float, stops: float) -> None:
+    def __init__(self, place: Path, seed: int, options: argparse.Namespace) -> None:
         self.place = place
         self.chance = random.Random(seed)
-        self.processes = processes
-        self.bound = bound
-        self.kills, self.stops = kills, stops
+        self.processes = processes = options.processes
+        self.bound = options.bound
+        self.kills, self.stops, self.snapshots = options.kills, options.stops, options.snapshots
+        self.steady = options.steady
         self.board = Board(place / "board", processes)
         self.pids: dict[int, int] = {}
         self.stopped: dict[int, float] = {}
@@ -351,10 +353,8 @@ class Storm:
         for slot in range(self.processes):
             self.start(slot)
         end = time.monotonic() + seconds
-        steps = 0
         while time.monotonic() < end:
             time.sleep(0.05)
-            steps += 1
             self.reap()
             now = time.monotonic()
             for pid in [pid for pid, until in self.stopped.items() if until < now]:
@@ -364,7 +364,7 @@ class Storm:
                 self.kill(self.chance.choice(list(self.pids)))
             if self.chance.random() < self.stops * 0.05:
                 self.stop(self.chance.choice(list(self.pids.values())))
-            if steps % 10 == 0:
+            if self.chance.random() < self.snapshots * 0.05:
                 self.snapshot()
             if self.chance.random() < 0.1:
                 self.rewrite()
@@ -440,7 +440,8 @@ class Storm:
     def change_orders(self) -> None:
         self.board.orders[1] = self.chance.choice([0, 0, 0, 0, 1, 2])
         self.board.orders[2] = self.chance.choice([0, 0, 100_000, -100_000, 5])
-        self.board.orders[3] = self.chance.choice([self.bound, self.bound, self.bound // 2])
+        if not self.steady:
+            self.board.orders[3] = self.chance.choice([self.bound, self.bound, self.bound // 2])
 
     def damage(self) -> None:
         """Damage a file: the index in its place, an entry by a copy that takes its place, or is simply gone.
@@ -519,23 +520,6 @@ def _until_stopped(pid: int) -> None:
             time.sleep(0.0005)
 
 
-def entry_bytes(cache: Path) -> int:
-    """Bytes of all entry files, of those in flight and of those on their way out."""
-    sizes: dict[tuple[int, int], int] = {}
-    stack = [cache]
-    while stack:
-        here = stack.pop()
-        with suppress(OSError):
-            for item in os.scandir(here):
-                if item.is_dir(follow_symlinks=False):
-                    stack.append(Path(item.path))
-                elif here.name != ".xzcache" and item.name not in (".damaged",):
-                    with suppress(FileNotFoundError):
-                        status = item.stat(follow_symlinks=False)
-                        sizes[status.st_dev, status.st_ino] = status.st_size
-    return sum(sizes.values())
-
-
 @contextmanager
 def disk(place: Path, size: int) -> Iterator[bool]:
     """A small file system of its own for the cache, where this user may mount one; whether it is one."""
@@ -595,6 +579,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bound", type=int, default=600_000, help="bytes; at times it is half of that")
     parser.add_argument("--kills", type=float, default=3, help="SIGKILLs a second")
     parser.add_argument("--stops", type=float, default=1.5, help="SIGSTOPs a second")
+    parser.add_argument("--snapshots", type=float, default=2, help="measurements of the disk a second")
+    parser.add_argument("--steady", action="store_true", help="the bound does not change, and nobody clears the cache")
     return parser.parse_args()
 
 
@@ -610,7 +596,7 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(value_of(number, 0))
         with disk(place, 24 << 20) as mounted:
-            storm = Storm(place, options.processes, seed, options.bound, options.kills, options.stops)
+            storm = Storm(place, seed, options)
             storm.board.orders[3] = options.bound
             try:
                 storm.weather(options.seconds)
