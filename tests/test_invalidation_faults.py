@@ -314,11 +314,13 @@ def test_a_write_whose_end_the_index_was_not_told_is_over(root: Path, write: str
     make_origin(root)
 
     def is_cached() -> bool:
-        assert asyncio.run(read(store, "a/c/0")) == value("a/c/0", 1)
+        assert asyncio.run(read(stores[0], "a/c/0")) == value("a/c/0", 1)
         return entry(root, "a/c/0").exists()
 
-    until(is_cached)
+    stores = [store]
     del store
+    until(is_cached)
+    stores.clear()
     until(lambda: not os.listdir(root / "cache/.xzcache/tmp"))
     accounted(root)
 
