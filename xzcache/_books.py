@@ -316,14 +316,8 @@ class Books:
             return True
         is_done = False
         with member.storing.kept_out(self.timeout) as alone:
-            # a directory that was removed is not made again to sign off from it
             with suppress(CacheFault, OSError):
-                if (
-                    alone
-                    and member.owner
-                    and member.guard.is_current()
-                    and not self._sign_off(member, last_words, unless_writing=unless_writing)
-                ):
+                if alone and not self._sign_off(member, last_words, unless_writing=unless_writing):
                     return False
                 is_done = alone and not member.is_writing
             # a process that could not sign off is taken for dead, and buried by the next one
@@ -345,33 +339,41 @@ class Books:
         with member.guard:
             stays = False
             try:
-                index = member.open_index()
-                member.patiently(lambda: index.begin(0))
-                try:
-                    if last_words is not None:
-                        last_words(index)
-                    # while this process writes at the source, the index says so on its behalf
-                    is_writing = member.is_writing = bool(index.notes.writing_of(member.owner))
-                    if not is_writing:
-                        index.drop_owner(member.owner)
-                    index.commit()
-                finally:
-                    index.rollback()
-                member.note_serial(index)
-                if not is_writing:
-                    with suppress(OSError):
-                        os.rmdir(f"{self.meta}/tmp/{member.owner}")
-                    if self.checked is not None and self.checked[0] == member.generation:
-                        self.checked = member.generation, index.serial()
-                stays = is_writing and unless_writing
+                # only the guard tells whether there is a number to give back: a thread in a section may just take one;
+                # and a directory that was removed is not made again to sign off from it
+                if member.owner and member.guard.is_current():
+                    self._give_number_back(member, last_words)
+                    stays = member.is_writing and unless_writing
             except sqlite3.Error as error:
                 raise translated(error) from error
             finally:
                 if not stays:
                     # a thread that waits for this guard has to see that it is of the past
-                    self._member = None
+                    if self._member is member:
+                        self._member = None
                     member.leave_index()
             return not stays
+
+    def _give_number_back(self, member: Membership, last_words: Callable[[Index], None] | None) -> None:
+        """Remove this process from the index, unless it is writing at the source; under the guard."""
+        index = member.open_index()
+        member.patiently(lambda: index.begin(0))
+        try:
+            if last_words is not None:
+                last_words(index)
+            # while this process writes at the source, the index says so on its behalf
+            member.is_writing = bool(index.notes.writing_of(member.owner))
+            if not member.is_writing:
+                index.drop_owner(member.owner)
+            index.commit()
+        finally:
+            index.rollback()
+        member.note_serial(index)
+        if not member.is_writing:
+            with suppress(OSError):
+                os.rmdir(f"{self.meta}/tmp/{member.owner}")
+            if self.checked is not None and self.checked[0] == member.generation:
+                self.checked = member.generation, index.serial()
 
     # -- fork
 

@@ -125,10 +125,15 @@ def cleanup_resources(timeout: float = 30.0) -> None:
     """
     with _lock:
         directories = list(_directories.values())
-    for directory in directories:
-        directory.close()
-    departures.wait(timeout)
-    pool.stop(timeout)
+    for _ in range(2):
+        for directory in directories:
+            directory.close()
+        departures.wait(timeout)
+        pool.stop(timeout)
+        # a thread that was at work may have joined a directory after it was closed
+        directories = [directory for directory in directories if directory.books.current is not None]
+        if not directories:
+            break
 
 
 def _before_fork() -> None:
