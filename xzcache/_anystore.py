@@ -138,14 +138,16 @@ class StoreBackend(Alone):
         if self._is_being_written(entry.key):
             # nobody can tell whether it is of before or of after the write
             return False
-        others = [self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry]
-        if not all(fits(validator, other) for other in others):
-            # parts of two states of an object must not be mixed
-            return False
         size, limit = len(data), max_size
         if limit is None and not entry.is_whole:
             limit = self._ledger.size - self._ledger.in_memory + _RANGES_WITHOUT_BOUND
         if (limit is not None and size > limit) or not self._ledger.arrive(entry.key):
+            return False
+        # from here on no other thread stores anything of the object
+        others = [self._ledger.validator(other) for other in self._ledger.of_key(entry.key) if other != entry]
+        if not all(fits(validator, other) for other in others):
+            # parts of two states of an object must not be mixed
+            self._ledger.arrived(entry.key)
             return False
         # once begun, it comes to its end: half a store would be taken for what an earlier process left
         stored, cancelled = await through(self._publish(entry, data, ticket, limit, validator))
@@ -161,6 +163,9 @@ class StoreBackend(Alone):
             await self.publish(entry, data, ticket, max_size, validator)
         finally:
             done()
+
+    async def stored(self, key: str) -> None:
+        """As the backend of a directory has it: here a fetch ends when its bytes are stored."""
 
     async def _publish(self, entry: Entry, data: Data, ticket: Ticket, limit: int | None, validator: str) -> bool:
         try:

@@ -60,6 +60,7 @@ class Background:
         self._lock = threading.Lock()
         self._queue: deque[tuple[Parcel | Callable[[], None], Future[None]]] = deque()
         self._waiting: dict[Future[None], int] = {}
+        self._last_of: dict[str, Future[None]] = {}
         self._bytes = 0
         self._readers = 0
         self._is_busy = False
@@ -91,6 +92,8 @@ class Background:
             self._bytes += size
             self._waiting[future] = size
             self._queue.append((what, future))
+            if not callable(what):
+                self._last_of[what.entry.key] = future
 
     def _begin(self) -> None:
         if self._may_begin() and not try_in_order(self._go_on):
@@ -153,6 +156,8 @@ class Background:
         finally:
             with self._lock:
                 self._bytes -= self._waiting.pop(future, 0)
+                if not callable(what) and self._last_of.get(what.entry.key) is future:
+                    del self._last_of[what.entry.key]
             future.set_result(None)
 
     @property
@@ -175,6 +180,19 @@ class Background:
                 continue
             if self._hangs(True):
                 return
+
+    async def stored(self, key: str) -> None:
+        """Wait until what was to be stored of an object is stored, or will not be; not for a disk that hangs."""
+        with self._lock:
+            last = self._last_of.get(key)
+        if last is None or self._hangs(False):
+            return
+        self._begin()
+        try:
+            # parcels are stored in the order in which they came
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
+        except TimeoutError:
+            self._hangs(True)
 
     def wait(self) -> None:
         """Wait until all is done that there is to do now."""

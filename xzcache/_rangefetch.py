@@ -189,10 +189,13 @@ class _Fetch:
     async def _gather(self) -> None:
         """Take what is cached, whole or in parts."""
         listed = self._backend.listed(self._key)
-        if self._unfit.isdisjoint(piece for span in self._left.values() for piece in listed.overlapping(*span)):
-            states = self._backend.states_of(self._key)
-            found, _ = await self._fetches.look(self._key, self._left)
-            for entry, data in [] if self._is_overtaken() else found.items():
+        states = self._backend.states_of(self._key)
+        found, missing = await self._fetches.look(self._key, self._left)
+        overlapping = [piece for span in self._left.values() for piece in listed.overlapping(*span)]
+        # what is unfit for being completed is as good as ever where nothing is missing any more: another reader has
+        # stored the rest, of the same session
+        if not self._is_overtaken() and (not missing or self._unfit.isdisjoint(overlapping)):
+            for entry, data in found.items():
                 self._used |= states
                 self._take(entry, data)
         pieces = {piece for span in self._left.values() for piece in self._fit(listed.overlapping(*span))}

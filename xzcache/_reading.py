@@ -211,6 +211,9 @@ class Reading:
         replaced : bool
             Whether parts of another state were cached, as far as that is known.
         """
+        if not tells(validator):
+            # what is still to be stored is of a session, too, and nothing of another one is cached beside it
+            await self.backend.stored(key)
         if entry.is_whole and self.backend.listed(key).any() is None:
             # it takes the place of another whole one, whatever that is
             return ticket, validator, False

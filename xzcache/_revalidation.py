@@ -47,7 +47,7 @@ class Revalidation:
         if is_document(request.key):
             if await self._goes_without_saying(request):
                 return self._reading.hit(request, None)
-            data = await self._document(request)
+            data = await self._document(request, unless_asked=True)
             return None if data is None else request.prototype.buffer.from_bytes(data)
         ticket = self._backend.ticket(request.entry)
         answer, data = await self._reading.ask_again(request)
@@ -71,17 +71,23 @@ class Revalidation:
             return False
         if self._reading.must_ask(rules):
             other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
-            return await self._document(other) is not None
+            return await self._document(other, unless_asked=True) is not None
         return await self._backend.find(entry, "infinity") is not None
 
     async def _is_known_absent(self, key: str) -> bool:
         return await self._backend.is_absent(key, self._reading.max_age)
 
-    async def _document(self, request: Request) -> memoryview | None:
+    async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
         """A metadata document from the source, asked for once by all tasks that want it now.
 
         A cached document that may become the base of a write is asked for by each task: a request that is under way
         already may show the state before a change that the task knows of.
+
+        Parameters
+        ----------
+        request : Request
+        unless_asked : bool
+            Whether an answer that another task got meanwhile will do.
         """
         key, entry = request.key, request.entry
         alone = self._reading.writable and await self._backend.size(entry, "infinity") is not None
@@ -103,6 +109,13 @@ class Revalidation:
             self._reading.hit(request, data)
             return data
         try:
+            if unless_asked and not alone and not self._reading.must_ask(key):
+                # the flight of another task has landed between the look at what was asked for and the lead
+                data = await self._reading.find(entry)
+                if data is not None or await self._is_known_absent(key):
+                    flight.land(data)
+                    self._reading.hit(request, data)
+                    return data
             answer, data = await self._reading.ask_again(request._replace(prototype=default_buffer_prototype()))
             if data is not None:
                 self._reading.hit(request, data)

@@ -199,6 +199,11 @@ class SharedBackend:
         else:
             self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
 
+    async def stored(self, key: str) -> None:
+        """Wait until what this process was to store of an object is cached, or will not be."""
+        if not self.is_aside:
+            await self.directory.background.stored(f"{self.namespace}/{key}")
+
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
         """While somebody fetches what is not cached."""
