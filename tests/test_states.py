@@ -12,9 +12,11 @@ import hashlib
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,8 @@ class Shelf:
     objects: dict[str, bytes] = field(default_factory=dict)
     tells: bool = True
     """Whether it gives ETags."""
+    modified: float | None = None
+    """When its files were modified, where its ETags tell no more than that and a size, as nginx makes them."""
     mode: str = "right"
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and range of each request for a chunk."""
@@ -94,6 +98,9 @@ class _Answering(BaseHTTPRequestHandler):
             return
         is_chunk = "/c/" in key
         said = {"ETag": f'"{hashlib.md5(data).hexdigest()}"'} if shelf.tells else {}
+        if shelf.modified is not None:
+            at = formatdate(shelf.modified, usegmt=True)
+            said = {"ETag": f'"{int(shelf.modified):x}-{len(data):x}"', "Last-Modified": at}
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         mode = shelf.mode if is_chunk else "right"
         if asked is None or mode == "ignores":
@@ -342,6 +349,93 @@ def test_an_object_that_is_rewritten_between_two_requests_of_a_call(shelf: Shelf
 
     assert again_if_replaced(lambda: sync(act())) == NEW[:40_000]
     assert read_now(store, KEY, between((10_000, 30_000))) == NEW[10_000:30_000]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_of_an_object_of_which_a_piece_was_evicted(source: Source, tmp_path: Path) -> None:
+    """What left the cache says nothing of the object: nobody is told that it was replaced unless it was."""
+    source.write(KEY, OLD)
+    store = source.opened(tmp_path / "cache", max_size=45_000)
+    wanted = between((0, 10_000), (20_000, 30_000))
+    for part in wanted:
+        assert read_now(store, KEY, part) == right(OLD, part)
+    for number in range(3):
+        source.write(f"a/c/{number + 1}", NEW[:10_000])
+        read_now(store, f"a/c/{number + 1}")
+        read_now(store, KEY, wanted[1])
+    assert store.cache_stats()["evictions"]
+    assert read_now(store, KEY, wanted) == right(OLD, wanted)
+    for number in range(3):
+        read_now(store, f"a/c/{number + 1}")
+    source.write(KEY, NEW)
+    spread = between((5000, 10_000), (25_000, 26_000), (40_000, 41_000))
+    assert again_if_replaced(lambda: read_now(store, KEY, spread)) == right(NEW, spread)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["told first", "untold first"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_server_that_tells_the_state_only_at_times(shelf: Shelf, library: str, first: bool, tmp_path: Path) -> None:
+    """As the object is what it was, no reader is told otherwise."""
+    shelf.objects[KEY] = OLD
+    store = Source(shelf.url, shelf.objects.__setitem__, {"upstream": library}).opened(tmp_path / "cache")
+    for number, wanted in enumerate(
+        (between((0, 1000), (10_000, 20_000)), between((10_000, 12_000), (30_000, 31_000)), between((500, 2000)))
+    ):
+        shelf.tells = first is (number != 1)
+        assert read_now(store, KEY, wanted) == right(OLD, wanted)
+
+
+class Failing(WrapperStore[Store]):
+    """A store of somebody's own that fails at times."""
+
+    failing: frozenset[int] = frozenset()
+    """Which of the next calls fail."""
+    calls = 0
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise ConnectionError("down")
+        return await super().get(key, prototype, byte_range)
+
+    async def get_ranges(self, key: str, byte_ranges: Any, **options: Any) -> Any:
+        async for group in Store.get_ranges(self, key, byte_ranges, **options):
+            yield group
+
+
+@pytest.mark.parametrize("part", [RangeByteRequest(5000, 6000), between((5000, 6000)), SuffixByteRequest(700)])
+def test_a_look_that_fails_fails_no_read(cache_kind: str, part: Part, tmp_path: Path) -> None:
+    """What the cache asks on its own account, beside what the reader wants, is its own trouble."""
+    source = Failing(MemoryStore())
+    sync(source.set(KEY, buffer(OLD)))
+    cache: Any = tmp_path / "cache" if cache_kind == "directory" else MemoryStore()
+    store = xzcache.CacheStore(source, cache_store=cache)
+    assert read_now(store, KEY, RangeByteRequest(0, 100)) == OLD[:100]
+    source.calls, source.failing = 0, frozenset({2})
+    assert read_now(store, KEY, part) == right(OLD, part)
+    assert source.calls >= 2
+    assert read_now(store, KEY, between((0, 100), (5000, 6000))) == OLD[:100] + OLD[5000:6000]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_etag_that_is_a_time_tells_nothing_of_a_young_file(shelf: Shelf, library: str, tmp_path: Path) -> None:
+    """Another file of the same size may be of the same second."""
+    shelf.objects[KEY] = OLD
+    shelf.modified = time.time()
+    source = Source(shelf.url, shelf.objects.__setitem__, {"upstream": library})
+    store = source.opened(tmp_path / "young")
+    wanted = between((1000, 6000), (56_000, 58_000))
+    assert read_now(store, KEY, between((0, 3000))) == OLD[:3000]
+    shelf.objects[KEY] = NEW
+    assert again_if_replaced(lambda: read_now(store, KEY, wanted)) == right(NEW, wanted)
+    assert read_now(store, KEY, between((0, 3000))) == NEW[:3000]
+    # of an old one it tells enough, and costs no request
+    shelf.modified -= 86_400
+    store = source.opened(tmp_path / "old")
+    read_now(store, KEY, between((0, 3000)))
+    shelf.asked()
+    assert read_now(store, KEY, between((5000, 6000))) == NEW[5000:6000]
+    assert shelf.asked() == 1
 
 
 # -- what it costs
