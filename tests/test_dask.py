@@ -478,9 +478,11 @@ def test_two_clusters_share_a_cache_and_the_last_to_leave_takes_it_away(tmp_path
 
 
 def _stay(link: Any, root: str) -> None:
-    assert xzcache.LockedLocalStore(root).directory.prepare()
+    store = xzcache.LockedLocalStore(root)
+    assert store.directory.prepare()
     link.send("in")
     link.recv()
+    del store
 
 
 def test_a_cache_that_others_use_is_kept(tmp_path: Path) -> None:
@@ -497,10 +499,13 @@ def test_a_cache_that_others_use_is_kept(tmp_path: Path) -> None:
         other.send("go")
         other.result()
     # this process uses it still, whatever workers it once had
+    held = ds.store()
+    held.cache_info()
     with Team() as team:
         team.start(_be_the_last_worker, ds.root).result()
     assert os.path.exists(ds.root)
     ds.read()
+    held.close()
     assert set(ds.chunk_requests().values()) == {1}
 
 

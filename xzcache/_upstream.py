@@ -375,8 +375,17 @@ def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
 
 
 def _is_of_the_time(etag: str, modified: datetime) -> bool:
-    """Whether an ETag says no more than a time in seconds, and a size: nginx makes such."""
-    return etag.strip('"').partition("-")[0].lower() == f"{int(modified.timestamp()):x}"
+    """Whether an ETag says no more than a time and a size, and perhaps the number of a file.
+
+    nginx makes such of seconds, Apache and obstore's local store of microseconds.
+    """
+    seconds = modified.timestamp()
+    for part in etag.strip('"').split("-"):
+        with suppress(ValueError):
+            number = int(part, 16)
+            if any(abs(number - seconds * unit) <= unit for unit in (1, 10**3, 10**6, 10**9)):
+                return True
+    return False
 
 
 # -- files

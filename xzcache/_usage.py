@@ -77,6 +77,8 @@ class Gauge:
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._closed = False
+        # a worker uses its cache also while it reads nothing: the last worker to leave may take the cache away
+        self._end_use = directory.used_by(self)
 
     def read(self) -> Usage:
         """What is known, no older than a second or so; counters are those of now."""
@@ -98,3 +100,4 @@ class Gauge:
         """Look no more."""
         with self._looking:
             self._closed = True
+        self._end_use()
