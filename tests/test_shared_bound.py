@@ -195,8 +195,14 @@ def test_the_disk_never_holds_more_than_the_bound(tmp_path: Path, name: str, wha
 @pytest.mark.parametrize("what", ["whole", pytest.param("ranges", marks=by_ranges)])
 def test_the_sampler_sees_space_that_is_given_back_too_early(tmp_path: Path, what: str) -> None:
     shape = SHAPES["64KiB-in-8MiB"]
-    samples, _, _ = write_and_sample(str(tmp_path), shape, 3.0, what, broken=True)
-    assert samples.largest > shape.bound
+    largest = 0
+    for attempt in range(6):
+        # a sample sees one instant: on a busy machine, some seconds have too few of them
+        samples, _, _ = write_and_sample(str(tmp_path / str(attempt)), shape, 3.0, what, broken=True)
+        largest = max(largest, samples.largest)
+        if largest > shape.bound:
+            break
+    assert largest > shape.bound
 
 
 def ask_for(link: Connection, root: str, bound: int) -> None:
