@@ -267,7 +267,7 @@ class CacheDashboard(SchedulerPlugin):
 
             add_page(scheduler)
         except Exception as error:
-            # the page is made of what another release of Dask or Bokeh may have no more: that is no error of the cache's
+            # another release of Dask or Bokeh may have no more what the page is made of: that is no error of the cache
             logger.debug("no page on the dashboard: %s", error, exc_info=error)
 
 
