@@ -8,6 +8,8 @@ import multiprocessing
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
@@ -308,16 +310,27 @@ class _Neighbours:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
+        self._process: BaseProcess | None = None
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function there and wait for its result."""
-        return self.start(function, *arguments).result(2 * PATIENCE)
+        future = self.start(function, *arguments)
+        try:
+            return future.result(2 * PATIENCE)
+        except BrokenProcessPool as error:
+            raise AssertionError(f"the neighbour died: {self._process}") from error
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         with self._lock:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            return self._pool.submit(function, *arguments)
+            try:
+                future = self._pool.submit(function, *arguments)
+            except BrokenProcessPool as error:
+                raise AssertionError(f"the neighbour has died: {self._process}") from error
+            # kept, as a pool that is broken forgets with which exit code
+            (self._process,) = self._pool._processes.values()
+            return future
 
     def shut_down(self) -> None:
         if self._pool is not None:

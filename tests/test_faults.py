@@ -676,6 +676,7 @@ async def test_a_lock_that_is_held_for_ever(tmp_path: Path, lock: str) -> None:
     with xzcache.config.set(lock_timeout=1.0):
         store = xzcache.CacheStore(counting, cache_store=tmp_path / "cache")
     await times_of(store, keys[:1])
+    assert store.cache_info()["cached_keys"] == 1
     counting.forget()
     with held(tmp_path / "cache" / META / lock, fcntl.LOCK_EX):
         first, *others = await times_of(store, keys[1:])

@@ -249,11 +249,7 @@ class Books:
             A rebuild goes on for too long.
         """
         for _ in range(3):
-            member = self.member()
-            if not member.guard.is_current():
-                # somebody removed the directory: join in a new one
-                with self.guarded() as joined:
-                    member = joined
+            member = self._present()
             if not member.storing.share(self.timeout):
                 raise Busy("the index is being rebuilt")
             try:
@@ -331,7 +327,15 @@ class Books:
         """Say that a namespace is being written in this boot of the machine; see `Membership.note_written`."""
         member = self._member
         if member is None or not member.is_noted(namespace):
-            self.member().note_written(namespace)
+            self._present().note_written(namespace)
+
+    def _present(self) -> Membership:
+        """This process's membership in the directory that is at the path now, which may have been replaced."""
+        member = self.member()
+        if not member.guard.is_current():
+            with self.guarded() as joined:
+                member = joined
+        return member
 
     def _sign_off(
         self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
