@@ -166,8 +166,7 @@ class CacheDirectory:
         if not waited or self.health.makes_progress:
             return False
         member = self.books.current
-        if member is None or not member.guard.is_contended:
-            # else another process has the guard, which is no fault of the disk
+        if member is None or not member.waits_for_others(LONG):
             self.health.note_slow("nothing was heard from its disk for a second")
         return True
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import struct
 import threading
@@ -111,8 +112,8 @@ class Guard:
         self._mutex = threading.Lock()
         self._impatient_until = 0.0
         self._kept_out = False
-        self.is_contended = False
-        """Whether a thread waits for another process."""
+        self.refused_at = -math.inf
+        """When another process was last seen to have the lock, by the monotonic clock."""
 
     def __enter__(self) -> None:
         self._acquire(None)
@@ -136,16 +137,14 @@ class Guard:
         pause = _FIRST_PAUSE
         try:
             while not try_flock(self.fd, fcntl.LOCK_EX):
-                self.is_contended = True
+                self.refused_at = time.monotonic()
                 if time.monotonic() >= deadline:
                     self._give_up(patient)
                 time.sleep(pause)
                 pause = min(pause * 1.5, _LONGEST_PAUSE)
         except BaseException:
-            self.is_contended = False
             self._mutex.release()
             raise
-        self.is_contended = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -215,6 +214,8 @@ class StoringLock:
         self._sharers = 0
         self._closing = False
         self._impatient_until = 0.0
+        self.refused_at = -math.inf
+        """When another process was last seen to be alone, by the monotonic clock."""
 
     def share(self, timeout: float) -> bool:
         """Join; False if somebody was alone for too long. After that, one does not wait again for a while."""
@@ -228,10 +229,14 @@ class StoringLock:
 
     def _try_share(self) -> bool:
         with self._mutex:
-            if self._closing or not lock_range(self._door, fcntl.F_RDLCK, _DOOR):
+            if self._closing:
                 return False
-            joined = self._sharers > 0 or try_flock(self._fd, fcntl.LOCK_SH)
-            lock_range(self._door, fcntl.F_UNLCK, _DOOR)
+            joined = False
+            if lock_range(self._door, fcntl.F_RDLCK, _DOOR):
+                joined = self._sharers > 0 or try_flock(self._fd, fcntl.LOCK_SH)
+                lock_range(self._door, fcntl.F_UNLCK, _DOOR)
+            if not joined:
+                self.refused_at = time.monotonic()
             self._sharers += joined
             return joined
 

@@ -143,6 +143,10 @@ class Membership:
         self.identity = status.st_dev, status.st_ino
         """What tells this directory from another one that takes its place."""
 
+    def waits_for_others(self, seconds: float) -> bool:
+        """Whether a lock was found held by another process within the last seconds, which is no fault of the disk."""
+        return time.monotonic() - max(self.guard.refused_at, self.storing.refused_at) <= seconds
+
     def is_deleted(self) -> bool:
         """Whether the directory cannot come back."""
         return os.fstat(self.guard.fd).st_nlink == 0
