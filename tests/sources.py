@@ -333,8 +333,11 @@ class _Neighbours:
             return future
 
     def shut_down(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        """End them; they are started anew when they are needed again."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown()
+            self._pool = None
 
 
 neighbours = _Neighbours()

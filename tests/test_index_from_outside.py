@@ -26,7 +26,7 @@ import pytest
 import xarray as xr
 import zarr
 from processes import audit, visit
-from sources import buffer
+from sources import buffer, neighbours
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
@@ -254,6 +254,8 @@ def test_distributed_finds_no_thread_and_no_process_that_leaks(tmp_path: Path) -
     # Zarr's own thread stays
     zarr.open_group(MemoryStore())
     store = opened(tmp_path)
+    # the check ends all children of this process, of whichever test they are
+    neighbours.shut_down()
     with utils_test.check_thread_leak(), utils_test.check_process_leak():
         read_all(store, 4)
 
