@@ -45,9 +45,7 @@ WRITTEN = 24
 """Objects that are written and deleted through the cache: what was written before a read began must be seen."""
 REWRITTEN = 8
 """Objects that are rewritten at the source: a read through a store that revalidates each use must see it."""
-UNDER_WAY = 6_000_000_000
-"""For how many ns a request may be under way: a process is stopped for up to 4 s."""
-COUNTS = ("reads", "parts", "writes", "deletes", "source errors", "again", "forks", "late", "wrong", "failed")
+COUNTS = ("reads", "parts", "writes", "deletes", "source errors", "again", "forks", "wrong", "failed")
 SETTINGS = {"lock_timeout": 1.0, "fetch_timeout": 2.0, "min_free": 0, "missing_max_age_seconds": 5}
 
 
@@ -87,7 +85,7 @@ class Board:
 
     def __init__(self, path: Path, processes: int) -> None:
         total = WRITTEN + REWRITTEN
-        fields = 3 * total + 4 + processes * len(COUNTS)
+        fields = 2 * total + 4 + processes * len(COUNTS)
         if not path.exists():
             path.write_bytes(bytes(8 * fields))
         raw = np.memmap(path, dtype=np.int64, mode="r+")
@@ -95,11 +93,9 @@ class Board:
         """The version that was surely written before now."""
         self.ceiling = raw[total : 2 * total]
         """The newest version that anyone has begun to write."""
-        self.since = raw[2 * total : 3 * total]
-        """When that was, in ns of the clock that does not jump."""
-        self.orders = raw[3 * total : 3 * total + 4]
+        self.orders = raw[2 * total : 2 * total + 4]
         """Stop, the source's mood (0 well, 1 failing, 2 stalling), the offset of clocks in s, the bound in bytes."""
-        self.counts = raw[3 * total + 4 :].reshape(processes, len(COUNTS))
+        self.counts = raw[2 * total + 4 :].reshape(processes, len(COUNTS))
 
 
 class Source(WrapperStore[LocalStore]):
@@ -250,11 +246,6 @@ class Worker:
             if not any(self.agrees(number, version, part) for version in versions):
                 start, stop, got = part
                 seen = "nothing" if got is None else f"{len(got)} bytes"
-                fresh = time.monotonic_ns() - int(self.board.since[number]) < UNDER_WAY
-                if number >= WRITTEN and fresh and self.agrees(number, floor - 1, part):
-                    # perhaps the answer of a request that was under way before; told apart, not passed over
-                    self.count("late")
-                    continue
                 older = [version for version in range(floor) if self.agrees(number, version, part)]
                 text = f"stale, of version {older[-1]}" if older else "of no version"
                 self.complain("wrong", f"{key_of(number)} {start}-{stop}: {seen}, {text}; right: {versions}")
@@ -443,7 +434,6 @@ class Storm:
         new = path.with_name("new")
         new.write_bytes(value_of(number, version))
         os.replace(new, path)
-        self.board.since[number] = time.monotonic_ns()
         self.board.floor[number] = version
         self.rewrites += 1
 
