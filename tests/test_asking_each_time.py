@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import zarr
 from processes import PATIENCE, Team
 from sources import CountingStore, again, between, cached, local_source, ranges, read
 from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
@@ -66,6 +68,9 @@ READS = pytest.mark.parametrize(
     ],
 )
 METHODS = ("get", "get_ranges")
+PIPELINES = ["zarr.core.codec_pipeline.BatchedCodecPipeline"]
+if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline"):
+    PIPELINES += ["zarr.core.codec_pipeline.FusedCodecPipeline", "xzcache.pipeline.CachePipeline"]
 
 
 def rewrite(tmp_path: Path, key: str, data: bytes, age: float = 100.0) -> None:
@@ -198,3 +203,23 @@ async def test_cached_pieces_that_together_hold_a_range_are_asked_about(cache_ki
         await ranges(store, between(piece), CHUNK)
     rewrite(tmp_path, CHUNK, NEW, age=50.0)
     assert is_new(await persistent(across, store, CHUNK))
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=[name.rpartition(".")[2] for name in PIPELINES])
+async def test_a_part_of_a_chunk_is_not_written_to_an_answer_from_before(pipeline: str, tmp_path: Path) -> None:
+    plain = LocalStore(tmp_path / "source")
+    zarr.create_array(plain, name="x", data=np.full(4, 1, "i4"), chunks=(4,))
+    source = local_source(tmp_path)
+    store = cached("directory", source, tmp_path)
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        array = zarr.open_array(store, path="x")
+        hold(source, "x/c/0")
+        source.forget()
+        earlier = asyncio.create_task(read(store, "x/c/0"))
+        await until(lambda: source.reads > 0)
+        zarr.open_array(plain, path="x")[:] = np.full(4, 2, "i4")
+        writing = asyncio.create_task(asyncio.to_thread(array.__setitem__, slice(0, 2), 3))
+        await bounded(lambda: source.reads > 1 or writing.done())
+        let_go(source, "x/c/0")
+        await asyncio.gather(earlier, writing)
+    assert zarr.open_array(plain, path="x")[:].tolist() == [3, 3, 2, 2]

@@ -25,8 +25,8 @@ KEYS = [f"a/c/{number}" for number in range(8)]
 OTHERS = [f"b/c/{number}" for number in range(24)]
 TAKEN = "a/taken"
 """A key at whose place in the cache directory the user keeps something, so that its entry lies under a hash."""
-BOUND = 14 * SIZE
-"""Room for fewer entries than a scenario reads."""
+BOUND = 14 * SIZE + SIZE // 4
+"""Room for fewer entries than a scenario reads, and for what processes lease in advance, but not for one more."""
 NAMESPACE = "soak"
 
 PROTOTYPE = default_buffer_prototype()
@@ -171,11 +171,19 @@ async def evicting(work: Work) -> None:
     await work.read(*KEYS[:3])
 
 
+async def filling(work: Work) -> None:
+    """As much as fits, which stays."""
+    for _ in range(2):
+        for key in OTHERS[:20]:
+            await work.read(key)
+
+
 SCENARIOS: dict[str, Callable[[Work], Awaitable[None]]] = {
     "reading": reading,
     "writing": writing,
     "evicting": evicting,
 }
+"""Those whose system calls are made to fail."""
 
 
 def perform(name: str, source: Path, cache: Path) -> list[str]:
@@ -183,7 +191,7 @@ def perform(name: str, source: Path, cache: Path) -> list[str]:
 
     async def run() -> list[str]:
         work = Work(source, cache)
-        await SCENARIOS[name](work)
+        await (SCENARIOS | {"filling": filling})[name](work)
         work.store.cache_info()
         work.store.close()
         return work.wrong

@@ -236,7 +236,7 @@ class Ground:
             end = time.monotonic() + PATIENCE
             while not _has_stopped(log) and not child.is_over() and time.monotonic() < end:
                 time.sleep(0.005)
-            for scenario in ("evicting", "writing"):
+            for scenario in ("evicting", "writing", "filling"):
                 other = Forked(scenarios.perform, scenario, self.source, self.cache)
                 wrong += [f"beside the stopped process: {line}" for line in other.wait() or []]
                 if (size := scenarios.entry_bytes(self.cache)) > scenarios.BOUND:

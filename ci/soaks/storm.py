@@ -576,7 +576,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--processes", type=int, default=6)
-    parser.add_argument("--bound", type=int, default=600_000, help="bytes; at times it is half of that")
+    parser.add_argument("--bound", type=int, default=300_000, help="bytes; at times it is half of that")
     parser.add_argument("--kills", type=float, default=3, help="SIGKILLs a second")
     parser.add_argument("--stops", type=float, default=1.5, help="SIGSTOPs a second")
     parser.add_argument("--snapshots", type=float, default=2, help="measurements of the disk a second")
