@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from fsspec.asyn import AsyncFileSystem
 from processes import PATIENCE, Team
 from sources import CountingStore, again, between, cached, local_source, ranges, read
 from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
-from zarr.storage import LocalStore
+from zarr.storage import FsspecStore, LocalStore
 
 import xzcache
 
@@ -223,3 +224,57 @@ async def test_a_part_of_a_chunk_is_not_written_to_an_answer_from_before(pipelin
         let_go(source, "x/c/0")
         await asyncio.gather(earlier, writing)
     assert zarr.open_array(plain, path="x")[:].tolist() == [3, 3, 2, 2]
+
+
+class Bucket(AsyncFileSystem):  # type: ignore[misc]  # it has no types
+    """Objects in memory with ETags, whose answers can be held back."""
+
+    protocol = "bucket"
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__(asynchronous=True)
+        self.data = b""
+        self.gates: dict[str, asyncio.Event] = {}
+        self.asked: list[str] = []
+
+    async def _hold(self, method: str) -> None:
+        self.asked.append(method)
+        gate = self.gates.get(method)
+        if gate is not None:
+            await gate.wait()
+
+    async def _info(self, path: str, **options: Any) -> dict[str, Any]:
+        answer = {"name": path, "type": "file", "size": len(self.data), "ETag": f'"{self.data[:8].hex()}"'}
+        await self._hold("info")
+        return answer
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        answer = self.data[start:end]
+        await self._hold("cat")
+        return answer
+
+
+async def test_what_is_unchanged_is_what_was_asked_about(cache_kind: str, tmp_path: Path) -> None:
+    bucket = Bucket()
+    bucket.data = OLD
+    strict = cached(cache_kind, FsspecStore(bucket, path="root"), tmp_path, read_only=True, revalidate=True)
+    lax = again(strict, read_only=True)
+    # the answer to one who does not ask each time is late
+    late = bucket.gates["cat"] = asyncio.Event()
+    earlier = asyncio.create_task(read(lax, CHUNK))
+    await until(lambda: "cat" in bucket.asked)
+    del bucket.gates["cat"]
+    bucket.data = NEW
+    assert await read(strict, CHUNK) == NEW
+    # between the source's word that what is cached is what it has, and a look at what is cached, that answer comes
+    slow = bucket.gates["info"] = asyncio.Event()
+    bucket.asked.clear()
+    later = asyncio.create_task(read(strict, CHUNK))
+    await until(lambda: "info" in bucket.asked)
+    del bucket.gates["info"]
+    late.set()
+    assert await earlier == OLD
+    lax.cache_info()
+    slow.set()
+    assert await later == NEW

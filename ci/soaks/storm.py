@@ -366,11 +366,11 @@ class Storm:
                 self.stop(self.chance.choice(list(self.pids.values())))
             if self.chance.random() < self.snapshots * 0.05:
                 self.snapshot()
-            if self.chance.random() < 0.03:
+            if self.chance.random() < 0.2:
                 self.rewrite()
             if self.chance.random() < 0.03:
                 self.change_orders()
-            if self.chance.random() < 0.02:
+            if self.chance.random() < 0.1:
                 self.damage()
             if self.chance.random() < 0.01:
                 self.fill_disk()
