@@ -329,6 +329,8 @@ class Storm:
         self.done = {"kills": 0, "stops": 0, "damaged": 0, "snapshots": 0, "filled": 0, "exceeded": 0}
         self.rewrites = 0
         self.largest = 0
+        self.spoiled: set[str] = set()
+        """Paths below the cache directory that were damaged here."""
 
     def start(self, slot: int) -> None:
         seed = self.chance.randrange(1 << 30)
@@ -454,6 +456,7 @@ class Storm:
         entries += cache.glob(".xzcache/ranges/*/*/*")
         with suppress(OSError):
             if index and self.chance.random() < 0.2:
+                self.spoiled.add("index")
                 with open(index[0], "r+b") as file:
                     size = file.seek(0, os.SEEK_END)
                     if self.chance.random() < 0.5:
@@ -463,6 +466,7 @@ class Storm:
                         file.write(bytes(100))
             elif entries:
                 path = self.chance.choice(entries)
+                self.spoiled.add(str(path.relative_to(cache)))
                 if self.chance.random() < 0.2:
                     path.unlink()
                 else:
@@ -540,8 +544,11 @@ def disk(place: Path, size: int) -> Iterator[bool]:
             subprocess.run(["umount", "-l", point], check=False)
 
 
-def aftermath(place: Path, result: int) -> None:
-    """As a new process: read everything, compare it with the source, audit the directory; writes down what is wrong."""
+def aftermath(place: Path, spoiled: set[str], result: int) -> None:
+    """As a new process: read everything, compare it with the source, audit the directory; writes down what is wrong.
+
+    Damage that the storm did, and that no reader has come upon since, is for the audit to find and to repair.
+    """
     xzcache.config.set(SETTINGS)
     wrong: list[str] = []
 
@@ -562,7 +569,17 @@ def aftermath(place: Path, result: int) -> None:
             store.close()
 
     asyncio.run(read())
-    report = xzcache.LockedLocalStore(place / "disk" / "cache").check()
+    store = xzcache.LockedLocalStore(place / "disk" / "cache")
+    report = store.check()
+    kinds = {finding.kind for finding in report.findings}
+    is_index = "index" in spoiled and "index" in kinds
+    known = [f for f in report.findings if f.kind in ("damaged", "missing") and f.where in spoiled]
+    if is_index or known:
+        # what follows from a damaged index cannot be told from other faults
+        wrong.extend(map(str, [] if is_index else [f for f in report.findings if f not in known]))
+        store.check(repair=True)
+        asyncio.run(read())
+        report = store.check()
     wrong.extend(map(str, report.findings))
     counted = report.size
     if (size := entry_bytes(place / "disk" / "cache")) != counted:
@@ -607,7 +624,7 @@ def main() -> int:
             reader, writer = os.pipe()
             if (pid := os.fork()) == 0:
                 try:
-                    aftermath(place, writer)
+                    aftermath(place, storm.spoiled, writer)
                 except BaseException:
                     os.write(writer, traceback.format_exc().encode())
                 finally:
