@@ -7,7 +7,6 @@ import errno
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any

@@ -171,19 +171,11 @@ async def evicting(work: Work) -> None:
     await work.read(*KEYS[:3])
 
 
-async def filling(work: Work) -> None:
-    """As much as fits, which stays."""
-    for _ in range(2):
-        for key in OTHERS[:20]:
-            await work.read(key)
-
-
 SCENARIOS: dict[str, Callable[[Work], Awaitable[None]]] = {
     "reading": reading,
     "writing": writing,
     "evicting": evicting,
 }
-"""Those whose system calls are made to fail."""
 
 
 def perform(name: str, source: Path, cache: Path) -> list[str]:
@@ -191,7 +183,24 @@ def perform(name: str, source: Path, cache: Path) -> list[str]:
 
     async def run() -> list[str]:
         work = Work(source, cache)
-        await (SCENARIOS | {"filling": filling})[name](work)
+        await SCENARIOS[name](work)
+        work.store.cache_info()
+        work.store.close()
+        return work.wrong
+
+    return asyncio.run(run())
+
+
+def fill(source: Path, cache: Path, ready: int, go: int) -> list[str]:
+    """Open the cache, say so, wait; then read more than fits, and leave it there. Returns what went wrong."""
+
+    async def run() -> list[str]:
+        work = Work(source, cache)
+        await work.read(KEYS[0])
+        os.write(ready, b"r")
+        os.read(go, 1)
+        for key in OTHERS[:20]:
+            await work.read(key)
         work.store.cache_info()
         work.store.close()
         return work.wrong

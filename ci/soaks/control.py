@@ -43,15 +43,15 @@ class Control(NamedTuple):
 
 CONTROLS = {
     "bytes-before-unlink": Control(
-        "space is given back before the file is unlinked",
+        "space is given back before the file is unlinked, on a disk that is slow to unlink",
         (
             (
                 "_space.py",
                 "        erased = self.erase(dying)\n",
-                "        self.settle(dying)\n        erased = self.erase(dying)\n",
+                "        self.settle(dying)\n        time.sleep(0.05)\n        erased = self.erase(dying)\n",
             ),
         ),
-        ("faults --scenario evicting --what STOP --call unlink --positions 12",),
+        ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
     ),
     "name-before-row": Control(
         "a file gets its name before its row is committed",
