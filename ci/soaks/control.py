@@ -48,7 +48,7 @@ CONTROLS = {
             (
                 "_space.py",
                 "        erased = self.erase(dying)\n",
-                "        self.settle(dying)\n        time.sleep(0.05)\n        erased = self.erase(dying)\n",
+                "        self.settle(dying)\n        time.sleep(0.2)\n        erased = self.erase(dying)\n",
             ),
         ),
         ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
