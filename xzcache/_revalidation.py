@@ -118,6 +118,8 @@ class Revalidation:
                     return data
             # tasks that were called together with this one share the request
             await asyncio.sleep(0)
+            # what they found of other documents meanwhile is no write since this one was asked for
+            ticket = self._backend.ticket(entry)
             flight.depart()
             asked = time.monotonic()
             answer, data = await self._reading.ask_again(request._replace(prototype=default_buffer_prototype()))

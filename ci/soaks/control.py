@@ -78,7 +78,7 @@ CONTROLS = {
                 "            return _look_without_stamps(path)\n        return Whose.GONE\n",
             ),
         ),
-        ("faults --scenario evicting --what EIO --call lgetxattr --positions 10",),
+        ("faults --scenario evicting --what EIO --call lgetxattr --positions 0",),
     ),
     "no-checksum": Control(
         "the checksum of a file is not compared",
