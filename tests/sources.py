@@ -183,6 +183,14 @@ class CountingStore(WrapperStore[Store]):
     async def get_ranges(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], **options: Any
     ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
+        if ("get_ranges", key) in self._gates:
+
+            async def everything() -> list[Sequence[tuple[int, Buffer | None]]]:
+                return [group async for group in self._store.get_ranges(key, byte_ranges, **options)]
+
+            for group in await self._through("get_ranges", key, everything):
+                yield group
+            return
         self._note("get_ranges", key)
         async for group in self._store.get_ranges(key, byte_ranges, **options):
             yield group

@@ -59,12 +59,12 @@ async def prepare(source: CountingStore) -> None:
     source.forget()
 
 
-async def opened(cache_kind: str, tmp_path: Path) -> tuple[CountingStore, xzcache.CacheStore]:
+async def opened(cache_kind: str, tmp_path: Path, **options: Any) -> tuple[CountingStore, xzcache.CacheStore]:
     """A store that has nothing to prepare any more, so that whoever reads is at once where a fetch is shared."""
     source = local_source(tmp_path)
     await prepare(source)
     await fill(source, warm=b"1")
-    store = cached(cache_kind, source, tmp_path)
+    store = cached(cache_kind, source, tmp_path, **options)
     await read(store, "warm")
     source.forget()
     return source, store
@@ -183,7 +183,8 @@ async def test_different_objects_are_fetched_at_the_same_time(cache_kind: str, t
 async def test_a_cancelled_leader_hands_over(
     key: str, part: Any, expected: bytes | None, cache_kind: str, tmp_path: Path
 ) -> None:
-    source, store = await opened(cache_kind, tmp_path)
+    # by a store that may write, a document is asked for again once the request is on its way
+    source, store = await opened(cache_kind, tmp_path, read_only=True)
     first = source.hold("get", key)
     leader = asyncio.create_task(read(store, key, part))
     await first.arrived()

@@ -7,7 +7,9 @@ threads, not of tasks, so that several event loops can wait for the same fetch.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -32,6 +34,12 @@ class Flight(Generic[T]):
     def __init__(self) -> None:
         self._future: Future[T] = Future()
         self.waiters = 0
+        self.departed = math.inf
+        """When the source was asked, by `time.perf_counter`."""
+
+    def depart(self) -> None:
+        """Note that the source is asked now: the answer may lack what changes from now on."""
+        self.departed = time.perf_counter()
 
     async def outcome(self) -> T:
         """Wait for what the leader gets.
@@ -72,11 +80,19 @@ class Flights(Generic[T]):
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Flight[T]] = {}
 
-    def join(self, what: Hashable) -> tuple[Flight[T], bool]:
-        """The fetch of something, and whether the caller is the one who has to do it."""
+    def join(self, what: Hashable, since: float = -math.inf) -> tuple[Flight[T], bool]:
+        """The fetch of something, and whether the caller is the one who has to do it.
+
+        Parameters
+        ----------
+        what : hashable
+        since : float
+            A fetch that asked the source before this time, by `time.perf_counter`, is not joined: a new one takes its
+            place for later callers.
+        """
         with self._lock:
             flight = self._flights.get(what)
-            if flight is not None:
+            if flight is not None and flight.departed >= since:
                 flight.waiters += 1
                 return flight, False
             flight = self._flights[what] = Flight()

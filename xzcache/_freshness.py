@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections import Counter
@@ -111,6 +112,13 @@ class Freshness:
         asked = self._asked.get(key)
         return asked is None or time.monotonic() - asked >= policy
 
+    def tolerance(self, *, writable: bool) -> float:
+        """For how many seconds the source may have been asked for a document before a read of it begins."""
+        policy = self.revalidate
+        if policy is True or (policy == "open" and writable):
+            return 0.0
+        return math.inf if policy == "open" or policy is False else float(policy)
+
     def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
         """Whether the store that this one is a copy of has seen a document as it is cached here."""
         state = self.inherited.state(key)
@@ -119,10 +127,10 @@ class Freshness:
             self._asked[key] = self._opened
         return vouched
 
-    def note(self, key: str, document: bytes | memoryview | None) -> None:
-        """Remember that what is cached of a document is what the source has."""
+    def note(self, key: str, document: bytes | memoryview | None, asked: float | None = None) -> None:
+        """Remember that what is cached of a document is what the source had when it was asked, by default now."""
         if is_document(key):
-            self._asked[key] = time.monotonic()
+            self._asked[key] = time.monotonic() if asked is None else asked
             name = _digest(key)
             # the latest last
             self._states.pop(name, None)

@@ -129,6 +129,9 @@ class _Fetch:
         self._unfit: set[Entry] = set()
         self._ticket: Any = None
         self._leads = Leads(reading.backend)
+        # a read that has to see each change of the source takes nothing that is cached, and joins no request that may
+        # have been answered before the read began
+        self._anew = reading.must_ask(key)
 
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
@@ -140,7 +143,8 @@ class _Fetch:
             self._let_go_if_overtaken()
             self._ticket = self._backend.ticket(self._wanted[0])
             needs = self._needs(self._names())
-            mine, others = self._claim(needs, alone=self._ticket is None or time.monotonic() >= deadline)
+            alone = self._anew or self._ticket is None or time.monotonic() >= deadline
+            mine, others = self._claim(needs, alone=alone)
             try:
                 # with the claims made: whoever had them before may just have published
                 await self._gather()
@@ -171,6 +175,8 @@ class _Fetch:
 
     def _names(self) -> list[Span]:
         """What is cached of what is wanted, told by names alone."""
+        if self._anew:
+            return []
         listed = self._backend.listed(self._key)
         return [_span_of(piece) for span in self._left.values() for piece in self._fit(listed.overlapping(*span))]
 
@@ -188,6 +194,8 @@ class _Fetch:
 
     async def _gather(self) -> None:
         """Take what is cached, whole or in parts."""
+        if self._anew:
+            return
         listed = self._backend.listed(self._key)
         states = self._backend.states_of(self._key)
         found, missing = await self._fetches.look(self._key, self._left)
@@ -257,7 +265,7 @@ class _Fetch:
         cached = [_span_of(piece) for piece in self._fit(listed.overlapping(*extent))]
         plan = partial(merged, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
         if alone:
-            return [Lead(Claim(span)) for span in plan(needs, walls=Cover(cached))], []
+            return [Lead(Claim(span)) for span in plan(needs, walls=Cover([] if self._anew else cached))], []
         return self._leads.claim(self._key, (self._wanted[0].key, self._ticket), needs, cached, plan)
 
     async def _wait(self, claim: Claim) -> None:

@@ -177,10 +177,11 @@ class Reading:
         answer = await self.ask(request, known=known)
         if not answer.unchanged:
             return answer, None
-        if (data := await self.backend.find(request.entry, "infinity")) is not None:
+        data = await self.backend.find(request.entry, "infinity")
+        if data is not None and await self.backend.validator(request.entry) == known:
             await self.backend.renew(request.entry, self.max_age)
             return answer, data
-        # it was evicted while we asked, or is damaged
+        # it was evicted or replaced while the source was asked, or is damaged
         return await self.ask(request), None
 
     async def agree(

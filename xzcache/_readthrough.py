@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -143,8 +144,9 @@ class ReadThrough:
             return None if value is None else value[slice(*clip(*wanted, len(value)))]
         await self.get_ready(key)
         request = Request(key, entry, prototype, byte_range, started)
+        may_write = anew is None
         if anew is None:
-            # what is not cached is fetched from the source in any case, once for all who want it
+            # what is not cached is fetched from the source in any case, once for all who began before it is asked
             anew = await self.backend.find(entry, "infinity") is not None or await self.reading.lacks(key)
         if anew or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
@@ -152,7 +154,7 @@ class ReadThrough:
         if data is not None or await self._lacks(key):
             return self.reading.hit(request, data)
         try:
-            return await self.fetch(request)
+            return await self.fetch(request, anew=may_write)
         except Exception:
             if self.freshness.revalidate is False and await self.reading.lacked(key):
                 return self.reading.hit(request, None)
@@ -203,39 +205,52 @@ class ReadThrough:
 
     # -- what is not cached
 
-    async def fetch(self, request: Request) -> Buffer | None:
+    async def fetch(self, request: Request, *, anew: bool = False) -> Buffer | None:
+        """Fetch what is not cached, once for all who want it.
+
+        Parameters
+        ----------
+        request : Request
+        anew : bool
+            Whether the source has to be asked after this read began.
+        """
         entry = request.entry
+        since = request.started if anew else -math.inf
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
             ticket = self.backend.ticket(entry)
             if ticket is None:
-                return await self._lead(Flight(), None, request)
-            flight, leads = self.backend.flights.join((entry, ticket))
+                return await self._lead(Flight(), None, request, anew=anew)
+            flight, leads = self.backend.flights.join((entry, ticket, anew), since)
             if leads:
-                return await self._lead(flight, ticket, request)
+                return await self._lead(flight, ticket, request, anew=anew)
             try:
                 data = await asyncio.wait_for(flight.outcome(), self.reading.timeout)
             except HandedOver:
-                data = await self.reading.find(entry)
+                data = None if anew else await self.reading.find(entry)
                 if data is None:
                     continue
             except TimeoutError:
                 # whoever fetches may never come back, as when its event loop was stopped
-                return await self._lead(Flight(), ticket, request)
+                return await self._lead(Flight(), ticket, request, anew=anew)
             return self.reading.hit(request, data)
 
-    async def _lead(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
+    async def _lead(
+        self, flight: Flight[memoryview | None], ticket: Any, request: Request, *, anew: bool
+    ) -> Buffer | None:
         """Fetch for all who wait in this process, unless another process does or has done so."""
         async with self.backend.fetching():
-            return await self.take_off(flight, ticket, request)
+            return await self._take_off(flight, ticket, request, anew=anew)
 
-    async def take_off(self, flight: Flight[memoryview | None], ticket: Any, request: Request) -> Buffer | None:
+    async def _take_off(
+        self, flight: Flight[memoryview | None], ticket: Any, request: Request, *, anew: bool
+    ) -> Buffer | None:
         key, entry = request.key, request.entry
         unlock: Callable[[], None] | None = None
         began = ticket
 
         def done() -> None:
-            self.backend.flights.leave((entry, began), flight)
+            self.backend.flights.leave((entry, began, anew), flight)
             if unlock is not None:
                 # a lock that cannot be given back goes with the process
                 with suppress(OSError):
@@ -243,9 +258,15 @@ class ReadThrough:
 
         publishing = False
         try:
-            unlock, data = await self._win(entry)
-            if data is None:
-                answer, data = await self._ask(request)
+            if anew:
+                # what another process fetches it may have asked for before this read began
+                await asyncio.sleep(0)
+                flight.depart()
+                answer, data = await self.reading.ask_again(request)
+            else:
+                unlock, data = await self._win(entry)
+                if data is None:
+                    answer, data = await self._ask(request)
             if data is not None:
                 flight.land(data)
                 return self.reading.hit(request, data)

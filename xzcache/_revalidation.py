@@ -80,8 +80,8 @@ class Revalidation:
     async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
         """A metadata document from the source, asked for once by all tasks that want it now.
 
-        A cached document that may become the base of a write is asked for by each task: a request that is under way
-        already may show the state before a change that the task knows of.
+        A request is shared by the tasks that began before it was sent. One that began later may know of a change that
+        the answer does not show: it joins only where the policy allows an answer as old as that.
 
         Parameters
         ----------
@@ -90,13 +90,13 @@ class Revalidation:
             Whether an answer that another task got meanwhile will do.
         """
         key, entry = request.key, request.entry
-        alone = self._reading.writable and await self._backend.size(entry, "infinity") is not None
+        since = request.started - self._freshness.tolerance(writable=self._reading.writable)
         while True:
             ticket = began = self._backend.ticket(entry)
-            if began is None or alone:
+            if began is None:
                 flight: Flight[memoryview | None] = Flight()
                 break
-            flight, leads = self._backend.flights.join((id(self._freshness), key, began))
+            flight, leads = self._backend.flights.join((id(self._freshness), key, began), since)
             if leads:
                 break
             try:
@@ -109,13 +109,19 @@ class Revalidation:
             self._reading.hit(request, data)
             return data
         try:
-            if unless_asked and not alone and not self._reading.must_ask(key):
+            if unless_asked and not self._reading.must_ask(key):
                 # the flight of another task has landed between the look at what was asked for and the lead
                 data = await self._reading.find(entry)
                 if data is not None or await self._is_known_absent(key):
                     flight.land(data)
                     self._reading.hit(request, data)
                     return data
+            # tasks that were called together with this one share the request
+            await asyncio.sleep(0)
+            # what they found of other documents meanwhile is no write since this one was asked for
+            ticket = self._backend.ticket(entry)
+            flight.depart()
+            asked = time.monotonic()
             answer, data = await self._reading.ask_again(request._replace(prototype=default_buffer_prototype()))
             if data is not None:
                 self._reading.hit(request, data)
@@ -129,7 +135,7 @@ class Revalidation:
                 ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
             if not answer.unchanged:
                 await self._agree(request, data, ticket, answer)
-            self._freshness.note(key, data)
+            self._freshness.note(key, data, asked)
             flight.land(data)
             return data
         except BaseException as error:

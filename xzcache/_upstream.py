@@ -381,7 +381,7 @@ def _is_of_the_time(etag: str, modified: datetime) -> bool:
     """
     seconds = modified.timestamp()
     for part in etag.strip('"').split("-"):
-        # a number that is too large is none of a time
+        # a word that is no number, or one that is larger than any time
         with suppress(ValueError, OverflowError):
             number = int(part, 16)
             if any(abs(number - seconds * unit) <= unit for unit in (1, 10**3, 10**6, 10**9)):

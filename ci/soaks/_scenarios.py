@@ -25,8 +25,8 @@ KEYS = [f"a/c/{number}" for number in range(8)]
 OTHERS = [f"b/c/{number}" for number in range(24)]
 TAKEN = "a/taken"
 """A key at whose place in the cache directory the user keeps something, so that its entry lies under a hash."""
-BOUND = 14 * SIZE
-"""Room for fewer entries than a scenario reads."""
+BOUND = 14 * SIZE + SIZE // 4
+"""Room for fewer entries than a scenario reads, and for what processes lease in advance, but not for one more."""
 NAMESPACE = "soak"
 
 PROTOTYPE = default_buffer_prototype()
@@ -184,6 +184,23 @@ def perform(name: str, source: Path, cache: Path) -> list[str]:
     async def run() -> list[str]:
         work = Work(source, cache)
         await SCENARIOS[name](work)
+        work.store.cache_info()
+        work.store.close()
+        return work.wrong
+
+    return asyncio.run(run())
+
+
+def fill(source: Path, cache: Path, ready: int, go: int) -> list[str]:
+    """Open the cache, say so, wait; then read more than fits, and leave it there. Returns what went wrong."""
+
+    async def run() -> list[str]:
+        work = Work(source, cache)
+        await work.read(KEYS[0])
+        os.write(ready, b"r")
+        os.read(go, 1)
+        for key in OTHERS[:20]:
+            await work.read(key)
         work.store.cache_info()
         work.store.close()
         return work.wrong

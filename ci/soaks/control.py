@@ -43,15 +43,15 @@ class Control(NamedTuple):
 
 CONTROLS = {
     "bytes-before-unlink": Control(
-        "space is given back before the file is unlinked",
+        "space is given back before the file is unlinked, on a disk that is slow to unlink",
         (
             (
                 "_space.py",
                 "        erased = self.erase(dying)\n",
-                "        self.settle(dying)\n        erased = self.erase(dying)\n",
+                "        self.settle(dying)\n        time.sleep(0.2)\n        erased = self.erase(dying)\n",
             ),
         ),
-        ("faults --scenario evicting --what STOP --call unlink --positions 12",),
+        ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
     ),
     "name-before-row": Control(
         "a file gets its name before its row is committed",
@@ -78,7 +78,7 @@ CONTROLS = {
                 "            return _look_without_stamps(path)\n        return Whose.GONE\n",
             ),
         ),
-        ("faults --scenario evicting --what EIO --call lgetxattr --positions 10",),
+        ("faults --scenario evicting --what EIO --call lgetxattr --positions 0",),
     ),
     "no-checksum": Control(
         "the checksum of a file is not compared",

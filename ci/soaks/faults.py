@@ -222,8 +222,12 @@ class Ground:
         keepsake = self.cache / scenarios.NAMESPACE / scenarios.TAKEN / "notes"
         ready, told = os.pipe()
         begin, we_say = os.pipe()
+        fill_now, we_order = os.pipe()
         bystander = Forked(watch, self.source, self.cache, told, begin)
         os.read(ready, 1)
+        if fault.what == "STOP":
+            filler = Forked(scenarios.fill, self.source, self.cache, told, fill_now)
+            os.read(ready, 1)
         child = Forked(scenarios.perform, fault.scenario, self.source, self.cache, waits=True)
         how = f"signal=SIG{fault.what}" if fault.is_signal else f"error={fault.what}"
         places = itertools.chain.from_iterable(("-P", str(self.place / path)) for path in paths)
@@ -236,8 +240,12 @@ class Ground:
             end = time.monotonic() + PATIENCE
             while not _has_stopped(log) and not child.is_over() and time.monotonic() < end:
                 time.sleep(0.005)
-            for scenario in ("evicting", "writing"):
-                other = Forked(scenarios.perform, scenario, self.source, self.cache)
+            os.write(we_order, b"g")
+            # the one that is there already comes first: one that joins tidies up
+            for scenario in ("filling", "evicting", "writing"):
+                other = filler
+                if scenario != "filling":
+                    other = Forked(scenarios.perform, scenario, self.source, self.cache)
                 wrong += [f"beside the stopped process: {line}" for line in other.wait() or []]
                 if (size := scenarios.entry_bytes(self.cache)) > scenarios.BOUND:
                     wrong.append(f"beside the stopped process: {size} bytes on disk, {scenarios.BOUND} is the bound")
@@ -256,7 +264,7 @@ class Ground:
         wrong += [f"the audit: {line}" for line in Forked(audit, self.cache).wait() or []]
         if not keepsake.exists():
             wrong.append("the user's file is gone")
-        for fd in (ready, told, begin, we_say):
+        for fd in (ready, told, begin, we_say, fill_now, we_order):
             os.close(fd)
         return Outcome(fault, hit, wrong)
 
