@@ -36,7 +36,8 @@ Pieces it removes without a look. It must not read them: it does not know what p
 """
 _WITHOUT_VALIDATOR: Final = 1
 _CHECKED: Final = "\1"
-"""Begins the checksum of a stamp, which those of version 0.1.0 lack; no validator begins with it."""
+"""Begins the checksum of a stamp, which those of version 0.1.0 lack."""
+_VALIDATORS_OF_OLD: Final = ("etag ", "time ", "file ")
 _LONGEST_VALIDATOR: Final = 200
 OF_NOBODY: Final = bytes(16)
 """The digest in the stamp of a file that no entry has any more."""
@@ -119,12 +120,17 @@ def _decode(raw: bytes) -> Stamp | None:
     if len(parts) == 3 and version in (_OF_A_WHOLE, _OF_A_PIECE):
         stamp = Stamp(digest, crc, size, start, stop, parts[0], parts[2])
         return stamp if stamp.encode() == raw else None
-    # of an older version, unless a damaged character makes it look so
+    # of an older version, unless a damaged character makes it look so: number 1 had a key, number 2 a validator as well
     key, *validators = parts
-    if len(parts) != version or version > _OF_A_WHOLE or "".join(validators).startswith(_CHECKED):
+    if len(parts) != version or version > _OF_A_WHOLE:
+        return None
+    if any(validator and not validator.startswith(_VALIDATORS_OF_OLD) for validator in validators):
         return None
     stamp = Stamp(digest, crc, size, start, stop, key, *validators)
-    return stamp if not key or stamp.entry.digest() == digest else None
+    if key and stamp.entry.digest() != digest:
+        return None
+    # those versions kept any answer as a piece, whatever its length, and told no states through fsspec
+    return stamp if (start, stop) == (0, END) else stamp._replace(digest=OF_NOBODY)
 
 
 def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
