@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import google_crc32c
 import numpy as np
 
-from xzcache._keys import META, Entry
+from xzcache._keys import END, META, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,11 +27,17 @@ if TYPE_CHECKING:
 _ATTRIBUTE: Final = "user.xzcache"
 _NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
 _STAMP: Final = struct.Struct("<B16sIQqq")
-_CHECK: Final = struct.Struct("<I")
-_VERSION: Final = 60
-"""No single bit makes this one of the older versions, whose stamps have no checksum of their own."""
-_WITHOUT_CHECK: Final = 2
+_OF_A_PIECE: Final = 60
+_OF_A_WHOLE: Final = 2
+"""Version 0.1.0 knows this number, and not the other.
+
+A process of it that writes to a directory unlinks the key's entry by hand, for which it has to know it for one of ours.
+Pieces it removes without a look. It must not read them: it does not know what parts of which no state is told.
+"""
 _WITHOUT_VALIDATOR: Final = 1
+_CHECKED: Final = "\1"
+"""Begins the checksum of a stamp, which those of version 0.1.0 lack."""
+_VALIDATORS_OF_OLD: Final = ("etag ", "time ", "file ")
 _LONGEST_VALIDATOR: Final = 200
 OF_NOBODY: Final = bytes(16)
 """The digest in the stamp of a file that no entry has any more."""
@@ -72,9 +78,10 @@ class Stamp(NamedTuple):
     """What tells this state of the object from others, as its source has it; may be empty."""
 
     def encode(self) -> bytes:
-        head = _STAMP.pack(_VERSION, self.digest, self.crc, self.size, self.start, self.stop)
-        stamp = head + f"{self.key}\0{self.validator}".encode()
-        return stamp + _CHECK.pack(checksum(stamp))
+        version = _OF_A_WHOLE if (self.start, self.stop) == (0, END) else _OF_A_PIECE
+        head = _STAMP.pack(version, self.digest, self.crc, self.size, self.start, self.stop)
+        check = checksum(head + f"{self.key}\0{self.validator}".encode())
+        return head + f"{self.key}\0{_CHECKED}{check:08x}\0{self.validator}".encode()
 
     @property
     def entry(self) -> Entry:
@@ -106,20 +113,24 @@ def read_stamp(file: int | str) -> Stamp | None:
 def _decode(raw: bytes) -> Stamp | None:
     try:
         version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
-        if version == _VERSION:
-            # a validator or a key that is damaged must not be taken for another state or another entry
-            (check,) = _CHECK.unpack(raw[-_CHECK.size :])
-            raw = raw[: -_CHECK.size]
-            if check != checksum(raw):
-                return None
         text = raw[_STAMP.size :].decode()
     except (struct.error, UnicodeDecodeError):
         return None
-    if version == _WITHOUT_VALIDATOR:
-        return Stamp(digest, crc, size, start, stop, text)
-    key, _, validator = text.rpartition("\0")
-    known = version in (_VERSION, _WITHOUT_CHECK)
-    return Stamp(digest, crc, size, start, stop, key, validator) if known else None
+    parts = text.split("\0")
+    if len(parts) == 3 and version in (_OF_A_WHOLE, _OF_A_PIECE):
+        stamp = Stamp(digest, crc, size, start, stop, parts[0], parts[2])
+        return stamp if stamp.encode() == raw else None
+    # of an older version, unless a damaged character makes it look so: number 1 had a key, number 2 a validator as well
+    key, *validators = parts
+    if len(parts) != version or version > _OF_A_WHOLE:
+        return None
+    if any(validator and not validator.startswith(_VALIDATORS_OF_OLD) for validator in validators):
+        return None
+    stamp = Stamp(digest, crc, size, start, stop, key, *validators)
+    if key and stamp.entry.digest() != digest:
+        return None
+    # those versions kept any answer as a piece, whatever its length, and told no states through fsspec
+    return stamp if (start, stop) == (0, END) else stamp._replace(digest=OF_NOBODY)
 
 
 def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:

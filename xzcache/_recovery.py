@@ -590,7 +590,8 @@ def _stamped(books: Books) -> Iterator[tuple[str, Entry, files.Stamp | None, boo
     for place in ("odd", "ranges"):
         for path in files.walk(files.inside(books.root, f"{META}/{place}/.").removesuffix("/.")):
             stamp = files.read_stamp(path)
-            if stamp is None or path != f"{books.root}/{relative_path(stamp.entry, odd=place == 'odd')}":
+            lies_right = stamp is not None and path == f"{books.root}/{relative_path(stamp.entry, odd=place == 'odd')}"
+            if stamp is None or not lies_right or stamp.digest == files.OF_NOBODY:
                 # nobody else puts files here
                 files.discard(path)
             else:

@@ -66,15 +66,21 @@ CREATE TRIGGER lease_changes AFTER UPDATE OF lease ON owner BEGIN
 CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = lease - OLD.lease; END;
 """
 
+_WITHOUT_PIECES: Final = f"""DROP TABLE absent;{_ABSENT}
+INSERT INTO dying(key, start, stop, odd, size, owner)
+  SELECT key, start, stop, odd, size, -1 FROM entry WHERE start != 0 OR stop != -1;
+DELETE FROM entry WHERE start != 0 OR stop != -1;
+"""
+"""Pieces of objects are not taken over: they may be longer than they should, and of states that nobody told."""
+
 UPGRADES: Final = {
     2: f"""{_OF_THE_PAST}
 ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
-DROP TRIGGER entry_comes;{_ENTRY_COMES}DROP TABLE absent;{_ABSENT}""",
-    3: f"""DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}
-DROP TABLE absent;{_ABSENT}""",
-    4: f"DROP TABLE absent;{_ABSENT}",
+DROP TRIGGER entry_comes;{_ENTRY_COMES}{_WITHOUT_PIECES}""",
+    3: f"""DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}{_WITHOUT_PIECES}""",
+    4: _WITHOUT_PIECES,
 }
 """What makes an index of an older version, which is the key, one of this version."""
 
