@@ -17,7 +17,7 @@ os.environ["XZCACHE_DIRECTORY"] = _default_cache.name
 from sources import neighbours  # noqa: E402
 
 import xzcache  # noqa: E402
-from xzcache import _registry as registry  # noqa: E402
+from xzcache.directory import _registry as registry  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

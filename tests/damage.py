@@ -25,9 +25,10 @@ from sources import CountingStore, read_now
 from zarr.storage import LocalStore
 
 import xzcache
-from xzcache import _files as files
-from xzcache import _registry
-from xzcache._keys import META, relative_path
+from xzcache import files
+from xzcache.directory import _registry
+from xzcache.files._paths import relative_path
+from xzcache.model.entry import META
 
 T = TypeVar("T")
 

@@ -33,9 +33,10 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
-from xzcache._keys import META, Entry, relative_path
-from xzcache._leaders import Leaders
-from xzcache._spans import Span
+from xzcache.directory._fetchlocks import Leaders
+from xzcache.files._paths import relative_path
+from xzcache.model.entry import META, Entry
+from xzcache.model.spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
 multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "xzcache", "google_crc32c", "zarr"])

@@ -51,7 +51,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for protocol in list(fsspec.config.conf):
         monkeypatch.delitem(fsspec.config.conf, protocol)
-    monkeypatch.setattr("xzcache._objectstores.region_of", lambda bucket: None)
+    monkeypatch.setattr("xzcache.sources._obstore.region_of", lambda bucket: None)
     forget_file_systems()
     yield
     forget_file_systems()

@@ -35,7 +35,7 @@ from zarr.experimental.cache_store import CacheStore as ZarrCacheStore
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
-from xzcache import _registry as registry
+from xzcache.directory import _registry as registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
 
@@ -772,7 +772,7 @@ async def test_a_directory_in_trouble_fails_no_read(
     for key in keys[:8]:
         await read(store, key)
     with monkeypatch.context() as patched:
-        module = "_opened" if function in ("open_file", "read") else "_files"
+        module = "files._lookup" if function in ("open_file", "read") else "files"
         patched.setattr(f"xzcache.{module}.{function}", fail)
         for i, key in enumerate(keys):
             assert await read(store, key) == bytes([i]) * 100

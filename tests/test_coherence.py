@@ -33,7 +33,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
-from xzcache._locks import WriteCounters
+from xzcache.index._writeclock import WriteCounters
 
 Write = Callable[[xzcache.CacheStore], Awaitable[None]]
 

@@ -23,12 +23,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
 
 import xzcache
-from xzcache import _files, _recovery
-from xzcache._index import Index
-from xzcache._keys import Entry
-from xzcache._parcels import Parcel
-from xzcache._publisher import Publisher
-from xzcache._space import Space
+from xzcache import files as _files
+from xzcache.directory import _recovery
+from xzcache.directory._publish import Parcel, Publisher
+from xzcache.directory._space import Space
+from xzcache.index._sql import Index
+from xzcache.model.entry import Entry
 
 PROCESSES = 8
 BOUND = 1 << 20

@@ -39,7 +39,7 @@ from sources import read as get
 from zarr.storage import LocalStore
 
 import xzcache
-from xzcache._keys import META
+from xzcache.model.entry import META
 
 XATTR = "user.xzcache"
 

@@ -26,8 +26,8 @@ from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
 from processes import PATIENCE, Dataset
 
 import xzcache
-from xzcache._stats import process
 from xzcache.dask import CacheDashboard
+from xzcache.reading._stats import process
 
 PAGE = "/individual-xzcache"
 
@@ -304,7 +304,7 @@ def test_quietly_absent_where_the_dashboard_is_off(caplog: pytest.LogCaptureFixt
 def test_quietly_absent_where_the_dashboard_is_another(
     broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from xzcache import _dashboard
+    from xzcache.dask import _dashboard
 
     monkeypatch.delattr(_dashboard, broken)
     with dashboard(n_workers=1) as (client, url):

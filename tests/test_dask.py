@@ -32,11 +32,11 @@ from servers import S3Server, s3_server, words
 from zarr.storage import LocalStore
 
 import xzcache
-from xzcache import _registry as registry
-from xzcache import _stats as stats
-from xzcache._cluster import Node
 from xzcache._config import DEFAULTS
-from xzcache._disk import is_on_network
+from xzcache.dask._cluster import Node
+from xzcache.directory import _registry as registry
+from xzcache.files._entryfile import is_on_network
+from xzcache.reading import _stats as stats
 
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -302,7 +302,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 
 def _default() -> str:
-    from xzcache._places import default_directory
+    from xzcache._caches import default_directory
 
     return str(default_directory())
 

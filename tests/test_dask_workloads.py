@@ -23,7 +23,7 @@ from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, spa
 from processes import PATIENCE, Dataset, audit, visit
 
 import xzcache
-from xzcache import _registry as registry
+from xzcache.directory import _registry as registry
 
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -78,7 +78,7 @@ def metrics_of_processes(client: Client) -> Counter[str]:
 
 
 def _counters() -> tuple[int, dict[str, int]]:
-    from xzcache._stats import process
+    from xzcache.reading._stats import process
 
     return os.getpid(), {name: int(value) for name, value in process.as_dict().items() if "second" not in name}
 

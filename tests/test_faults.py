@@ -53,7 +53,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
-from xzcache._keys import META
+from xzcache.model.entry import META
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -75,7 +75,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Wait for nothing, and try again at once."""
-    monkeypatch.setattr("xzcache._keeper._PAUSE_AFTER_FAILURE", 0)
+    monkeypatch.setattr("xzcache.directory._faults._PAUSE_AFTER_FAILURE", 0)
     with xzcache.config.set(lock_timeout=0.2):
         yield
 

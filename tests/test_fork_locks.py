@@ -31,8 +31,8 @@ from processes import (
 from zarr.core.buffer import default_buffer_prototype
 
 import xzcache
-from xzcache._keys import Entry
-from xzcache._membership import Membership
+from xzcache.index._session import Membership
+from xzcache.model.entry import Entry
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here"),

@@ -26,8 +26,8 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
 import xzcache
-from xzcache import _locations as locations
-from xzcache._described import described
+from xzcache.sources import _locations as locations
+from xzcache.sources._locations import described
 
 __all__ = ["nobody", "tidy"]
 
@@ -129,8 +129,8 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 import xzcache
 from zarr.storage import MemoryStore
-import xzcache._objectstores
-xzcache._objectstores.region_of = lambda bucket: None
+import xzcache.sources._obstore
+xzcache.sources._obstore.region_of = lambda bucket: None
 for source, options in json.load(sys.stdin):
     for upstream in ("auto", "fsspec"):
         try:
@@ -794,7 +794,7 @@ def test_any_two_places(one: Any, two: Any) -> None:
         else:
             given = {"access_key_id": account, "region": "us-east-1"} | ({"endpoint": endpoint} if endpoint else {})
             location = locations.of_s3(f"{bucket}/{path}", given, boto=False)
-        from xzcache._identity import identity
+        from xzcache.sources._identity import identity
 
         return identity(location.label, location, lasting=True).namespace
 

@@ -35,7 +35,7 @@ from zarr.abc.store import RangeByteRequest, Store
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
-from xzcache._keys import META
+from xzcache.model.entry import META
 
 NAMESPACE = "source"
 LONG = "l" * 300
@@ -241,7 +241,7 @@ async def test_files_of_the_users_in_a_store_of_its_own(tmp_path: Path) -> None:
 
 async def test_names_that_differ_in_case_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system that takes them for the same, they are stored under their digests."""
-    monkeypatch.setattr("xzcache._disk.folds_case", lambda directory: True)
+    monkeypatch.setattr("xzcache.files.folds_case", lambda directory: True)
     source = memory_source()
     names = ["c/A", "c/a", "C/a", "é", unicodedata.normalize("NFD", "é")]
     for key in names:

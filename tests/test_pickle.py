@@ -346,3 +346,24 @@ async def test_a_copy_has_a_source_of_its_own(tmp_path: Path) -> None:
     copy = copy_of(cached("directory", source, tmp_path))
     assert await read(copy, "k") == b"1"
     assert copy._store.reads == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_config Unset",
+        "_identity Identity",
+        "_sources WebStore",
+        "dask CacheDashboard",
+        "dask CachePlugin",
+        "local LockedLocalStore",
+        "local _restore",
+        "pipeline _restored",
+        "store CacheStore",
+        "store _restore",
+    ],
+)
+def test_what_pickles_of_version_0_1_0_name_is_there(name: str) -> None:
+    module, _, attribute = name.partition(" ")
+    found = pickle.loads(f"cxzcache.{module}\n{attribute}\n.".encode())
+    assert found.__name__ == attribute

@@ -20,7 +20,7 @@ from zarr.storage import LocalStore
 
 import xzcache
 from xzcache import pipeline
-from xzcache._shared import SharedBackend
+from xzcache.directory._namespace import SharedBackend
 
 OURS = "xzcache.pipeline.CachePipeline"
 SHAPE = (37, 50)

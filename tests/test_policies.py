@@ -22,11 +22,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 import xzcache
-from xzcache._adaptive import HASH_BITS, Adaptive, Uses, limit_for
-from xzcache._history import hash_of, lot_of
-from xzcache._keys import Entry
-from xzcache._reuse import Reuse, next_gap, rate
-from xzcache._schema import VERSION
+from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Reuse, Uses, limit_for, next_gap, rate
+from xzcache.index._history import hash_of, lot_of
+from xzcache.index._sql import VERSION
+from xzcache.model.entry import Entry
 
 sys.path.append(str(Path(__file__).parents[1] / "ci" / "benchmarks"))
 
@@ -286,8 +285,8 @@ def test_what_short_sessions_heard_is_learned_from(tmp_path: Path, monkeypatch: 
     for _ in range(3):
         run(hear_a_little, root)
     assert query(root, "SELECT count(*) FROM heard") == [(3 * 25 * 20,)]
-    monkeypatch.setattr("xzcache._policies._HEARD", 1000)
-    monkeypatch.setattr("xzcache._policies._MOST_HEARD", 400)
+    monkeypatch.setattr("xzcache.eviction._policies._HEARD", 1000)
+    monkeypatch.setattr("xzcache.eviction._policies._MOST_HEARD", 400)
     store = xzcache.LockedLocalStore(root, policy="adaptive")
     store.get_sync("k1")
     store.directory.flush()
@@ -340,10 +339,10 @@ def test_of_a_large_cache_a_part_is_looked_at(
 
     Looked for by ids alone, it is always the same ones who are seen, and who leave.
     """
-    monkeypatch.setattr("xzcache._policies._LOOKED_AT", 64)
-    monkeypatch.setattr("xzcache._policies._RUNS", 16)
-    monkeypatch.setattr("xzcache._policies._FEWEST", 4)
-    monkeypatch.setattr("xzcache._policies._ANYWHERE", 0.1 if is_watched else 1.0)
+    monkeypatch.setattr("xzcache.eviction._policies._LOOKED_AT", 64)
+    monkeypatch.setattr("xzcache.eviction._policies._RUNS", 16)
+    monkeypatch.setattr("xzcache.eviction._policies._FEWEST", 4)
+    monkeypatch.setattr("xzcache.eviction._policies._ANYWHERE", 0.1 if is_watched else 1.0)
     if not is_watched:
         monkeypatch.setattr(Adaptive, "some_ids", lambda *_: np.zeros(0, np.int64))
     store = xzcache.LockedLocalStore(tmp_path, max_size=150 * VALUE, policy="adaptive")
@@ -423,7 +422,7 @@ def test_a_directory_that_was_taken_away_is_not_told_of_uses(tmp_path: Path, cap
 
 
 def test_ghosts_are_bounded_and_count_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xzcache._policies._FEWEST_GHOSTS", 256)
+    monkeypatch.setattr("xzcache.eviction._policies._FEWEST_GHOSTS", 256)
     store = xzcache.LockedLocalStore(tmp_path, max_size=50 * VALUE, policy="adaptive")
     directory = store.directory
     for number in range(6000):

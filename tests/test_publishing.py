@@ -14,14 +14,14 @@ import pytest
 from processes import PATIENCE, audit
 
 import xzcache
-from xzcache import _files
-from xzcache import _parcels as parcels_
-from xzcache._background import Background
-from xzcache._directory import CacheDirectory
-from xzcache._index import Index
-from xzcache._keys import END, Entry
-from xzcache._parcels import Parcel
-from xzcache._space import Space
+from xzcache import files as _files
+from xzcache.directory import _publish as parcels_
+from xzcache.directory._directory import CacheDirectory
+from xzcache.directory._publish import Parcel
+from xzcache.directory._space import Space
+from xzcache.directory._writebehind import Background
+from xzcache.index._sql import Index
+from xzcache.model.entry import END, Entry
 
 SIZE = 10_000
 BOUND = 1 << 20
@@ -288,7 +288,7 @@ async def test_where_no_thread_can_be_had_it_is_done_at_once(monkeypatch: pytest
     recorder = Recorder()
     background = Background(recorder)
     recorder.let.release(1000)
-    monkeypatch.setattr("xzcache._background.try_in_order", lambda function: False)
+    monkeypatch.setattr("xzcache.directory._writebehind.try_in_order", lambda function: False)
     await given(background, [f"{number}" for number in range(3 * parcels_.MOST)])
     background.wait()
     assert [len(batch) for batch in recorder.batches] == [parcels_.MOST] * 3
@@ -298,7 +298,7 @@ async def test_who_is_interrupted_leaves_the_rest_to_others(monkeypatch: pytest.
     recorder = Recorder()
     background = Background(recorder)
     recorder.let.release(1000)
-    monkeypatch.setattr("xzcache._background.try_in_order", lambda function: False)
+    monkeypatch.setattr("xzcache.directory._writebehind.try_in_order", lambda function: False)
     for key in ("a", "b", "a"):
         background._add(Parcel(Entry(key), b"", None), 0)
     recorder.interrupt = True

@@ -37,9 +37,9 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
-from xzcache._documents import is_document
-from xzcache._keys import END
-from xzcache._spans import Cover, Span
+from xzcache.model.entry import END
+from xzcache.model.metadata import is_document
+from xzcache.model.spans import Cover, Span
 
 __all__ = ["nobody", "tidy"]
 

@@ -24,7 +24,7 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, ObjectStore
 
 import xzcache
-from xzcache._keys import META
+from xzcache.model.entry import META
 
 __all__ = ["nobody", "tidy"]
 

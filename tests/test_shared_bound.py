@@ -19,7 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 import xzcache
 from xzcache._config import UNSET
-from xzcache._space import Space
+from xzcache.directory._space import Space
 
 PERIOD = 0.005
 SEVERAL = "ranges" if hasattr(Store, "get_ranges") else "range"

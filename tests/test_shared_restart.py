@@ -16,8 +16,8 @@ from processes import Dataset, Made, Team, audit, index_path, made, run, stored,
 from zarr.core.buffer import default_buffer_prototype
 
 import xzcache
-from xzcache._space import Space
-from xzcache._writes import Writes
+from xzcache.directory._invalidation import Writes
+from xzcache.directory._space import Space
 
 MIB = 1 << 20
 

@@ -41,8 +41,8 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, StorePath, ZipStore
 
 import xzcache
-from xzcache._buckets import region_of
-from xzcache._globs import expanded
+from xzcache.sources._obstore import region_of
+from xzcache.xarray._globs import expanded
 
 __all__ = ["nobody", "tidy"]
 
@@ -720,7 +720,7 @@ def test_a_region_that_is_not_told_is_asked_for_again(amazon: tuple[str, list[st
 def test_a_region_that_nobody_is_there_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert region_of("bucket", CLOSED) is None
     assert region_of("bucket", "no://where") is None
-    monkeypatch.setattr("xzcache._buckets._SECONDS", 0.1)
+    monkeypatch.setattr("xzcache.sources._obstore._SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert region_of("bucket", f"http://127.0.0.1:{silent.getsockname()[1]}") is None
 
@@ -739,7 +739,7 @@ def test_a_bucket_whose_region_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="region_name") as refused:
         xzcache.CacheStore("s3://bucket/x", cache_store=MemoryStore(), storage_options=options, upstream="obstore")
     assert SECRET not in str(refused.value)
-    monkeypatch.setattr("xzcache._objectstores.region_of", lambda bucket: f"region-of-{bucket}")
+    monkeypatch.setattr("xzcache.sources._obstore.region_of", lambda bucket: f"region-of-{bucket}")
     store = xzcache.CacheStore("s3://bucket/x", cache_store=MemoryStore(), storage_options=options)
     assert store._store.store.config["region"] == "region-of-bucket"
     given = xzcache.CacheStore("s3://bucket/x", cache_store=MemoryStore(), storage_options=options | REGION)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zarr.abc.store import RangeByteRequest
 
-from xzcache import _spans as spans
-from xzcache._keys import END, Entry, within
-from xzcache._pieces import Listed
+from xzcache.model import spans
+from xzcache.model.entry import END, Entry, within
+from xzcache.model.spans import Listed
 
 SPANS = st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 

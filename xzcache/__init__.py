@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache._config import config
-from xzcache._open_zarr import install
-from xzcache._registry import cleanup_resources
+from xzcache._xarray_hook import install
+from xzcache.directory import cleanup_resources
 from xzcache.local import LockedLocalStore
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
-    from xzcache._cluster import cluster_info
-    from xzcache.dask import CachePlugin
+    from xzcache.dask import CachePlugin, cluster_info
     from xzcache.xarray import open_mfdataset, open_zarr
 
+
 __version__ = version("xzcache")
+
+# pickles of version 0.1.0 look for `Identity` and `WebStore` there
+sys.modules.update(dict.fromkeys(("xzcache._identity", "xzcache._sources"), import_module("xzcache.sources")))
 
 __all__ = [
     "CachePlugin",
@@ -33,7 +37,7 @@ __all__ = [
 
 _LATE: Final = {
     "CachePlugin": "xzcache.dask",
-    "cluster_info": "xzcache._cluster",
+    "cluster_info": "xzcache.dask",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
 }

@@ -26,6 +26,7 @@ from donfig import Config
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+
 DEFAULTS: Final[Mapping[str, Any]] = {
     # where the default cache of this node is; None: the platform's user cache directory
     "directory": None,

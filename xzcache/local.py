@@ -14,9 +14,8 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore
 
-from xzcache import _files as files
-from xzcache import _pool as pool
-from xzcache._audit import Audit, audit
+from xzcache import _threads as pool
+from xzcache import files
 from xzcache._config import (
     UNSET,
     Unset,
@@ -29,15 +28,14 @@ from xzcache._config import (
     parse_size,
     parse_threads,
 )
-from xzcache._errors import CacheFault, NoRoom
-from xzcache._keys import META, Entry, clip, is_cacheable, is_plain, span
-from xzcache._looks import one_line
-from xzcache._registry import open_directory
+from xzcache._display import one_line
+from xzcache.directory import Audit, audit, is_plain, open_directory
+from xzcache.model import META, CacheFault, Entry, NoRoom, clip, is_cacheable, span
 
 if TYPE_CHECKING:
     from zarr.core.common import AccessModeLiteral
 
-    from xzcache._directory import CacheDirectory
+    from xzcache.directory import CacheDirectory
 
 
 class LockedLocalStore(LocalStore):

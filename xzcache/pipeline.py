@@ -8,37 +8,90 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
+import numpy as np
 import zarr
 from zarr.abc import codec
 from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, CodecPipeline
+from zarr.codecs import BytesCodec
 from zarr.core import codec_pipeline as zarrs
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import register_pipeline
 from zarr.storage import StorePath
 
-from xzcache import _pool as pool
-from xzcache._errors import Replaced, report_bug
-from xzcache._readthrough import NotCached
-from xzcache._straight import place_of, stores_values
+from xzcache import _threads as pool
+from xzcache.model import Replaced, report_bug
+from xzcache.reading import NotCached
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    import numpy as np
     from zarr.abc.codec import Codec
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer
     from zarr.core.metadata import ArrayMetadata
 
-    from xzcache._readthrough import ReadThrough
+    from xzcache.reading import ReadThrough
+
+
+# -- Chunks whose bytes are the values themselves: they may be read straight into the array that somebody asked for.
+
+_KINDS = frozenset("biufc")
+"""Of data types whose every value is as many bytes as the next, and nothing else."""
+
+
+def stores_values(codecs: tuple[Codec, ...]) -> bool:
+    """Whether an array is stored as its values lie in memory: uncompressed, and in the byte order of this machine."""
+    if len(codecs) != 1 or type(codecs[0]) is not BytesCodec:
+        return False
+    endian: Any = codecs[0].endian
+    return endian is None or getattr(endian, "value", endian) == sys.byteorder
+
+
+def place_of(spec: ArraySpec, chunk_selection: Any, out: NDBuffer, out_selection: Any) -> np.ndarray[Any, Any] | None:
+    """Where in a result the bytes of a chunk are to lie; None where they are not all there, and in order.
+
+    Parameters
+    ----------
+    spec : ArraySpec
+        Of the chunk.
+    chunk_selection : selection
+        What is wanted of the chunk.
+    out : NDBuffer
+        The result.
+    out_selection : selection
+        Where in the result that is.
+    """
+    values: Any = out.as_ndarray_like()
+    if type(values) is not np.ndarray or not (_is_plain(chunk_selection) and _is_plain(out_selection)):
+        return None
+    dtype: np.dtype[Any] = values.dtype
+    if dtype.kind not in _KINDS or not dtype.isnative or spec.dtype.to_native_dtype() != dtype:
+        return None
+    place: Any = values[out_selection]
+    # steps of one, and as many values as the chunk has: it is the whole of it, but for axes of length one
+    if type(place) is not np.ndarray or place.size != prod(spec.shape) or not place.flags.c_contiguous:
+        return None
+    return place.reshape(-1).view(np.uint8)
+
+
+def _is_plain(selection: Any) -> bool:
+    parts = selection if isinstance(selection, tuple) else (selection,)
+    return all(
+        isinstance(part, int) or (type(part) is slice and part.step in (None, 1) and (part.start or 0) >= 0)
+        for part in parts
+    )
+
+
+# -- The pipeline itself.
 
 logger = logging.getLogger("xzcache")
 

@@ -2,32 +2,238 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xzcache import _config as settings
-from xzcache import _pool as pool
-from xzcache._anystore import StoreBackend
+from xzcache import _threads as pool
+from xzcache._caches import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
-from xzcache._freshness import Freshness, Seen
-from xzcache._identity import Identity, identify, is_found_out_anew, is_same_source, remember
-from xzcache._looks import Looks, one_line
-from xzcache._places import backend_of, cache_store_of, checked_namespace, label_of
-from xzcache._ranges import RangeReads
-from xzcache._readable import ReadableView
-from xzcache._reading import Reading
-from xzcache._readthrough import ReadThrough
-from xzcache._sources import is_at_hand, local_path, open_source, spelled
-from xzcache._stats import Stats, process
-from xzcache._writable import WritableView
-from xzcache._writethrough import WriteThrough
+from xzcache._display import Looks, one_line
+from xzcache.anystore import StoreBackend
 from xzcache.local import LockedLocalStore
+from xzcache.reading import (
+    Freshness,
+    RangeReads,
+    Reading,
+    ReadThrough,
+    Seen,
+    Stats,
+    WriteThrough,
+    is_read_for_a_write,
+    process,
+)
+from xzcache.sources import (
+    Identity,
+    identify,
+    is_at_hand,
+    is_found_out_anew,
+    is_same_source,
+    local_path,
+    open_source,
+    remember,
+    spelled,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+
+# -- What only the source can say of a store.
+
+
+class SourceView(Store):
+    """A store whose listings and abilities are those of another one.
+
+    Derived from `Store` and not from Zarr's `WrapperStore`: a member that is forgotten here ends in `get`, `set` and
+    `delete`, where the cache is, instead of at the source behind the cache's back.
+    """
+
+    _store: Store
+    source: Identity
+    _given_path: str | None = None
+
+    @property
+    def path(self) -> str | None:
+        """The URL or path of the source, as it was given but without credentials; None where it has none."""
+        return self._given_path
+
+    @property
+    def supports_writes(self) -> bool:
+        return self._store.supports_writes
+
+    @property
+    def supports_deletes(self) -> bool:
+        return self._store.supports_deletes
+
+    @property
+    def supports_listing(self) -> bool:
+        return self._store.supports_listing
+
+    @property
+    def supports_consolidated_metadata(self) -> bool:
+        return self._store.supports_consolidated_metadata
+
+    def list(self) -> AsyncIterator[str]:
+        return self._store.list()
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        return self._store.list_prefix(prefix)
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        return self._store.list_dir(prefix)
+
+    async def is_empty(self, prefix: str) -> bool:
+        return await self._store.is_empty(prefix)
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        return await self._store.getsize_prefix(prefix)
+
+    async def _open(self) -> None:
+        if self._is_open:
+            raise ValueError("store is already open")
+        # a source that cannot be opened now says so at the first read that needs it: what is cached does not
+        with suppress(OSError):
+            await self._store._ensure_open()
+        self._is_open = True
+
+    def close(self) -> None:
+        """Close the source. What is cached stays, and the store can be used again."""
+        self._store.close()
+        self._is_open = False
+
+
+# -- Reading through a cache, as Zarr's stores are read.
+
+
+class ReadableView(SourceView):
+    """A view of a source that is asked for nothing that is cached."""
+
+    _reads: ReadThrough
+    _ranges: RangeReads
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """The value of a key, or a byte range of it; None where the source has none."""
+        prototype = prototype or default_buffer_prototype()
+        anew = False if self.read_only else is_read_for_a_write()
+        if anew is False and byte_range is None and (value := self._reads.at_once(key, prototype)) is not None:
+            return value
+        return await self._reads.get(key, prototype, byte_range, anew=anew)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """The values of several keys and byte ranges, each as `get`."""
+        return list(await asyncio.gather(*(self.get(key, prototype, part) for key, part in key_ranges)))
+
+    async def get_ranges(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        *,
+        prototype: BufferPrototype,
+        max_concurrency: int = 10,
+        max_gap_bytes: int = 1 << 20,
+        max_coalesced_bytes: int = 16 << 20,
+    ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
+        """Many byte ranges of a value: what is cached, then what is missing, in as few requests as Zarr makes.
+
+        Parameters
+        ----------
+        key : str
+        byte_ranges : sequence of ByteRequest or None
+        prototype : BufferPrototype
+        max_concurrency : int
+            Requests to the source at a time.
+        max_gap_bytes, max_coalesced_bytes : int
+            Bytes that may lie between two ranges that are asked for as one, and of such a one.
+
+        Raises
+        ------
+        BaseExceptionGroup
+            Of exceptions of the source, or of `FileNotFoundError` where it has no such key; or of `OSError` with
+            ``errno.ESTALE`` where the object was replaced while parts of it were read.
+        """
+        async for group in self._ranges.get(
+            key,
+            byte_ranges,
+            prototype,
+            max_concurrency=max_concurrency,
+            max_gap_bytes=max_gap_bytes,
+            max_coalesced_bytes=max_coalesced_bytes,
+        ):
+            yield group
+
+    async def exists(self, key: str) -> bool:
+        """Whether a key has a value: as the cache knows, or else by the source's own means."""
+        if await self._reads.cached_size(key) is not None:
+            return True
+        return not await self._reads.is_known_absent(key) and await self._store.exists(key)
+
+    async def getsize(self, key: str) -> int:
+        """The size of a value, in bytes: as the cache knows it, or else by the source's own means."""
+        size = await self._reads.cached_size(key)
+        if size is None and await self._reads.is_known_absent(key):
+            raise FileNotFoundError(key)
+        return await self._store.getsize(key) if size is None else size
+
+
+# -- Writing through a cache, as Zarr's stores are written.
+
+
+class WritableView(SourceView):
+    """A view of a source that is written first and last, so that the cache is never ahead of it."""
+
+    _writes: WriteThrough
+    cache_set_data: bool
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a value to the source, and, where so configured, to the cache."""
+        self._check_writable()
+        await self._writes.values([(key, value)], lambda: self._store.set(key, value), keep=self.cache_set_data)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a value unless the key has one, by the source's own means."""
+        self._check_writable()
+        await self._writes.values(
+            [(key, value)], lambda: self._store.set_if_not_exists(key, value), keep=False, certain=False
+        )
+
+    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
+        self._check_writable()
+        pairs = list(values)
+        await self._writes.values(pairs, lambda: self._store._set_many(pairs), keep=self.cache_set_data)
+
+    async def delete(self, key: str) -> None:
+        """Delete a key at the source and in the cache."""
+        self._check_writable()
+        await self._writes.deletion(key, lambda: self._store.delete(key))
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Delete everything beneath a prefix, at the source and in the cache."""
+        self._check_writable()
+        await self._writes.deletion_beneath(prefix, lambda: self._store.delete_dir(prefix))
+
+    async def clear(self) -> None:
+        """Delete everything at the source, and what is cached of it."""
+        self._check_writable()
+        await self._writes.deletion_beneath("", self._store.clear)
+
+
+# -- The store itself.
 
 _LONGEST_LOOK: Final = 0.2
 """Seconds for which a table in a notebook may wait for its figures."""

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from xzcache._adaptive import Adaptive, Uses
+from xzcache.eviction._adaptive import Adaptive, Uses
 
 Trace = NDArray[np.int64]
 

@@ -23,7 +23,7 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 import xzcache
-from xzcache._directory import CacheDirectory
+from xzcache.directory._directory import CacheDirectory
 
 ENTRIES: Final = 100_000
 BYTES: Final = 2000

@@ -27,9 +27,9 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 import xzcache
-from xzcache import _files as files
-from xzcache._directory import CacheDirectory
-from xzcache._keys import Entry
+from xzcache import files
+from xzcache.directory._directory import CacheDirectory
+from xzcache.model.entry import Entry
 
 SIZES = [1_000, 100_000, 1_000_000]
 FULL = [1_000, 10_000, 100_000, 1_000_000]

@@ -46,7 +46,7 @@ CONTROLS = {
         "space is given back before the file is unlinked, on a disk that is slow to unlink",
         (
             (
-                "_space.py",
+                "directory/_space.py",
                 "        erased = self.erase(dying)\n",
                 "        self.settle(dying)\n        time.sleep(0.2)\n        erased = self.erase(dying)\n",
             ),
@@ -57,12 +57,12 @@ CONTROLS = {
         "a file gets its name before its row is committed",
         (
             (
-                "_publisher.py",
+                "directory/_publish.py",
                 "        index.commit()\n        for item, path in moves:\n",
                 "        for item, path in moves:\n",
             ),
             (
-                "_publisher.py",
+                "directory/_publish.py",
                 "                item.failure = error\n\n    def _undo",
                 "                item.failure = error\n        index.commit()\n\n    def _undo",
             ),
@@ -73,7 +73,7 @@ CONTROLS = {
         "a file that cannot be looked at is taken for one that is not there",
         (
             (
-                "_files.py",
+                "files/_entryfile.py",
                 "            return _look_without_stamps(path)\n        raise\n",
                 "            return _look_without_stamps(path)\n        return Whose.GONE\n",
             ),
@@ -82,20 +82,26 @@ CONTROLS = {
     ),
     "no-checksum": Control(
         "the checksum of a file is not compared",
-        (("_reader.py", "files.checksum(data) != crc", "files.checksum(data) == -1"),),
+        (("files/_lookup.py", "files.checksum(data) != crc", "files.checksum(data) == -1"),),
         ("damage --files 300",),
     ),
     "deaf-fill": Control(
         "a fill that began before a write is stored all the same",
         (
-            ("_admission.py", "parcel.ticket != tickets.of(key)", "False"),
-            ("_publisher.py", "ticket == tickets.of(entry.key)", "True"),
+            ("directory/_publish.py", "parcel.ticket != tickets.of(key)", "False"),
+            ("directory/_publish.py", "ticket == tickets.of(entry.key)", "True"),
         ),
         ("storm --seconds 40 --seed 3",),
     ),
     "bound": Control(
         "an entry is stored that was given no room",
-        (("_space.py", "        room = totals.room\n        if room", "        room = None\n        if room"),),
+        (
+            (
+                "directory/_space.py",
+                "        room = totals.room\n        if room",
+                "        room = None\n        if room",
+            ),
+        ),
         ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
     ),
 }

@@ -1,0 +1,140 @@
+"""`xarray.open_zarr(..., engine="zcache")`: one more keyword for a function that takes no engine.
+
+xarray's engines are chosen in `xarray.open_dataset`; its `open_zarr` has the engine ``"zarr"`` built in. So the name
+`xarray.open_zarr` is given a function that knows one engine more, and hands everything else to the one that was there.
+A version of xarray whose `open_zarr` takes an engine itself is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+
+_HOME: Final = "xarray.backends.zarr"
+_ORIGINAL: Final = "__xzcache_original__"
+_ENGINE: Final = """
+engine : {"zcache"}, optional
+    Reads through this machine's cache, and takes all keywords of `xzcache.CacheStore`. Added by xzcache."""
+
+
+_opener: dict[str, Callable[..., Any]] = {}
+
+
+def is_ours(engine: object) -> bool:
+    """Whether an engine, by its name or its class, is the cache."""
+    return engine == "zcache" or getattr(engine, "is_zcache", False) is True
+
+
+def original() -> Callable[..., Any]:
+    """`xarray.open_zarr` as xarray has it."""
+    import xarray.backends.zarr as home
+
+    function: Callable[..., Any] = getattr(home.open_zarr, _ORIGINAL, home.open_zarr)
+    return function
+
+
+def transparent(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+    """Have xarray take a function for one of its own: its warnings are for whoever called that, by file and line."""
+    function.__code__ = function.__code__.replace(co_filename=theirs.__code__.co_filename)
+
+
+def install(cached: Callable[..., Any]) -> None:
+    """Teach `xarray.open_zarr` the engine, now or as soon as xarray is imported. Once is as good as twice.
+
+    Parameters
+    ----------
+    cached : callable
+        What opens a dataset through the cache, with the parameters of `xarray.open_zarr`.
+    """
+    _opener["zcache"] = cached
+    home = sys.modules.get(_HOME)
+    if home is not None and hasattr(home, "open_zarr"):
+        _teach(home)
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        # xarray takes longer to import than everything here together: those who do not use it need not wait for it
+        sys.meta_path.insert(0, _Watch())
+
+
+def _teach(home: ModuleType) -> None:
+    current = home.open_zarr
+    if hasattr(current, _ORIGINAL) or "engine" in inspect.signature(current).parameters:
+        return
+    ours = _with_engine(current)
+    globals()[ours.__name__] = ours
+    for namespace in (home, sys.modules.get("xarray")):
+        if getattr(namespace, "open_zarr", None) is current:
+            vars(namespace)["open_zarr"] = ours
+
+
+def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("engine") is None:
+            kwargs.pop("engine", None)
+        if not is_ours(kwargs.get("engine")):
+            return theirs(store, *args, **kwargs)
+        return _opener["zcache"](store, *args, **kwargs)
+
+    signature = inspect.signature(theirs)
+    engine = inspect.Parameter("engine", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *positional, last = signature.parameters.values()
+    keywords = (last,) if last.kind is last.VAR_KEYWORD else ()
+    parameters = (*positional, *(() if keywords else (last,)), engine, *keywords)
+    vars(open_zarr).update({"__signature__": signature.replace(parameters=parameters), _ORIGINAL: theirs})
+    for function in (open_zarr, _opener["zcache"]):
+        transparent(function, theirs)
+    # pickled by this name, a function that was sent to a worker brings the engine along
+    open_zarr.__module__ = __name__
+    before, returns, after = inspect.cleandoc(theirs.__doc__ or "").partition("\n\nReturns\n")
+    open_zarr.__doc__ = before + _ENGINE + returns + after
+    return open_zarr
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open_zarr":
+        import xarray
+
+        return xarray.open_zarr
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Watch(MetaPathFinder):
+    """Waits for xarray's module to be imported, and is gone then."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _HOME:
+            return None
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Teaching(spec.loader)
+        return spec
+
+
+class _Teaching(Loader):
+    """Loads the module as its own loader does, and teaches it the engine."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if module.__spec__ is not None:
+            # what asks a module for its source asks its loader
+            module.__spec__.loader = module.__loader__ = self._loader
+        _teach(module)

@@ -1,0 +1,286 @@
+"""The books of a cache that one process keeps for itself: sizes, order, ages, byte ranges, and the writes so far."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache._config import is_fresh
+from xzcache._fork import renew_after_fork
+from xzcache.model import Entry, metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from xzcache._config import Age
+
+
+Ticket = tuple[int, int]
+
+
+class Record(NamedTuple):
+    """An entry: its size in bytes, when it came (seconds since the epoch), its bytes if it is kept in memory."""
+
+    size: int
+    inserted: float
+    data: memoryview | None
+    validator: str = ""
+
+
+class Taken(NamedTuple):
+    """Whether space was promised, and if not, which entry has to go first."""
+
+    taken: bool
+    oldest: Entry | None
+
+
+class Ledger:
+    """What a cache holds, least recently used first. Safe for threads; every method is one step.
+
+    Attributes
+    ----------
+    size : int
+        Bytes that are held or promised.
+    """
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[Entry, Record] = OrderedDict()
+        self._pieces: dict[str, dict[Entry, None]] = {}
+        self.after_fork_in_child()
+        renew_after_fork(self)
+        self.in_memory = 0
+        self._writes: Counter[str] = Counter()
+        self._drops = 0
+
+    def after_fork_in_child(self) -> None:
+        """Let go of a lock that a thread of the parent may hold, and of what only the parent's tasks would finish."""
+        self._lock = threading.Lock()
+        self._arriving: set[str] = set()
+        self.size = sum(record.size for record in self._records.values())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._records
+
+    # -- writes
+
+    def ticket(self, key: str) -> Ticket:
+        """What the counts of writes are now; they differ once the key, or something above it, is written."""
+        return self._writes[key], self._drops
+
+    def count_write(self, key: str) -> Ticket:
+        """Count a write of a key; the new ticket."""
+        with self._lock:
+            self._writes[key] += 1
+            return self.ticket(key)
+
+    def count_drop(self) -> None:
+        """Count a write of everything."""
+        with self._lock:
+            self._drops += 1
+
+    # -- looking
+
+    def may_serve(self, entry: Entry, max_age: Age) -> bool:
+        """Whether an entry is not too old, and not just being stored. Of what is not recorded, nobody knows the age."""
+        with self._lock:
+            if entry.key in self._arriving:
+                return False
+            record = self._records.get(entry)
+            return max_age == "infinity" or (record is not None and is_fresh(record.inserted, max_age))
+
+    def data(self, entry: Entry) -> memoryview | None:
+        """The bytes of an entry that is kept in memory."""
+        with self._lock:
+            record = self._records.get(entry)
+            return None if record is None else record.data
+
+    def validator(self, entry: Entry) -> str:
+        """What tells the state of an entry from others; empty where nothing does."""
+        with self._lock:
+            record = self._records.get(entry)
+            return "" if record is None else record.validator
+
+    def renew(self, entry: Entry) -> None:
+        """Let the age of an entry begin now."""
+        with self._lock:
+            if (record := self._records.get(entry)) is not None:
+                self._records[entry] = record._replace(inserted=time.time())
+
+    def used(self, entry: Entry, size: int, ticket: Ticket) -> bool:
+        """Note a use, recording what an earlier process left; False if it was written since the ticket was taken."""
+        with self._lock:
+            if ticket != self.ticket(entry.key) or entry.key in self._arriving:
+                return False
+            if entry in self._records:
+                self._records.move_to_end(entry)
+            else:
+                self._records[entry] = Record(size, time.time(), None)
+                self.size += size
+            return True
+
+    def pieces(self, key: str) -> list[Entry]:
+        """The byte ranges of a key."""
+        with self._lock:
+            return list(self._pieces.get(key, ()))
+
+    def of_key(self, key: str) -> list[Entry]:
+        """The whole object and all byte ranges of a key."""
+        with self._lock:
+            whole = [entry] if (entry := Entry(key)) in self._records else []
+            return [*whole, *self._pieces.get(key, ())]
+
+    def beneath(self, prefix: str) -> list[Entry]:
+        """Entries beneath a path; all for an empty one."""
+        with self._lock:
+            return [entry for entry in self._records if not prefix or entry.key.startswith(f"{prefix}/")]
+
+    # -- space
+
+    def take(self, size: int, limit: int | None) -> Taken:
+        """Promise space, or say which entry has to go first."""
+        with self._lock:
+            if limit is None or self.size + size <= limit:
+                self.size += size
+                return Taken(True, None)
+            return Taken(False, next(iter(self._records), None))
+
+    def give(self, size: int) -> None:
+        """Give space back, after what took it is gone."""
+        with self._lock:
+            self.size -= size
+
+    def arrive(self, key: str) -> bool:
+        """From here to `arrived`, the cache may hold something for a key that is not to be served.
+
+        False where somebody else is storing the key already.
+        """
+        with self._lock:
+            if key in self._arriving:
+                return False
+            self._arriving.add(key)
+            return True
+
+    def arrived(self, key: str) -> None:
+        """Undo `arrive`."""
+        with self._lock:
+            self._arriving.discard(key)
+
+    def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket, validator: str) -> bool:
+        """Record an entry whose space was taken; False if its key was written since the ticket was taken."""
+        with self._lock:
+            if ticket != self.ticket(entry.key) or entry in self._records:
+                return False
+            self._records[entry] = Record(size, time.time(), data, validator)
+            self._note_piece(entry)
+            self.in_memory += size if data is not None else 0
+            return True
+
+    def pop(self, entry: Entry) -> Record | None:
+        """Take an entry out, its space still taken."""
+        with self._lock:
+            record = self._records.pop(entry, None)
+            if not entry.is_whole and (pieces := self._pieces.get(entry.key)) is not None:
+                pieces.pop(entry, None)
+                if not pieces:
+                    del self._pieces[entry.key]
+            if record is not None and record.data is not None:
+                self.in_memory -= record.size
+            return record
+
+    def put_back(self, entry: Entry, record: Record) -> None:
+        """Undo a `pop`, as the first to go."""
+        with self._lock:
+            self._records[entry] = record
+            self._records.move_to_end(entry, last=False)
+            self._note_piece(entry)
+
+    def _note_piece(self, entry: Entry) -> None:
+        if not entry.is_whole:
+            self._pieces.setdefault(entry.key, {})[entry] = None
+
+
+# -- What a cache whose books are kept in one process knows of the arrays of its source.
+
+_REMEMBERED: Final = 65536
+
+
+class Nodes:
+    """The documents under which entries were filled, and those that the source does not have.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._digests: dict[str, bytes] = {}
+        self._absent: dict[str, float] = {}
+        self._lacked: dict[str, tuple[float, Ticket]] = {}
+
+    async def compare(
+        self, key: str, document: bytes | None, ticket: Ticket | None, drop: Callable[[str], Awaitable[None]]
+    ) -> Ticket | None:
+        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+
+        def known_beneath(path: str) -> list[str]:
+            return [node for node in self._digests if node.startswith(f"{path}/" if path else "")]
+
+        expected = ticket
+        described = metadata.describe(key, document)
+        gone = document is None and Entry(key) in self._ledger
+        for path in metadata.changed_arrays(key, described, self._digests.get, known_beneath, gone=gone):
+            # what an earlier process left in the store is not in these books
+            # our own drop is not somebody else's write
+            expected = None if expected is None else (expected[0], expected[1] + 1)
+            names = metadata.of_array(path)
+            kept = {node: self._digests[node] for node in names if node in self._digests}
+            await drop(path)
+            if any(node in described.arrays | described.attributes for node in names):
+                # one document tells of the array, another of its attributes
+                self._digests.update(kept)
+        if expected is None or expected != self._ledger.ticket(key):
+            return None
+        self._digests.update(described.arrays | described.attributes)
+        if document is None:
+            self._absent[key] = time.time()
+        return expected
+
+    def is_absent(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a document of a node that it has."""
+        noted = self._absent.get(key)
+        return (
+            noted is not None
+            and is_fresh(noted, max_age)
+            and any(Entry(sibling) in self._ledger for sibling in metadata.siblings(key))
+        )
+
+    def lacks(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a chunk."""
+        at, ticket = self._lacked.get(key, (0.0, None))
+        return ticket == self._ledger.ticket(key) and is_fresh(at, max_age)
+
+    def note_lack(self, key: str, ticket: Ticket) -> None:
+        """Remember that the source does not have a chunk, until it is written."""
+        if len(self._lacked) >= _REMEMBERED:
+            self._lacked.clear()
+        self._lacked[key] = time.time(), ticket
+
+    def note(self, key: str, document: bytes) -> None:
+        """Remember the arrays of a document that was written through the cache."""
+        described = metadata.describe(key, document)
+        self._digests.update(described.arrays | described.attributes)
+
+    def forget_absence(self, key: str) -> None:
+        self._absent.pop(key, None)
+
+    def forget(self, prefix: str) -> None:
+        """Forget what is at a path and beneath it; everything for an empty one."""
+        for node in [n for n in self._digests if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
+            del self._digests[node]
+        self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}

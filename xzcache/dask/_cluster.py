@@ -1,0 +1,165 @@
+"""What the caches of a cluster hold and have saved: one row a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from dask.utils import format_bytes, format_time
+
+from xzcache._caches import default_directory
+from xzcache.dask._usage import Usage, usage
+from xzcache.directory import open_directory
+
+if TYPE_CHECKING:
+    from distributed import Client
+    from matplotlib.axes import Axes
+
+
+_COLUMNS: Final = ("node", "hosts", "workers", "directory", "used", "bound", "entries", "hits", "misses", "saved")
+
+
+class Node(NamedTuple):
+    """One node: all workers that share a cache directory. Sizes in bytes, times in seconds."""
+
+    node: str
+    """The uuid of the cache directory; empty where it cannot be used."""
+    hosts: tuple[str, ...]
+    workers: tuple[str, ...]
+    """Addresses."""
+    directory: str
+    used: int
+    bound: int | None
+    entries: int
+    hits: int
+    misses: int
+    saved_bytes: int
+    """Bytes that the workers that run now read from the cache instead of from the source."""
+    saved_seconds: float
+    """What the same reads would have taken at the source, by the mean of its misses, less what they did take; of reads
+    that were made in parallel, each counts."""
+
+    def _cells(self) -> list[str]:
+        bound = "-" if self.bound is None else format_bytes(self.bound)
+        saved = f"{format_bytes(self.saved_bytes)}, {format_time(self.saved_seconds)}"
+        hosts, workers = ", ".join(self.hosts), str(len(self.workers))
+        counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
+        return [self.node[:8] or "-", hosts, workers, self.directory, format_bytes(self.used), bound, *counts, saved]
+
+
+@dataclass(frozen=True)
+class ClusterInfo(Sequence[Node]):
+    """The caches of a cluster: a sequence of `Node`, which shows itself as a table."""
+
+    nodes: tuple[Node, ...]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.nodes[index]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __repr__(self) -> str:
+        rows = [list(_COLUMNS), *(node._cells() for node in self.nodes)]
+        widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([f"<xzcache: {len(self)} node{'s' * (len(self) != 1)}>", *lines])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _COLUMNS)
+        rows = ("".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in node._cells()) for node in self)
+        body = "".join(f"<tr>{cells}</tr>" for cells in rows)
+        return f"<table class='xzcache'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Bars of what each node read from its cache and from the source, and of how full it is.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where to draw; else on a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed.
+        """
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(7, 0.6 + 0.6 * len(self)), layout="constrained")
+        names = [f"{node.node[:8]} ({', '.join(node.hosts)})" for node in self.nodes]
+        reads = [max(node.hits + node.misses, 1) for node in self.nodes]
+        hits = [100 * node.hits / total for node, total in zip(self.nodes, reads, strict=True)]
+        fill = [100 * node.used / node.bound if node.bound else 0 for node in self.nodes]
+        at = range(len(self))
+        ax.barh([y + 0.2 for y in at], hits, height=0.35, label="reads from the cache")
+        ax.barh([y - 0.2 for y in at], fill, height=0.35, label="of the bound used")
+        ax.set(yticks=list(at), yticklabels=names, xlim=(0, 100), xlabel="%")
+        ax.legend(loc="lower right")
+        return ax
+
+
+def cluster_info(client: Client) -> ClusterInfo:
+    """What the caches of all nodes of a cluster hold, and what they have saved.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of a cluster whose workers have xzcache installed; with `CachePlugin`, or without. What an asynchronous client
+        gives is to be awaited.
+
+    Returns
+    -------
+    ClusterInfo
+        One `Node` for each cache directory, whatever the number of workers that share it.
+    """
+    if client.asynchronous:
+        return _asked(client)  # type: ignore[return-value]
+    return _gathered(client, client.run(_usage_here, on_error="return"))
+
+
+async def _asked(client: Client) -> ClusterInfo:
+    return _gathered(client, await client.run(_usage_here, on_error="return"))
+
+
+def _gathered(client: Client, found: dict[str, Usage | BaseException]) -> ClusterInfo:
+    info = client.scheduler_info(n_workers=-1)["workers"]
+    hosts = {address: worker["host"] for address, worker in info.items()}
+    by_node: dict[tuple[str, ...], dict[str, Usage]] = {}
+    for address, seen in found.items():
+        if isinstance(seen, OSError):
+            # it left, or was killed, while it was asked
+            continue
+        if isinstance(seen, BaseException):
+            raise seen
+        node = (seen.node,) if seen.node else ("", hosts.get(address, address), seen.directory)
+        by_node.setdefault(node, {})[address] = seen
+    return ClusterInfo(tuple(_node(name, workers, hosts) for (name, *_), workers in sorted(by_node.items())))
+
+
+def _usage_here() -> Usage:
+    """Of the process that this runs in."""
+    return usage(open_directory(default_directory()))
+
+
+def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:
+    # several workers may be threads of one process, which counts for all of them
+    processes = {seen.process: seen for seen in workers.values()}.values()
+    latest = next(iter(workers.values()))
+    hits, misses = sum(p.hits for p in processes), sum(p.misses for p in processes)
+    spent = sum(p.seconds_from_source for p in processes) / misses if misses else 0.0
+    saved = max(0.0, hits * spent - sum(p.seconds_from_cache for p in processes))
+    where = tuple(sorted({hosts.get(address, address) for address in workers}))
+    facts = (latest.directory, latest.used, latest.bound, latest.entries)
+    size = sum(p.bytes_from_cache for p in processes)
+    return Node(name, where, tuple(sorted(workers)), *facts, hits, misses, size, saved)

@@ -1,0 +1,281 @@
+"""Dask's ways in: one cache a node for all workers, and what it does where Dask shows such things.
+
+``client.register_plugin(xzcache.CachePlugin(...))``, or ``dask worker --preload xzcache.dask`` and ``dask scheduler
+--preload xzcache.dask``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import dask
+from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.scheduler import Scheduler
+from distributed.worker import Worker
+
+from xzcache import _config as settings
+from xzcache._caches import default_directory
+from xzcache._config import DEFAULTS, config
+from xzcache.dask import _usage as metering
+from xzcache.dask._usage import Gauge, Usage
+from xzcache.directory import is_on_network, open_directory, private_name, temporary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+
+    from xzcache.dask._prometheus import Exporter
+    from xzcache.directory import CacheDirectory
+
+
+logger = logging.getLogger("xzcache")
+
+_PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "max_size": settings.parse_size,
+    "min_free": settings.parse_min_free,
+    "max_age_seconds": settings.parse_age,
+    "missing_max_age_seconds": settings.parse_age,
+    "revalidate": settings.parse_revalidate,
+    "cache_set_data": settings.parse_flag,
+    "policy": settings.parse_policy,
+    "upstream": settings.parse_upstream,
+    "promote_above": settings.parse_size,
+    "fetch_timeout": settings.parse_seconds,
+    "lock_timeout": settings.parse_seconds,
+    "threads": settings.parse_threads,
+}
+_SHOWN: Final = ("node", "hits", "misses", "bytes_from_cache", "bytes_from_source", "used", "bound")
+
+
+class _Setup(NamedTuple):
+    """What a plugin has done to one worker."""
+
+    place: str
+    settings: dict[str, Any]
+    gauge: Gauge
+
+
+class _Process:
+    """What the plugins of a process's workers have in common: its configuration, and one exporter."""
+
+    def __init__(self) -> None:
+        self._setups: list[_Setup] = []
+        self._before: dict[str, Any] = {}
+        self._exporter: Exporter | None = None
+
+    def enter(self, setup: _Setup) -> None:
+        if not self._setups:
+            self._before = {name: config.get(name) for name in DEFAULTS}
+        self._setups.append(setup)
+        metering.begin()
+        self._apply()
+
+    def leave(self, setup: _Setup) -> None:
+        self._setups.remove(setup)
+        metering.end()
+        self._apply()
+
+    def configured(self) -> dict[str, Any]:
+        """What somebody configured, and not a plugin of a worker in this process."""
+        found = {name: config.get(name) for name in DEFAULTS}
+        if self._setups:
+            latest = self._setups[-1]
+            ours = {**latest.settings, "directory": latest.place}
+            found |= {name: self._before[name] for name, value in ours.items() if found[name] == value}
+        return found
+
+    def uses(self, place: str) -> bool:
+        return any(setup.place == place for setup in self._setups)
+
+    def _apply(self) -> None:
+        """The one that came last counts."""
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
+        config.set(dict(self._before))
+        if self._setups:
+            latest = self._setups[-1]
+            config.set({**latest.settings, "directory": latest.place})
+            self._exporter = _exporter(latest.gauge)
+
+
+_process: Final = _Process()
+_warned: Final[set[str]] = set()
+
+
+class CachePlugin(WorkerPlugin):
+    """Gives every worker of a cluster the cache of its node as the default cache.
+
+    Workers that join later get it as well, and so do those that are restarted. Registered a second time, it takes the
+    place of the first.
+
+    Parameters
+    ----------
+    directory : str or Path, optional
+        Where the cache of a node is. Else as configured for the client, or the worker; else a folder of this user's in
+        Dask's ``temporary-directory``, or the system's.
+    max_size : int or str, optional
+        The bound of the whole cache of a node, in bytes or as ``"200 GB"``. Where it is neither given nor configured, a
+        directory keeps the bound it has.
+    min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, promote_above,
+    fetch_timeout, lock_timeout, threads
+        As in `xzcache.config`. What is not given is as configured for the client: nothing depends on the environment of
+        the workers.
+    remove_on_close : bool, optional
+        Whether the last worker of a node that is closed in an orderly way takes the cache away, if no other process
+        uses it; as it is when all workers are restarted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A parameter makes no sense; the message names it, its value and what is accepted.
+
+    Examples
+    --------
+    >>> client.register_plugin(xzcache.CachePlugin(max_size="200 GB"))
+    """
+
+    name = "xzcache"
+    idempotent = False
+
+    def __init__(
+        self,
+        directory: str | PathLike[str] | None = None,
+        max_size: int | str | None = None,
+        *,
+        remove_on_close: bool = False,
+        **options: Any,
+    ) -> None:
+        if unknown := options.keys() - _PARSERS.keys():
+            raise TypeError(f"CachePlugin() got an unexpected keyword argument {min(unknown)!r}")
+        self.remove_on_close = settings.parse_flag("remove_on_close", remove_on_close)
+        given = {"max_size": max_size, **options}
+        configured = _process.configured()
+        chosen = {name: given[name] if given.get(name) is not None else configured[name] for name in _PARSERS}
+        self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
+        if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
+            del self.settings["max_size"]
+        self._setups: dict[str, _Setup] = {}
+        place = configured["directory"] if directory is None else directory
+        # what somebody configured is for machines, of which this need not be one
+        with nullcontext() if directory is not None else settings.as_found():
+            self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
+
+    def __repr__(self) -> str:
+        facts = {"directory": self.directory, **self.settings}
+        return f"CachePlugin({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
+
+    def setup(self, worker: Worker) -> None:
+        """Make the cache of this node the default one of a worker's process."""
+        place = self.directory or _place_of_worker()
+        # where a bound is not given, one that another worker of this process was given does not count
+        with config.set(_process.configured()):
+            directory = self._open(place, worker)
+        setup = _Setup(place, self.settings, Gauge(directory))
+        self._setups[worker.id] = setup
+        _process.enter(setup)
+        for name in _SHOWN:
+            worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
+        latest = setup.gauge.read()
+        # workers of one process count the same reads; Dask's table shows no lists
+        worker.metrics["xzcache_process"] = lambda _: [latest.process]
+        worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
+
+    def _open(self, place: str, worker: Worker) -> CacheDirectory:
+        cause: BaseException | None = None
+        asked = {name: self.settings[name] for name in ("max_size", "min_free", "policy") if name in self.settings}
+        directory = open_directory(place, **asked)
+        directory.set_lock_timeout(self.settings["lock_timeout"])
+        if not directory.prepare():
+            cause = directory.keeper.latest_trouble
+        if cause is not None:
+            _warn(worker, f"{worker.address} has no cache, and reads from the source: {cause}")
+        if place not in _warned and is_on_network(directory.root):
+            _warned.add(place)
+            _warn(
+                worker,
+                f"the cache directory {directory.root} is on a network file system: what it saves has to cross the "
+                "network again, and locks may not hold; give each node a directory on a disk of its own",
+            )
+        return directory
+
+    def teardown(self, worker: Worker) -> None:
+        """Leave the worker's process as it was."""
+        if (setup := self._setups.pop(worker.id, None)) is None:
+            return
+        for name in (*_SHOWN, "process"):
+            worker.metrics.pop(f"xzcache_{name}", None)
+        setup.gauge.close()
+        _process.leave(setup)
+        leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
+        if self.remove_on_close and leaving and not _process.uses(setup.place):
+            setup.gauge.directory.remove_if_last()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_setups": {}}
+
+
+def _place_of_worker() -> str:
+    """Where the cache is if the client does not say."""
+    # a nanny sets the environment of its worker after it has imported what the main module imports
+    configured = config.get("directory") or os.environ.get("XZCACHE_DIRECTORY")
+    if configured:
+        with settings.as_found():
+            return str(settings.parse_root(configured, "directory"))
+    parent = dask.config.get("temporary-directory", None) or temporary()
+    # where there are no temporary files, the default tells where else
+    return default_directory() if parent is None else os.path.join(os.path.abspath(parent), private_name())
+
+
+def _warn(worker: Worker, message: str) -> None:
+    """In the worker's log, and wherever there is a client."""
+    logger.warning(message)
+    worker.log_event("warn", message)
+
+
+def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
+    def read(worker: Worker) -> float | str:
+        latest: Usage = gauge.read()
+        value: float | str | None = getattr(latest, name)
+        return -1 if value is None else value
+
+    return read
+
+
+def _exporter(gauge: Gauge) -> Exporter | None:
+    """For Prometheus, if its client is here."""
+    try:
+        from xzcache.dask._prometheus import Exporter
+    except ImportError:
+        return None
+    return Exporter(gauge)
+
+
+class CacheDashboard(SchedulerPlugin):
+    """Adds a page on the caches of all nodes to the scheduler's dashboard, ``/individual-xzcache``."""
+
+    name = "xzcache-dashboard"
+    idempotent = True
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Add the page; where the dashboard is not as it is known here, there is none."""
+        try:
+            from xzcache.dask._dashboard import add_page
+
+            add_page(scheduler)
+        except Exception as error:
+            # another release of Dask or Bokeh may have no more what the page is made of: that is no error of the cache
+            logger.debug("no page on the dashboard: %s", error, exc_info=error)
+
+
+async def dask_setup(server: Worker | Scheduler) -> None:
+    """What ``--preload xzcache.dask`` does: the plugin with the settings of the process's own configuration."""
+    if isinstance(server, Scheduler):
+        plugin = CacheDashboard()
+        server.add_plugin(plugin)
+        await plugin.start(server)
+    else:
+        await server.plugin_add(CachePlugin(), name=CachePlugin.name)

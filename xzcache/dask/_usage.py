@@ -1,0 +1,158 @@
+"""What this process, and the cache that it uses by default, have done so far."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from distributed.metrics import context_meter
+
+from xzcache import _threads as pool
+from xzcache.reading import observers, process
+
+if TYPE_CHECKING:
+    from xzcache.directory import CacheDirectory, Totals
+
+
+_SECONDS: Final = 1.0
+_PROCESS: Final = uuid.uuid4().hex
+
+
+class Usage(NamedTuple):
+    """One process's view of a cache directory. Sizes in bytes, times in seconds."""
+
+    process: str
+    """What no other process on any host has."""
+    node: str
+    """The uuid of the directory: whoever shares it has the same one."""
+    directory: str
+    used: int
+    bound: int | None
+    entries: int
+    hits: int
+    misses: int
+    bytes_from_cache: int
+    bytes_from_source: int
+    seconds_from_cache: float
+    seconds_from_source: float
+    evictions: int
+    troubles: int
+
+
+def usage(directory: CacheDirectory) -> Usage:
+    """Look now; may wait for the lock of the index, and makes nothing where there is no cache yet."""
+    node = ""
+    if directory.is_made and directory.prepare():
+        node = directory.keeper.attempt(directory.books.node_id, "")
+    return _usage(directory, node, directory.totals())
+
+
+def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
+    counts: dict[str, Any] = process.as_dict()
+    return Usage(
+        process=_PROCESS,
+        node=node,
+        directory=directory.root,
+        used=totals.size,
+        bound=totals.max_size,
+        entries=totals.entries,
+        evictions=directory.space.evictions,
+        troubles=directory.keeper.troubles,
+        **{name: counts[name] for name in Usage._fields if name in counts},
+    )
+
+
+class Gauge:
+    """The usage of a directory, looked at in the background, for those who must not wait.
+
+    Parameters
+    ----------
+    directory : CacheDirectory
+    """
+
+    def __init__(self, directory: CacheDirectory) -> None:
+        self.directory = directory
+        self._latest = usage(directory)
+        self._looked = time.monotonic()
+        self._lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._closed = False
+        # a worker uses its cache also while it reads nothing: the last worker to leave may take the cache away
+        self._end_use = directory.used_by(self)
+
+    def read(self) -> Usage:
+        """What is known, no older than a second or so; counters are those of now."""
+        with self._lock:
+            due = time.monotonic() - self._looked >= _SECONDS
+            if due:
+                self._looked = time.monotonic()
+        if due:
+            pool.spawn(self._look)
+        counts = process.as_dict()
+        return self._latest._replace(**{name: counts[name] for name in Usage._fields if name in counts})
+
+    def _look(self) -> None:
+        with self._looking:
+            if not self._closed:
+                self._latest = usage(self.directory)
+
+    def close(self) -> None:
+        """Look no more."""
+        with self._looking:
+            self._closed = True
+        self._end_use()
+
+
+# -- Telling Dask what a task read from the cache and from its source: for Fine Performance Metrics and spans.
+#
+# Seconds are those of the clock on the wall: what is read in parallel is not counted twice, so that they add up with
+# the task's other activities.
+
+_MOST: Final = 1024
+
+_lock = threading.Lock()
+_users = 0
+_covered: Final[dict[int, float]] = {}
+
+
+def begin() -> None:
+    """Tell of reads from now on."""
+    global _users
+    with _lock:
+        _users += 1
+        if _tell not in observers:
+            observers.append(_tell)
+
+
+def end() -> None:
+    """Undo one `begin`."""
+    global _users
+    with _lock:
+        _users = max(0, _users - 1)
+        if not _users and _tell in observers:
+            observers.remove(_tell)
+
+
+def _tell(where: str, size: int, seconds: float) -> None:
+    context_meter.digest_metric(f"xzcache-{where}", size, "bytes")
+    context_meter.digest_metric(f"xzcache-{where}", 1, "count")
+    if (task := _task()) is not None:
+        now = time.perf_counter()
+        with _lock:
+            since = max(now - seconds, _covered.get(task, 0.0))
+            if len(_covered) >= _MOST:
+                _covered.clear()
+            _covered[task] = now
+        seconds = max(0.0, now - since)
+    context_meter.digest_metric(f"xzcache-{where}", seconds, "seconds")
+
+
+def _task() -> int | None:
+    """What stands for the task that reads; None where Dask does not show it."""
+    callbacks = getattr(context_meter, "_callbacks", None)
+    try:
+        return None if callbacks is None else id(callbacks.get())
+    except LookupError:
+        return None

@@ -1,0 +1,29 @@
+"""The cache directory that processes share: publishing, room, invalidation, repair, and who fetches.
+
+Protects what all processes rely on: an entry is committed before its file gets its name, and its row is gone before its
+file is unlinked. The order of locks: preparing, storing, the guard (of `index`), SQLite, lease. The table of the
+directories of a process (`open_directory`) has a lock that a fork waits for.
+"""
+
+from xzcache.directory._audit import Audit, audit
+from xzcache.directory._directory import CacheDirectory
+from xzcache.directory._namespace import SharedBackend
+from xzcache.directory._registry import cleanup_resources, open_directory
+from xzcache.files import can_be_made, is_on_network, is_plain, private_name, settled, temporary
+from xzcache.index import Totals
+
+__all__ = [
+    "Audit",
+    "CacheDirectory",
+    "SharedBackend",
+    "Totals",
+    "audit",
+    "can_be_made",
+    "cleanup_resources",
+    "is_on_network",
+    "is_plain",
+    "open_directory",
+    "private_name",
+    "settled",
+    "temporary",
+]

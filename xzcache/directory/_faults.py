@@ -1,0 +1,182 @@
+"""Keeps the books usable: repairs a damaged index, counts what goes wrong, says it once, and never raises it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from xzcache._config import UNSET, Unset
+from xzcache.directory import _recovery as recovery
+from xzcache.model import Busy, Damaged, NoRoom, report_bug, without_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xzcache.files import Health
+    from xzcache.index import Books
+
+
+logger = logging.getLogger("xzcache")
+
+T = TypeVar("T")
+
+_PAUSE_AFTER_FAILURE: Final = 10.0
+_SHARE: Final = 2.0
+"""The pause is longer by this factor for each second that the rebuild took."""
+_MOST_REPAIRS: Final = 5
+
+
+class Keeper:
+    """Does things with the shared books on behalf of reads that must not fail.
+
+    Parameters
+    ----------
+    books : Books
+    bound : int, None or UNSET
+        The bound in bytes that was asked for, None for none.
+    default_bound : int or None
+        The bound of a directory that does not know one yet.
+    health : Health
+        The state of the disk.
+
+    Attributes
+    ----------
+    troubles : int
+        How often the cache itself failed, in this process.
+    latest_trouble : BaseException or None
+        How it failed last.
+    """
+
+    def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None, health: Health) -> None:
+        self.books = books
+        self.health = health
+        self.bound = bound
+        self.default_bound = default_bound
+        self.troubles = 0
+        self.latest_trouble: BaseException | None = None
+        self._rebuild_after = 0.0
+        self._doubt_after = 0.0
+        self._owes_revocation = False
+        self._applied: int | Unset | None = UNSET
+        self._told: set[tuple[type[BaseException], int | None]] = set()
+
+    def attempt(self, action: Callable[[], T], otherwise: T) -> T:
+        """Do something with the books; `otherwise` where it cannot be done, or the disk is to be left alone."""
+        if self.health.is_aside:
+            return otherwise
+        try:
+            return self.insist(action)
+        except Exception as error:
+            self.trouble(error)
+            return otherwise
+
+    def insist(self, action: Callable[[], T]) -> T:
+        """Do something with the books, rebuilding a damaged index.
+
+        Raises
+        ------
+        CacheFault, OSError
+            It cannot be done.
+        """
+        mended, tries = False, 0
+        while True:
+            try:
+                return action()
+            except Damaged as damage:
+                tries += 1
+                # a rebuild empties directories and keeps everybody waiting: not again at each read
+                if time.monotonic() < (self._rebuild_after if damage.is_certain else self._doubt_after):
+                    raise
+                if mended or tries > _MOST_REPAIRS:
+                    self._pause(0.0)
+                    raise
+                began = time.monotonic()
+                try:
+                    # where another process did it, or the directory is another one by now, it may be needed again
+                    mended = self._rebuild(damage)
+                except BaseException as error:
+                    if not _lacks_descriptors(error):
+                        self._pause(time.monotonic() - began)
+                    raise
+                if mended and not damage.is_certain:
+                    # a disk that fails now and then makes a new index no better than the old one
+                    self._doubt_after = self._after(time.monotonic() - began)
+
+    def _pause(self, took: float) -> None:
+        self._rebuild_after = self._doubt_after = self._after(took)
+
+    @staticmethod
+    def _after(took: float) -> float:
+        """When a rebuild may be tried again: a small share of the time goes into rebuilds that are in vain."""
+        return time.monotonic() + _PAUSE_AFTER_FAILURE * max(1.0, _SHARE * took)
+
+    def _rebuild(self, damage: Damaged) -> bool:
+        generation = self.books.member().generation if damage.generation is None else damage.generation
+        bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
+        mended = recovery.rebuild(self.books, generation, bound)
+        if mended and generation:
+            logger.warning("the index of the cache in %s was damaged and made anew", self.books.root)
+        return mended
+
+    def apply_bound(self) -> None:
+        """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
+        if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._owes_revocation):
+            # what another process has asked for since holds, also when this one comes back
+            return
+        with self.books.section() as (member, index):
+            old = index.totals().max_size
+        if old == self.bound and not self._owes_revocation:
+            self._applied = self.bound
+            return
+        lower = self.bound is not None and (old is None or self.bound <= old)
+        alone = lower and member.storing.exclude(self.books.timeout)
+        try:
+            with self.books.section() as (current, index):
+                index.set_max_size(self.bound)
+                if alone and current is member:
+                    member.revoke_leases(index)
+                # what is remembered is what was asked for, whatever becomes of the index
+                recovery.remember_bound(self.books, self.bound)
+        finally:
+            if alone:
+                member.storing.readmit()
+        self._owes_revocation = lower and not alone
+        if self._owes_revocation:
+            raise Busy("somebody is writing, and may still use what was leased under the old bound")
+        self._applied = self.bound
+
+    def ask_again(self) -> None:
+        """Have the bound be asked for again at the next `apply_bound`."""
+        self._applied = UNSET
+
+    def trouble(self, error: BaseException) -> None:
+        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong.
+
+        What the cache does not expect to go wrong is an error of its own, which is logged with its traceback.
+        """
+        if isinstance(error, NoRoom):
+            return
+        self.troubles += 1
+        self.health.note_fault(error)
+        kind = (type(error), getattr(error, "errno", None))
+        if not report_bug(error, f"the cache in {self.books.root}; reads go to the source") and kind not in self._told:
+            self._told.add(kind)
+            if isinstance(cause := error.__cause__, OSError):
+                # the same will be met again, by whoever reads a file there
+                self._told.add((type(cause), cause.errno))
+            logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)
+        self.latest_trouble = without_frames(error)
+
+
+def _lacks_descriptors(error: BaseException) -> bool:
+    """Whether nothing but a file could not be opened, which costs little to try again."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            return True
+        if getattr(cause, "sqlite_errorname", None) == "SQLITE_CANTOPEN":
+            return True
+        cause = cause.__cause__
+    return False

@@ -1,0 +1,345 @@
+"""One source's part of a cache directory: the thin skin that takes blocking work off the event loop."""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from xzcache import _threads as pool
+from xzcache._config import is_fresh
+from xzcache._fork import renew_after_fork
+from xzcache.directory._publish import Parcel
+from xzcache.files import allowance
+from xzcache.model import Claims, Entry, Flights, Listed, is_cacheable, within
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    import numpy as np
+
+    from xzcache._config import Age
+    from xzcache.directory._directory import CacheDirectory
+    from xzcache.directory._fetchlocks import Ticket
+    from xzcache.directory._invalidation import Begun, Drop
+    from xzcache.files import Found
+    from xzcache.model import Data, Span
+
+
+_INLINE: Final = 1 << 20
+"""Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
+
+_flights: Final[Flights[memoryview | None]] = Flights()
+_claims: Final = Claims()
+
+
+class SharedBackend:
+    """The entries of one namespace of a cache directory.
+
+    Parameters
+    ----------
+    directory : CacheDirectory
+    namespace : str
+        The one path component under which the entries of this source lie.
+    lasting : bool
+        Whether the source is the same one in another process.
+    """
+
+    flights = _flights
+    claims = _claims
+
+    def __init__(self, directory: CacheDirectory, namespace: str, *, lasting: bool = True) -> None:
+        self.directory = directory
+        self.namespace = namespace
+        self._use = directory.used_by(self)
+        if not lasting:
+            renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """A source in memory is another one in the child: what either writes, the other does not have."""
+        self.namespace = f"{self.namespace}-{os.getpid()}"
+
+    def entry(self, key: str, start: int, stop: int) -> Entry | None:
+        """The entry of a span of an object; None for a key that cannot be cached."""
+        full = f"{self.namespace}/{key}"
+        return Entry(full, start, stop) if is_cacheable(full) else None
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether the disk is to be left alone, so that nothing is cached as far as a read can see."""
+        return self.directory.health.is_aside
+
+    async def prepare(self) -> None:
+        """Open the directory, where that was not done yet."""
+        if self.directory.wants_preparing:
+            self._use_again()
+            await self.directory.prepare_promptly()
+
+    def close(self) -> None:
+        """Leave the directory, if nothing else uses it; not at once, and only until the next use."""
+        self._use()
+
+    def _use_again(self) -> None:
+        if not self._use.alive:
+            self._use = self.directory.used_by(self)
+
+    def at_once(self, key: str, max_age: Age) -> memoryview | None:
+        """The value of a key, where it is to be had without waiting or doubt; else None, and `find` tells."""
+        directory = self.directory
+        if directory.health.is_aside or not directory.is_ready:
+            return None
+        entry = Entry(f"{self.namespace}/{key}")
+        data = directory.reader.at_once(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
+        if data is not None and directory.recency.note(entry):
+            pool.spawn(directory.flush)
+        return data
+
+    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+        directory = self.directory
+        if directory.health.is_aside or not directory.is_ready:
+            return False
+        entry = Entry(f"{self.namespace}/{key}")
+        max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
+        if not directory.reader.into(entry, max_age_ns, place, patient=patient):
+            return False
+        if directory.recency.note(entry):
+            pool.spawn(directory.flush)
+        return True
+
+    def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """As `find`, where waiting for the disk is no harm."""
+        if self.directory.health.is_aside or not self.directory.is_ready:
+            return None
+        reader = self.directory.reader
+        for found in reader.candidates(entry):
+            if not _is_fresh(found, max_age):
+                reader.close(found)
+                continue
+            span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
+            if (data := reader.read(found, *span)) is not None:
+                if self.directory.recency.note(found.entry):
+                    pool.spawn(self.directory.flush)
+                return data
+        return None
+
+    async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
+        reader = self.directory.reader
+        if self.is_aside or not self.directory.may_serve:
+            return None
+        for found in reader.candidates(entry):
+            if not _is_fresh(found, max_age):
+                # another file that holds it may be younger
+                reader.close(found)
+            elif (data := await self._read(found, entry)) is not None:
+                if self.directory.recency.note(found.entry):
+                    pool.spawn(self.directory.flush)
+                return data
+        return None
+
+    async def _read(self, found: Found, entry: Entry) -> memoryview | None:
+        reader = self.directory.reader
+        first, last = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
+        if (last - first if found.known else found.size) <= _INLINE:
+            done, data = reader.read_now(found, first, last)
+            if done:
+                return data
+        patience = allowance(found.size)
+        return await self.directory.promptly(None, reader.read, found, first, last, patience=patience)
+
+    async def size(self, entry: Entry, max_age: Age) -> int | None:
+        """The size of a whole object that `find` would find, in bytes; its file is read only where it has no stamp."""
+        reader = self.directory.reader
+        if self.is_aside or not self.directory.may_serve or (found := reader.find(entry)) is None:
+            return None
+        if not _is_fresh(found, max_age):
+            reader.close(found)
+            return None
+        if (size := reader.size(found)) is None:
+            data = await self.find(entry, max_age)
+            return None if data is None else len(data)
+        return size
+
+    def listed(self, key: str) -> Listed:
+        """The byte ranges that are cached of an object."""
+        full = f"{self.namespace}/{key}"
+        return Listed(full, ()) if self.is_aside else self.directory.reader.listed(full)
+
+    def states_of(self, key: str) -> set[str]:
+        """The validators of what is cached of an object; an empty one where the state of that is unknown."""
+        return set() if self.is_aside else self.directory.reader.states_of(f"{self.namespace}/{key}")
+
+    def lead(self, entry: Entry) -> Callable[[], None] | None:
+        """Try to become the only process that fetches an entry; what gives that up again, or None."""
+        return _nothing if self.is_aside else self.directory.leaders.lead(entry)
+
+    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
+        """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
+        return _nothing if self.is_aside else self.directory.leaders.claim(f"{self.namespace}/{key}", span)
+
+    def ticket(self, entry: Entry) -> Ticket | None:
+        """Take note of the writes so far, before a fetch begins."""
+        return None if self.is_aside else self.directory.leaders.ticket(entry)
+
+    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
+        """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
+        if self.is_aside:
+            return False
+        return await self.directory.promptly(False, self.directory.publisher.publish, entry, data, ticket, validator)
+
+    async def publish_soon(
+        self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
+    ) -> None:
+        """As `publish`, but without waiting for it: the last to leave `fetching` does."""
+        if self.is_aside:
+            done()
+        else:
+            self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
+
+    async def stored(self, key: str) -> None:
+        """Wait until what this process was to store of an object is cached, or will not be."""
+        if not self.is_aside:
+            await self.directory.background.stored(f"{self.namespace}/{key}")
+
+    @asynccontextmanager
+    async def fetching(self) -> AsyncIterator[None]:
+        """While somebody fetches what is not cached."""
+        self._use_again()
+        self.directory.background.enter()
+        try:
+            yield
+            await self.directory.background.pause()
+        finally:
+            self.directory.background.leave()
+
+    async def validator(self, entry: Entry) -> str:
+        """What tells the cached state of an entry from others; empty where nothing does."""
+        return "" if self.is_aside else self.directory.reader.validator(entry)
+
+    async def renew(self, entry: Entry, max_age: Age) -> None:
+        """Let the age of an entry begin anew, where ages matter."""
+        if max_age != "infinity" and not self.is_aside:
+            self.directory.reader.renew(entry)
+
+    async def begin(self, keys: Sequence[str]) -> list[Begun]:
+        """Before the source of some keys is written."""
+        return await self.directory.to_the_end(self.directory.writes.begin, [f"{self.namespace}/{key}" for key in keys])
+
+    async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+        """After the source of some keys was written."""
+        await self.directory.to_the_end(self.directory.writes.end, writes, values)
+
+    async def forget(self, key: str, since: Any) -> Ticket | None:
+        """Forget a key whose value turned out to be another; a ticket to store it with."""
+        return await self.directory.to_the_end(self.directory.writes.forget, f"{self.namespace}/{key}", since)
+
+    async def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
+        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
+        full = f"{self.namespace}/{prefix}".rstrip("/")
+        return await self.directory.to_the_end(self.directory.writes.begin_drop, full, itself=itself)
+
+    async def end_drop(self, begun: Any) -> None:
+        """After all keys beneath a prefix were deleted at the source."""
+        await self.directory.to_the_end(self.directory.writes.end_drop, begun)
+
+    async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
+        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+        if self.is_aside:
+            self.directory.arrays.compare_later(self.namespace, key, document)
+            return None
+        compare = self.directory.arrays.compare
+        return await self.directory.to_the_end(compare, self.namespace, key, document, ticket)
+
+    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
+        """Documents whose state, as somebody has seen it, may not be the one that this machine's entries are of."""
+        return await self.directory.promptly(list(seen), self.directory.arrays.doubtful, self.namespace, seen)
+
+    async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
+        """Remember, in this process, of which documents the source was asked in doubt."""
+        await self.directory.promptly(None, self.directory.arrays.settled, self.namespace, seen, asked)
+
+    async def is_absent(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a document of a node that it has."""
+        return await self.directory.promptly(False, self.directory.arrays.is_absent, self.namespace, key, max_age)
+
+    def lacks_now(self, key: str, max_age: Age) -> bool:
+        """As `lacks`, as far as this process knows."""
+        return not self.is_aside and self.directory.absences.knows(f"{self.namespace}/{key}", max_age) is True
+
+    async def lacks(self, key: str, max_age: Age) -> bool:
+        """Whether the source is known not to have a chunk."""
+        absences = self.directory.absences
+        if self.is_aside or not self.directory.may_serve:
+            return False
+        known = absences.knows(full := f"{self.namespace}/{key}", max_age)
+        return await self.directory.promptly(False, absences.look, full, max_age) if known is None else known
+
+    async def note_lack(self, key: str, ticket: Ticket) -> None:
+        """Remember that the source does not have a chunk."""
+        if self.directory.absences.note(f"{self.namespace}/{key}", ticket):
+            self.directory.background.add(self.directory.absences.flush)
+
+    async def note(self, key: str, document: bytes) -> None:
+        """Remember the arrays of a metadata document that was written through the cache."""
+        await self.directory.promptly(None, self.directory.arrays.note, self.namespace, key, document)
+
+    async def clear(self) -> None:
+        """Forget all entries of this source, and no other's."""
+        await self.directory.to_the_end(self.directory.writes.drop, self.namespace)
+
+    def info(self, *, exact: bool = True) -> dict[str, Any]:
+        """What is cached of this source, and in all; sizes in bytes.
+
+        Exact is what comes after all that is being stored. Else nothing is waited for, and a moment ago is good enough.
+        """
+        if exact:
+            if not self.is_aside:
+                self.directory.background.wait()
+            if self.directory.is_made:
+                self.directory.prepare()
+                self.directory.flush()
+            totals = self.directory.totals()
+            count, size = self.directory.share(self.namespace)
+        else:
+            totals, (count, size) = self.directory.glance(self.namespace)
+        return {
+            "cache_store_type": "LockedLocalStore",
+            "current_size": size,
+            "tracked_keys": count,
+            "cached_keys": count,
+            "total_size": totals.size,
+            "total_keys": totals.entries,
+            "cache_directory": self.directory.root,
+            "max_size": totals.max_size,
+        }
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the directory was opened already, so that it can be looked at without making it."""
+        return self.directory.is_prepared
+
+    @property
+    def bound(self) -> int | None:
+        """The bound of the whole directory, in bytes."""
+        return self.directory.totals().max_size
+
+    @property
+    def evictions(self) -> int:
+        return self.directory.space.evictions
+
+    @property
+    def troubles(self) -> int:
+        return self.directory.keeper.troubles
+
+    def is_same_cache(self, other: object) -> bool:
+        """Whether another backend keeps its entries in the same place."""
+        return isinstance(other, SharedBackend) and self.directory is other.directory
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_fresh(found: Found, max_age: Age) -> bool:
+    return is_fresh(found.opened.mtime_ns / 1e9, max_age)

@@ -1,0 +1,116 @@
+"""The cache directories of this process, one object for each: they are closed at exit and begun anew after a fork."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from typing import Final
+
+from xzcache import _threads as pool
+from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
+from xzcache.directory._directory import CacheDirectory
+from xzcache.directory._writebehind import departures
+from xzcache.files import settled
+
+_directories: Final[dict[str, CacheDirectory]] = {}
+_lock = threading.Lock()
+
+
+def open_directory(
+    root: str,
+    max_size: int | Unset | None = UNSET,
+    min_free: float | int | Unset = UNSET,
+    policy: str | Unset = UNSET,
+) -> CacheDirectory:
+    """The object of a cache directory: the same one, however many stores use it and whatever path leads there.
+
+    Parameters
+    ----------
+    root : str
+        An absolute path. The cache is there, or in a folder of this user's in it, as `settled` has it.
+    max_size : int, None or UNSET
+        A bound that somebody asks for, in bytes.
+    min_free : float, int or UNSET
+        A reserve of free disk that somebody asks for; else the configured one.
+    policy : str or UNSET
+        A policy that somebody asks for; else the configured one.
+    """
+    path = settled(root)
+    with _lock:
+        directory = _directories.get(path)
+        if directory is None:
+            _forget_removed()
+            reserve = config.get("min_free") if isinstance(min_free, Unset) else min_free
+            directory = _directories[path] = CacheDirectory(
+                path,
+                max_size=max_size,
+                default_max_size=parse_size("max_size", config.get("max_size")),
+                min_free=parse_min_free("min_free", reserve),
+                lock_timeout=parse_seconds("lock_timeout", config.get("lock_timeout")),
+                policy=chosen("policy", policy, parse_policy),
+            )
+        else:
+            directory.reopen()
+            if not isinstance(max_size, Unset):
+                directory.set_bound(max_size)
+            if not isinstance(min_free, Unset):
+                directory.set_min_free(min_free)
+            if not isinstance(policy, Unset):
+                directory.set_policy(policy)
+    return directory
+
+
+def _forget_removed() -> None:
+    """Forget directories that are gone and not used, now and then: test suites make thousands of them."""
+    if len(_directories) % 64 == 63:
+        for path, directory in list(_directories.items()):
+            if not directory.is_used and not os.path.lexists(path):
+                del _directories[path]
+
+
+def cleanup_resources(timeout: float = 30.0) -> None:
+    """Leave all cache directories and end all threads of this package; what is used again, is opened again.
+
+    For those who count descriptors or threads, as test suites do. The end of the process does the same.
+
+    Parameters
+    ----------
+    timeout : float, optional
+        Seconds to wait for what the threads are doing.
+    """
+    with _lock:
+        directories = list(_directories.values())
+    for _ in range(2):
+        for directory in directories:
+            directory.close()
+        departures.wait(timeout)
+        pool.stop(timeout)
+        # a thread that was at work may have joined a directory after it was closed
+        directories = [directory for directory in directories if directory.books.current is not None]
+        if not directories:
+            break
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    for directory in _directories.values():
+        directory.books.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for directory in _directories.values():
+        directory.books.after_fork_in_parent()
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for directory in _directories.values():
+        directory.after_fork_in_child()
+
+
+atexit.register(cleanup_resources)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,0 +1,275 @@
+"""Work that its caller does not wait for: storing what has been handed out already, and leaving directories.
+
+One thread stores, in order; what has gathered meanwhile is stored together. How many bytes may be waiting is bounded:
+beyond, the caller has to wait after all.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from xzcache._fork import renew_after_fork
+from xzcache._threads import try_in_order
+from xzcache.directory import _publish as parcels
+from xzcache.files import LONG
+from xzcache.model import report_bug
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from xzcache.directory._publish import Parcel
+
+
+logger = logging.getLogger("xzcache")
+
+_MOST_BYTES: Final = 64 << 20
+_LINGER: Final = 0.1
+"""Seconds between the end of the last use of a directory and leaving it: another store may be about to be opened."""
+_LONGEST_PAUSE: Final = 1.0
+
+
+class Background:
+    """What is yet to be stored in one cache directory. Safe for threads and event loops; empty after a fork.
+
+    Parameters
+    ----------
+    publish_all : callable
+        What stores several parcels together.
+    hangs : callable
+        Whether the disk hangs, and is not to be waited for, given whether the caller has waited for long already.
+    """
+
+    def __init__(
+        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[bool], bool] = lambda waited: False
+    ) -> None:
+        self._publish_all = publish_all
+        self._hangs = hangs
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """The parent does what it has begun."""
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[Parcel | Callable[[], None], Future[None]]] = deque()
+        self._waiting: dict[Future[None], int] = {}
+        self._last_of: dict[str, Future[None]] = {}
+        self._bytes = 0
+        self._readers = 0
+        self._is_busy = False
+
+    def enter(self) -> None:
+        """Somebody begins to fetch."""
+        with self._lock:
+            self._readers += 1
+
+    def leave(self) -> None:
+        """Somebody is done with fetching."""
+        with self._lock:
+            self._readers -= 1
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Have something done."""
+        self._add(work, 0)
+        self._begin()
+
+    def publish(self, parcel: Parcel) -> None:
+        """Have something stored, on a running loop; its bytes are held until it is."""
+        self._add(parcel, len(parcel.data))
+        # tasks that were woken with this one are about to bring theirs
+        asyncio.get_running_loop().call_soon(self._begin)
+
+    def _add(self, what: Parcel | Callable[[], None], size: int) -> None:
+        future: Future[None] = Future()
+        with self._lock:
+            self._bytes += size
+            self._waiting[future] = size
+            self._queue.append((what, future))
+            if not callable(what):
+                self._last_of[what.entry.key] = future
+
+    def _begin(self) -> None:
+        if self._may_begin() and not try_in_order(self._go_on):
+            self._go_on()
+
+    def _may_begin(self) -> bool:
+        """Whether there is something to do that nobody does; it is the caller's then."""
+        with self._lock:
+            mine = bool(self._queue) and not self._is_busy
+            self._is_busy = self._is_busy or mine
+            return mine
+
+    def _go_on(self) -> None:
+        while True:
+            try:
+                self._do_next()
+            except Exception as error:
+                if not report_bug(error, "what was to be stored in a cache may not be"):
+                    logger.warning("what was to be stored in a cache may not be: %s", error)
+            finally:
+                with self._lock:
+                    self._is_busy = False
+            # back to the end of the line, so that other directories have their turn
+            if not self._may_begin() or try_in_order(self._go_on):
+                return
+
+    def _do_next(self) -> None:
+        with self._lock:
+            batch = self._take()
+        try:
+            first = batch[0][0] if batch else None
+            if callable(first):
+                first()
+            elif batch:
+                self._publish_all([what for what, _ in batch if not callable(what)])
+        finally:
+            with ExitStack() as stack:
+                for what, future in reversed(batch):
+                    stack.callback(self._finish, what, future)
+
+    def _take(self) -> list[tuple[Parcel | Callable[[], None], Future[None]]]:
+        """The next piece of work, or as many of the next parcels as may be published together."""
+        batch: list[tuple[Parcel | Callable[[], None], Future[None]]] = []
+        size, entries = 0, set()
+        while self._queue and len(batch) < parcels.MOST:
+            what, _ = self._queue[0]
+            if callable(what):
+                return batch or [self._queue.popleft()]
+            size += len(what.data)
+            if batch and (size > parcels.MOST_BYTES or what.entry in entries):
+                break
+            entries.add(what.entry)
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _finish(self, what: Parcel | Callable[[], None], future: Future[None]) -> None:
+        try:
+            if not callable(what) and what.done is not None:
+                what.done()
+        finally:
+            with self._lock:
+                self._bytes -= self._waiting.pop(future, 0)
+                if not callable(what) and self._last_of.get(what.entry.key) is future:
+                    del self._last_of[what.entry.key]
+            future.set_result(None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being fetched or waits to be stored."""
+        with self._lock:
+            return not self._readers and not self._waiting
+
+    async def pause(self) -> None:
+        """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
+        while True:
+            with self._lock:
+                last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
+            if last is None or self._hangs(False):
+                return
+            self._begin()
+            # meanwhile others may come, fetch, and leave it to this one
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
+                continue
+            if self._hangs(True):
+                return
+
+    async def stored(self, key: str) -> None:
+        """Wait until what was to be stored of an object is stored, or will not be; not for a disk that hangs."""
+        with self._lock:
+            last = self._last_of.get(key)
+        if last is None or self._hangs(False):
+            return
+        self._begin()
+        try:
+            # parcels are stored in the order in which they came
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
+        except TimeoutError:
+            self._hangs(True)
+
+    def wait(self) -> None:
+        """Wait until all is done that there is to do now."""
+        self._begin()
+        with self._lock:
+            waiting = list(self._waiting)
+        for future in waiting:
+            future.exception()
+
+
+class Departures:
+    """Leaves what nothing uses any more, in a thread that is there only as long as there is something to leave."""
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """What the parent was about to leave, the child has not joined."""
+        self._queue: SimpleQueue[Callable[[], bool] | None] = SimpleQueue()
+        self._is_running = threading.Lock()
+
+    def add(self, leave: Callable[[], bool]) -> None:
+        """Have something left; `leave` tells whether that is done, or to be tried again.
+
+        Finalizers call this, at any point of any thread. So it waits for no lock, and takes none that the thread may
+        have taken already: those of `threading` are such.
+        """
+        self._queue.put(leave)
+        self._start()
+
+    def _start(self) -> None:
+        if self._is_running.acquire(blocking=False):
+            try:
+                _thread.start_new_thread(self._run, ())
+            except RuntimeError:
+                # at the end of the process all directories are closed
+                self._is_running.release()
+
+    def _run(self) -> None:
+        waiting: dict[Callable[[], bool], None] = {}
+        pause = _LINGER
+        try:
+            due = time.monotonic() + pause
+            while True:
+                with suppress(Empty):
+                    if (leave := self._queue.get(timeout=max(0.0, due - time.monotonic()))) is None:
+                        due = 0.0
+                    else:
+                        waiting[leave] = None
+                        due = min(due, time.monotonic() + _LINGER)
+                if time.monotonic() >= due:
+                    waiting = {leave: None for leave in waiting if not self._is_left(leave)}
+                    if not waiting:
+                        break
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    due = time.monotonic() + pause
+        finally:
+            self._is_running.release()
+        if not self._queue.empty():
+            self._start()
+
+    @staticmethod
+    def _is_left(leave: Callable[[], bool]) -> bool:
+        try:
+            return leave()
+        except Exception as error:
+            if not report_bug(error, "a cache directory was to be left"):
+                logger.warning("a cache directory could not be left: %s", error)
+            return True
+
+    def wait(self, timeout: float) -> None:
+        """Wait until everything is left that is to be left now, and the thread has ended."""
+        self._queue.put(None)
+        if self._is_running.acquire(timeout=timeout):
+            self._is_running.release()
+
+
+departures: Final = Departures()

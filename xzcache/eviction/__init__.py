@@ -1,0 +1,15 @@
+"""Which entries leave first: the policies, what they learn from, and the uses that are not in the index yet.
+
+Touches no entry file. State: the uses that this process has heard of, under the mutex of `Recency`; what `"adaptive"`
+has learned lies in the index and changes in its transactions.
+"""
+
+from xzcache.eviction._policies import POLICIES, Policy
+from xzcache.eviction._recency import Recency, recency_for
+
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "Recency",
+    "recency_for",
+]

@@ -1,0 +1,351 @@
+"""The policy ``adaptive``: what leaves first is what is least likely to be used soon, as far as the past can tell.
+
+It watches a sample of all keys, chosen by their hashes, cached or not: of each it remembers when it was used and how
+long its uses are apart, so that it learns of times longer than the cache holds anything. On the sample it also plays
+through what the cache would do, by its own order and by least recent use, and follows whichever has been doing better.
+
+No disk, no clock, no SQL: uses in, an order out. Time is counted in uses of anything.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any, Final, NamedTuple, Self
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+# -- How likely an entry is used again, by how often it was used and how long ago: learned from what was.
+#
+# The idea is that of EVA (Beckmann and Sanchez, 2017) and LHD (Beckmann, Chen and Cidon, 2018): an entry is worth the
+# uses to be expected of it for each unit of time that it would stay. Time is counted in uses of anything.
+
+Ints = NDArray[np.int64]
+Reals = NDArray[np.float64]
+
+CLASSES: Final = 20
+BUCKETS: Final = 72
+_STEPS: Final = 4
+
+_EDGES: Final[Reals] = 16.0 * 2.0 ** (np.arange(BUCKETS + 1) / _STEPS) - 16.0
+_WIDTHS: Final[Reals] = np.diff(_EDGES)
+_CENTRES: Final[Reals] = (_EDGES[:-1] + _EDGES[1:]) / 2
+_PRIOR: Final[Reals] = 0.1 / _WIDTHS
+_WEIGHT: Final = 1.0
+_MOST_IN_A_BUCKET: Final = 20.0
+
+
+def class_of(gaps: Ints) -> Ints:
+    """0 for what was never used again, else by the octave of the time between its uses."""
+    return np.where(gaps > 0, np.minimum(CLASSES - 1, 1 + np.log2(np.maximum(gaps, 0) / 16 + 1).astype(np.int64)), 0)
+
+
+def place_of(ages: Ints) -> Reals:
+    """Four buckets each time that an age doubles."""
+    return np.asarray(np.minimum(BUCKETS - 1.0, _STEPS * np.log2(np.maximum(ages, 0) / 16 + 1)))
+
+
+def next_gap(gaps: Ints, intervals: Ints) -> Ints:
+    """The time between uses, the latest of which counts for a quarter."""
+    return np.maximum(1, np.where(gaps > 0, gaps + (intervals - gaps) // 4, intervals))
+
+
+def cells(gaps: Ints, ages: Ints) -> Reals:
+    """How many there are of each class and bucket."""
+    flat = np.bincount(class_of(gaps) * BUCKETS + place_of(ages).astype(np.int64), minlength=CLASSES * BUCKETS)
+    return flat.reshape(CLASSES, BUCKETS).astype(np.float64)
+
+
+class Reuse:
+    """What was learned: uses, and the time that entries waited for one, by class and age.
+
+    Attributes
+    ----------
+    uses, waited : array of float
+        By class and bucket of age; older observations count for less.
+    """
+
+    def __init__(self, uses: Reals | None = None, waited: Reals | None = None) -> None:
+        self.uses = np.zeros((CLASSES, BUCKETS)) if uses is None else uses
+        self.waited = np.zeros((CLASSES, BUCKETS)) if waited is None else waited
+
+    def used(self, gaps: Ints, ages: Ints) -> None:
+        """Learn of uses of entries that had been used so often, so long ago."""
+        self.uses += cells(gaps, ages)
+
+    def wait(self, gaps: Ints, ages: Ints, passed: int, keep: float) -> None:
+        """Learn that all these entries waited for some time; what was learned before counts `keep` of what it did."""
+        self.uses *= keep
+        self.waited *= keep
+        self.waited += passed * cells(gaps, ages)
+
+    def hazards(self) -> Reals:
+        """Uses to be expected of one entry in one unit of time, by class and bucket.
+
+        Where little was seen of a class, all classes speak for it, and where little was seen at all, a prior by which
+        what was used last is used first.
+        """
+        every = (self.uses.sum(0) + _WEIGHT) / (self.waited.sum(0) + _WEIGHT / _PRIOR)
+        general = (self.uses + _WEIGHT) / (self.waited + _WEIGHT / every)
+        mine = (self.uses + _WEIGHT) / (self.waited + _WEIGHT / general)
+        mine[0] = general[0]
+        return mine
+
+    def worth(self) -> Reals:
+        """Uses for each unit of time that an entry stays, until the best time to let it go, by class and bucket."""
+        hazards = np.minimum(self.hazards(), _MOST_IN_A_BUCKET / _WIDTHS)
+        within = hazards * _WIDTHS
+        stays = np.exp(-within)
+        goes, time = 1 - stays, (1 - stays) / hazards
+        # from the beginning of each bucket, one bucket further at a time: chance and time until then, and the best yet
+        chance, spent, best = goes.copy(), time.copy(), goes / time
+        lasting = stays.copy()
+        for further in range(1, BUCKETS):
+            lasting = lasting[:, :-1]
+            chance = chance[:, :-1] + lasting * goes[:, further:]
+            spent = spent[:, :-1] + lasting * time[:, further:]
+            lasting = lasting * stays[:, further:]
+            rest = best[:, : BUCKETS - further]
+            np.maximum(rest, chance / spent, out=rest)
+        return best
+
+
+def rate(worth: Reals, gaps: Ints, ages: Ints) -> Reals:
+    """The worth of entries, between that of the buckets around their age."""
+    places = place_of(ages)
+    lower = places.astype(np.int64)
+    upper = np.minimum(lower + 1, BUCKETS - 1)
+    rows, part = class_of(gaps), places - lower
+    return np.asarray(worth[rows, lower] * (1 - part) + worth[rows, upper] * part)
+
+
+# -- The adaptive policy.
+
+HASH_BITS: Final = 62
+_WATCHED: Final = 2048
+"""Of how many entries of the cache the uses are watched, at the most."""
+_REMEMBERED: Final = 10 * _WATCHED
+"""How many keys are remembered, cached or not."""
+_SPARE: Final = 0.98
+_REFRESH: Final = (200, 2000)
+_PATIENCE: Final = 1.5
+"""Hits that have to be lost to follow the other order, in entries of the cache, where both have been as good."""
+_FEWEST: Final = 64
+_AGES: Final = 1 << 60
+_FORMAT: Final = 2
+_SUM: Final = struct.Struct("<I")
+
+
+def limit_for(entries: int) -> int:
+    """Below which a hash is one of a watched key, in a cache of so many entries."""
+    return (1 << HASH_BITS) >> max(0, (max(1, entries) // _WATCHED).bit_length())
+
+
+class Uses(NamedTuple):
+    """Uses of watched keys, in the order of time: when, the hash of the key, the entry's size in bytes, and its id."""
+
+    ticks: Ints
+    keys: Ints
+    sizes: Ints
+    ids: Ints
+
+
+class Adaptive:
+    """What was learned from the uses of the watched keys.
+
+    Attributes
+    ----------
+    prefers_recency : bool
+        Whether entries had better leave by least recent use than by `worth_of`.
+    """
+
+    def __init__(self) -> None:
+        self.reuse = Reuse()
+        # most reads that a cache is too small for are passes, of which recency keeps nothing
+        self.prefers_recency = False
+        self._now = self._refreshed = self._shift = 0
+        self._regret = self._hits = self._recency_hits = 0.0
+        self._keys = self._last = self._gaps = self._sizes = self._ids = np.zeros(0, np.int64)
+        self._kept: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._worth = self.reuse.worth()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def now(self) -> int:
+        """The tick of the latest use that it has learned of."""
+        return self._now
+
+    # -- learning
+
+    def learn(self, uses: Uses, entries: int, room: float) -> None:
+        """Learn from uses.
+
+        Parameters
+        ----------
+        uses : Uses
+        entries : int
+            How many the cache holds.
+        room : float
+            How many bytes it may hold.
+        """
+        self._watch(entries)
+        watched = uses.keys < limit_for(entries)
+        uses = Uses(*(column[watched] for column in uses))
+        step = max(64, (entries >> self._shift) // 16)
+        for begin in range(0, len(uses.keys), step):
+            part = Uses(*(column[begin : begin + step] for column in uses))
+            self._use(part, room / 2**self._shift)
+            self._refresh(entries)
+            self._evict(room / 2**self._shift)
+
+    def _watch(self, entries: int) -> None:
+        """Watch more or fewer keys, as the cache holds fewer or more entries."""
+        limit = limit_for(entries)
+        self._shift = HASH_BITS + 1 - limit.bit_length()
+        if len(self._keys) and self._keys[-1] >= limit:
+            self._select(self._keys < limit)
+
+    def _use(self, uses: Uses, room: float) -> None:
+        """Note uses, of which a key may have several; then each round notes one of each."""
+        oldest = self._age_of_recency(room)
+        while len(uses.keys):
+            first = np.unique(uses.keys, return_index=True)[1]
+            self._use_once(Uses(*(column[first] for column in uses)), oldest)
+            uses = Uses(*(np.delete(column, first) for column in uses))
+
+    def _use_once(self, uses: Uses, oldest: int) -> None:
+        at = np.searchsorted(self._keys, uses.keys)
+        known = np.zeros(len(at), np.bool_)
+        inside = at < len(self._keys)
+        known[inside] = self._keys[at[inside]] == uses.keys[inside]
+        rows = at[known]
+        ages = np.maximum(0, uses.ticks[known] - self._last[rows])
+        self.reuse.used(self._gaps[rows], ages)
+        self._compare(float(self._kept[rows].sum()), float((ages <= oldest).sum()))
+        self._gaps[rows] = next_gap(self._gaps[rows], ages)
+        self._last[rows] = np.maximum(self._last[rows], uses.ticks[known])
+        self._sizes[rows], self._ids[rows] = uses.sizes[known], uses.ids[known]
+        self._kept[rows] = True
+        new, where = ~known, at[~known]
+        if len(where):
+            self._keys = np.insert(self._keys, where, uses.keys[new])
+            self._last = np.insert(self._last, where, uses.ticks[new])
+            self._gaps = np.insert(self._gaps, where, 0)
+            self._sizes = np.insert(self._sizes, where, uses.sizes[new])
+            self._ids = np.insert(self._ids, where, uses.ids[new])
+            self._kept = np.insert(self._kept, where, True)
+        self._now = max(self._now, int(np.max(uses.ticks)))
+
+    def _age_of_recency(self, room: float) -> int:
+        """How old what a cache of least recent use holds is at the most."""
+        order = np.argsort(-self._last)
+        count = int((np.cumsum(self._sizes[order]) <= room).sum())
+        return _AGES if count == len(order) else self._now - int(self._last[order[count]]) - 1
+
+    def _evict(self, room: float) -> None:
+        """Play through what the cache would do by the order that was learned."""
+        held = float(self._sizes[self._kept].sum())
+        if held <= room:
+            return
+        rows = np.flatnonzero(self._kept)
+        leaving = rows[np.argsort(rate(self._worth, self._gaps[rows], self._now - self._last[rows]), kind="stable")]
+        count = int((np.cumsum(self._sizes[leaving]) < held - _SPARE * room).sum())
+        self._kept[leaving[: count + 1]] = False
+
+    def _refresh(self, entries: int) -> None:
+        passed = self._now - self._refreshed
+        if passed < max(_REFRESH[0], min(_REFRESH[1], entries // 8)):
+            return
+        keep = float(np.exp(-passed / (2 * max(1, len(self._keys) << self._shift))))
+        self.reuse.wait(self._gaps, self._now - self._last, passed, keep)
+        self._refreshed = self._now
+        self._worth = self.reuse.worth()
+        self._choose(entries, keep)
+        if len(self._keys) > _REMEMBERED:
+            self._select(self._last > np.sort(self._last)[len(self._last) - _REMEMBERED * 7 // 8])
+
+    def _select(self, rows: NDArray[np.bool_]) -> None:
+        self._keys, self._last, self._gaps = self._keys[rows], self._last[rows], self._gaps[rows]
+        self._sizes, self._ids, self._kept = self._sizes[rows], self._ids[rows], self._kept[rows]
+
+    # -- which order to follow
+
+    def _compare(self, ours: float, recency: float) -> None:
+        """Count the hits of both orders, and those that the one not followed had more."""
+        self._hits += ours
+        self._recency_hits += recency
+        self._regret = max(0.0, self._regret + (ours - recency if self.prefers_recency else recency - ours))
+
+    def _choose(self, entries: int, keep: float) -> None:
+        """Follow the other order once as many hits were lost as the change may cost: the more, the better this one."""
+        self._hits *= keep
+        self._recency_hits *= keep
+        one, other = self._hits + 1, self._recency_hits + 1
+        share = min(1.0, other / one if self.prefers_recency else one / other)
+        if self._regret > _PATIENCE * share * max(_FEWEST, entries >> self._shift):
+            self.prefers_recency = not self.prefers_recency
+            self._regret = 0.0
+
+    def worth_of(self, gaps: Ints, ages: Ints) -> Reals:
+        """What entries are worth: who has the least leaves first.
+
+        Parameters
+        ----------
+        gaps, ages : array of int
+            Of each entry, in ticks: the time between its uses, or 0, and since its last one.
+        """
+        return rate(self._worth, gaps, ages)
+
+    def some_ids(self, random: np.random.Generator, most: int) -> Ints:
+        """The ids that some of the watched keys had when they were used last, whether or not they are still here."""
+        return random.choice(self._ids, min(most, len(self)), replace=False)
+
+    # -- remembering
+
+    def to_bytes(self) -> bytes:
+        """All of it, for `from_bytes`."""
+        times = (self._now, self._refreshed, self._shift)
+        choice = (self.prefers_recency, self._regret, self._hits, self._recency_hits)
+        numbers = np.array([_FORMAT, *times, *choice], np.float64)
+        file = io.BytesIO()
+        columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._ids, self._kept]
+        for array in (numbers, self.reuse.uses, self.reuse.waited, *columns):
+            np.save(file, array, allow_pickle=False)
+        return _SUM.pack(crc32(file.getbuffer())) + file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` gave.
+
+        Raises
+        ------
+        ValueError
+            It is something else.
+        """
+        self, file = cls(), io.BytesIO(data[_SUM.size :])
+        if data[: _SUM.size] != _SUM.pack(crc32(file.getbuffer())):
+            raise ValueError("this is nothing that was learned")
+        try:
+            numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(9))
+            self._restore(numbers, [column.astype(np.int64) for column in columns])
+        except (EOFError, OSError, TypeError, ValueError) as error:
+            raise ValueError("this is nothing that was learned") from error
+        if {uses.shape, waited.shape} != {(CLASSES, BUCKETS)} or len({column.shape for column in columns}) != 1:
+            raise ValueError("what was learned is not of this version")
+        self.reuse = Reuse(uses, waited)
+        self._worth = self.reuse.worth()
+        return self
+
+    def _restore(self, numbers: NDArray[Any], columns: list[Ints]) -> None:
+        version, now, refreshed, shift, prefers_recency, regret, hits, recency_hits = numbers.tolist()
+        if version != _FORMAT:
+            raise ValueError("what was learned is not of this version")
+        self._now, self._refreshed, self._shift = int(now), int(refreshed), int(shift)
+        self.prefers_recency = bool(prefers_recency)
+        self._regret, self._hits, self._recency_hits = regret, hits, recency_hits
+        self._keys, self._last, self._gaps, self._sizes, self._ids = columns[:5]
+        self._kept = columns[5].astype(np.bool_)

@@ -1,0 +1,313 @@
+"""Who leaves to make room: policies, which are told of uses, and choose, from the index that they are given.
+
+Policies of several processes may differ: whoever makes room does so by its own, and nothing that one writes into the
+index keeps another from working.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for
+from xzcache.index import hash_of, lot_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from xzcache.eviction._adaptive import Ints
+    from xzcache.index import History, Index, Row
+    from xzcache.model import Entry
+
+
+# -- Which entries leave first. No disk, no clock, no SQL: entries and a limit in, victims out.
+
+
+class Candidate(Protocol):
+    """What a policy sees of an entry: sizes in bytes, times in any unit that grows."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C], list[tuple[int, int]]]:
+    """Choose victims by exact least-recent use, from rows whose ranks may lag behind.
+
+    A hit updates `used` only; the index is ordered by `rank`, which is never above `used`. So an entry of lowest rank
+    that was used since is given its true rank and passed over, and one whose rank is true is the oldest of all: the
+    update of a hit needs no ordered index.
+
+    Parameters
+    ----------
+    rows : sequence of Candidate
+        The entries of lowest rank, lowest first.
+    want : int
+        Bytes to free.
+    most : int
+        How many victims at the most.
+
+    Returns
+    -------
+    victims : list of Candidate
+    ranks : list of (int, int)
+        `(rank, id)` of the entries that were passed over. Where there are any, victims stop at the first whose rank
+        is not below theirs; call again for more.
+    """
+    victims: list[C] = []
+    ranks: list[tuple[int, int]] = []
+    freed = 0
+    horizon: int | None = None
+    for row in rows:
+        if freed >= want or len(victims) >= most or (horizon is not None and row.rank >= horizon):
+            break
+        if row.used > row.rank:
+            ranks.append((row.used, row.id))
+            horizon = row.used if horizon is None else min(horizon, row.used)
+        else:
+            victims.append(row)
+            freed += row.size
+    return victims, ranks
+
+
+# -- The policies.
+
+_BATCH: Final = 128
+_HEARD: Final = 4096
+"""How many uses of watched keys may wait until somebody learns from them."""
+_MOST_HEARD: Final = 4 * _HEARD
+"""How many uses are learned from at once: of more, the latest."""
+_LOOKED_AT: Final = 4096
+_RUNS: Final = 64
+_LEAVING: Final = 32
+"""Where all entries are looked at, one in so many leaves, the least worth first."""
+_LEAVING_OF_SOME: Final = 16
+_FEWEST: Final = 16
+_CANDIDATES: Final = 900
+"""Of how many watched keys it is asked whether they are here, to find some that are."""
+_ANYWHERE: Final = 0.125
+_EVERY: Final = 32
+"""What was heard is learned from once so many uses have passed: one in so many of the entries."""
+_GHOSTS: Final = 16
+"""For how many uses ghosts are kept, in entries of the cache: there are never more of them."""
+_FEWEST_GHOSTS: Final = 50_000
+
+
+class Told(NamedTuple):
+    """Uses of entries, in ns since the epoch, and entries that have come."""
+
+    uses: Mapping[Entry, int]
+    arrived: Sequence[Entry]
+
+
+class Policy(Protocol):
+    """Decides who leaves. All its methods are called within a section.
+
+    Attributes
+    ----------
+    name : str
+    evicts : bool
+        Whether entries leave for new ones.
+    """
+
+    name: str
+    evicts: bool
+
+    def tell(self, index: Index, told: Told) -> None:
+        """Write down what was used, and what has come."""
+
+    def choose(self, index: Index, want: int) -> list[Row]:
+        """Who leaves next for `want` bytes: some, as long as there are any."""
+
+
+class LeastRecentlyUsed:
+    """What was not used for the longest time leaves first."""
+
+    name = "lru"
+    evicts = True
+
+    def tell(self, index: Index, told: Told) -> None:
+        if told.uses:
+            index.touch(told.uses)
+
+    def choose(self, index: Index, want: int) -> list[Row]:
+        return _oldest(index, want)
+
+
+class Admitting(LeastRecentlyUsed):
+    """Nothing leaves for anything new; where the bound was lowered, what was not used for the longest time."""
+
+    name = "none"
+    evicts = False
+
+
+class Learning:
+    """What is least likely to be used soon leaves first, as `Adaptive` has learned from the uses."""
+
+    name = "adaptive"
+    evicts = True
+
+    def __init__(self) -> None:
+        self._adaptive = Adaptive()
+        self._serial = 0
+        self._entries = self._learned_at = 0
+        self._heard = -1
+        self._leaving: list[tuple[int, int]] = []
+        self._found_at = 0
+        self._random = np.random.default_rng()
+
+    def tell(self, index: Index, told: Told) -> None:
+        history = index.history
+        if self._heard < 0:
+            # others may have left before there was enough
+            self._heard = history.heard(_HEARD + 1)
+        self._entries += len(told.arrived)
+        self._hear(history, told.arrived)
+        if told.uses:
+            before, self._entries = history.pass_time(len(told.uses))
+            latest = sorted(told.uses.items(), key=lambda use: use[1])
+            history.touch((tick, entry, used) for tick, (entry, used) in enumerate(latest, before + 1))
+            self._hear(history, told.uses)
+        if self._heard > _HEARD:
+            self._learn(index, is_full=False)
+
+    def _hear(self, history: History, entries: Iterable[Entry]) -> None:
+        limit = limit_for(self._entries) >> 30
+        watched = [(hash_of(entry), entry) for entry in entries if lot_of(entry) < limit]
+        if watched:
+            history.hear(watched)
+            self._heard += len(watched)
+
+    def choose(self, index: Index, want: int) -> list[Row]:
+        victims = self._next(index, want)
+        if not victims:
+            self._learn(index, is_full=True)
+            if not self._adaptive.prefers_recency:
+                self._look(index)
+                victims = self._next(index, want)
+        victims = victims or _oldest(index, want)
+        index.history.bury((row.entry, row.id) for row in victims)
+        return victims
+
+    def _next(self, index: Index, want: int) -> list[Row]:
+        """The next of those who were to leave, without those who were used since."""
+        totals = index.totals()
+        self._entries = totals.entries
+        if not 0 <= index.history.now() - self._found_at <= totals.entries:
+            self._leaving.clear()
+        victims: list[Row] = []
+        freed = 0
+        while self._leaving and freed < want and len(victims) < _BATCH:
+            # so many leave, if they are as large as most
+            count = min(_BATCH - len(victims), (want - freed) * totals.entries // max(1, totals.size) + 1)
+            rows = index.of_ids([id_ for id_, _ in self._leaving[:count]])
+            passed = 0
+            for id_, tick in self._leaving[:count]:
+                if freed >= want:
+                    break
+                passed += 1
+                row = rows.get(id_)
+                if row is not None and row.tick == tick:
+                    victims.append(row)
+                    freed += row.size
+            del self._leaving[:passed]
+        return victims
+
+    def _look(self, index: Index) -> None:
+        """Look at all entries, or at some of many, for the least worth of them."""
+        history = index.history
+        if self._entries <= _LOOKED_AT:
+            rows, share = history.entries_from(0, 0, _LOOKED_AT), _LEAVING
+        else:
+            places, run = self._places(history), _LOOKED_AT // _RUNS
+            rows = [row for id_, over in places for row in history.entries_from(id_, over, run)]
+            share = _LEAVING_OF_SOME
+        if rows:
+            ids, ticks, gaps = _columns(rows, 3)
+            # runs may have met
+            ids, first = np.unique(ids, return_index=True)
+            ticks, gaps, now = ticks[first], gaps[first], history.now()
+            order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
+            leaving = order[: max(_FEWEST, len(ids) // share)]
+            self._leaving = list(zip(ids[leaving].tolist(), ticks[leaving].tolist(), strict=True))
+            self._found_at = now
+
+    def _places(self, history: History) -> list[tuple[int, int]]:
+        """From where to look at entries, so that it is as likely for each of them: ids, and how many to pass over.
+
+        They are those of watched entries, of which there are as many among any so many, and of those that follow upon
+        them before the next watched one. Now and then one is any number instead: where entries are that nobody has used
+        for longer than anything is remembered, none is watched.
+        """
+        places = history.present(self._adaptive.some_ids(self._random, _CANDIDATES).tolist())
+        self._random.shuffle(places)
+        any_ = 1 if self._random.random() < _ANYWHERE else 0
+        del places[_RUNS - any_ :]
+        others = self._random.integers(0, history.last_id(), _RUNS - len(places), endpoint=True)
+        apart = (1 << HASH_BITS) // limit_for(self._entries)
+        return list(zip([*places, *others.tolist()], self._random.integers(0, apart, _RUNS).tolist(), strict=True))
+
+    def _learn(self, index: Index, *, is_full: bool) -> None:
+        """Learn from what all processes have heard, on top of what any of them has learned, if there is enough."""
+        history, totals = index.history, index.totals()
+        now, self._entries = history.now(), totals.entries
+        if self._has_learned(now):
+            return
+        if (serial := history.learned_serial()) != self._serial:
+            self._adaptive, self._serial = _restored(index), serial
+            self._heard, self._learned_at = 0, self._adaptive.now
+            if self._has_learned(now):
+                # somebody else has done it
+                return
+        heard = _columns(history.take_heard(_MOST_HEARD), 4)
+        # without a bound, it is the disk that is full
+        room = totals.size if is_full else totals.max_size
+        self._adaptive.learn(Uses(*heard), totals.entries, float("inf") if room is None else float(room))
+        self._serial = history.set_learned(self._adaptive.to_bytes())
+        self._heard, self._learned_at = 0, now
+        history.forget_ghosts(now - max(_FEWEST_GHOSTS, _GHOSTS * totals.entries), self._serial)
+
+    def _has_learned(self, now: int) -> bool:
+        return self._heard <= _HEARD and 0 <= now - self._learned_at < self._entries // _EVERY
+
+
+POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = {
+    policy.name: policy for policy in (LeastRecentlyUsed, Admitting, Learning)
+}
+
+
+def _oldest(index: Index, want: int) -> list[Row]:
+    """Victims by least recent use; ranks that lag behind are put right on the way."""
+    totals = index.totals()
+    # so many leave, if they are as large as most; as many again may have been used meanwhile
+    expected = want * totals.entries // max(1, totals.size) + 1
+    while rows := index.by_rank(2 * min(_BATCH, expected)):
+        victims, ranks = least_recently_used(rows, want, _BATCH)
+        index.set_rank(ranks)
+        if victims or not ranks:
+            return victims
+    return []
+
+
+def _restored(index: Index) -> Adaptive:
+    """What was learned; from nothing, where that cannot be read."""
+    learned = index.history.learned()
+    try:
+        return Adaptive() if learned is None else Adaptive.from_bytes(learned.state)
+    except ValueError:
+        return Adaptive()
+
+
+def _columns(rows: Sequence[tuple[int, ...]], count: int) -> Iterable[Ints]:
+    flat = np.fromiter(chain.from_iterable(rows), np.int64, count * len(rows))
+    return flat.reshape(-1, count).T.copy()

@@ -1,0 +1,109 @@
+"""Uses of entries that are not in the index yet, and the trace that may be kept of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from xzcache._config import config
+from xzcache.eviction._policies import Told
+from xzcache.index import hash_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from xzcache.eviction._policies import Policy
+    from xzcache.index import Index
+    from xzcache.model import Entry
+
+
+class Recency:
+    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction."""
+
+    def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
+        self.policy = policy
+        self._most = most
+        self._longest = longest
+        self._lock = threading.Lock()
+        self._uses: dict[Entry, int] = {}
+        self._tell_after = 0.0
+
+    def note(self, entry: Entry) -> bool:
+        """Remember a use; True when it is time to tell the index."""
+        uses = self._uses
+        if not uses:
+            self._tell_after = time.monotonic() + self._longest
+        uses[entry] = time.time_ns()
+        if len(uses) < self._most and time.monotonic() < self._tell_after:
+            return False
+        if len(uses) > 64 * self._most:
+            # the index cannot be told: better to forget than to grow
+            uses.clear()
+        # whoever is told to tell has a second for it
+        due = time.monotonic() >= self._tell_after or len(uses) == self._most
+        self._tell_after = max(self._tell_after, time.monotonic() + 1.0) if due else self._tell_after
+        return due
+
+    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+        """Write what was remembered into the index, and that entries have arrived."""
+        with self._lock:
+            uses, self._uses = self._uses, {}
+        if uses or arrived:
+            # a copy: a hit that began before may still add to it
+            self.policy.tell(index, Told(dict(uses), arrived))
+
+    def __bool__(self) -> bool:
+        return bool(self._uses)
+
+
+class Traced(Recency):
+    """Writes all uses to a file as well: when (ns since the epoch), what (a hash of its key), and its size in bytes.
+
+    Parameters
+    ----------
+    policy : Policy
+    path : str
+        The file; several processes may append to one.
+    """
+
+    def __init__(self, policy: Policy, path: str) -> None:
+        super().__init__(policy)
+        self._path = path
+        self._noted: list[tuple[int, Entry]] = []
+
+    def note(self, entry: Entry) -> bool:
+        """Remember a use; True when it is time to tell the index."""
+        self._noted.append((time.time_ns(), entry))
+        if len(self._noted) > 64 * self._most:
+            self._noted.clear()
+        return super().note(entry)
+
+    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+        """Write what was remembered into the index, and all uses into the file."""
+        noted, self._noted = self._noted, []
+        noted += ((time.time_ns(), entry) for entry in arrived)
+        rows = {entry: row for _, entry in noted if (row := index.find(entry)) is not None}
+        lines = (
+            f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in noted if (row := rows.get(entry)) is not None
+        )
+        # a trace that cannot be written is no reason for anything else to fail
+        with suppress(OSError):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, "".join(lines).encode())
+            finally:
+                os.close(descriptor)
+        super().tell(index, arrived)
+
+
+def recency_for(policy: Policy) -> Recency:
+    """What remembers uses, and writes a trace of them where one is configured."""
+    path = config.get("trace")
+    if path in (None, ""):
+        return Recency(policy)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"trace={path!r} is not accepted: give the path of a file, or None for no trace")
+    return Traced(policy, os.path.expanduser(os.fspath(path)))

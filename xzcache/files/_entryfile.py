@@ -1,0 +1,616 @@
+"""Entry files: writing, stamping, checking and moving them. Plain blocking functions that know no index and no lock.
+
+An entry file holds exactly the bytes of its object. What else there is to know of it (that it is ours, which entry it
+is, its checksum) is its *stamp*, an extended attribute set before the file gets its name. Where the file system has no
+extended attributes, the index answers instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import stat
+import struct
+import tempfile
+from contextlib import suppress
+from enum import Enum
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from xzcache.model import END, META, Data, Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+# -- What a file system and a directory on it are like: whose, how full, how names compare.
+
+_NUMBER: Final = re.compile(r"\\([0-7]{3})")
+_NETWORK: Final = frozenset(
+    [
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "ceph-fuse", "glusterfs", "afs"),
+        *("9p", "pvfs2", "orangefs", "panfs", "sshfs", "s3fs", "juicefs", "rclone", "gcsfuse", "goofys", "wekafs"),
+    ]
+)
+
+
+def folds_case(directory: str) -> bool:
+    """Whether a file system takes names that differ in case for the same."""
+    head, tail = os.path.split(directory)
+    return os.path.exists(os.path.join(head, tail.swapcase()))
+
+
+def user() -> int:
+    """The number of the user whose files this process makes; -1 where the platform has none."""
+    return os.geteuid() if hasattr(os, "geteuid") else -1
+
+
+def private_name() -> str:
+    """What the folder of this user's is called in a directory that other users share."""
+    return f"xzcache-{user() if hasattr(os, 'geteuid') else os.environ.get('USERNAME', 'user')}"
+
+
+def temporary() -> str | None:
+    """The system's directory of temporary files; None where there is none."""
+    with suppress(OSError):
+        return os.path.abspath(tempfile.gettempdir())
+    return None
+
+
+def settled(path: str) -> str:
+    """Where the cache lies that is to be at a path: there, or in a folder of this user's in what is shared there.
+
+    A directory is shared if it belongs to another user or others may write it, as volumes of containers are. Of those
+    that others may write, an empty one of this user's is made private before it is used, and one that is a cache
+    already is refused until its mode is right: a second cache in it would leave the first one's files to nobody.
+
+    Parameters
+    ----------
+    path : str
+        An absolute path.
+
+    Returns
+    -------
+    str
+        A path without links, but for its last component where that is the folder of this user's.
+    """
+    parent, name = os.path.split(path)
+    if name == private_name():
+        return os.path.join(os.path.realpath(parent), name)
+    real = os.path.realpath(path)
+    try:
+        return os.path.join(real, private_name()) if os.path.isdir(real) and _is_shared(real) else real
+    except OSError:
+        # what is the matter with it shows when it is used
+        return real
+
+
+def _is_shared(path: str) -> bool:
+    status = os.stat(path)
+    if _is_another(status):
+        return True
+    if not _others_may_write(status):
+        return False
+    names = os.listdir(path)
+    return bool(names) and (META not in names or _is_another(os.lstat(os.path.join(path, META))))
+
+
+def can_be_made(path: str) -> bool:
+    """Whether a directory is there that this user may write, or can be made, as far as can be told without trying."""
+    while not os.path.lexists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and os.access(path, os.R_OK | os.W_OK | os.X_OK)
+
+
+def make_private(path: str) -> None:
+    """Make a directory that only this user can enter; what is missing above it, nobody else can write.
+
+    An existing directory is left as it is, unless it is empty: then nobody relies on its mode yet.
+
+    Raises
+    ------
+    OSError
+        It cannot be made.
+    """
+    parent = os.path.dirname(path)
+    if parent != path and not os.path.isdir(parent):
+        _make_above(parent)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        status = os.lstat(path)
+        if stat.S_ISDIR(status.st_mode) and not _is_another(status) and status.st_mode & 0o77:
+            with suppress(OSError):
+                if not os.listdir(path):
+                    os.chmod(path, 0o700)
+
+
+def _make_above(path: str) -> None:
+    parent = os.path.dirname(path)
+    if parent != path and not os.path.isdir(parent):
+        _make_above(parent)
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+
+
+def unsafe(path: str) -> str | None:
+    """Why nothing may be read from a directory, nor written to it; None where it is this user's and only this user's.
+
+    Raises
+    ------
+    OSError
+        Nobody can tell, or it is not there.
+    """
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        return f"{path} is a link"
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, where a directory should be", path)
+    if _is_another(status):
+        return f"{path} belongs to another user (uid {status.st_uid})"
+    if _others_may_write(status):
+        return f"{path} may be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+def _is_another(status: os.stat_result) -> bool:
+    return hasattr(os, "geteuid") and status.st_uid != user()
+
+
+def _others_may_write(status: os.stat_result) -> bool:
+    # with an access control list, the bits of the group are the most that it gives to anybody
+    return hasattr(os, "geteuid") and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def free_bytes(path: str) -> tuple[int, int]:
+    """Bytes that are free to this user on the file system of `path`, and bytes in all."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
+
+def sync(path: str) -> None:
+    """Have a file, or the names in a directory, be on the disk.
+
+    Raises
+    ------
+    OSError
+        They may not be.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_all(fd: int) -> None:
+    """Have all that was changed on the file system of an open file be on the disk.
+
+    Raises
+    ------
+    OSError
+        It may not be.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if os.name == "posix" else None
+    if call is None:
+        os.sync()
+    elif call(fd) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _sign(number: re.Match[str]) -> str:
+    return chr(int(number[1], 8))
+
+
+def is_on_network(path: str) -> bool:
+    """Whether a path is on a file system that other machines share, as far as the system tells."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            # a blank in a name is written as its number
+            mounts = [[_NUMBER.sub(_sign, field) for field in line.split()] for line in file]
+    except OSError:
+        return False
+    real = os.path.realpath(path)
+    above = [
+        (len(fields[4]), fields[fields.index("-") + 1])
+        for fields in mounts
+        if real == fields[4] or real.startswith(fields[4].rstrip("/") + "/")
+    ]
+    # of mounts at one place the last one counts
+    kind = max(enumerate(above), key=lambda item: (item[1][0], item[0]), default=(0, (0, "")))[1][1]
+    return kind.removeprefix("fuse.") in _NETWORK
+
+
+# -- Entry files.
+
+_ATTRIBUTE: Final = "user.xzcache"
+_NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
+_STAMP: Final = struct.Struct("<B16sIQqq")
+_OF_A_PIECE: Final = 60
+_OF_A_WHOLE: Final = 2
+"""Version 0.1.0 knows this number, and not the other.
+
+A process of it that writes to a directory unlinks the key's entry by hand, for which it has to know it for one of ours.
+Pieces it removes without a look. It must not read them: it does not know what parts of which no state is told.
+"""
+_WITHOUT_VALIDATOR: Final = 1
+_CHECKED: Final = "\1"
+"""Begins the checksum of a stamp, which those of version 0.1.0 lack."""
+_VALIDATORS_OF_OLD: Final = ("etag ", "time ", "file ")
+_LONGEST_VALIDATOR: Final = 200
+OF_NOBODY: Final = bytes(16)
+"""The digest in the stamp of a file that no entry has any more."""
+
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+class Whose(Enum):
+    """What a look at the path of an entry may find. There is no value for "cannot tell": that is an OSError."""
+
+    GONE = "nothing is there"
+    OURS = "the file that was written for the entry"
+    DISOWNED = "a file of ours that no entry has any more and that could not be unlinked"
+    MARKED = "a file with a mark of ours, which is damaged or of another entry"
+    UNMARKED = "a file on a file system that has no marks: the index has to tell"
+    FOREIGN = "something of somebody else's"
+
+
+def checksum(data: Data) -> int:
+    """CRC-32C of some bytes."""
+    # the library takes bytes and arrays without a copy, but no memoryview
+    return int(google_crc32c.value(np.frombuffer(data, dtype=np.uint8))) if len(data) else 0
+
+
+class Stamp(NamedTuple):
+    """What an entry file says of itself."""
+
+    digest: bytes
+    crc: int
+    size: int
+    start: int
+    stop: int
+    key: str
+    """The key of an entry whose path does not tell it; else empty."""
+    validator: str = ""
+    """What tells this state of the object from others, as its source has it; may be empty."""
+
+    def encode(self) -> bytes:
+        version = _OF_A_WHOLE if (self.start, self.stop) == (0, END) else _OF_A_PIECE
+        head = _STAMP.pack(version, self.digest, self.crc, self.size, self.start, self.stop)
+        check = checksum(head + f"{self.key}\0{self.validator}".encode())
+        return head + f"{self.key}\0{_CHECKED}{check:08x}\0{self.validator}".encode()
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.key, self.start, self.stop)
+
+
+def stamp_of(entry: Entry, data: Data, validator: str = "") -> Stamp:
+    """The stamp of a file that will hold `data` at the entry's own key."""
+    if len(validator) > _LONGEST_VALIDATOR or "\0" in validator or not validator.isascii():
+        validator = ""
+    return Stamp(entry.digest(), checksum(data), len(data), entry.start, entry.stop, "", validator)
+
+
+def _attribute(file: int | str) -> bytes:
+    # a link is not one of our files, whatever it leads to
+    return (
+        os.getxattr(file, _ATTRIBUTE) if isinstance(file, int) else os.getxattr(file, _ATTRIBUTE, follow_symlinks=False)
+    )
+
+
+def read_stamp(file: int | str) -> Stamp | None:
+    """The stamp of a file, by descriptor or path; None where it has none that can be read, for whatever reason."""
+    try:
+        return _decode(_attribute(file))
+    except (OSError, AttributeError):
+        return None
+
+
+def _decode(raw: bytes) -> Stamp | None:
+    try:
+        version, digest, crc, size, start, stop = _STAMP.unpack_from(raw)
+        text = raw[_STAMP.size :].decode()
+    except (struct.error, UnicodeDecodeError):
+        return None
+    parts = text.split("\0")
+    if len(parts) == 3 and version in (_OF_A_WHOLE, _OF_A_PIECE):
+        stamp = Stamp(digest, crc, size, start, stop, parts[0], parts[2])
+        return stamp if stamp.encode() == raw else None
+    # of an older version, unless a damaged character makes it look so: number 1 had a key, number 2 a validator as well
+    key, *validators = parts
+    if len(parts) != version or version > _OF_A_WHOLE:
+        return None
+    if any(validator and not validator.startswith(_VALIDATORS_OF_OLD) for validator in validators):
+        return None
+    stamp = Stamp(digest, crc, size, start, stop, key, *validators)
+    if key and stamp.entry.digest() != digest:
+        return None
+    # those versions kept any answer as a piece, whatever its length, and told no states through fsspec
+    return stamp if (start, stop) == (0, END) else stamp._replace(digest=OF_NOBODY)
+
+
+def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
+    """The stamp of an open file, None where it has none that we can read; and whether that settles whose it is.
+
+    It does not where the file system has no stamps, or where the stamp is garbage: then only the index can tell.
+
+    Raises
+    ------
+    OSError
+        Nobody can tell.
+    """
+    try:
+        stamp = _decode(_attribute(fd))
+    except AttributeError:
+        return None, False
+    except OSError as error:
+        if error.errno not in (_NO_ATTRIBUTE, errno.ENOTSUP):
+            raise
+        return None, error.errno == _NO_ATTRIBUTE
+    return stamp, stamp is not None
+
+
+def write(path: str, data: Data, stamp: Stamp) -> None:
+    """Make a new file of `data`, stamped where the file system can.
+
+    Raises
+    ------
+    OSError
+        The file is gone again then, unless that fails as well.
+    """
+    try:
+        fd = os.open(path, _WRITE, 0o600)
+    except FileNotFoundError:
+        make_directories(os.path.dirname(path))
+        fd = os.open(path, _WRITE, 0o600)
+    try:
+        # the stamp first: a writer that has to work by hand finds the files in flight of its key by their stamps
+        attach(fd, stamp)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def attach(file: int | str, stamp: Stamp) -> None:
+    """Set the stamp of a file in flight."""
+    if not hasattr(os, "setxattr"):
+        return
+    try:
+        os.setxattr(file, _ATTRIBUTE, stamp.encode())
+    except OSError as error:
+        # a file system that has no stamps at all goes without; on any other, a file without one would not be ours
+        if error.errno != errno.ENOTSUP or has_stamps(file):
+            raise
+
+
+def has_stamps(file: int | str) -> bool:
+    """Whether the file system of a file has extended attributes."""
+    try:
+        _attribute(file)
+    except AttributeError:
+        return False
+    except OSError as error:
+        return error.errno != errno.ENOTSUP
+    return True
+
+
+def move(source: str, target: str) -> None:
+    """Rename a file over whatever is at `target`, making the directories above it as needed."""
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        make_directories(os.path.dirname(target))
+        os.replace(source, target)
+
+
+def inside(root: str, relative: str, seen: set[str] | None = None) -> str:
+    """The absolute path of something in a cache directory, once no directory above it is a link.
+
+    Every path that is unlinked, renamed or written goes through here: a link leads to somebody else's files.
+
+    Parameters
+    ----------
+    root, relative : str
+    seen : set of str, optional
+        Directories that were seen to be none a moment ago, while the guard was held; those of this path are added.
+
+    Raises
+    ------
+    OSError
+        A link is in the way (ELOOP), or that cannot be told.
+    """
+    path = root
+    for name in ["", *relative.split("/")[:-1]]:
+        path = f"{path}/{name}" if name else path
+        if seen is not None and path in seen:
+            continue
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            break
+        if stat.S_ISLNK(mode):
+            raise OSError(errno.ELOOP, "a link is in the place of a directory of the cache", path)
+        if seen is not None:
+            seen.add(path)
+    return f"{root}/{relative}"
+
+
+def discard(path: str) -> None:
+    """Unlink a file that may be gone."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.unlink(path)
+
+
+def prune(path: str, root: str) -> None:
+    """Remove the directories above `path` that have become empty, up to `root`."""
+    directory = os.path.dirname(path)
+    while len(directory) > len(root):
+        try:
+            os.rmdir(directory)
+        except OSError:
+            return
+        directory = os.path.dirname(directory)
+
+
+def look(path: str, entry: Entry) -> Whose:
+    """Whose file lies at the path of an entry.
+
+    A copy of a file of ours that lies at another path is its maker's.
+
+    Raises
+    ------
+    OSError
+        It cannot be told. That is neither "gone" nor "not ours": whatever waits for the answer stays undone.
+    """
+    try:
+        raw = _attribute(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Whose.GONE
+    except AttributeError:
+        # this platform has no extended attributes
+        return _look_without_stamps(path)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENAMETOOLONG):
+            return Whose.FOREIGN if error.errno == errno.ENODATA else Whose.GONE
+        if error.errno == errno.ENOTSUP:
+            return _look_without_stamps(path)
+        raise
+    stamp = _decode(raw)
+    if stamp is not None and stamp.digest in (entry.digest(), OF_NOBODY):
+        return Whose.OURS if stamp.digest != OF_NOBODY else Whose.DISOWNED
+    return Whose.MARKED
+
+
+def _look_without_stamps(path: str) -> Whose:
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return Whose.GONE
+    return Whose.UNMARKED if stat.S_ISREG(mode) else Whose.FOREIGN
+
+
+def exists(path: str) -> bool:
+    """Whether anything is at a path, a link included.
+
+    Raises
+    ------
+    OSError
+        It cannot be told.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def discard_ours(path: str, entry: Entry) -> Whose:
+    """Unlink a file if it is the one that was written for an entry; returns whose it was.
+
+    Raises
+    ------
+    OSError
+        It may still be there.
+    """
+    found = look(path, entry)
+    if found in (Whose.OURS, Whose.DISOWNED):
+        try:
+            discard(path)
+        except OSError:
+            disown(path)
+            raise
+    return found
+
+
+def disown(path: str) -> bool:
+    """Make a file of ours that cannot be unlinked unreadable as an entry; whether that is certain.
+
+    Its stamp no longer names an entry, and its time of modification shows every process that it was changed.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            attach(fd, Stamp(OF_NOBODY, 0, 0, 0, 0, ""))
+            os.utime(fd)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
+
+
+def make_directories(path: str) -> None:
+    """Make a directory and all that is missing above it, for this user only."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    except FileNotFoundError:
+        make_directories(os.path.dirname(path))
+        make_directories(path)
+
+
+def walk(directory: str) -> Iterator[str]:
+    """Paths of all files beneath a directory, ours apart (`.xzcache` at its top is passed over). No link is followed.
+
+    Raises
+    ------
+    OSError
+        A directory cannot be read.
+    """
+    if os.path.islink(directory):
+        return
+    stack = [directory]
+    while stack:
+        here = stack.pop()
+        try:
+            with os.scandir(here) as found:
+                for item in found:
+                    if item.is_dir(follow_symlinks=False):
+                        if item.name != META or here != directory:
+                            stack.append(item.path)
+                    elif item.is_file():
+                        yield item.path
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+
+
+def empty(directory: str) -> None:
+    """Remove all that is in a directory of ours.
+
+    Raises
+    ------
+    OSError
+        Something is still there.
+    """
+    with suppress(FileNotFoundError), os.scandir(directory) as found:
+        for item in found:
+            if item.is_dir(follow_symlinks=False):
+                remove_tree(item.path)
+            else:
+                discard(item.path)
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory of ours and all that is in it.
+
+    Raises
+    ------
+    OSError
+        Something is still there.
+    """
+    with suppress(FileNotFoundError):
+        shutil.rmtree(directory)

@@ -1,0 +1,218 @@
+"""Whether the disk of a cache directory can be relied on: a dying one must not add its time-outs to every read."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sqlite3
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from xzcache.model import Damaged, report_bug
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+logger = logging.getLogger("xzcache")
+
+LONG: Final = 1.0
+"""Seconds that an operation may take, and that a read waits for one."""
+_SPEED: Final = 20_000_000
+"""Bytes per second of the slowest disk that is not taken for one that hangs."""
+_FAULTS: Final = 10
+_WINDOW: Final = 30.0
+"""So many faults within so many seconds put the cache aside."""
+_FIRST_PAUSE: Final = 1.0
+_POLL: Final = 0.01
+_LONGEST_PAUSE: Final = 60.0
+_OF_THE_DISK: Final = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ETIMEDOUT", "ESTALE", "ENODEV", "ENOTCONN", "EREMOTEIO", "ESHUTDOWN", "EHOSTDOWN"),
+        *("EHOSTUNREACH", "ENOLINK", "ENOMEDIUM", "EBADMSG", "EUCLEAN"),
+    )
+    if hasattr(errno, name)
+)
+"""A file system that may only be read is none of these: what is cached can be read there, and no call waits."""
+
+
+def allowance(size: int) -> float:
+    """Seconds that an operation on so many bytes may take."""
+    return LONG + size / _SPEED
+
+
+class Health:
+    """The state of the disk of one cache directory, as one process sees it. Safe for threads.
+
+    Healthy: everything is asked. Aside: no read looks at the directory, and nothing is published; a thread probes the
+    disk, one probe at a time, with pauses that double, and the first that succeeds makes the directory healthy. Many
+    errors within a short time, or one operation that takes long, put the directory aside. The first time that
+    something takes long, the probe comes without a pause: the machine may just have been busy.
+
+    Parameters
+    ----------
+    root : str
+        The cache directory.
+    probe : callable
+        Does a little of everything on the disk.
+    make_up : callable
+        Does what was not done while the directory was aside, before it is used again; whether all of it is done.
+
+    Attributes
+    ----------
+    is_aside : bool
+        Whether the directory is to be left alone: all that a hit asks.
+    """
+
+    def __init__(self, root: str, probe: Callable[[], None], make_up: Callable[[], bool]) -> None:
+        self.is_aside = False
+        self._root = root
+        self._probe = probe
+        self._make_up = make_up
+        self._lock = threading.Lock()
+        self._faults: deque[float] = deque(maxlen=_FAULTS)
+        self._pause = _FIRST_PAUSE
+        self._since = 0.0
+        self._back_at = -_LONGEST_PAUSE
+        self._reason = ""
+        self._has_told = False
+        self._ends = threading.Event()
+        self._latest = time.monotonic()
+
+    # -- what is seen of the disk
+
+    def note_progress(self) -> None:
+        """Take note that an operation on the disk has ended: others that take long may only be waiting their turn."""
+        self._latest = time.monotonic()
+
+    @property
+    def makes_progress(self) -> bool:
+        """Whether an operation ended less than a moment ago."""
+        return time.monotonic() - self._latest < LONG
+
+    def note_fault(self, error: BaseException) -> None:
+        """Count an error, if it is one of the disk."""
+        if self.is_aside or not is_of_the_disk(error):
+            return
+        now = time.monotonic()
+        with self._lock:
+            self._faults.append(now)
+            is_too_much = len(self._faults) == _FAULTS and now - self._faults[0] <= _WINDOW
+        if is_too_much:
+            self._put_aside(f"{_FAULTS} errors, the last one: {error}", is_certain=True)
+
+    def note_slow(self, what: str) -> None:
+        """Take note that an operation takes, or took, longer than it may."""
+        self._put_aside(what, is_certain=False)
+
+    # -- aside, and back
+
+    def _put_aside(self, reason: str, *, is_certain: bool) -> None:
+        with self._lock:
+            if self.is_aside:
+                return
+            self.is_aside = True
+            self._faults.clear()
+            self._since = time.monotonic()
+            self._reason, self._has_told = reason, False
+            was_well = self._since - self._back_at >= _LONGEST_PAUSE
+            self._pause = _FIRST_PAUSE if was_well else min(2 * self._pause, _LONGEST_PAUSE)
+            ends = self._ends = threading.Event()
+        if is_certain:
+            self._tell()
+        pause = 0.0 if was_well and not is_certain else self._pause
+        thread = threading.Thread(target=self._probe_on, args=(pause, ends), name="xzcache-probe", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # at the end of the process the cache stays aside
+            logger.debug("no thread to probe the disk of %s: %s", self._root, error)
+
+    def tell_if_long(self) -> None:
+        """Log that the directory is aside, if it has been for a while, and that was not logged."""
+        if not self._has_told and time.monotonic() - self._since > LONG:
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            if self._has_told or not self.is_aside:
+                return
+            self._has_told = True
+        logger.warning("the cache in %s is put aside, reads go to the source: %s", self._root, self._reason)
+
+    def _probe_on(self, pause: float, ends: threading.Event) -> None:
+        count = 0
+        while not ends.wait(pause):
+            count += 1
+            if self._is_well():
+                is_made_up = self._make_up_safely()
+                self._come_back(ends, count)
+                if not is_made_up:
+                    logger.debug("in the cache in %s something is still in doubt", self._root)
+                return
+            self._tell()
+            pause = self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _is_well(self) -> bool:
+        began = time.monotonic()
+        try:
+            self._probe()
+        except Exception as error:
+            if is_of_the_disk(error):
+                logger.debug("the disk of %s is not well: %s", self._root, error)
+                return False
+            # what is no fault of the disk is met, and told, by those who use the directory
+            report_bug(error, f"the cache in {self._root}")
+        return time.monotonic() - began <= LONG
+
+    def _make_up_safely(self) -> bool:
+        try:
+            return self._make_up()
+        except Exception as error:
+            report_bug(error, f"the cache in {self._root}")
+            return False
+
+    def _come_back(self, ends: threading.Event, count: int) -> None:
+        with self._lock:
+            if self._ends is not ends:
+                return
+            now = self._back_at = self._latest = time.monotonic()
+            self.is_aside = False
+        if self._has_told:
+            logger.info(
+                "the cache in %s is used again, after %.1f s and %d probes", self._root, now - self._since, count
+            )
+
+    def comes_back(self, patience: float) -> bool:
+        """Whether the directory is healthy, now or within so many seconds."""
+        end = time.monotonic() + patience
+        while self.is_aside and time.monotonic() < end:
+            time.sleep(_POLL)
+        return not self.is_aside
+
+    def rest(self) -> None:
+        """Probe no more, and begin anew as healthy: the directory is left."""
+        with self._lock:
+            self._ends.set()
+            self._ends = threading.Event()
+            self.is_aside = False
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether an exception, or its cause, says that the disk failed: not that something is missing, full or locked."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _OF_THE_DISK:
+            return True
+        if isinstance(cause, Damaged) and not cause.is_certain:
+            return True
+        if isinstance(cause, sqlite3.Error) and (getattr(cause, "sqlite_errorname", None) or "").startswith(
+            "SQLITE_IOERR"
+        ):
+            return True
+        cause = cause.__cause__
+    return False

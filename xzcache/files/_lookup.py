@@ -1,0 +1,810 @@
+"""Finding entries by their path, and never handing out bytes that are not what was stored."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+
+from xzcache.files import _entryfile as files
+from xzcache.files._entryfile import Whose, user
+from xzcache.files._health import LONG, Health, allowance
+from xzcache.files._paths import is_plain, range_directory, relative_path
+from xzcache.files._quarantine import EVERYTHING, Quarantine
+from xzcache.model import Damaged, Entry, Listed, Unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+
+# -- The one way to the files of entries: opening, reading and closing them.
+#
+# Plain blocking functions that know no index and no lock. Every system call that fails, the closing of a file included,
+# is either absence, or an `OSError` that is raised or handed to `trouble`; a descriptor is closed whatever happens.
+
+_READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+_NO_FLAG: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system says that does not know `RWF_NOWAIT`, and a kernel that does not."""
+_IN_THE_WAY: Final = (errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
+"""Where an entry's file would be, there is something that is no file: a directory, a link, a pipe."""
+
+Signature = tuple[int, int, int]
+"""Inode, time of modification in ns, size: what stays the same for as long as nobody replaces or writes a file."""
+
+Trouble = Callable[[BaseException], None]
+"""Gets each exception that is not absence."""
+
+
+_user = user()
+
+
+def is_ours(owner: int) -> bool:
+    """Whether a file that belongs to `owner` belongs to this user."""
+    global _user
+    if owner == _user or _user == -1:
+        return True
+    # a process may have changed its user since: that costs a system call only where an owner is another one
+    _user = user()
+    return owner == _user
+
+
+def let_go(fd: int, trouble: Trouble) -> None:
+    """Close a descriptor. What was read is right even where that fails, and the descriptor is gone in any case."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        trouble(error)
+
+
+class Opened:
+    """An open file, which is closed with `close`, or with the last reference to it.
+
+    Attributes
+    ----------
+    fd : int
+    size : int
+    mtime_ns : int
+    signature : Signature
+    is_ours : bool
+        Whether the file belongs to this user.
+    """
+
+    __slots__ = ("_trouble", "fd", "is_ours", "mtime_ns", "signature", "size")
+
+    def __init__(self, fd: int, status: os.stat_result, trouble: Trouble) -> None:
+        self.fd = fd
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        self.signature: Signature = (status.st_ino, self.mtime_ns, self.size)
+        self.is_ours = is_ours(status.st_uid)
+        self._trouble = trouble
+
+    def close(self) -> None:
+        """Close the file; once is enough."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            let_go(fd, self._trouble)
+
+    __del__ = close
+
+
+def open_file(path: str, trouble: Trouble) -> Opened | None:
+    """Open a regular file; None where there is no file of that name.
+
+    Raises
+    ------
+    NotADirectoryError, IsADirectoryError
+        Something else is there: a file where the path has a directory, a directory, a link, a pipe.
+    OSError
+        Anything but absence: EIO, EACCES, EMFILE, ESTALE, ...
+    """
+    try:
+        fd = os.open(path, _READ)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise IsADirectoryError(error.errno, error.strerror, path) from None
+        raise
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    except BaseException:
+        let_go(fd, trouble)
+        raise
+    return Opened(fd, status, trouble)
+
+
+def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble) -> memoryview | None:
+    """All of a file, if it is the one that has this signature and reading it cannot block; else None."""
+    try:
+        fd = os.open(path, _READ)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            trouble(error)
+        return None
+    try:
+        status = os.fstat(fd)
+        size = status.st_size
+        if (status.st_ino, status.st_mtime_ns, size) != signature or size > most:
+            return None
+        if status.st_uid != _user and not is_ours(status.st_uid):
+            return None
+        return read_resident(fd, 0, size)
+    except OSError as error:
+        trouble(error)
+        return None
+    finally:
+        # as `let_go`, in which a call would be felt
+        try:
+            os.close(fd)
+        except OSError as error:
+            trouble(error)
+
+
+def read_unchanged_into(
+    path: str, signature: Signature, place: np.ndarray[Any, Any], trouble: Trouble, *, patient: bool
+) -> bool:
+    """As `read_unchanged`, into an array of bytes; what is there after False is undefined.
+
+    Parameters
+    ----------
+    path : str
+    signature : (int, int, int)
+    place : ndarray of uint8
+    trouble : callable
+    patient : bool
+        Whether the disk may be waited for.
+    """
+    try:
+        fd = os.open(path, _READ)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            trouble(error)
+        return False
+    try:
+        status = os.fstat(fd)
+        size = status.st_size
+        if (status.st_ino, status.st_mtime_ns, size) != signature or size != len(place):
+            return False
+        if status.st_uid != _user and not is_ours(status.st_uid):
+            return False
+        return _fill(fd, place, 0, patient=patient)
+    except OSError as error:
+        trouble(error)
+        return False
+    finally:
+        let_go(fd, trouble)
+
+
+def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) -> bool:
+    """Read bytes of a file from `first` on, as many as `place` has; False where they are not to be had like that.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    try:
+        count = os.preadv(fd, [place], first, 0 if patient else os.RWF_NOWAIT)
+        if count == len(place) or not patient:
+            return count == len(place)
+    except BlockingIOError:
+        return False
+    except AttributeError:
+        # this platform has no such call, or cannot say that it must not block
+        if not patient:
+            return False
+    except OSError as error:
+        # a file system that is memory may not know the flag, and never blocks
+        if error.errno not in _NO_FLAG:
+            raise
+    data = read(fd, first, first + len(place))
+    if data is None:
+        return False
+    place[:] = np.frombuffer(data, dtype=np.uint8)
+    return True
+
+
+def read(fd: int, first: int, last: int) -> memoryview | None:
+    """Bytes `first` up to `last` of a file; None where it turns out to be shorter.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    data = os.pread(fd, last - first, first)
+    while len(data) < last - first:
+        more = os.pread(fd, last - first - len(data), first + len(data))
+        if not more:
+            return None
+        data += more
+    return memoryview(data)
+
+
+def read_resident(fd: int, first: int, last: int) -> memoryview | None:
+    """Bytes of a file if they are in memory, so that reading them cannot block; else None.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    data = np.empty(last - first, dtype=np.uint8)
+    if not _fill(fd, data, first, patient=False):
+        return None
+    data.flags.writeable = False
+    return memoryview(data)
+
+
+# -- Which byte ranges of an object are cached, told by the names of their files.
+#
+# What is remembered is only a hint: a file may have left since, or another one have come. So it is listed anew before
+# anybody goes to the source.
+
+_REMEMBERED_PIECES: Final = 65536
+_TICK_NS: Final = 20_000_000
+
+
+class Pieces:
+    """The byte ranges of objects that lie in one cache directory. Safe for threads.
+
+    Parameters
+    ----------
+    root : str
+        The cache directory.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._remembered: dict[str, tuple[Listed, int]] = {}
+        self._count = 0
+
+    def remembered(self, key: str) -> Listed | None:
+        """The pieces of an object as they were when they were last listed."""
+        known = self._remembered.get(key)
+        return None if known is None else known[0]
+
+    def listed(self, key: str) -> Listed:
+        """The pieces of an object.
+
+        Raises
+        ------
+        OSError
+            Anything but absence.
+        """
+        directory = f"{self._root}/{range_directory(key)}"
+        try:
+            changed = os.stat(directory).st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            return Listed(key, ())
+        known = self._remembered.get(key)
+        if known is not None and known[1] == changed:
+            return known[0]
+        now = time.time_ns()
+        spans = []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(directory):
+                start, _, stop = name.partition("_")
+                with suppress(ValueError):
+                    spans.append((int(start), int(stop)))
+        listed = Listed(key, spans)
+        # a change within the same tick of the file system's clock would not show
+        self._remember(key, listed, changed if now - changed > _TICK_NS else -1)
+        return listed
+
+    def _remember(self, key: str, listed: Listed, changed: int) -> None:
+        before = self._remembered.pop(key, None)
+        self._count += len(listed) - (0 if before is None else len(before[0]))
+        self._remembered[key] = listed, changed
+        while self._count > _REMEMBERED_PIECES and len(self._remembered) > 1:
+            # another thread may be doing the same
+            with suppress(KeyError, StopIteration, RuntimeError):
+                self._count -= len(self._remembered.pop(next(iter(self._remembered)))[0])
+
+
+# -- Finding and checking entry files.
+
+_REMEMBERED: Final = 65536
+_DESCRIPTORS: Final = "/proc/self/fd"
+_SHOWS_PATHS: Final = os.path.isdir(_DESCRIPTORS)
+"""Whether this platform tells where an open file lies, in one system call."""
+
+
+class Found(NamedTuple):
+    """The open file of an entry; whoever takes one closes it, or reads it."""
+
+    entry: Entry
+    path: str
+    opened: Opened
+    known: bool
+    """Whether this process has checked this very file before."""
+
+    @property
+    def size(self) -> int:
+        return self.opened.size
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Row(Protocol):
+    """What the index says of a file."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def crc(self) -> int: ...
+
+
+class Rows(Protocol):
+    """The index, in a transaction."""
+
+    def find(self, entry: Entry, /) -> Row | None:
+        """The row of an entry."""
+
+
+class Session(Protocol):
+    """What the lookup asks of the session with the index."""
+
+    root: str
+
+    def is_stand_in(self) -> bool:
+        """Whether the directory at the path is the one that this process uses."""
+
+    def section(self) -> AbstractContextManager[tuple[object, Rows]]:
+        """A transaction of the index."""
+
+
+class Barrier(Protocol):
+    """What the lookup asks of the fault barrier, which counts faults and repairs the index."""
+
+    @property
+    def books(self) -> Session: ...
+    @property
+    def health(self) -> Health: ...
+
+    def attempt(self, action: Callable[[], T], otherwise: T) -> T:
+        """What an action returns, or the other value if the cache fails."""
+
+    def insist(self, action: Callable[[], T]) -> T:
+        """What an action returns; raises if the cache fails."""
+
+    def trouble(self, error: BaseException) -> None:
+        """Count a fault."""
+
+
+def _timed(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[Reader, P], T]:
+    """A method that tells when the disk takes too long."""
+
+    @wraps(method)
+    def timed(self: Reader, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        began = time.monotonic()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            if (took := time.monotonic() - began) > LONG:
+                found = args[0] if args and isinstance(args[0], Found) else None
+                if found is None or took > allowance(found.size):
+                    self._is_slow("" if found is None else found.path, took)
+
+    return timed
+
+
+class Reader:
+    """Reads the entries of one cache directory, without a look at the index.
+
+    No method raises for what a system call says of an entry file: the entry is not here then, the trouble is counted,
+    and the file is closed. (`read_foreign` does: those are not the cache's files.)
+
+    Parameters
+    ----------
+    keeper : Barrier
+    folds : bool
+        Whether the file system takes names that differ in case for the same.
+
+    Attributes
+    ----------
+    quarantine : Quarantine
+        Keys of which something could not be made invisible when it had to be.
+    slow_path : str
+        The file that took too long, if one did.
+
+    Notes
+    -----
+    Safe for threads. That a file was checked is remembered by its inode, modification time and size, for a bounded
+    number of files.
+    """
+
+    def __init__(self, keeper: Barrier, *, folds: bool, quarantine: Quarantine | None = None) -> None:
+        self._keeper = keeper
+        self._trouble = keeper.trouble
+        self._root = keeper.books.root
+        self._folds = folds
+        self._pieces = Pieces(self._root)
+        self._checked: dict[str, Signature] = {}
+        self._damaged: dict[str, Signature] = {}
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self._refuses_all = False
+        self.slow_path = ""
+
+    def find(self, entry: Entry, *, anyones: bool = False) -> Found | None:
+        """Open a file that holds an entry: its own, or one that holds more of the object.
+
+        A file that this process has not checked yet may still turn out to be damaged: `read` tells.
+
+        Parameters
+        ----------
+        entry : Entry
+        anyones : bool
+            Whether a file of another user will do, as it does for what is not the cache's.
+        """
+        return next(self.candidates(entry, anyones=anyones), None)
+
+    def candidates(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
+        """Open one file after another that holds an entry."""
+        if not self.quarantine.is_empty and self.quarantine.holds(entry.key):
+            return
+        try:
+            if entry.is_whole:
+                if (found := self._open(entry, anyones=anyones)) is not None:
+                    yield found
+                return
+            tried = set()
+            # what is found without a look at the directory is found fast; what is not there any more is looked for
+            remembered = self._pieces.remembered(entry.key)
+            for piece in remembered.covering(entry) if remembered is not None else ():
+                tried.add(piece)
+                if (found := self._open_if_possible(piece)) is not None:
+                    yield found
+            if (found := self._open_if_possible(entry.whole)) is not None:
+                yield found
+            for piece in self._pieces.listed(entry.key).covering(entry):
+                if piece not in tried and (found := self._open_if_possible(piece)) is not None:
+                    yield found
+        except OSError as error:
+            self._trouble(error)
+
+    def at_once(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
+        """A whole object of at most `most` bytes that this process has checked before, if it is in memory; else None.
+
+        The shortest way of all: whoever gets None goes the long one.
+        """
+        path = f"{self._root}/{entry.key}"
+        signature = self._checked_at(entry.key, path, max_age_ns)
+        if signature is None:
+            return None
+        began = time.monotonic()
+        data = read_unchanged(path, signature, most, self._trouble)
+        if (took := time.monotonic() - began) > LONG:
+            self._is_slow(path, took)
+        return data
+
+    def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `at_once`, into an array of bytes; what is there after False is undefined."""
+        path = f"{self._root}/{entry.key}"
+        signature = self._checked_at(entry.key, path, max_age_ns)
+        if signature is None:
+            return False
+        began = time.monotonic()
+        done = read_unchanged_into(path, signature, place, self._trouble, patient=patient)
+        if (took := time.monotonic() - began) > LONG and took > allowance(len(place)):
+            self._is_slow(path, took)
+        return done
+
+    def _is_slow(self, path: str, took: float) -> None:
+        self.slow_path = path
+        self._keeper.health.note_slow(f"{path or 'an operation'} took {took:.1f} s")
+
+    def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> Signature | None:
+        """The file that was checked at a path, if it may be served."""
+        signature = self._checked.get(path)
+        if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
+            return None
+        if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
+            return None
+        return signature
+
+    @_timed
+    def listed(self, key: str) -> Listed:
+        """The byte ranges of an object that there are, as far as can be seen."""
+        try:
+            held = not self.quarantine.is_empty and self.quarantine.holds(key)
+            return Listed(key, ()) if held else self._pieces.listed(key)
+        except OSError as error:
+            self._trouble(error)
+            return Listed(key, ())
+
+    def distrust_all(self) -> None:
+        """Read nothing more from this directory."""
+        if not self._refuses_all:
+            self._refuses_all = True
+            self.quarantine.hold([EVERYTHING])
+
+    def trust_again(self) -> None:
+        """Undo `distrust_all`: the directory was found to be this user's."""
+        if self._refuses_all:
+            self._refuses_all = False
+            self.quarantine.free([EVERYTHING])
+
+    def _open_if_possible(self, entry: Entry) -> Found | None:
+        """As `_open`, where another file may hold the same."""
+        try:
+            return self._open(entry)
+        except OSError as error:
+            self._trouble(error)
+            return None
+
+    @_timed
+    def _open(self, entry: Entry, *, anyones: bool = False) -> Found | None:
+        odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
+        path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
+        try:
+            opened = open_file(path, self._trouble)
+        except (NotADirectoryError, IsADirectoryError):
+            # the path is taken by something else, so the entry may lie under its digest
+            path = self._path(entry, odd=True)
+            opened = open_file(path, self._trouble)
+        if opened is None:
+            return None
+        known = opened.is_ours and self._checked.get(path) == opened.signature
+        if not known and not odd and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
+            # a file that is not the cache's keeps the entry from its place, or this file system has no stamps
+            elsewhere = open_file(self._path(entry, odd=True), self._trouble)
+            if elsewhere is not None:
+                opened.close()
+                path, opened = self._path(entry, odd=True), elsewhere
+                known = opened.is_ours and self._checked.get(path) == opened.signature
+        if not (opened.is_ours or anyones) or (not known and self._damaged.get(path) == opened.signature):
+            opened.close()
+            return None
+        if not self.quarantine.is_empty:
+            # the file is open already, so what is asked now holds for it
+            if self.quarantine.is_away(entry.key) and not self._keeper.books.is_stand_in():
+                opened.close()
+                return None
+            known = known and not self.quarantine.suspects(entry.key)
+        return Found(entry, path, opened, known)
+
+    def _path(self, entry: Entry, *, odd: bool) -> str:
+        return f"{self._root}/{relative_path(entry, odd=odd)}"
+
+    @_timed
+    def read(self, found: Found, first: int, last: int) -> memoryview | None:
+        """Bytes of a file that was found, which is closed; None where they are not what was stored.
+
+        The whole file is checked against its checksum the first time this process sees it.
+        """
+        try:
+            if found.known:
+                return read(found.opened.fd, first, last)
+            crc = self._expected(found, *files.stamp_of_open(found.opened.fd))
+            if crc is None:
+                return None
+            return self._checked_part(found, crc, read(found.opened.fd, 0, found.size), first, last)
+        except OSError as error:
+            self._trouble(error)
+            return None
+        finally:
+            found.opened.close()
+
+    @_timed
+    def read_now(self, found: Found, first: int, last: int) -> tuple[bool, memoryview | None]:
+        """As `read`, if that needs no waiting: else `(False, None)`, and the file stays open."""
+        waits = False
+        try:
+            if found.known:
+                data = read_resident(found.opened.fd, first, last)
+                waits = data is None
+                return not waits, data
+            stamp, settled = files.stamp_of_open(found.opened.fd)
+            if (stamp is None and not settled) or self.quarantine.suspects(found.entry.key):
+                # the index has to be asked
+                waits = True
+                return False, None
+            if (crc := self._expected(found, stamp, settled)) is None:
+                return True, None
+            data = read_resident(found.opened.fd, 0, found.size)
+            waits = data is None
+            return not waits, None if waits else self._checked_part(found, crc, data, first, last)
+        except OSError as error:
+            self._trouble(error)
+            return True, None
+        finally:
+            if not waits:
+                found.opened.close()
+
+    def _expected(self, found: Found, stamp: files.Stamp | None, settled: bool) -> int | None:
+        """The checksum that a file must have, by its stamp or the index; None where it is not the entry's file."""
+        if not found.opened.is_ours:
+            return None
+        suspect = self.quarantine.suspects(found.entry.key)
+        if stamp is not None:
+            sound = stamp.size == found.size and stamp.digest == found.entry.digest()
+            if sound and not suspect:
+                return stamp.crc
+        elif settled:
+            # not the cache's
+            _remember(self._damaged, found)
+            return None
+        if stamp is None or suspect:
+            row = self._keeper.attempt(lambda: self._row(found.entry), None)
+            if row is not None and row.size == found.size and (stamp is None or (sound and row.crc == stamp.crc)):
+                return row.crc
+            if suspect:
+                self.quarantine.note_returned(found.entry.key)
+                return None
+        self._is_damaged(found)
+        return None
+
+    def _checked_part(
+        self, found: Found, crc: int, data: memoryview | None, first: int, last: int
+    ) -> memoryview | None:
+        if data is None or files.checksum(data) != crc:
+            self._is_damaged(found)
+            return None
+        if not self._lies_there(found):
+            self._trouble(Unusable(f"{found.path} is reached through a link, so it is not taken for the cache's"))
+            return None
+        _remember(self._checked, found)
+        return data[first:last]
+
+    def _is_damaged(self, found: Found) -> None:
+        _remember(self._damaged, found)
+        self._trouble(Damaged(f"{found.path} is not what was stored there"))
+
+    def _lies_there(self, found: Found) -> bool:
+        """Whether no folder above a file is a link: what lies behind one is neither counted nor evicted here."""
+        if self._folds:
+            # the same file has more than one path
+            return True
+        if _SHOWS_PATHS:
+            with suppress(FileNotFoundError):
+                if os.readlink(f"{_DESCRIPTORS}/{found.opened.fd}") == found.path:
+                    return True
+        # a file that was evicted since it was opened has another path, or none
+        directory = os.path.dirname(found.path)
+        return os.path.realpath(directory) == directory
+
+    @_timed
+    def is_foreign(self, found: Found) -> bool:
+        """Whether a file that was found is not one of the cache's; where nobody can tell, `read` does."""
+        if found.known:
+            return False
+        try:
+            stamp, settled = files.stamp_of_open(found.opened.fd)
+        except OSError as error:
+            self._trouble(error)
+            return False
+        if stamp is not None:
+            return stamp.digest not in (found.entry.digest(), files.OF_NOBODY)
+        if not found.opened.is_ours:
+            return True
+        return settled or self._keeper.attempt(lambda: self._row(Entry(found.entry.key)), None) is None
+
+    def is_foreign_file(self, path: str, key: str) -> bool:
+        """Whether the file at a path is not one of the cache's.
+
+        Raises
+        ------
+        CacheFault, OSError
+            It cannot be told.
+        """
+        found = files.look(path, Entry(key))
+        if found is Whose.UNMARKED:
+            return self._keeper.insist(lambda: self._row(Entry(key))) is None
+        return found in (Whose.FOREIGN, Whose.MARKED)
+
+    def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
+        """Bytes of a file that is not the cache's, as they are; it is closed.
+
+        Raises
+        ------
+        OSError
+            It cannot be read, which is not to be taken for absence.
+        """
+        try:
+            return read(found.opened.fd, first, last)
+        finally:
+            found.opened.close()
+
+    def validator(self, entry: Entry) -> str:
+        """What tells the state of what would be found of an entry from others; empty where nothing does."""
+        return "" if (found := self.find(entry)) is None else self._validator(found)
+
+    def states_of(self, key: str) -> set[str]:
+        """The validators of the whole of an object and of one of its byte ranges, where they are cached.
+
+        Empty ones included: of what has none, the state is unknown.
+        """
+        states = set()
+        for entry in (Entry(key), self.listed(key).any()):
+            if entry is None:
+                continue
+            try:
+                found = self._open(entry)
+            except OSError as error:
+                # a state that cannot be read is unknown, not the same
+                self._trouble(error)
+                states.add("")
+                continue
+            if found is not None:
+                is_foreign = entry.is_whole and self.is_foreign(found)
+                state = self._validator(found)
+                if state or not is_foreign:
+                    states.add(state)
+            elif any(self._path(entry, odd=odd) in self._damaged for odd in (False, True)):
+                states.add("")
+        return states
+
+    @_timed
+    def _validator(self, found: Found) -> str:
+        try:
+            stamp, _ = files.stamp_of_open(found.opened.fd)
+        except OSError as error:
+            self._trouble(error)
+            return ""
+        finally:
+            found.opened.close()
+        return stamp.validator if stamp is not None and stamp.digest == found.entry.digest() else ""
+
+    @_timed
+    def size(self, found: Found) -> int | None:
+        """The size of a file that was found, which is closed; None where only its contents tell whose it is."""
+        try:
+            if found.known:
+                return found.size
+            stamp, _ = files.stamp_of_open(found.opened.fd)
+            sound = stamp is not None and stamp.size == found.size and stamp.digest == found.entry.digest()
+            return found.size if sound else None
+        except OSError as error:
+            self._trouble(error)
+            return None
+        finally:
+            found.opened.close()
+
+    @_timed
+    def renew(self, entry: Entry) -> None:
+        """Let the age of an entry begin now."""
+        if (found := self.find(entry)) is not None:
+            try:
+                os.utime(found.opened.fd)
+            except OSError as error:
+                self._trouble(error)
+            finally:
+                found.opened.close()
+
+    def close(self, found: Found) -> None:
+        """Let go of a file that is not to be read."""
+        found.opened.close()
+
+    def _row(self, entry: Entry) -> Row | None:
+        with self._keeper.books.section() as (_, index):
+            return index.find(entry)
+
+
+def _remember(files_seen: dict[str, Signature], found: Found) -> None:
+    if len(files_seen) >= _REMEMBERED:
+        # another thread may be doing the same
+        with suppress(KeyError, StopIteration, RuntimeError):
+            del files_seen[next(iter(files_seen))]
+    files_seen[found.path] = found.opened.signature
+
+
+def _has_stamp(opened: Opened) -> bool:
+    return files.stamp_of_open(opened.fd)[0] is not None

@@ -1,0 +1,667 @@
+"""Every SQL statement on the shared books.
+
+An `Index` is one connection to one SQLite file. It knows no lock and no file but its own: whoever calls it holds the
+guard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache.index._history import BIRTH, History, hash_of
+from xzcache.model import Damaged, Entry, is_document, namespace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+
+# -- The tables of the shared books, and what a row of them is.
+#
+# The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift. Time, for the
+# policies, is counted in ticks: one for each entry that comes, and for each use that a policy that learns tells of.
+
+VERSION: Final = 5
+
+_HEARD: Final = """
+CREATE TABLE heard(
+  tick INTEGER PRIMARY KEY, key INTEGER NOT NULL, size INTEGER NOT NULL, id INTEGER NOT NULL);
+"""
+
+_ABSENT: Final = """
+CREATE TABLE absent(key TEXT PRIMARY KEY, noted REAL NOT NULL, ticket INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+_OF_THE_PAST: Final = f"""{_HEARD}
+CREATE TABLE ghost(key INTEGER PRIMARY KEY, tick INTEGER NOT NULL, gap INTEGER NOT NULL);
+CREATE TABLE learned(
+  one INTEGER PRIMARY KEY CHECK(one = 1), serial INTEGER NOT NULL, state BLOB NOT NULL);
+"""
+
+_ENTRY_COMES: Final = """
+CREATE TRIGGER entry_comes AFTER INSERT ON entry BEGIN
+  UPDATE total SET n = n + 1, bytes = bytes + NEW.size, serial = serial + 1, tick = tick + 1;
+  UPDATE ns SET n = n + 1, bytes = bytes + NEW.size WHERE id = NEW.ns; END;
+"""
+
+SCHEMA: Final = f"""{_OF_THE_PAST}
+CREATE TABLE ns(
+  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, n INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE entry(
+  id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+  odd INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, used INTEGER NOT NULL, rank INTEGER NOT NULL,
+  owner INTEGER NOT NULL, seq INTEGER NOT NULL, tick INTEGER NOT NULL DEFAULT 0, gap INTEGER NOT NULL DEFAULT 0,
+  UNIQUE(key, start, stop));
+CREATE INDEX entry_rank ON entry(rank);
+CREATE INDEX entry_odd ON entry(key) WHERE odd = 1;
+CREATE TABLE dying(
+  id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+  odd INTEGER NOT NULL, size INTEGER NOT NULL, owner INTEGER NOT NULL);
+CREATE TABLE owner(
+  id INTEGER PRIMARY KEY AUTOINCREMENT, lease INTEGER NOT NULL DEFAULT 0 CHECK(lease >= 0), pid INTEGER NOT NULL);
+CREATE TABLE node(path TEXT PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE seen(document TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE writing(id INTEGER PRIMARY KEY, key TEXT NOT NULL, beneath INTEGER NOT NULL, owner INTEGER NOT NULL);
+CREATE INDEX writing_key ON writing(beneath, key);
+{_ABSENT}CREATE TABLE total(
+  one INTEGER PRIMARY KEY CHECK(one = 1), n INTEGER NOT NULL, bytes INTEGER NOT NULL, lease INTEGER NOT NULL,
+  dying INTEGER NOT NULL, max_size INTEGER, serial INTEGER NOT NULL, tick INTEGER NOT NULL DEFAULT 0);
+INSERT INTO total VALUES(1, 0, 0, 0, 0, NULL, 0, 0);{_ENTRY_COMES}CREATE TRIGGER entry_goes AFTER DELETE ON entry BEGIN
+  UPDATE total SET n = n - 1, bytes = bytes - OLD.size, serial = serial + 1;
+  UPDATE ns SET n = n - 1, bytes = bytes - OLD.size WHERE id = OLD.ns; END;
+CREATE TRIGGER dying_comes AFTER INSERT ON dying BEGIN UPDATE total SET dying = dying + NEW.size; END;
+CREATE TRIGGER dying_goes AFTER DELETE ON dying BEGIN UPDATE total SET dying = dying - OLD.size; END;
+CREATE TRIGGER lease_changes AFTER UPDATE OF lease ON owner BEGIN
+  UPDATE total SET lease = lease + NEW.lease - OLD.lease; END;
+CREATE TRIGGER lease_goes AFTER DELETE ON owner BEGIN UPDATE total SET lease = lease - OLD.lease; END;
+"""
+
+_WITHOUT_PIECES: Final = f"""DROP TABLE absent;{_ABSENT}
+INSERT INTO dying(key, start, stop, odd, size, owner)
+  SELECT key, start, stop, odd, size, -1 FROM entry WHERE start != 0 OR stop != -1;
+DELETE FROM entry WHERE start != 0 OR stop != -1;
+"""
+"""Pieces of objects are not taken over: they may be longer than they should, and of states that nobody told."""
+
+UPGRADES: Final = {
+    2: f"""{_OF_THE_PAST}
+ALTER TABLE entry ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE entry ADD COLUMN gap INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE total ADD COLUMN tick INTEGER NOT NULL DEFAULT 0;
+DROP TRIGGER entry_comes;{_ENTRY_COMES}{_WITHOUT_PIECES}""",
+    3: f"""DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}{_WITHOUT_PIECES}""",
+    4: _WITHOUT_PIECES,
+}
+"""What makes an index of an older version, which is the key, one of this version."""
+
+
+class Totals(NamedTuple):
+    """What the directory holds and has promised; sizes in bytes."""
+
+    entries: int
+    size: int
+    lease: int
+    dying: int
+    max_size: int | None
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that may still be promised (negative after the bound was lowered); None where there is no bound."""
+        return None if self.max_size is None else self.max_size - self.size - self.lease - self.dying
+
+
+class Row(NamedTuple):
+    """One entry as the index knows it."""
+
+    id: int
+    entry: Entry
+    odd: bool
+    size: int
+    crc: int
+    used: int
+    rank: int
+    owner: int
+    seq: int
+    tick: int
+
+
+class Dying(NamedTuple):
+    """A file that has left the index and still takes space."""
+
+    id: int
+    entry: Entry
+    odd: bool
+    size: int
+
+
+# -- The small tables of the index: what is known of the arrays of a source, and which keys are being written.
+
+
+class Writings(NamedTuple):
+    """Keys that are being written, and prefixes of keys."""
+
+    keys: set[str]
+    prefixes: list[str]
+
+    def concern(self, key: str) -> bool:
+        """Whether a key is one of them, or beneath one."""
+        return key in self.keys or any(map(key.startswith, self.prefixes))
+
+
+class Notes:
+    """The small tables of one open index; within a section only, as all of the index."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._do = connection.execute
+        self._do_many = connection.executemany
+
+    # -- the documents under which the entries of an array were filled
+
+    def node(self, path: str) -> bytes | None:
+        row = self._do("SELECT digest FROM node WHERE path = ?", (path,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def set_node(self, path: str, digest: bytes) -> None:
+        self._do("INSERT OR REPLACE INTO node(path, digest) VALUES(?, ?)", (path, digest))
+
+    def seen(self, document: str) -> bytes | None:
+        """The state of a document under which what it describes was filled."""
+        row = self._do("SELECT state FROM seen WHERE document = ?", (document,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def set_seen(self, document: str, state: bytes) -> None:
+        self._do("INSERT OR REPLACE INTO seen(document, state) VALUES(?, ?)", (document, state))
+
+    def nodes_beneath(self, prefix: str) -> list[str]:
+        """Paths of the nodes beneath a path."""
+        where, bounds = range_of(prefix, column="path")
+        return [path for (path,) in self._do(f"SELECT path FROM node{where}", bounds)]
+
+    def drop_nodes(self, prefix: str, *, documents: bool = True) -> None:
+        """Forget the node at a path and all nodes beneath it, and in which state their documents were seen."""
+        where, bounds = range_of(prefix, column="path")
+        self._do(f"DELETE FROM node{where}", bounds)
+        self._do("DELETE FROM node WHERE path = ?", (prefix,))
+        if documents:
+            where, bounds = range_of(prefix, column="document")
+            self._do(f"DELETE FROM seen{where}", bounds)
+
+    # -- writes that have begun and not ended
+
+    def add_writing(self, id_: int, key: str, owner: int, *, beneath: bool) -> None:
+        """Say that a key, or everything beneath it, is being written; the id is one that no other write has."""
+        self._do(
+            "INSERT OR REPLACE INTO writing(id, key, beneath, owner) VALUES(?, ?, ?, ?)", (id_, key, beneath, owner)
+        )
+
+    def drop_writings(self, ids: Iterable[int]) -> None:
+        self._do_many("DELETE FROM writing WHERE id = ?", [(id_,) for id_ in ids])
+
+    def writings(self) -> Writings:
+        """What is being written, whoever does it."""
+        rows = self._do("SELECT key, beneath FROM writing").fetchall()
+        return Writings({key for key, beneath in rows if not beneath}, [f"{key}/" for key, beneath in rows if beneath])
+
+    def is_written(self, key: str) -> bool:
+        """Whether somebody is writing a key, or something above it."""
+        return self.writings().concern(key)
+
+    def writing_of(self, owner: int) -> list[tuple[int, str, bool]]:
+        """Ids of the writes of an owner, their keys, and whether each is of all that is beneath the key."""
+        rows = self._do("SELECT id, key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
+        return [(id_, key, bool(beneath)) for id_, key, beneath in rows]
+
+    def writings_of_nobody(self) -> list[str]:
+        """Keys, and prefixes of keys, whose writer has left."""
+        rows = self._do("SELECT key FROM writing WHERE owner NOT IN (SELECT id FROM owner)").fetchall()
+        return [key for (key,) in rows]
+
+    def drop_writings_of_nobody(self) -> None:
+        self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
+
+    # -- what the source does not have
+
+    def set_absent(self, key: str, noted: float, ticket: int) -> None:
+        """Note that a key is absent, for as long as its ticket has this digest.
+
+        A write that could not use the index has removed no row, but it was counted.
+        """
+        self._do("INSERT OR REPLACE INTO absent(key, noted, ticket) VALUES(?, ?, ?)", (key, noted, ticket))
+
+    def absent_since(self, key: str, ticket: int) -> float | None:
+        """When a key was found to be absent, None where it was not, or was written since."""
+        row = self._do("SELECT noted FROM absent WHERE key = ? AND ticket = ?", (key, ticket)).fetchone()
+        return None if row is None else float(row[0])
+
+    def absent_beneath(self, prefix: str, after: str, limit: int) -> list[tuple[str, float, int]]:
+        """Keys beneath a prefix, in order, when they were found to be absent, and the digests of their tickets."""
+        where, (first, last) = range_of(prefix)
+        return self._do(
+            f"SELECT key, noted, ticket FROM absent{where} AND key > ? ORDER BY key LIMIT ?",
+            (first, last, after, limit),
+        ).fetchall()
+
+    def keep_absent(self, most: int) -> None:
+        """Forget the oldest of more rows than that."""
+        surplus = self._do("SELECT count(*) FROM absent").fetchone()[0] - most
+        if surplus > 0:
+            oldest = "SELECT key FROM absent ORDER BY noted LIMIT ?"
+            self._do(f"DELETE FROM absent WHERE key IN ({oldest})", (surplus + most // 8,))
+
+    def drop_absent(self, keys: Iterable[str]) -> None:
+        self._do_many("DELETE FROM absent WHERE key = ?", [(key,) for key in keys])
+
+    def drop_absent_beneath(self, prefix: str) -> None:
+        where, bounds = range_of(prefix)
+        self._do(f"DELETE FROM absent{where}", bounds)
+
+
+def range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
+    """The condition, and its values, of lying beneath a prefix."""
+    # "0" is the character after "/": together they enclose whatever begins with the prefix and a slash
+    return (f" WHERE {column} >= ? AND {column} < ?", (prefix + "/", prefix + "0")) if prefix else ("", ())
+
+
+# -- The index.
+
+logger = logging.getLogger("xzcache")
+
+_MAGIC: Final = b"SQLite format 3\0"
+_LARGEST_JOURNAL: Final = 1 << 20
+_PATIENCE: Final = 1.0
+_PAUSE: Final = 0.002
+
+_COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq, tick"
+
+
+def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int, int]) -> Row:
+    id_, key, start, stop, odd, *rest = values
+    return Row(id_, Entry(key, start, stop), bool(odd), *rest)
+
+
+class Index:
+    """One open index file.
+
+    Parameters
+    ----------
+    path : str
+        The SQLite file.
+    create : bool
+        Whether to make it. An index that should be there and is not is damage, never a fresh start.
+
+    Notes
+    -----
+    Not safe for threads, and no method but `close` may be called without the guard: not even reads, which would keep
+    others from writing.
+    """
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        self._log = path + "-wal"
+        self._namespaces: dict[str, int] = {}
+        if create:
+            # SQLite gives its other files the mode of this one
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        elif _is_logged(path) or self.is_logged:
+            _leave_log(path)
+        self.connection = _connect(path)
+        try:
+            # A rollback journal maps no memory, so a file that somebody truncates is an error and not the end of the
+            # process; it costs a miss 20 us more than a write-ahead log. A kill cannot hurt without any waiting for the
+            # disk, and after the machine was restarted the index is checked.
+            # 2 MB hold the inner pages of the index of a million entries; more is memory in each process for nothing
+            for pragma in ("synchronous=OFF", "cache_size=-2000", f"journal_size_limit={_LARGEST_JOURNAL}"):
+                self.connection.execute(f"PRAGMA {pragma}")
+            self.connection.execute("PRAGMA journal_mode=PERSIST")
+            if create:
+                self.connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+            self._upgrade(self.connection.execute("PRAGMA user_version").fetchone()[0])
+        except BaseException:
+            self.connection.close()
+            raise
+        self._do = self.connection.execute
+        self.notes = Notes(self.connection)
+        self.history = History(self.connection)
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether another program gave the index a write-ahead log: the connection must not be used any more."""
+        return os.path.lexists(self._log)
+
+    def _upgrade(self, version: int) -> None:
+        if version == VERSION:
+            return
+        if version not in UPGRADES:
+            raise Damaged(f"the index is not of version {VERSION}")
+        self.connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[version]} PRAGMA user_version={VERSION}; COMMIT;")
+        logger.info("an index of version %d is one of version %d now: %s", version, VERSION, self._log[:-4])
+
+    # -- transactions
+
+    def begin(self, patience: float = _PATIENCE) -> None:
+        """Begin a transaction that nothing can keep from its end: no other program may even read until then."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self._do("BEGIN EXCLUSIVE")
+                return
+            except sqlite3.OperationalError as error:
+                if not is_locked(error) or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_PAUSE)
+
+    def commit(self) -> None:
+        if self.connection.in_transaction:
+            self._do("COMMIT")
+
+    def rollback(self) -> None:
+        if self.connection.in_transaction:
+            self._do("ROLLBACK")
+
+    def close(self) -> None:
+        self.connection.close()
+
+    # -- totals
+
+    def totals(self) -> Totals:
+        return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
+
+    def serial(self) -> int:
+        """A number that grows with every entry that comes or goes.
+
+        Raises
+        ------
+        Damaged
+            There is none.
+        """
+        row = self._do("SELECT serial FROM total").fetchone()
+        if row is None or not isinstance(row[0], int):
+            raise Damaged("the totals of the index are not there")
+        return row[0]
+
+    def set_max_size(self, max_size: int | None) -> None:
+        self._do("UPDATE total SET max_size = ?", (max_size,))
+
+    def share(self, namespace: str) -> tuple[int, int]:
+        """Number and bytes of the entries of one source."""
+        row = self._do("SELECT n, bytes FROM ns WHERE name = ?", (namespace,)).fetchone()
+        return row if row is not None else (0, 0)
+
+    def problems(self) -> list[str]:
+        """What SQLite's own check finds wrong with the file; a second for a million entries."""
+        return [text for (text,) in self._do("PRAGMA integrity_check(20)") if text != "ok"]
+
+    def wrong_totals(self) -> list[tuple[str, int, int]]:
+        """Each total that differs from its rows: its name, the number that is written down, and the true one."""
+        count, size = self._do("SELECT count(*), coalesce(sum(size), 0) FROM entry").fetchone()
+        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
+        shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0) FROM ns").fetchone()
+        totals = self.totals()
+        pairs = [
+            ("entries", totals.entries, count),
+            ("bytes", totals.size, size),
+            ("leases", totals.lease, lease),
+            ("tombstones", totals.dying, dying),
+            ("entries by source", shares[0], count),
+            ("bytes by source", shares[1], size),
+        ]
+        return [(name, says, true) for name, says, true in pairs if says != true]
+
+    def is_sound(self) -> bool:
+        """Whether every table and every index of the file is whole; a second for a million entries."""
+        return bool(self._do("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
+
+    def last_entry(self) -> int:
+        """The highest id of an entry: about as many entries as there have been."""
+        return int(self._do("SELECT coalesce(max(id), 0) FROM entry").fetchone()[0])
+
+    def mend_totals(self) -> bool:
+        """Compare the totals with the rows that they sum up, and make them right; whether they were wrong.
+
+        Raises
+        ------
+        Damaged
+            The rows themselves make no sense.
+        """
+        count, size, least = self._do(
+            "SELECT count(*), coalesce(sum(size), 0), coalesce(min(size), 0) FROM entry"
+        ).fetchone()
+        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
+        if not isinstance(size, int) or least < 0:
+            raise Damaged("an entry of the index has a size that no file can have")
+        shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0), coalesce(min(n), 0) FROM ns").fetchone()
+        if self.totals()[:4] == (count, size, lease, dying) and shares[:2] == (count, size) and shares[2] >= 0:
+            return False
+        self._do("UPDATE total SET n = ?, bytes = ?, lease = ?, dying = ?", (count, size, lease, dying))
+        self._do("UPDATE ns SET n = 0, bytes = 0")
+        sums = self._do("SELECT count(*), sum(size), ns FROM entry GROUP BY ns").fetchall()
+        self.connection.executemany("UPDATE ns SET n = ?, bytes = ? WHERE id = ?", sums)
+        return True
+
+    # -- owners and their leases
+
+    def add_owner(self, pid: int) -> int:
+        cursor = self._do("INSERT INTO owner(pid) VALUES(?)", (pid,))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def owners(self) -> list[int]:
+        return [id_ for (id_,) in self._do("SELECT id FROM owner")]
+
+    def announce_leaving(self, owner: int) -> None:
+        """A negative pid is one that is about to go."""
+        self._do("UPDATE owner SET pid = -abs(pid) WHERE id = ?", (owner,))
+
+    def staying_owners(self) -> list[int]:
+        """Owners that have not said that they are leaving."""
+        return [id_ for (id_,) in self._do("SELECT id FROM owner WHERE pid >= 0")]
+
+    def lease_of(self, owner: int) -> int | None:
+        row = self._do("SELECT lease FROM owner WHERE id = ?", (owner,)).fetchone()
+        return None if row is None else row[0]
+
+    def change_lease(self, owner: int, by: int) -> None:
+        self._do("UPDATE owner SET lease = lease + ? WHERE id = ?", (by, owner))
+
+    def drop_leases(self) -> None:
+        self._do("UPDATE owner SET lease = 0 WHERE lease != 0")
+
+    def drop_owner(self, owner: int) -> None:
+        self._do("DELETE FROM owner WHERE id = ?", (owner,))
+
+    def number_from(self, table: str, last: int) -> None:
+        """Give the next row of a table (of owners, of the dying) a number above `last`."""
+        self._do("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+        self._do("INSERT INTO sqlite_sequence(name, seq) VALUES(?, ?)", (table, last))
+
+    # -- entries
+
+    def find(self, entry: Entry) -> Row | None:
+        row = self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ? AND start = ? AND stop = ?", entry).fetchone()
+        return None if row is None else _row(row)
+
+    def add(self, entry: Entry, *, odd: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
+        """Give an entry a row, which remembers what its ghost does."""
+        self._do(
+            "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq, tick, gap) "
+            f"VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {BIRTH})",
+            (self._namespace(entry.key), *entry, odd, size, crc, used, used, owner, seq, hash_of(entry)),
+        )
+
+    def _namespace(self, key: str) -> int:
+        name = namespace_of(key)
+        id_ = self._namespaces.get(name)
+        if id_ is None:
+            self._do("INSERT OR IGNORE INTO ns(name) VALUES(?)", (name,))
+            id_ = int(self._do("SELECT id FROM ns WHERE name = ?", (name,)).fetchone()[0])
+            self._namespaces[name] = id_
+        return id_
+
+    def forget_uncommitted(self) -> None:
+        """After a rollback, what was remembered of the transaction is not true."""
+        self._namespaces.clear()
+
+    def remove(self, id_: int) -> None:
+        self._do("DELETE FROM entry WHERE id = ?", (id_,))
+
+    def touch(self, uses: Mapping[Entry, int]) -> None:
+        """Record the last use of entries, in ns since the epoch; those that are gone are passed over."""
+        self.connection.executemany(
+            "UPDATE entry SET used = max(used, ?), tick = (SELECT tick FROM total) "
+            "WHERE key = ? AND start = ? AND stop = ?",
+            [(used, *entry) for entry, used in uses.items()],
+        )
+
+    def by_rank(self, limit: int) -> list[Row]:
+        """The entries of lowest rank, lowest first."""
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry ORDER BY rank LIMIT ?", (limit,))]
+
+    def set_rank(self, ranks: Iterable[tuple[int, int]]) -> None:
+        """Set `(rank, id)` pairs."""
+        self.connection.executemany("UPDATE entry SET rank = ? WHERE id = ?", ranks)
+
+    def of_ids(self, ids: Sequence[int]) -> dict[int, Row]:
+        """By their ids, the entries that are there."""
+        places = ", ".join("?" * len(ids))
+        return {r[0]: _row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE id IN ({places})", ids)}
+
+    def of_key(self, key: str) -> list[Row]:
+        """The whole object and all byte ranges of one key."""
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ?", (key,))]
+
+    def knows(self, key: str) -> bool:
+        """Whether there is any entry of a key."""
+        return self._do("SELECT 1 FROM entry WHERE key = ? LIMIT 1", (key,)).fetchone() is not None
+
+    def piece_of(self, key: str) -> Row | None:
+        """One byte range of a key."""
+        row = self._do(
+            f"SELECT {_COLUMNS} FROM entry WHERE key = ? AND (start != 0 OR stop != -1) LIMIT 1", (key,)
+        ).fetchone()
+        return None if row is None else _row(row)
+
+    def beneath(self, prefix: str, limit: int) -> list[Row]:
+        """Entries whose key begins with ``prefix + "/"``; every entry for an empty prefix."""
+        where, bounds = range_of(prefix)
+        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry{where} LIMIT ?", (*bounds, limit))]
+
+    def has_data_beneath(self, prefix: str) -> bool:
+        """Whether anything but metadata documents is beneath a prefix."""
+        where, bounds = range_of(prefix)
+        return any(not is_document(key) for (key,) in self._do(f"SELECT DISTINCT key FROM entry{where}", bounds))
+
+    def in_flight(self, owner: int, numbers: Iterable[int]) -> list[Row]:
+        """Entries whose file may still lie among the owner's files in flight, under one of these numbers."""
+        wanted = set(numbers)
+        if not wanted:
+            return []
+        # a scan, but only for a process that died between two steps of a publication
+        rows = (_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE owner = ?", (owner,)))
+        return [row for row in rows if row.seq in wanted]
+
+    def odd_keys(self, prefix: str) -> list[str]:
+        """Whole objects beneath a prefix that do not lie at their own key."""
+        where, bounds = range_of(prefix)
+        where = f"{where} AND" if where else " WHERE"
+        query = f"SELECT key FROM entry{where} odd = 1 AND start = 0 AND stop = -1"
+        return [key for (key,) in self._do(query, bounds)]
+
+    def rows_after(self, id_: int, limit: int) -> list[Row]:
+        """The entries of the next higher ids."""
+        rows = self._do(f"SELECT {_COLUMNS} FROM entry WHERE id > ? ORDER BY id LIMIT ?", (id_, limit))
+        return [_row(r) for r in rows]
+
+    def rows(self) -> Iterator[Row]:
+        for row in self._do(f"SELECT {_COLUMNS} FROM entry"):
+            yield _row(row)
+
+    # -- files that are on their way out
+
+    def add_dying(self, row: Row, owner: int) -> Dying:
+        cursor = self._do(
+            "INSERT INTO dying(key, start, stop, odd, size, owner) VALUES(?, ?, ?, ?, ?, ?)",
+            (*row.entry, row.odd, row.size, owner),
+        )
+        assert cursor.lastrowid is not None
+        return Dying(cursor.lastrowid, row.entry, row.odd, row.size)
+
+    def dying_of(self, owner: int) -> list[Dying]:
+        return self._dying("owner = ?", owner)
+
+    def dying_of_nobody(self) -> list[Dying]:
+        """Files whose owner has signed off."""
+        return self._dying("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
+
+    def _dying(self, where: str, *values: int | str) -> list[Dying]:
+        rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
+        return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+
+    def disown_lost(self) -> None:
+        """Give to nobody what belongs to owners that are not there: the rows may be of different transactions.
+
+        What they were writing is forgotten by its namespace.
+        """
+        self._do("UPDATE dying SET owner = 0 WHERE owner NOT IN (SELECT id FROM owner)")
+        self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
+
+    def disown_dying(self, ids: Iterable[int]) -> None:
+        """Leave files that could not be seen to be gone to whoever recovers next."""
+        self.connection.executemany("UPDATE dying SET owner = 0 WHERE id = ?", [(id_,) for id_ in ids])
+
+    def left_dying(self, limit: int = -1) -> list[Dying]:
+        """Those files, or some of them: their bytes stay counted."""
+        return self._dying("owner = 0 ORDER BY random() LIMIT ?", limit)
+
+    def is_dying(self, entry: Entry) -> bool:
+        """Whether a tombstone speaks of a file of an entry."""
+        return bool(self._dying("key = ? AND start = ? AND stop = ?", *entry))
+
+    def dying_ids(self) -> set[int]:
+        return {id_ for (id_,) in self._do("SELECT id FROM dying")}
+
+    def drop_dying(self, ids: Iterable[int]) -> None:
+        self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + "?mode=rw"
+    # no waiting in SQLite: while it waits, every process waits for the guard
+    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
+
+
+def is_locked(error: sqlite3.Error) -> bool:
+    """Whether another program has a lock on the index, which none of ours has without the guard."""
+    return (getattr(error, "sqlite_errorname", "") or "").startswith(
+        ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
+    )
+
+
+def _is_logged(path: str) -> bool:
+    """Whether an index says of itself that it has a write-ahead log, as those of older versions have.
+
+    Damage is told from the outside: SQLite would wait for locks on a file that others have open and take it for new.
+    """
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        if (header := file.read(20)).startswith(_MAGIC):
+            if os.path.isdir(path + "-journal"):
+                raise Damaged(f"{path} cannot have a journal")
+            return header[19:] == b"\2"
+    raise Damaged(f"{path} is no SQLite file")
+
+
+def _leave_log(path: str) -> None:
+    """Fold a write-ahead log into its index, for good, with nothing mapped."""
+    with closing(_connect(path)) as connection:
+        # for one process alone, SQLite keeps in its own memory what else it maps from a file
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        (mode,) = connection.execute("PRAGMA journal_mode=DELETE").fetchone()
+    if mode != "delete":
+        raise Damaged(f"{path} cannot leave its write-ahead log")
+    for suffix in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.unlink(path + suffix)

@@ -1,0 +1,99 @@
+"""Which bytes of which object an entry holds.
+
+An entry is `(key, start, stop)`. Its key is the namespace of the source and the Zarr key, joined by a slash.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+
+Data = bytes | bytearray | memoryview
+
+
+META: Final = ".xzcache"
+"""The one name in a cache directory that is ours alone."""
+
+END: Final = -1
+"""A `stop` of END reads to the end of the object; a negative `start` counts back from there."""
+
+_LONGEST_PATH: Final = 3000
+_SLOTS: Final = 62
+_LARGEST: Final = 1 << 62
+
+
+class Entry(NamedTuple):
+    """One immutable cached value: the whole of an object, or one byte range of it."""
+
+    key: str
+    start: int = 0
+    stop: int = END
+
+    @property
+    def is_whole(self) -> bool:
+        return self.start == 0 and self.stop == END
+
+    @property
+    def whole(self) -> Entry:
+        return self if self.is_whole else Entry(self.key)
+
+    def digest(self) -> bytes:
+        """16 bytes that stand for this entry wherever its name would be too long."""
+        return _digest(self.key, self.start, self.stop)
+
+    def lock_offset(self) -> int:
+        """The byte of the lock files that stands for this entry."""
+        return int.from_bytes(self.digest()[:8], "little") & ((1 << _SLOTS) - 1)
+
+
+@lru_cache(maxsize=4096)
+def _digest(key: str, start: int, stop: int) -> bytes:
+    # asked for several times in the life of a fetch
+    return blake2b(f"{key}\0{start}\0{stop}".encode(), digest_size=16).digest()
+
+
+def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:
+    """`(start, stop)` of a Zarr byte request; None for one that makes no sense, which is the source's to answer."""
+    if byte_range is None:
+        return 0, END
+    if isinstance(byte_range, RangeByteRequest):
+        start, stop = byte_range.start, byte_range.end
+        return (start, stop) if 0 <= start <= stop <= _LARGEST else None
+    if isinstance(byte_range, OffsetByteRequest):
+        return (byte_range.offset, END) if 0 <= byte_range.offset <= _LARGEST else None
+    if isinstance(byte_range, SuffixByteRequest):
+        return (-byte_range.suffix, END) if 0 < byte_range.suffix <= _LARGEST else None
+    raise TypeError(f"Unexpected byte_range, got {byte_range!r}.")
+
+
+def clip(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The absolute `(first, last + 1)` of a span within an object of `size` bytes."""
+    if start < 0:
+        start = max(0, size + start)
+    stop = size if stop == END else min(stop, size)
+    return min(start, size), max(stop, min(start, size))
+
+
+def within(entry: Entry, outer: Entry, size: int) -> tuple[int, int]:
+    """Where an entry lies, as `(first, last + 1)`, within another one that holds it, of `size` bytes."""
+    if entry.start < 0 or outer.start < 0:
+        # counted from the end, which both have
+        return clip(entry.start, END, size)
+    stop = END if entry.stop == END else entry.stop - outer.start
+    return clip(entry.start - outer.start, stop, size)
+
+
+def is_cacheable(key: str) -> bool:
+    """Whether a key can be written down at all: as UTF-8, in the stamp of a file."""
+    try:
+        return len(key.encode()) <= _LONGEST_PATH
+    except UnicodeEncodeError:
+        return False
+
+
+def namespace_of(key: str) -> str:
+    """The part of an entry's key that names its source; "" for a key at the top."""
+    return key.partition("/")[0] if "/" in key else ""

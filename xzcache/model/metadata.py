@@ -1,0 +1,193 @@
+"""Zarr's metadata documents: which keys they are, which arrays they describe, and whether those changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
+
+_TELLING: Final = ("zarr.json", ".zarray", ".zmetadata", ".zattrs")
+
+_PLACE: Final = re.compile(r"(^|/)(c(\.\d+)+|\d+(\.\d+)+)$|((^|/)\d+)+$")
+"""The part of a chunk's key that says where in its array it lies."""
+_SALT: Final = {True: b"absent", False: b""}
+_ATTRIBUTES: Final = ".zattrs"
+
+_NODES: Final = {"zarr.json": b"3", ".zarray": b"2", ".zgroup": b"2"}
+"""The Zarr format of the nodes that a document of this name makes."""
+
+_FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
+"""The Zarr format whose arrays are described by a document of this name."""
+
+
+def is_document(key: str) -> bool:
+    """Whether a key is a metadata document, of Zarr format 2 or 3."""
+    return key.rpartition("/")[2] in DOCUMENTS
+
+
+def is_chunk(key: str) -> bool:
+    """Whether a key looks like one of a chunk."""
+    return not is_document(key) and _PLACE.search(key) is not None
+
+
+def siblings(key: str) -> list[str]:
+    """The keys of all other documents that the node of a document may have."""
+    path, slash, own = key.rpartition("/")
+    return [f"{path}{slash}{name}" for name in sorted(DOCUMENTS) if name != own]
+
+
+def ruling(key: str) -> str | None:
+    """The key of the document that, where it is there, makes another one not matter to who takes any format."""
+    path, slash, name = key.rpartition("/")
+    return f"{path}{slash}zarr.json" if name in DOCUMENTS and name != "zarr.json" else None
+
+
+def state_of(document: bytes | memoryview | None) -> bytes:
+    """A digest of a document, or of its absence."""
+    return blake2b(b"absent" if document is None else document, digest_size=8, salt=_SALT[document is None]).digest()
+
+
+def arrays_of(key: str) -> list[str]:
+    """The paths of the arrays that a chunk may belong to, as far as its key tells."""
+    path = _PLACE.sub("", key)
+    # Zarr format 3 has its chunks beneath a "c", which format 2 may call an array
+    return [path, path[:-1].rstrip("/")] if path == "c" or path.endswith("/c") else [path]
+
+
+def telling(path: str) -> list[str]:
+    """The keys of the documents of a node that may describe arrays."""
+    slash = "/" if path else ""
+    return [f"{path}{slash}{name}" for name in _TELLING]
+
+
+class Description(NamedTuple):
+    """What a document says of the arrays of its hierarchy."""
+
+    arrays: dict[str, bytes]
+    """For each array, by its path, the Zarr format and a digest of its description."""
+    complete_beneath: str | None
+    """The path beneath which there are no other arrays (the document is consolidated); None where it does not say."""
+    attributes: dict[str, bytes]
+    """Of Zarr format 2, for each node whose attributes are told, by the path of their document, a digest of them."""
+
+
+def describe(key: str, document: bytes | None) -> Description:
+    """The arrays that a document describes.
+
+    Parameters
+    ----------
+    key : str
+        The key of the document.
+    document : bytes or None
+        Its contents; None where the source has none.
+
+    Notes
+    -----
+    Attributes are part of an array, as they are part of its document in Zarr format 3: a writer that changes a scale
+    changes the values. Consolidated and single documents of an array give one digest, so
+    that opening a dataset either way does not look like a change.
+    """
+    path, _, name = key.rpartition("/")
+    content = _parse(document)
+    if name == "zarr.json":
+        if content.get("node_type") == "array":
+            return Description({path: _FORMAT_OF[name] + _digest(content)}, None, {})
+        consolidated = _mapping(content.get("consolidated_metadata")).get("metadata")
+        if isinstance(consolidated, dict):
+            nodes = {_join(path, child): doc for child, doc in consolidated.items() if isinstance(doc, dict)}
+            arrays = {node: b"3" + _digest(doc) for node, doc in nodes.items() if doc.get("node_type") == "array"}
+            return Description(arrays, path, {})
+    elif name == ".zarray" and content:
+        return Description({path: _FORMAT_OF[name] + _digest(content)}, None, {})
+    elif name == ".zmetadata" and content:
+        nodes = _mapping(content.get("metadata"))
+        arrays = {
+            _join(path, child.removesuffix(".zarray").rstrip("/")): b"2" + _digest(doc)
+            for child, doc in nodes.items()
+            if child.rpartition("/")[2] == ".zarray"
+        }
+        told = {
+            _attributes_of(node): _digest(nodes.get(_attributes_of(node.removeprefix(path).strip("/")), {}))
+            for node in arrays
+        }
+        return Description(arrays, path, told)
+    elif name == _ATTRIBUTES:
+        return Description({}, None, {key: _digest(content)})
+    return Description({}, None, {})
+
+
+def changed_arrays(
+    key: str,
+    described: Description,
+    known: Callable[[str], bytes | None],
+    beneath: Callable[[str], Iterable[str]],
+    *,
+    gone: bool,
+) -> list[str]:
+    """Paths of the arrays that a document shows not to be as they were known, gone ones included.
+
+    Parameters
+    ----------
+    key : str
+        The key of the document.
+    described : Description
+        What it says.
+    known : callable
+        What is known of the array at a path; None where nothing is.
+    beneath : callable
+        The paths of all known arrays beneath a path.
+    gone : bool
+        Whether the document was there before, and is not any more.
+    """
+    changed = [path for path, digest in described.arrays.items() if known(path) != digest]
+    if described.complete_beneath is not None:
+        changed += [path for path in beneath(described.complete_beneath) if path not in described.arrays]
+    for document, digest in described.attributes.items():
+        path = document.rpartition("/")[0]
+        # a group's attributes are nobody else's
+        if path not in changed and known(document) not in (None, digest) and known(path) is not None:
+            changed.append(path)
+    own, _, name = key.rpartition("/")
+    # an array of the other format is not gone because it has no document of this name
+    if not described.arrays and (known(own) or b"").startswith(_FORMAT_OF.get(name, b"none")):
+        changed.append(own)
+    if gone and name in _NODES:
+        # and with the node what lies beneath it, though it may be made again
+        kind = _NODES[name]
+        changed += [path for path in beneath(own) if path not in changed and (known(path) or b"").startswith(kind)]
+    return [path for path in changed if path.rpartition("/")[2] != _ATTRIBUTES]
+
+
+def _parse(document: bytes | None) -> dict[str, Any]:
+    try:
+        return _mapping(json.loads(document)) if document is not None else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def of_array(path: str) -> tuple[str, str]:
+    """Under which names an array's description and its attributes are known."""
+    return path, _attributes_of(path)
+
+
+def _attributes_of(path: str) -> str:
+    return f"{path}/{_ATTRIBUTES}".lstrip("/")
+
+
+def _join(path: str, child: str) -> str:
+    return f"{path}/{child}".strip("/")
+
+
+def _digest(content: object) -> bytes:
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()

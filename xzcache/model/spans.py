@@ -1,0 +1,187 @@
+"""Arithmetic of spans of bytes, `(first, last + 1)`, within one object. Pure functions.
+
+The rule by which spans are merged into one request is Zarr's own (`zarr.core._coalesce`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
+
+from xzcache.model.entry import END, Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+Span = tuple[int, int]
+
+NEGLIGIBLE: Final = 1 << 14
+"""So many bytes are not worth a request of their own to save."""
+
+
+class Cover:
+    """The bytes of some spans, as few spans in order."""
+
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        self.spans: list[Span] = []
+        for first, last in sorted(spans):
+            if self.spans and first <= self.spans[-1][1]:
+                self.spans[-1] = self.spans[-1][0], max(self.spans[-1][1], last)
+            elif first < last:
+                self.spans.append((first, last))
+
+    def parts(self, span: Span) -> Iterator[Span]:
+        """What of a span is covered, in order."""
+        for at in range(max(0, bisect_right(self.spans, (span[0], span[0])) - 1), len(self.spans)):
+            first, last = self.spans[at]
+            if first >= span[1]:
+                return
+            if last > span[0]:
+                yield max(first, span[0]), min(last, span[1])
+
+    def missing(self, span: Span) -> list[Span]:
+        """What of a span is not covered, in order."""
+        at, end = span
+        left = []
+        for first, last in self.parts(span):
+            if at < first:
+                left.append((at, first))
+            at = last
+        return [*left, (at, end)] if at < end else left
+
+
+def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = None) -> list[Span]:
+    """Spans that are asked for together, as one.
+
+    Parameters
+    ----------
+    spans : iterable of (int, int)
+    gap : int
+        Bytes that may lie between two of them, and are asked for as well.
+    most : int
+        Bytes that are asked for at once, unless a single span has more.
+    walls : Cover, optional
+        What is not asked for again, unless it is negligible.
+    """
+    together: list[Span] = []
+    for first, last in sorted(spans):
+        if together:
+            begin, end = together[-1]
+            near = first - end <= gap and max(end, last) - begin <= most
+            between = 0 if walls is None or not near else sum(b - a for a, b in walls.parts((end, first)))
+            if near and between <= NEGLIGIBLE:
+                together[-1] = begin, max(end, last)
+                continue
+        together.append((first, last))
+    return together
+
+
+def cut(span: Span, seams: Iterable[int], most: int) -> list[Span]:
+    """A span in parts of at most `most` bytes where its seams allow, each ending at one."""
+    begin, end = span
+    parts: list[Span] = []
+    last = begin
+    for seam in sorted({seam for seam in seams if begin < seam < end} | {end}):
+        if seam - begin > most and last > begin:
+            parts.append((begin, last))
+            begin = last
+        last = seam
+    return [*parts, (begin, end)] if end > begin else parts
+
+
+class Mosaic:
+    """Bytes of one object, put together from spans of it."""
+
+    def __init__(self) -> None:
+        self._tiles: list[Span] = []
+        self._data: list[memoryview] = []
+
+    def add(self, span: Span, data: memoryview) -> None:
+        """Put the bytes of a span in their place; fewer than it is long, where the object ends."""
+        for first, last in self.missing(span):
+            at = bisect_right(self._tiles, (first, last))
+            self._tiles.insert(at, (first, last))
+            self._data.insert(at, data[first - span[0] : last - span[0]])
+
+    def missing(self, span: Span) -> list[Span]:
+        """The parts of a span that are not there."""
+        return Cover(tile for tile, _ in self._within(span)).missing(span)
+
+    def of(self, span: Span) -> memoryview:
+        """The bytes of a span that is there; fewer where the object ends."""
+        parts = [data[max(0, span[0] - first) : max(0, span[1] - first)] for (first, _), data in self._within(span)]
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def _within(self, span: Span) -> Iterator[tuple[Span, memoryview]]:
+        for at in range(max(0, bisect_right(self._tiles, (span[0], span[0])) - 1), len(self._tiles)):
+            if self._tiles[at][0] >= span[1]:
+                return
+            if self._tiles[at][1] > span[0]:
+                yield self._tiles[at], self._data[at]
+
+
+_LARGEST: Final = 1 << 63
+
+
+class Listed:
+    """The pieces of one object: those from a beginning, in order, and those that are its end.
+
+    Parameters
+    ----------
+    key : str
+    spans : iterable of (int, int)
+        Starts and stops as entries have them.
+    """
+
+    def __init__(self, key: str, spans: Iterable[tuple[int, int]]) -> None:
+        spans = list(spans)
+        ordered = sorted((start, _LARGEST if stop == END else stop) for start, stop in spans if start >= 0)
+        self.starts = [start for start, _ in ordered]
+        self.stops = [stop for _, stop in ordered]
+        # how far any piece reaches that begins here or before
+        self.reach = list(accumulate(self.stops, max))
+        self.suffixes = sorted(start for start, _ in spans if start < 0)
+        self._key = key
+
+    def __len__(self) -> int:
+        return len(self.starts) + len(self.suffixes) + 1
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Those from a beginning."""
+        return map(self._piece, range(len(self.starts)))
+
+    def _piece(self, at: int) -> Entry:
+        return Entry(self._key, self.starts[at], END if self.stops[at] == _LARGEST else self.stops[at])
+
+    def by_size(self) -> list[Entry]:
+        """Those whose names tell how long they are, the shortest first."""
+        pieces = [piece for piece in self if piece.stop != END] + [Entry(self._key, at, END) for at in self.suffixes]
+        return sorted(pieces, key=lambda piece: -piece.start if piece.start < 0 else piece.stop - piece.start)
+
+    def any(self) -> Entry | None:
+        """One of them."""
+        if self.suffixes:
+            return Entry(self._key, self.suffixes[0], END)
+        return self._piece(0) if self.starts else None
+
+    def covering(self, entry: Entry) -> Iterator[Entry]:
+        """Those that hold a byte range."""
+        if entry.start < 0:
+            yield from (Entry(self._key, start, END) for start in self.suffixes if start <= entry.start)
+            return
+        stop = _LARGEST if entry.stop == END else entry.stop
+        at = bisect_right(self.starts, entry.start) - 1
+        while at >= 0 and self.reach[at] >= stop:
+            if self.stops[at] >= stop:
+                yield self._piece(at)
+            at -= 1
+
+    def overlapping(self, start: int, stop: int) -> Iterator[Entry]:
+        """Those that hold a part of a span."""
+        at = bisect_right(self.starts, stop - 1) - 1
+        while at >= 0 and self.reach[at] > start:
+            if self.stops[at] > start:
+                yield self._piece(at)
+            at -= 1

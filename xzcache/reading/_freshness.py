@@ -1,0 +1,187 @@
+"""When a source has to be asked for what is cached: which documents an opened store, and copies of it, have seen."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final
+
+from xzcache.model import is_document, state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from xzcache._config import Revalidate
+
+
+_CARRIED: Final = 85
+_DIGEST: Final = 3
+_LENGTH: Final = 1 + _CARRIED * 2 * _DIGEST
+
+_WRITING: Final = ("write", "_encode_partial")
+"""What functions of Zarr have in their names that read a chunk in order to change a part of it."""
+_EITHER: Final = ("_fetch_and_decode_as_completed",)
+"""Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
+_DEEPEST: Final = 32
+"""Frames to look at: more than lie between a store and the task that Zarr reads in."""
+
+
+class Seen:
+    """The documents that a store has seen, as its copies in other processes and on other machines inherit them.
+
+    Of each document a digest of its key and one of its state, so that it takes as much room whatever was seen. They are
+    short: where two keys agree, or a state is not recognized, the source is asked once more.
+
+    Parameters
+    ----------
+    packed : bytes
+    """
+
+    def __init__(self, packed: bytes = bytes(_LENGTH)) -> None:
+        self.packed = packed
+        pairs = (packed[at : at + 2 * _DIGEST] for at in range(1, len(packed), 2 * _DIGEST))
+        self._states = {pair[:_DIGEST]: pair[_DIGEST:] for pair in pairs if any(pair)}
+        self.more = packed[:1] == b"\1"
+        """Whether there were more documents than there was room for."""
+
+    @classmethod
+    def of(cls, states: dict[bytes, bytes], *, more: bool) -> Seen:
+        """Of states of documents by the digests of their keys, the latest last."""
+        kept = list(states.items())[-_CARRIED:]
+        told = b"".join(key + state for key, state in kept).ljust(_LENGTH - 1, b"\0")
+        return cls(bytes([more or len(kept) < len(states)]) + told)
+
+    def __bool__(self) -> bool:
+        return bool(self._states)
+
+    def states(self) -> dict[bytes, bytes]:
+        """States of documents by the digests of their keys."""
+        return dict(self._states)
+
+    def state(self, key: str) -> bytes | None:
+        """The beginning of the state in which a document was seen; None where it was not, or there was no room."""
+        return self._states.get(_digest(key))
+
+
+def _digest(key: str) -> bytes:
+    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()
+
+
+class Freshness:
+    """Which documents have been asked for, by one opened store.
+
+    Parameters
+    ----------
+    revalidate : {"open", True, False} or float
+    immutable : bool
+        Whether the source can never change.
+    inherited : Seen
+        What the store that this one is a copy of has asked for.
+    """
+
+    def __init__(self, revalidate: Revalidate, *, immutable: bool = False, inherited: Seen | None = None) -> None:
+        self.revalidate: Revalidate = False if immutable else revalidate
+        self.inherited = inherited or Seen()
+        self._opened = time.monotonic()
+        self._asked: dict[str, float] = {}
+        self._states: dict[bytes, bytes] = {}
+        self._under_way: Counter[str] = Counter()
+
+    def must_ask(self, key: str, *, writable: bool) -> bool:
+        """Whether the source has to be asked for a key whatever the cache holds.
+
+        Parameters
+        ----------
+        key : str
+        writable : bool
+            Whether the answer may become the base of a write. An array that another machine has appended to must not be
+            appended to by its old shape, so each read of a document then asks, unless seconds say otherwise.
+        """
+        policy = self.revalidate
+        if policy is True or policy is False:
+            return policy
+        if not is_document(key):
+            return False
+        if policy == "open":
+            return writable or key not in self._asked
+        asked = self._asked.get(key)
+        return asked is None or time.monotonic() - asked >= policy
+
+    def tolerance(self, *, writable: bool) -> float:
+        """For how many seconds the source may have been asked for a document before a read of it begins."""
+        policy = self.revalidate
+        if policy is True or (policy == "open" and writable):
+            return 0.0
+        return math.inf if policy == "open" or policy is False else float(policy)
+
+    def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
+        """Whether the store that this one is a copy of has seen a document as it is cached here."""
+        state = self.inherited.state(key)
+        vouched = state is not None and key not in self._asked and state_of(document).startswith(state)
+        if vouched:
+            self._asked[key] = self._opened
+        return vouched
+
+    def note(self, key: str, document: bytes | memoryview | None, asked: float | None = None) -> None:
+        """Remember that what is cached of a document is what the source had when it was asked, by default now."""
+        if is_document(key):
+            self._asked[key] = time.monotonic() if asked is None else asked
+            name = _digest(key)
+            # the latest last
+            self._states.pop(name, None)
+            self._states[name] = state_of(document)[:_DIGEST]
+
+    @contextmanager
+    def asking(self, key: str) -> Iterator[None]:
+        """While a document is being read."""
+        self._under_way[key] += 1
+        try:
+            yield
+        finally:
+            # those who were called together with this one have not even begun, if this was quick
+            asyncio.get_running_loop().call_soon(self._asked_for, key)
+
+    def _asked_for(self, key: str) -> None:
+        self._under_way[key] -= 1
+        if self._under_way[key] <= 0:
+            del self._under_way[key]
+
+    def is_asking(self, key: str) -> bool:
+        """Whether a document is being read, or was a moment ago."""
+        return key in self._under_way
+
+    def seen(self) -> Seen:
+        """What a copy inherits."""
+        states = {**self.inherited.states(), **self._states}
+        return Seen.of(states, more=self.inherited.more)
+
+
+def is_read_for_a_write() -> bool | None:
+    """Whether Zarr reads in order to change a part of a chunk or shard, and then to write the whole.
+
+    To be called by the `get` of a store. Zarr does not tell a store why it reads, but the functions that await that
+    `get` are on the stack.
+
+    Returns
+    -------
+    bool or None
+        None where the functions on the stack serve reads and writes alike.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_DEEPEST):
+        if frame is None or (module := frame.f_globals.get("__name__", "")).startswith("asyncio."):
+            break
+        if module.startswith("zarr."):
+            name = frame.f_code.co_qualname
+            if any(part in name for part in _WRITING):
+                return True
+            if any(part in name for part in _EITHER):
+                return None
+        frame = frame.f_back
+    return False

@@ -1,0 +1,118 @@
+"""Writing through a cache: the source is written between two looks at the cache, so that neither is ever ahead."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from xzcache.model import is_document, through
+from xzcache.reading._request import contents, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from zarr.core.buffer import Buffer
+
+    from xzcache.model import Backend
+    from xzcache.reading._freshness import Freshness
+
+
+class WriteThrough:
+    """Writes to one source through one backend.
+
+    Parameters
+    ----------
+    backend : Backend
+    freshness : Freshness
+    max_size : int or None
+        The bound of a backend that is not bounded by itself, in bytes.
+    passes : bool
+        Whether nothing of the source may be cached, so that writes are its own business.
+
+    Notes
+    -----
+    Whatever a write raises, what is cached of the key is forgotten: nobody knows how far the source got.
+    """
+
+    def __init__(self, backend: Backend, freshness: Freshness, max_size: int | None, *, passes: bool) -> None:
+        self._backend = backend
+        self._freshness = freshness
+        self._max_size = max_size
+        self._passes = passes
+
+    async def values(
+        self,
+        pairs: list[tuple[str, Buffer]],
+        write: Callable[[], Awaitable[None]],
+        *,
+        keep: bool,
+        certain: bool = True,
+    ) -> None:
+        """Write values to the source.
+
+        Parameters
+        ----------
+        pairs : list of (str, Buffer)
+        write : callable
+            What writes them.
+        keep : bool
+            Whether to store them in the cache, unless somebody else wrote them at the same time.
+        certain : bool
+            Whether the source has these values once `write` returns.
+        """
+        if self._passes:
+            await write()
+            return
+        pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
+        begun: Sequence[Any]
+        begun, cancelled = await through(self._backend.begin([key for key, _ in pairs]))
+        done = False
+        try:
+            _honour(cancelled)
+            await write()
+            done = True
+        finally:
+            values = [contents(value) if keep and done else None for _, value in pairs]
+            _, cancelled = await through(self._end(begun, values, pairs if done and certain else []))
+            _honour(cancelled and done)
+
+    async def _end(
+        self, begun: Sequence[Any], values: list[memoryview | None], certain: list[tuple[str, Buffer]]
+    ) -> None:
+        await self._backend.end(begun, values, self._max_size)
+        for key, value in certain:
+            if is_document(key):
+                document = value.to_bytes()
+                await self._backend.note(key, document)
+                self._freshness.note(key, document)
+
+    async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
+        """Delete a key, and what a store of files deletes with it: everything beneath."""
+        if not self._is_cacheable(key):
+            await delete()
+            return
+        await self._deletion(key, delete, itself=True)
+
+    async def deletion_beneath(self, prefix: str, delete: Callable[[], Awaitable[None]]) -> None:
+        """Delete everything beneath a prefix."""
+        if self._passes:
+            await delete()
+            return
+        await self._deletion(prefix.rstrip("/"), delete, itself=False)
+
+    async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
+        begun, cancelled = await through(self._backend.begin_drop(prefix, itself=itself))
+        try:
+            _honour(cancelled)
+            await delete()
+        finally:
+            _, cancelled = await through(self._backend.end_drop(begun))
+        _honour(cancelled)
+
+    def _is_cacheable(self, key: str) -> bool:
+        return not self._passes and self._backend.entry(key, *whole()) is not None
+
+
+def _honour(cancelled: bool) -> None:
+    if cancelled:
+        raise asyncio.CancelledError

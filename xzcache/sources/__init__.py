@@ -1,0 +1,32 @@
+"""What a source is: from a URL to a store, what it is called whoever opens it, and conditional requests to it.
+
+State: the identities of stores that were found before, under the lock of their table. Keeps no credentials: options
+and URLs are never shown with them.
+"""
+
+from xzcache.sources._conditional import Answer, all_of, ask, ask_for_spans
+from xzcache.sources._identity import Identity, identify, is_found_out_anew, is_same_source, remember
+from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, place_of, spelled
+from xzcache.sources._urls import scrub, shown
+
+__all__ = [
+    "Answer",
+    "Identity",
+    "WebStore",
+    "all_of",
+    "as_xarray",
+    "ask",
+    "ask_for_spans",
+    "identify",
+    "is_at_hand",
+    "is_found_out_anew",
+    "is_same_source",
+    "is_url",
+    "local_path",
+    "open_source",
+    "place_of",
+    "remember",
+    "scrub",
+    "shown",
+    "spelled",
+]

@@ -1,0 +1,562 @@
+"""Asking the source: for what it has, or only whether that is still what we have.
+
+The validator of an object comes with its bytes where the source says it unasked; else the object is looked at before
+and after a part of it is read, where a look can tell. A part of an object of which nothing tells the state gets a
+validator that no other answer has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+import zarr.storage
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
+
+from xzcache.model import FIXED, clip, once, span, tells
+from xzcache.sources._open import WebStore
+
+if TYPE_CHECKING:
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from xzcache.model import Span
+
+
+T = TypeVar("T")
+
+_ABSENT: Final = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_OBSTORES: Final = (zarr.storage.ObjectStore, WebStore)
+_BY_CONTENT: Final = ("S3Store", "GCSStore", "AzureStore")
+"""Stores whose ETags are of the content, or of the version."""
+_ETAG: Final = re.compile(r'"[^"]+"|[0-9A-Fa-fx-]{8,}')
+"""A strong one: a weak one promises the same meaning, not the same bytes."""
+_SETTLED_SECONDS: Final = 60.0
+"""A time of modification tells states apart only once it is as old as this: clocks differ, and tick in seconds."""
+_SETTLED_HERE_SECONDS: Final = 2.0
+"""The same for files, which have a clock that we know, and another inode when they were replaced."""
+
+
+class Answer(NamedTuple):
+    """What the source said."""
+
+    value: Buffer | None
+    """None where the source has nothing, or nothing new."""
+    validator: str = ""
+    """What tells this state from others; empty only for a whole object whose source tells nothing."""
+    unchanged: bool = False
+    """Whether the source has what was known."""
+    exact: bool = True
+    """Whether the bytes are certainly those that were asked for, no more and no fewer."""
+    size: int | None = None
+    """The size of the whole object, where the source tells it."""
+
+
+class _Head(NamedTuple):
+    """What an answer of the source, or a look at the object, tells beside the bytes."""
+
+    validator: str = ""
+    size: int | None = None
+    got: Span | None = None
+    """Which bytes of the object the answer holds."""
+    is_plain: bool = True
+    """Whether the bytes are the object's own, and were not unpacked on the way."""
+
+
+# -- asking
+
+
+async def ask(
+    source: Store,
+    key: str,
+    prototype: BufferPrototype,
+    byte_range: ByteRequest | None,
+    *,
+    known: str = "",
+    certain: bool = False,
+    fixed: bool = False,
+    states: Callable[[], set[str]] = set,
+) -> Answer:
+    """Ask a source for the value of a key.
+
+    Parameters
+    ----------
+    source : Store
+    key : str
+    prototype : BufferPrototype
+    byte_range : ByteRequest or None
+    known : str
+        The validator of what is cached; empty to be sent the value whatever it is.
+    certain : bool
+        Whether the validator of a whole object is worth a request of its own.
+    fixed : bool
+        Whether the source can never change.
+    states : callable
+        Gives the validators of what is cached of the object: a look at it that was made before.
+
+    Raises
+    ------
+    Exception
+        The source's own.
+    """
+    if type(source) in _OBSTORES and (options := _range_of(byte_range)) is not None:
+        answer = await _of_obstore(source, key, prototype, byte_range, known, options)
+        return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
+    look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
+    # where the state comes with the bytes, a look is worth a request only if it is likely to save them
+    if look is not None and known and (twin is None or certain):
+        if (seen := (await look(key)).validator) == known:
+            return Answer(None, known, unchanged=True)
+        states = lambda: {seen}  # noqa: E731
+    elif isinstance(source, LocalStore) or byte_range is None:
+        states = set
+    if twin is not None:
+        answer = await _noted(twin, key, prototype, byte_range)
+    else:
+        if byte_range is None and not known and not certain:
+            look = None
+        (answer,) = await _between_looks(
+            look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
+        )
+    if byte_range is None:
+        return answer
+    if answer.value is not None and not answer.exact and answer.size is None:
+        answer = await _measured(source, key, byte_range, answer)
+    return _labelled([answer], fixed=fixed)[0]
+
+
+async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Answer) -> Answer:
+    """An answer that may end where the object does, if that can be found out."""
+    assert answer.value is not None
+    length = len(answer.value)
+    most = span(byte_range)
+    if most is None or (most[1] >= 0 and length > most[1] - most[0]) or (most[0] < 0 and length > -most[0]):
+        return answer
+    if type(source).getsize is Store.getsize and not isinstance(source, MemoryStore):
+        # it would be read as a whole
+        return answer
+    # what cannot be told is not known, whatever the reason
+    with suppress(Exception):
+        size = await source.getsize(key)
+        return answer._replace(exact=_is_exact(length, byte_range, _Head(size=size)), size=size)
+    return answer
+
+
+async def ask_for_spans(
+    source: Store,
+    key: str,
+    prototype: BufferPrototype,
+    spans: Sequence[Span],
+    *,
+    fixed: bool = False,
+    states: Callable[[], set[str]] = set,
+    **limits: int,
+) -> list[Answer]:
+    """Ask a source for several spans of the value of a key, as many requests as there are spans.
+
+    Parameters
+    ----------
+    key : str
+    prototype : BufferPrototype
+    spans : sequence of (int, int)
+        Merged already as `limits` have it.
+    fixed, states
+        As for `ask`.
+    **limits : int
+        ``max_concurrency``, ``max_gap_bytes`` and ``max_coalesced_bytes``, as for `Store.get_ranges`.
+
+    Raises
+    ------
+    Exception
+        The source's own.
+    """
+    ranges = [RangeByteRequest(*span) for span in spans]
+    one_by_one = type(source) in _OBSTORES or _Noting.twin_of(source) is not None
+    if len(ranges) == 1 or one_by_one or not hasattr(source, "get_ranges"):
+        turn = asyncio.Semaphore(limits["max_concurrency"])
+
+        async def one(byte_range: RangeByteRequest) -> Answer:
+            async with turn:
+                return await ask(source, key, prototype, byte_range, fixed=fixed, states=states)
+
+        return await all_of(one(byte_range) for byte_range in ranges)
+
+    async def read() -> list[Buffer | None]:
+        values: list[Buffer | None] = [None] * len(ranges)
+        # what lies between them is left out on purpose, and an answer that is none is not to be cut up
+        apart = limits | {"max_gap_bytes": 0, "max_coalesced_bytes": 0}
+        try:
+            async for group in source.get_ranges(key, ranges, prototype=prototype, **apart):
+                for at, value in group:
+                    values[at] = value
+        except BaseExceptionGroup as failures:
+            if (others := failures.split(FileNotFoundError)[1]) is not None:
+                raise _only(others) from None
+            # some may have been read before the object went
+            return [None] * len(ranges)
+        return values
+
+    look = None if fixed else _look_at(source)
+    known = set if isinstance(source, LocalStore) else states
+    return _labelled(await _between_looks(look, key, ranges, known, read), fixed=fixed)
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What several calls return; where one fails, the others are cancelled, and its exception is raised as it is."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _only(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception of a group of one."""
+    first = failures.exceptions[0]
+    if len(failures.exceptions) > 1:
+        return failures
+    return _only(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+async def _alone(value: Awaitable[Buffer | None]) -> list[Buffer | None]:
+    return [await value]
+
+
+async def _between_looks(
+    look: Callable[[str], Awaitable[_Head]] | None,
+    key: str,
+    byte_ranges: Sequence[ByteRequest | None],
+    states: Callable[[], set[str]],
+    read: Callable[[], Awaitable[list[Buffer | None]]],
+) -> list[Answer]:
+    """Read while the object stays what it is, where a look at it can tell."""
+    head = _Head()
+    if look is None:
+        values = await read()
+    else:
+        seen = states()
+        before = min(seen) if len(seen) == 1 else ""
+        if not tells(before):
+            # else what is cached was looked at before, and is of use only if nothing has changed since
+            before = (await look(key)).validator
+        values = await read()
+        if (after := await look(key)).validator == before:
+            head = after
+    return [_judged(value, byte_range, head) for value, byte_range in zip(values, byte_ranges, strict=True)]
+
+
+def _labelled(answers: list[Answer], *, fixed: bool) -> list[Answer]:
+    """Answers of parts, none without a validator."""
+    session = uuid.uuid4().hex
+    return [
+        answer
+        if answer.unchanged or answer.value is None or (tells(answer.validator) and not fixed)
+        else answer._replace(validator=FIXED if fixed else once(session, number))
+        for number, answer in enumerate(answers)
+    ]
+
+
+def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> Answer:
+    """An answer, and whether it is what was asked for."""
+    if value is None:
+        return Answer(None)
+    return Answer(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
+
+
+def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
+    wanted = span(byte_range)
+    if not head.is_plain or wanted is None:
+        return byte_range is None
+    start, stop = wanted
+    if head.size is not None:
+        first, last = clip(start, stop, head.size)
+        return length == last - first and head.got in (None, (first, last))
+    # then one that is shorter may be cut off as well as at the end
+    if isinstance(byte_range, OffsetByteRequest):
+        return False
+    if isinstance(byte_range, SuffixByteRequest):
+        return length == byte_range.suffix
+    return byte_range is None or (length == stop - start and head.got in (None, wanted))
+
+
+# -- obstore
+
+
+def _range_of(byte_range: ByteRequest | None) -> dict[str, Any] | None:
+    """A byte range in the words of obstore; None for one that is better left to Zarr."""
+    if byte_range is None:
+        return {}
+    if isinstance(byte_range, RangeByteRequest):
+        return {"range": (byte_range.start, byte_range.end)} if byte_range.start < byte_range.end else None
+    if isinstance(byte_range, SuffixByteRequest):
+        return {"range": {"suffix": byte_range.suffix}} if byte_range.suffix > 0 else None
+    return {"range": {"offset": byte_range.offset}}
+
+
+async def _of_obstore(
+    source: Any,
+    key: str,
+    prototype: BufferPrototype,
+    byte_range: ByteRequest | None,
+    known: str,
+    options: dict[str, Any],
+) -> Answer:
+    import obstore
+
+    if known.startswith("etag "):
+        options["if_none_match"] = known.removeprefix("etag ")
+    try:
+        if known.startswith("time ") and await _time_of(source, key) == known:
+            # asked for anything newer, a server would not tell of something older
+            return Answer(None, known, unchanged=True)
+        got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
+        # older versions let go of both with the bytes
+        meta: dict[str, Any] = dict(got.meta)
+        part = got.range
+        if type(source) is WebStore and got.attributes.get("Content-Encoding"):
+            # what was stored compressed is unpacked by other clients of the web
+            value = await source.linked().get(key, prototype, byte_range)
+            return _judged(value, byte_range, _Head(is_plain=False))
+        data = await got.bytes_async()
+    except obstore.exceptions.NotModifiedError:
+        return Answer(None, known, unchanged=True)
+    except obstore.exceptions.NotSupportedError:
+        # Azure knows no suffixes, and Zarr a way around
+        return _judged(await source.get(key, prototype, byte_range), byte_range, _Head())
+    except _ABSENT:
+        return Answer(None)
+    head = _Head(_validator(source, meta), meta.get("size"), (int(part[0]), int(part[1])))
+    return _judged(prototype.buffer.from_bytes(data), byte_range, head)  # type: ignore[arg-type]
+
+
+async def _time_of(source: Any, key: str) -> str:
+    import obstore
+
+    try:
+        return _validator(source, dict(await obstore.head_async(source.store, key)))
+    except Exception:
+        # not every server answers this; what it has to say, it says when it is asked for the object
+        return ""
+
+
+def _validator(source: Any, meta: dict[str, Any]) -> str:
+    etag, modified = meta.get("e_tag") or "", meta.get("last_modified")
+    if type(source.store).__name__ in _BY_CONTENT:
+        return _of_content(etag)
+    return _of_web(etag, modified if isinstance(modified, datetime) else None, meta.get("size"))
+
+
+def _of_content(etag: str) -> str:
+    return f"etag {etag}" if _ETAG.fullmatch(etag) else ""
+
+
+def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
+    # a time of the epoch is what obstore makes of none
+    if modified is not None and modified.timestamp() > 0:
+        if (told := _of_content(etag)) and not _is_of_the_time(etag, modified):
+            return told
+        if datetime.now(UTC).timestamp() - modified.timestamp() <= _SETTLED_SECONDS:
+            return ""
+        return told or f"time {modified} {size} {etag}"
+    return _of_content(etag)
+
+
+def _is_of_the_time(etag: str, modified: datetime) -> bool:
+    """Whether an ETag says no more than a time and a size, and perhaps the number of a file.
+
+    nginx makes such of seconds, Apache and obstore's local store of microseconds.
+    """
+    seconds = modified.timestamp()
+    for part in etag.strip('"').split("-"):
+        # a word that is no number, or one that is larger than any time
+        with suppress(ValueError, OverflowError):
+            number = int(part, 16)
+            if any(abs(number - seconds * unit) <= unit for unit in (1, 10**3, 10**6, 10**9)):
+                return True
+    return False
+
+
+# -- files
+
+
+async def _of_file(path: str | os.PathLike[str]) -> _Head:
+    with suppress(OSError):
+        status = os.stat(path)
+        if time.time() - status.st_mtime > _SETTLED_HERE_SECONDS:
+            return _Head(f"file {status.st_ino} {status.st_size} {status.st_mtime_ns}", status.st_size)
+    return _Head()
+
+
+def _look_at(source: Store) -> Callable[[str], Awaitable[_Head]] | None:
+    """What tells the state of an object without reading it; None where nothing does."""
+    if isinstance(source, LocalStore):
+        root = source.root
+        return lambda key: _of_file(root / key)
+    if type(source) is not FsspecStore:
+        return None
+    fs: Any = source.fs
+    inner = getattr(fs, "sync_fs", fs)
+    if any(kind.__name__ in _APART for kind in type(inner).__mro__) or _is_fsspecs_web(fs):
+        return None
+    return partial(_of_fsspec, source, inner)
+
+
+# -- fsspec
+
+_APART: Final = ("CachingFileSystem", "AbstractArchiveFileSystem", "ReferenceFileSystem", "DirFileSystem")
+"""File systems that may tell of something else than they read from."""
+_BUCKETS: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"})
+_TIMED: Final = frozenset({"memory", "sftp", "ssh", "smb", "hdfs", "arrow_hdfs", "webhdfs"})
+"""Protocols whose times of modification are those of the files."""
+
+
+async def _of_fsspec(source: FsspecStore, inner: Any, key: str) -> _Head:
+    root = source.path.rstrip("/")
+    path = f"{root}/{key}" if root else key
+    names = {inner.protocol} if isinstance(inner.protocol, str) else set(inner.protocol)
+    if type(inner).__name__ == "LocalFileSystem":
+        return await _of_file(inner._strip_protocol(path))
+    # what it cannot tell is not known, whatever the reason
+    with suppress(Exception):
+        if getattr(inner, "dircache", None):
+            # it would answer from what it listed before
+            inner.invalidate_cache(inner._parent(path))
+        return _of_info(await source.fs._info(path), names)
+    return _Head()
+
+
+def _of_info(info: Mapping[str, Any], protocols: set[str]) -> _Head:
+    etag = str(info.get("ETag") or info.get("etag") or "")
+    size = said if isinstance(said := info.get("size"), int) else None
+    validator = ""
+    if protocols & {"http", "https"}:
+        validator = _of_web(etag, _date(info.get("Last-Modified")), size)
+    elif etag:
+        validator = "" if etag.startswith("W/") else f"etag {etag}"
+    elif protocols & _TIMED:
+        modified = next((info[name] for name in ("mtime", "modified", "created") if info.get(name)), None)
+        at = modified.timestamp() if isinstance(modified, datetime) else modified
+        if isinstance(at, int | float) and time.time() - at > _SETTLED_SECONDS:
+            validator = f"time {at} {size}"
+    return _Head(validator, size if validator else None)
+
+
+def _date(text: str | None) -> datetime | None:
+    with suppress(TypeError, ValueError):
+        return parsedate_to_datetime(text or "").astimezone(UTC)
+    return None
+
+
+def _is_fsspecs_web(fs: Any) -> bool:
+    return type(fs).__name__ == "HTTPFileSystem" and type(fs).__module__ == "fsspec.implementations.http"
+
+
+def _is_s3fs(fs: Any) -> bool:
+    return type(fs).__name__ == "S3FileSystem" and type(fs).__module__.startswith("s3fs")
+
+
+class _Noting:
+    """A file system of fsspec's as it reads one value, which notes what the answers tell beside the bytes.
+
+    fsspec gives the bytes alone. This has s3fs and its client of the web read in their own way, but listens to the
+    answers that they get.
+
+    Parameters
+    ----------
+    fs : AbstractFileSystem
+    """
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+        self.heads: list[_Head] = []
+
+    @classmethod
+    def twin_of(cls, source: Store) -> FsspecStore | None:
+        """A store that reads the same through such a file system; None where there is none for it."""
+        if type(source) is not FsspecStore or not (_is_fsspecs_web(source.fs) or _is_s3fs(source.fs)):
+            return None
+        twin = object.__new__(FsspecStore)
+        twin.__dict__.update(source.__dict__)
+        twin.fs = cls(source.fs)
+        return twin
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+    async def _cat_file(self, *args: Any, **options: Any) -> Any:
+        return await type(self._fs)._cat_file(self, *args, **options)
+
+    async def _cat_file_concurrent(self, *args: Any, **options: Any) -> Any:
+        return await type(self._fs)._cat_file_concurrent(self, *args, **options)
+
+    async def _call_s3(self, method: str, *args: Any, **options: Any) -> Any:
+        answer = await self._fs._call_s3(method, *args, **options)
+        if method == "get_object":
+            self.heads.append(_head(_of_content(answer.get("ETag") or ""), answer.get("ContentRange"), None))
+        return answer
+
+    async def set_session(self) -> Any:
+        return _Session(await self._fs.set_session(), self.heads)
+
+
+class _Session:
+    """A session of aiohttp's that notes what its answers tell."""
+
+    def __init__(self, session: Any, heads: list[_Head]) -> None:
+        self._session = session
+        self._heads = heads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    @asynccontextmanager
+    async def get(self, *args: Any, **options: Any) -> AsyncIterator[Any]:
+        async with self._session.get(*args, **options) as answer:
+            said = answer.headers
+            length = said.get("Content-Length") if answer.status == 200 else None
+            head = _head("", said.get("Content-Range") if answer.status == 206 else None, length)
+            validator = _of_web(said.get("ETag", ""), _date(said.get("Last-Modified")), head.size)
+            plain = said.get("Content-Encoding", "identity") == "identity"
+            self._heads.append(head._replace(validator=validator, is_plain=plain))
+            yield answer
+
+
+def _head(validator: str, content_range: str | None, length: str | None) -> _Head:
+    if content_range is None:
+        return _Head(validator, int(length) if length and length.isdecimal() else None)
+    if (told := re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())) is None:
+        # no bytes of any object
+        return _Head(validator, got=(0, 0))
+    first, last, size = told.groups()
+    return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
+
+
+async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Answer:
+    """Read through a `_Noting` twin of a store."""
+    value = await twin.get(key, prototype, byte_range)
+    heads: list[_Head] = twin.fs.heads
+    if not heads or value is None:
+        return _judged(value, byte_range, _Head())
+    head = heads[-1]
+    if len({head.validator for head in heads}) > 1:
+        # of several states, if it was read in parts
+        return Answer(value, exact=False)
+    if byte_range is None and len(heads) > 1:
+        head = _Head(head.validator, head.size)
+    elif head.got is None and head.is_plain:
+        # an answer without a range is all there is
+        head = head._replace(got=(0, len(value)), size=len(value) if head.size is None else head.size)
+    return _judged(value, byte_range, head)

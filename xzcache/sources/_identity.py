@@ -1,0 +1,363 @@
+"""A name for what is read that no other source has.
+
+A source's *identity* is where its bytes come from: protocol, endpoint, account, bucket, path. It holds no credential
+and no setting that leaves the bytes alone, so that it is the same in every process, after every restart, and through
+whichever library the source is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore
+
+from xzcache._fork import renew_after_fork
+from xzcache.sources import _locations as locations
+from xzcache.sources._credentials import PROVIDERS, AwsCredentials
+from xzcache.sources._locations import (
+    Indescribable,
+    described,
+    described_filesystem,
+    is_filesystem,
+    is_object_store,
+    label_of,
+    parts_of,
+    protocol_of,
+)
+from xzcache.sources._open import WebStore
+from xzcache.sources._urls import shown, without_user
+
+# -- Remembering what was found out about an object for as long as it lives, and no longer.
+
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """What was found out about stores, by object: a store keeps what was said of it first, for its lifetime.
+
+    A store whose attributes change as it is used stays the same source; and two stores over the same dictionary are
+    one source for as long as any of them lives.
+    """
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+        self._known: dict[int, tuple[weakref.ref[Any], T]] = {}
+        self._shared: dict[int, tuple[set[int], str]] = {}
+
+    def after_fork_in_child(self) -> None:
+        """Let go of a lock that a thread of the parent may hold."""
+        self._lock = threading.RLock()
+
+    def of(self, store: Store, identify: Callable[[Store], T]) -> T:
+        number = id(store)
+        with self._lock:
+            known = self._known.get(number)
+            if known is not None and known[0]() is store:
+                return known[1]
+            identity = identify(store)
+            self._known[number] = (weakref.ref(store, lambda _: self._known.pop(number, None)), identity)
+            return identity
+
+    def lifetime(self, store: Store, contents: object) -> str:
+        """A token for what a store holds, for as long as a store that we know of holds it."""
+        number, holder = id(contents), id(store)
+        with self._lock:
+            holders, token = self._shared.setdefault(number, (set(), uuid.uuid4().hex))
+            if holder not in holders:
+                holders.add(holder)
+                weakref.finalize(store, self._let_go, number, holder)
+            return token
+
+    def _let_go(self, number: int, holder: int) -> None:
+        # the number may be given to other contents only after the last store has let go of these
+        with self._lock:
+            holders, _ = self._shared.get(number, (set(), ""))
+            holders.discard(holder)
+            if not holders:
+                self._shared.pop(number, None)
+
+
+# -- What tells a store of VirtualiZarr's, whose chunks are parts of other files, from all others: its references.
+
+
+def manifest_parts(store: Any, known: Callable[[Any], Iterator[str]]) -> Iterator[str]:
+    """The references of a `ManifestStore`, and where they lead.
+
+    Parameters
+    ----------
+    store : virtualizarr.manifests.ManifestStore
+    known : callable
+        What tells an object store from others.
+
+    Raises
+    ------
+    AttributeError, TypeError
+        The store is laid out in another way than in the versions that are known here.
+    """
+    yield "virtual"
+    yield from _group(store._group)
+    for (scheme, host), entry in sorted(store._registry.map.items(), key=lambda item: str(item[0])):
+        yield f"{scheme}://{without_user(host)}"
+        for each in entry.iter_stores():
+            yield from known(each)
+
+
+def _group(group: Any) -> Iterator[str]:
+    yield json.dumps(group.metadata.to_dict(), sort_keys=True, default=str)
+    for name, member in sorted(group.items()):
+        yield name
+        if (manifest := getattr(member, "manifest", None)) is None:
+            yield from _group(member)
+            continue
+        yield json.dumps(member.metadata.to_dict(), sort_keys=True, default=str)
+        references = blake2b(digest_size=16)
+        for path in manifest._paths.flat:
+            references.update(f"{path}\0".encode())
+        references.update(manifest._offsets.tobytes() + manifest._lengths.tobytes())
+        for where, data in sorted(manifest._inlined.items()):
+            references.update(repr(where).encode() + bytes(data))
+        yield references.hexdigest()
+
+
+# -- What a source is called.
+
+_TRANSPARENT: Final = ("zarr.storage", "zarr.testing")
+
+
+class Identity(NamedTuple):
+    """What makes a source this source."""
+
+    label: str
+    """Readable, without credentials."""
+    digest: str
+    """What tells it from all others, told to nobody: there may be a credential in it after all."""
+    lasting: bool
+    """Whether another process, or a later one, would find the same bytes under it."""
+    immutable: bool = False
+    """Whether nothing can ever change under it, so that its source need not be asked again."""
+    fickle: bool = False
+    """Whether the source can take back what it had, without a trace, so that nothing of it may be cached."""
+
+    @property
+    def namespace(self) -> str:
+        """A directory name that a person recognizes and no other source has."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[-80:].strip("-") or "source"
+        return f"{slug}-{self.digest}"
+
+    @property
+    def url(self) -> str | None:
+        """The URL or path of a source that has one, without credentials."""
+        return self.label if self.lasting and re.match(r"/|[\w+.-]+(://|::)", self.label) else None
+
+
+def identity(
+    label: str, parts: Iterable[str], *, lasting: bool, immutable: bool = False, fickle: bool = False
+) -> Identity:
+    """An identity from a readable label and all that tells a source from others."""
+    text = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return Identity(label, blake2b(text, digest_size=10).hexdigest(), lasting, immutable, fickle)
+
+
+_remembered: Final = Remembered[Identity]()
+
+
+def identify(store: Store) -> Identity:
+    """The identity of a source. The same object has the same one for its lifetime."""
+    return _remembered.of(store, _identify)
+
+
+def remember(store: Store, known: Identity) -> None:
+    """Give a store the identity of the one that it is a copy of."""
+    _remembered.of(store, lambda _: known)
+
+
+def is_same_source(one: Store, other: Store) -> bool:
+    """Whether two stores read the same bytes in the same way, whether or not they may write them.
+
+    Stores in memory are compared by what they hold their contents in: Zarr's compare by the contents themselves.
+    """
+    if one is other:
+        return True
+    known = identify(one)
+    if type(one) is not type(other) or known != identify(other):
+        return False
+    if not known.lasting:
+        return True
+    if one.read_only != other.read_only:
+        # several stores that differ in this alone are not equal; whether a `CacheStore` writes is its own setting
+        with suppress(NotImplementedError, TypeError, ValueError):
+            one = one.with_read_only(other.read_only)
+    return bool(one == other)
+
+
+def is_found_out_anew(store: Store) -> bool:
+    """Whether a copy of a store in another process had better be identified there.
+
+    With another environment it might read something else; or to find it out is easy.
+    """
+    if type(store) is LocalStore:
+        return True
+    kind = type(getattr(store, "store", None)).__name__
+    if kind in ("S3Store", "GCSStore", "AzureStore"):
+        return True
+    return type(store) is FsspecStore and is_object_store(store.fs)
+
+
+def _identify(store: Store) -> Identity:
+    inner = getattr(store, "source", None)
+    if isinstance(inner, Identity):
+        # what the inner one holds may be older than what the source has
+        return identity(inner.label, ("through a cache", inner.digest), lasting=inner.lasting, fickle=inner.fickle)
+    if (describe := _KINDS.get(type(store))) is not None:
+        return describe(store)
+    if isinstance(store, MemoryStore) and type(store).__module__.startswith(_TRANSPARENT):
+        return _of_memory(store)
+    if type(store).__module__.startswith(_TRANSPARENT) and isinstance(store, WrapperStore):
+        return identify(store._store)
+    if type(store).__name__ == "ObjectStore" and hasattr(store, "store"):
+        return _of_obstore(store)
+    if type(store).__module__.partition(".")[0] == "icechunk" and hasattr(store, "session"):
+        return _of_icechunk(store)
+    if type(store).__name__ == "ManifestStore" and type(store).__module__.startswith("virtualizarr"):
+        return _of_manifests(store)
+    if isinstance(store, WrapperStore | LocalStore | FsspecStore):
+        return _of_variant(store)
+    return _of_lifetime(store, store)
+
+
+def _of_lifetime(store: Store, contents: object, *, fickle: bool = False) -> Identity:
+    token = _remembered.lifetime(store, contents)
+    return identity(type(store).__name__, ("lifetime", token), lasting=False, fickle=fickle)
+
+
+def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity:
+    """Of a user's own wrapper or subclass, which may change what passes through it: its attributes may say how."""
+    attributes = {name: value for name, value in vars(store).items() if name not in ("_is_open", "_read_only")}
+    if isinstance(store, WrapperStore):
+        inner = identify(store._store)
+    else:
+        inner = _of_fsspec(store) if isinstance(store, FsspecStore) else _of_local(store)
+    try:
+        parts = tuple(described(attributes, _known))
+    except Indescribable:
+        return _of_lifetime(store, store, fickle=inner.fickle)
+    kind = f"{type(store).__module__}.{type(store).__qualname__}"
+    return identity(inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting, fickle=inner.fickle)
+
+
+def _known(value: Any) -> Iterator[str] | None:
+    if isinstance(value, Store):
+        return iter((identify(value).digest,))
+    return described_filesystem(value) if is_filesystem(value) else None
+
+
+def _of_local(store: LocalStore) -> Identity:
+    path = os.path.realpath(store.root)
+    return identity(path, ("file", path), lasting=True)
+
+
+def _of_memory(store: MemoryStore) -> Identity:
+    return _of_lifetime(store, store._store_dict)
+
+
+def _of_zip(store: ZipStore) -> Identity:
+    path = os.path.realpath(str(store.path))
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _of_lifetime(store, store)
+    if not store.read_only:
+        return _of_lifetime(store, store)
+    return identity(path, ("zip", path, str(status.st_size), str(status.st_mtime_ns)), lasting=True)
+
+
+def _of_fsspec(store: FsspecStore) -> Identity:
+    protocol, path = protocol_of(store.fs), str(store.path)
+    if protocol in ("file", "local"):
+        path = os.path.realpath(path)
+        return identity(path, ("file", path), lasting=True)
+    if protocol == "memory":
+        return identity(f"memory {path}", ("memory", str(os.getpid()), path), lasting=False)
+    try:
+        return identity(label_of(store.fs, path), parts_of(store.fs, path), lasting=True)
+    except Indescribable:
+        return _of_lifetime(store, store)
+
+
+def _of_web(store: WebStore) -> Identity:
+    location = locations.of_web(store.url)
+    return identity(location.label, location, lasting=True)
+
+
+def _of_obstore(store: Any) -> Identity:
+    inner = store.store
+    if type(inner).__name__ == "MemoryStore":
+        return _of_lifetime(store, inner)
+    try:
+        label, parts = _remote(inner)
+    except Indescribable:
+        return _of_lifetime(store, store)
+    return identity(label, parts, lasting=True)
+
+
+def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
+    """Label and parts of one of obstore's own stores."""
+    kind, prefix = type(store).__name__, str(getattr(store, "prefix", None) or "")
+    if kind == "LocalStore":
+        path = os.path.realpath(prefix or "/")
+        return path, ("file", path)
+    if kind == "HTTPStore":
+        location = locations.of_web(str(store.url))
+        return location.label, location
+    config = dict(getattr(store, "config", None) or {})
+    bucket = str(config.pop("bucket", None) or config.pop("container_name", None) or "")
+    describe = {"S3Store": locations.of_s3, "GCSStore": locations.of_google, "AzureStore": locations.of_azure}.get(kind)
+    if describe is None:
+        label = shown(f"{kind}://{bucket}/{prefix}")
+        return label, (kind, bucket, prefix, *described(config, _known))
+    provider = getattr(store, "credential_provider", None)
+    if isinstance(provider, AwsCredentials):
+        config["profile"] = provider.profile
+    location = describe(f"{bucket}/{prefix}", config, boto=False)
+    if location.server and provider is not None and not isinstance(provider, PROVIDERS):
+        return location.label, (*location, *described(provider, _known))
+    return location.label, location
+
+
+def _of_icechunk(store: Any) -> Identity:
+    session = store.session
+    if not session.read_only:
+        # what is not committed has no name, and is discarded, rebased or merged behind the store's back
+        return _of_lifetime(store, store, fickle=True)
+    snapshot = str(session.snapshot_id)
+    # snapshot ids are random, but for the first, empty one of every repository
+    return identity(f"icechunk {snapshot}", ("icechunk", snapshot), lasting=True, immutable=True)
+
+
+def _of_manifests(store: Any) -> Identity:
+    try:
+        parts = tuple(manifest_parts(store, lambda inner: iter(_remote(inner)[1])))
+    except (AttributeError, TypeError, Indescribable):
+        # another version of that package lays it out in another way
+        return _of_lifetime(store, store)
+    return identity("virtual dataset", parts, lasting=True)
+
+
+_KINDS: Final[Mapping[type, Callable[[Any], Identity]]] = {
+    LocalStore: _of_local,
+    MemoryStore: _of_memory,
+    ZipStore: _of_zip,
+    FsspecStore: _of_fsspec,
+    WebStore: _of_web,
+}

@@ -1,0 +1,279 @@
+"""What is read: a Zarr store from whatever the user gave."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from html import unescape
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote
+
+import zarr.storage
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
+
+from xzcache.sources._obstore import SCHEMES, Untranslatable, object_store
+from xzcache.sources._urls import certain, check_options, links, plain, scrub, shown, without_colons
+
+_ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
+_ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
+
+
+_SLASH_MISSING: Final = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
+
+
+def is_url(store: object) -> bool:
+    """Whether something is a URL, or a chain of them, and not a path."""
+    if not isinstance(store, str) or store.startswith(("file://", "/", ".", "~")):
+        return False
+    return "://" in store or "::" in store
+
+
+def is_at_hand(store: Store) -> bool:
+    """Whether asking a store costs no more than looking a thing up: a directory of this machine, or memory."""
+    return type(store) in (LocalStore, MemoryStore)
+
+
+def local_path(store: object) -> str | None:
+    """The absolute path, links and all, of what is given as a path on this machine."""
+    if isinstance(store, str) and (is_url(store) or store.startswith("file://")):
+        return None
+    return os.path.abspath(place_of(store)) if isinstance(store, str | Path) else None
+
+
+def place_of(path: str | os.PathLike[str]) -> str:
+    """Where Zarr finds what is given as a path on this machine or as a URL of a file.
+
+    A text is a URL to Zarr of late: what follows a ``#`` or ``?`` is no part of the path. A `pathlib.Path` is a path.
+    """
+    if isinstance(path, str):
+        try:
+            from zarr.storage._utils import parse_store_url
+        except ImportError:
+            # older Zarr takes a text as it is
+            path = path.removeprefix("file://")
+        else:
+            parsed = parse_store_url(path)
+            local = parsed.path if parsed.scheme in ("", "file") else ""
+            path = local or path.removeprefix("file://")
+    return os.path.expanduser(os.fspath(path))
+
+
+def _lacks_slashes(text: str) -> bool:
+    """Whether a text with a user in it is a URL but for its slashes, and no path of what there is."""
+    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(place_of(text))
+
+
+def as_xarray(path: str | os.PathLike[str]) -> str:
+    """A path as xarray hands it to Zarr: as an absolute text, whatever it was."""
+    text = os.fspath(path)
+    return text if text.startswith("file://") or _lacks_slashes(text) else os.path.abspath(os.path.expanduser(text))
+
+
+def spelled(store: object) -> str | None:
+    """A URL as it was given, but without credentials; None for anything else."""
+    return shown(store).rstrip("/") if isinstance(store, str) else None
+
+
+def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:
+    """A Zarr store from anything that names one.
+
+    Parameters
+    ----------
+    store : Any
+    storage_options : mapping or None
+        For a URL only.
+    read_only : bool
+    upstream : {"auto", "obstore", "fsspec"}
+        The library that reads a URL.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the parameter, the value and what is accepted.
+    ImportError
+        A URL needs a package that is not installed.
+    """
+    if is_url(store):
+        if storage_options is not None and not isinstance(storage_options, Mapping):
+            # never with its value, which may be a secret
+            kind = type(storage_options).__name__
+            raise TypeError(f"storage_options is a {kind}, which is not accepted: give a mapping of options")
+        options = _copied(storage_options or {})
+        check_options(options)
+        return _from_url(plain(certain(store, "store")), options, read_only=read_only, upstream=upstream)
+    if storage_options is not None:
+        raise TypeError(
+            f"storage_options goes with a URL only: store is a {type(store).__name__}, which has its options already"
+        )
+    if isinstance(store, StorePath):
+        if store.path:
+            raise ValueError(f"store={store.path!r} is a path within a store: give the store itself")
+        return store.store
+    if type(store) is LocalStore:
+        if os.path.realpath(store.root) == str(store.root) and store.read_only >= read_only:
+            return store
+        # whoever only reads does not make it
+        return _local(store.root, read_only=read_only or store.read_only)
+    if isinstance(store, Store):
+        if type(store) is FsspecStore:
+            _check_path(store.fs, store.path)
+        inner: Any = getattr(store, "store", None)
+        if type(inner).__name__ == "HTTPStore":
+            certain(str(inner.url), "store")
+        return store
+    if isinstance(store, dict) and all(isinstance(value, Buffer) for value in store.values()):
+        return MemoryStore(store, read_only=read_only)
+    if isinstance(store, str):
+        if not store:
+            raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
+        if _lacks_slashes(store):
+            # never with its value, which may be a secret
+            raise ValueError(f"store is no URL, for want of slashes, and no path that there is: give {_ACCEPTED}")
+        return _local(store, read_only=read_only)
+    if type(store).__name__ == "FSMap":
+        _check_path(store.fs, store.root)
+        return FsspecStore.from_mapper(store, read_only=read_only)
+    if hasattr(store, "protocol") and hasattr(store, "fs") and hasattr(store, "path"):
+        if store.protocol in ("", "file", "local"):
+            return _local(Path(store.path), read_only=read_only)
+        _check_path(store.fs, store.path)
+        return FsspecStore.from_upath(store, read_only=read_only)
+    if isinstance(store, os.PathLike):
+        return _local(store, read_only=read_only)
+    # never with its value, which may be a secret
+    raise TypeError(f"store is a {type(store).__name__}, which is not accepted: give {_ACCEPTED}")
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    # fsspec writes into what it is given
+    return {name: _copied(value) if type(value) is dict else value for name, value in options.items()}
+
+
+def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
+    # where it is now: neither the working directory nor a link may lead elsewhere later on
+    return LocalStore(Path(os.path.realpath(place_of(path))), read_only=read_only)
+
+
+def _check_path(fs: Any, path: str) -> None:
+    """Refuse a user and a password within the path of an object that somebody made of a URL."""
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    if "://" in path or protocol in SCHEMES:
+        certain(path if "://" in path else f"{protocol}://{path}", "store")
+
+
+def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: str) -> Store:
+    outermost, *further = links(url)
+    scheme = outermost.scheme if not further else ""
+    if upstream != "fsspec":
+        try:
+            if scheme not in SCHEMES:
+                raise Untranslatable(f"obstore does not read the scheme {scheme!r}: {', '.join(SCHEMES)}")
+            configured = {**_configured(scheme), **options}
+            return _over_obstore(url, configured, read_only=read_only, sure=upstream == "obstore")
+        except Untranslatable as reason:
+            if upstream == "obstore":
+                raise ValueError(f"upstream='obstore' cannot read this: {reason}. Give 'auto' or 'fsspec'") from None
+        except ImportError:
+            if upstream == "obstore":
+                raise
+    try:
+        return _over_fsspec(url, options, read_only=read_only)
+    except ImportError as missing:
+        if upstream == "auto" and scheme in SCHEMES:
+            try:
+                # where there is no other, it has to find its credentials itself
+                return _over_obstore(url, options, read_only=read_only, sure=True)
+            except (Untranslatable, ImportError) as reason:
+                raise ImportError(f"{missing}; or install obstore, as 'xzcache[remote]' does ({reason})") from missing
+        raise
+
+
+def _over_obstore(url: str, options: Mapping[str, Any], *, read_only: bool, sure: bool) -> Store:
+    remote = object_store(url, options, sure=sure)
+    if url.startswith(("http://", "https://")):
+        return WebStore(remote, url, read_only=read_only)
+    return zarr.storage.ObjectStore(remote, read_only=read_only)
+
+
+def _configured(scheme: str) -> dict[str, Any]:
+    """What fsspec's own configuration says of a scheme: options as well."""
+    from fsspec.config import conf
+
+    names = next((names for names in _ALIASES if scheme in names), (scheme,))
+    return {option: value for name in names for option, value in conf.get(name, {}).items()}
+
+
+def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store:
+    import fsspec
+
+    first = links(url := without_colons(url))[0]
+    outermost = first.scheme or first.text
+    try:
+        kind = fsspec.get_filesystem_class(outermost)
+    except ValueError:
+        known = ", ".join(sorted(set(fsspec.available_protocols()) - set(SCHEMES)))
+        raise ValueError(
+            f"store is a URL of the scheme {outermost!r}, which nothing here reads. obstore (in 'xzcache[remote]') "
+            f"reads {', '.join(SCHEMES)}; fsspec knows {known}, most of them with a package of their own"
+        ) from None
+    if outermost in SCHEMES:
+        # what was listed before may have changed
+        options = {"use_listings_cache": False, **options}
+    if outermost in ("s3", "s3a") and "max_concurrency" in inspect.signature(kind.__init__).parameters:
+        # s3fs asks for the size of every object first, unless it is told not to split them
+        options = {"max_concurrency": 1, **options}
+    try:
+        return FsspecStore.from_url(url, storage_options=options, read_only=read_only)
+    except Exception as error:
+        # a file of references may have been read already, and its URL is in the text
+        if (scrubbed := scrub(error, url)) is error:
+            raise
+    raise scrubbed
+
+
+class WebStore(zarr.storage.ObjectStore[Any]):
+    """A web server: obstore reads from it, and fsspec lists it by the links of its pages, where it has any.
+
+    Parameters
+    ----------
+    store : obstore.store.HTTPStore
+    url : str
+    read_only : bool
+    """
+
+    def __init__(self, store: Any, url: str, *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
+        self.url = url
+
+    def with_read_only(self, read_only: bool = False) -> WebStore:
+        return type(self)(self.store, self.url, read_only=read_only)
+
+    def linked(self) -> Store:
+        """The same server through fsspec."""
+        headers = dict((self.store.client_options or {}).get("default_headers") or {})
+        text = {name: value.decode("latin-1") if isinstance(value, bytes) else value for name, value in headers.items()}
+        options = {"client_kwargs": {"headers": text}} if text else {}
+        return FsspecStore.from_url(self.url, storage_options=options, read_only=True)
+
+    def list(self) -> AsyncIterator[str]:  # type: ignore[override]
+        return _named(self.linked().list())
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
+        return _named(self.linked().list_prefix(prefix))
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
+        return _named(self.linked().list_dir(prefix))
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        return await self.linked().getsize_prefix(prefix)
+
+
+async def _named(links: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Keys, from how pages spell them in links."""
+    async for link in links:
+        yield unquote(unescape(link))

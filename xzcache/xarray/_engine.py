@@ -1,0 +1,310 @@
+"""xarray's ways in: the engine ``"zcache"``, and `open_zarr` and `open_mfdataset` through the cache.
+
+Everything but the store is xarray's own: a path, URL or store becomes a `CacheStore`, and xarray's Zarr backend opens
+that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from glob import glob
+from typing import TYPE_CHECKING, Any, Final
+
+import xarray
+import zarr
+from xarray.backends.zarr import ZarrBackendEntrypoint
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, StorePath
+
+from xzcache._config import config, parse_flag
+from xzcache._xarray_hook import is_ours, original, transparent
+from xzcache.pipeline import give
+from xzcache.sources import as_xarray, is_url, place_of, scrub, shown
+from xzcache.store import CacheStore
+from xzcache.xarray._globs import expanded, is_pattern
+
+if TYPE_CHECKING:
+    from xarray import Dataset, DataTree
+
+
+SETTINGS: Final = tuple(
+    name for name in inspect.signature(CacheStore).parameters if name not in ("store", "storage_options")
+)
+"""What `CacheStore` can be told, by keywords of the same names."""
+
+_PIPELINE: Final = "pipeline"
+"""Whether the arrays are decoded by `xzcache.pipeline.CachePipeline`: true unless it is said."""
+
+_OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
+
+Finish = Callable[[Any], Any]
+
+_zarr: Final = ZarrBackendEntrypoint()
+
+
+class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
+    """The engine ``"zcache"``: Zarr, read through this machine's cache.
+
+    Takes all that the engine ``"zarr"`` takes, all keywords of `xzcache.CacheStore`, and ``pipeline=False`` to have
+    what is cached decoded as Zarr does it, and not by `xzcache.pipeline.CachePipeline`.
+    """
+
+    description = "Open Zarr through a cache that all processes on this machine share, using xzcache"
+    url = ""
+    # xarray reads them from here: without the decoders among them, `decode_cf=False` would do nothing
+    open_dataset_parameters = (*_OWN, *SETTINGS, _PIPELINE)
+    is_zcache = True
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Never: a cache is asked for by its name."""
+        return False
+
+    def open_dataset(self, filename_or_obj: Any, *, drop_variables: Any = None, **kwargs: Any) -> Dataset:
+        if kwargs.get("store") is not None:
+            # open already: there is nothing to put a cache before
+            return _zarr.open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
+        with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
+            opened: Dataset = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
+        opened.encoding.update(_hidden(filename_or_obj))
+        return opened
+
+    def open_datatree(self, filename_or_obj: Any, **kwargs: Any) -> DataTree:
+        with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
+            opened = _zarr.open_datatree(store, **rest)
+            for node in opened.subtree:
+                finish(node)
+        opened.encoding.update(_hidden(filename_or_obj))
+        return opened
+
+    def open_groups_as_dict(self, filename_or_obj: Any, **kwargs: Any) -> dict[str, Dataset]:
+        with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
+            opened = _zarr.open_groups_as_dict(store, **rest)
+            for each in opened.values():
+                finish(each).encoding.update(_hidden(filename_or_obj))
+        return opened
+
+
+def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
+    """Open a Zarr dataset through this machine's cache.
+
+    Parameters
+    ----------
+    store : Store, str, Path, UPath or FSMap
+        As `xarray.open_zarr`, or as `xzcache.CacheStore`.
+    *args, **kwargs
+        All parameters of `xarray.open_zarr`, all keywords of `xzcache.CacheStore`, and ``pipeline`` (bool): whether
+        what is cached is decoded by `xzcache.pipeline.CachePipeline`.
+
+    Returns
+    -------
+    xarray.Dataset
+        With Dask arrays whose names depend on what is read, and not on the cache.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such dataset.
+    ValueError, TypeError
+        A parameter makes no sense; the message names it, its value and what is accepted.
+    """
+    _check_engine(kwargs.pop("engine", None))
+    theirs = original()
+    settings = {name: kwargs.pop(name) for name in (*SETTINGS, _PIPELINE) if name in kwargs}
+    try:
+        bound = inspect.signature(theirs).bind(store, *args, **kwargs)
+    except TypeError:
+        # it says it in its own words
+        refused: Dataset = theirs(store, *args, **kwargs)
+        return refused
+    settings["storage_options"] = bound.arguments.pop("storage_options", None)
+    with _through_cache(store, settings) as (cached, rest, finish):
+        bound.arguments["store"] = cached
+        opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
+    if not isinstance(store, CacheStore):
+        opened.encoding.pop("source", None)
+        opened.encoding.update(_source(store))
+    return opened
+
+
+def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) -> Dataset:
+    """Open several Zarr datasets as one, through this machine's cache.
+
+    Parameters
+    ----------
+    paths : str, or nested list of Store, str, Path, UPath or FSMap
+        A pattern such as ``"s3://bucket/*.zarr"``, local or remote, or the datasets themselves.
+    storage_options : mapping, optional
+        Options for paths that are URLs.
+    **kwargs
+        All other parameters of `xarray.open_mfdataset`, all keywords of `xzcache.CacheStore`, and ``pipeline`` as for
+        `open_zarr`.
+
+    Returns
+    -------
+    xarray.Dataset
+
+    Raises
+    ------
+    OSError
+        Nothing is there.
+    """
+    _check_engine(kwargs.pop("engine", None))
+    if parse_flag(_PIPELINE, kwargs.pop(_PIPELINE, True)):
+        # where a dataset is opened, which may be on a worker, is where its arrays are at hand
+        kwargs["preprocess"] = partial(_finished, kwargs.get("preprocess"))
+    settings = {"read_only": True, **{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}}
+    stores: dict[str, Any] = {}
+    opened: list[CacheStore] = []
+
+    def cached(item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return [cached(each) for each in item]
+        if isinstance(item, CacheStore):
+            return item
+        name = os.fspath(item) if isinstance(item, str | os.PathLike) else None
+        store = CacheStore(_as_xarray(item), storage_options=storage_options if is_url(item) else None, **settings)
+        opened.append(store)
+        return stores.setdefault(name, store) if name is not None else store
+
+    if isinstance(paths, str):
+        paths = _expanded(paths, storage_options, settings.get("upstream", config.get("upstream")))
+    given = cached(
+        [paths] if isinstance(paths, os.PathLike | Store) or type(paths).__name__ == "FSMap" else list(paths)
+    )
+    if (first := kwargs.get("attrs_file")) is not None:
+        kwargs["attrs_file"] = stores.get(os.fspath(first), first)
+    try:
+        return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+    except FileNotFoundError as missing:
+        for store in opened:
+            if isinstance(store._store, LocalStore) and not store._store.root.exists():
+                raise FileNotFoundError(f"{_root_of(store)} does not exist") from None
+            _say(missing, store, store.source.label)
+        raise
+
+
+def _as_xarray(given: Any) -> Any:
+    """What xarray gives to Zarr: of a path of whichever kind a text."""
+    is_path = isinstance(given, str) and given and not is_url(given)
+    is_path = is_path or (isinstance(given, os.PathLike) and not hasattr(given, "protocol"))
+    return as_xarray(given) if is_path else given
+
+
+def _expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
+    """What a pattern stands for, in order."""
+    if not is_url(pattern):
+        return sorted(glob(os.path.abspath(os.path.expanduser(pattern.removeprefix("file://")))))
+    return expanded(pattern, storage_options, upstream) if is_pattern(pattern) else [pattern]
+
+
+def _source(given: Any) -> dict[str, str]:
+    """What xarray notes of what was given, without credentials."""
+    path = getattr(given, "path", given)
+    if not isinstance(path, str | os.PathLike):
+        return {}
+    name = os.fspath(path)
+    return {"source": shown(name) if "://" in name else os.path.abspath(os.path.expanduser(name))}
+
+
+def _hidden(given: Any) -> dict[str, str]:
+    """What xarray must not note by itself: a source that has credentials in it."""
+    source = _source(given)
+    return source if source.get("source") != getattr(given, "path", given) and "://" in str(source) else {}
+
+
+def _check_engine(engine: object) -> None:
+    if engine is not None and not is_ours(engine):
+        raise ValueError(f"engine={engine!r} is not accepted: this function reads with 'zcache'")
+
+
+@contextmanager
+def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
+    """The store that xarray opens instead, the keywords that are left for it, and a function for the result."""
+    rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
+    finish = _decoding_cached if parse_flag(_PIPELINE, rest.pop(_PIPELINE, True)) else _as_it_is
+    settings = {name: value for name, value in keywords.items() if name in SETTINGS}
+    path = given.path if isinstance(given, StorePath) else ""
+    source = given.store if isinstance(given, StorePath) else given
+    options = rest.pop("storage_options", None)
+    if rest.get("mode", "r") == "r":
+        # a path that is opened for writing is made
+        settings.setdefault("read_only", True)
+    elif rest["mode"] == "r+" and isinstance(source, str | os.PathLike) and not is_url(source):
+        name = place_of(as_xarray(source))
+        if not os.path.exists(name):
+            raise FileNotFoundError(f"{name} does not exist")
+    if isinstance(source, CacheStore) and not settings.keys() - {"read_only"}:
+        store = source
+    else:
+        store = CacheStore(_as_xarray(source), storage_options=options, **settings)
+    try:
+        yield StorePath(store, path) if path else store, rest, finish
+    except (FileNotFoundError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
+            root = source.root if isinstance(source, LocalStore) else _root_of(store)
+            raise FileNotFoundError(f"{root} does not exist") from None
+        _say(error, store, given)
+        raise
+
+
+def _as_it_is(opened: Any) -> Any:
+    return opened
+
+
+def _decoding_cached(opened: Any) -> Any:
+    """Give the arrays of a dataset, or of a node of a tree, the `xzcache.pipeline.CachePipeline`."""
+    for array in _arrays_of(opened):
+        give(array)
+    return opened
+
+
+def _finished(preprocess: Callable[[Dataset], Dataset] | None, opened: Dataset) -> Dataset:
+    """A dataset as `xarray.open_mfdataset` combines it with others."""
+    _decoding_cached(opened)
+    return opened if preprocess is None else preprocess(opened)
+
+
+def _arrays_of(opened: Any) -> Iterator[zarr.Array[Any]]:
+    """Zarr's arrays behind a dataset or node, as far as they can be found; Zarr decodes the others as configured."""
+    store: Any = getattr(opened._close, "__self__", None)
+    if getattr(store, "_cache_members", False):
+        # the very objects that are read, behind Dask's arrays as well
+        yield from (member for member in store.members.values() if isinstance(member, zarr.Array))
+        return
+    for variable in opened.variables.values():
+        inner = variable._data
+        while inner is not None and not isinstance(inner, zarr.Array):
+            inner = getattr(inner, "array", getattr(inner, "_array", None))
+        if inner is not None:
+            yield inner
+
+
+def _root_of(store: CacheStore) -> str:
+    return (store.path or store.source.label).removeprefix("file://")
+
+
+def _say(error: Exception, store: CacheStore, given: object) -> None:
+    """Let an error name what the user gave, without credentials."""
+    if isinstance(given, str | os.PathLike) and not is_url(given):
+        given = os.path.abspath(os.path.expanduser(os.fspath(given)))
+    text = str(given) if isinstance(error, FileNotFoundError) else str(store._store)
+    error.args = tuple(
+        part.replace(repr(store), repr(given)).replace(str(store), text) if isinstance(part, str) else part
+        for part in error.args
+    )
+    scrub(error, *(each for each in (given, getattr(given, "path", None)) if isinstance(each, str) and is_url(each)))
+
+
+for _function in (
+    open_zarr,
+    open_mfdataset,
+    ZcacheBackendEntrypoint.open_dataset,
+    ZcacheBackendEntrypoint.open_datatree,
+    ZcacheBackendEntrypoint.open_groups_as_dict,
+):
+    transparent(_function, ZarrBackendEntrypoint.open_dataset)
