@@ -318,17 +318,23 @@ def _decode(raw: bytes) -> Stamp | None:
         text = raw[_STAMP.size :].decode()
     except (struct.error, UnicodeDecodeError):
         return None
-    parts = text.split("\0")
-    if len(parts) == 3 and version in (_OF_A_WHOLE, _OF_A_PIECE):
-        stamp = Stamp(digest, crc, size, start, stop, parts[0], parts[2])
-        return stamp if stamp.encode() == raw else None
+    if version in (_OF_A_WHOLE, _OF_A_PIECE):
+        # a key may hold a zero as well
+        rest, _, validator = text.rpartition("\0")
+        key, _, check = rest.rpartition("\0")
+        stamp = Stamp(digest, crc, size, start, stop, key, validator)
+        if check.startswith(_CHECKED) and stamp.encode() == raw:
+            return stamp
     # of an older version, unless a damaged character makes it look so: number 1 had a key, number 2 a validator as well
-    key, *validators = parts
-    if len(parts) != version or version > _OF_A_WHOLE:
+    if version == _WITHOUT_VALIDATOR:
+        key, validator = text, ""
+    elif version == _OF_A_WHOLE:
+        key, _, validator = text.rpartition("\0")
+    else:
         return None
-    if any(validator and not validator.startswith(_VALIDATORS_OF_OLD) for validator in validators):
+    if validator and not validator.startswith(_VALIDATORS_OF_OLD):
         return None
-    stamp = Stamp(digest, crc, size, start, stop, key, *validators)
+    stamp = Stamp(digest, crc, size, start, stop, key, validator)
     if key and stamp.entry.digest() != digest:
         return None
     # those versions kept any answer as a piece, whatever its length, and told no states through fsspec
