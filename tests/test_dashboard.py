@@ -285,7 +285,7 @@ def test_without_bokeh_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
         client.register_plugin(CacheDashboard())
         assert status(url + PAGE) == 404
         assert client.submit(sum, [1, 2]).result() == 3
-    assert not [record for record in caplog.records if record.name == "xzcache"]
+    assert not [record for record in caplog.records if record.name.startswith("xzcache")]
 
 
 def test_quietly_absent_where_the_dashboard_is_off(caplog: pytest.LogCaptureFixture) -> None:
@@ -296,7 +296,7 @@ def test_quietly_absent_where_the_dashboard_is_off(caplog: pytest.LogCaptureFixt
         port = made.scheduler.http_server.port
         assert status(f"http://127.0.0.1:{port}{PAGE}") == 404
         assert client.submit(sum, [1, 2]).result() == 3
-    assert not [record for record in caplog.records if record.name == "xzcache"]
+    assert not [record for record in caplog.records if record.name.startswith("xzcache")]
 
 
 @pytest.mark.parametrize("broken", ["individual_doc", "template_variables", "BokehApplication"])
@@ -312,7 +312,7 @@ def test_quietly_absent_where_the_dashboard_is_another(
         assert status(url + PAGE) == 404
         assert status(url + "/individual-workers") == 200
         assert client.submit(sum, [1, 2]).result() == 3
-    assert not [record for record in caplog.records if record.name == "xzcache"]
+    assert not [record for record in caplog.records if record.name.startswith("xzcache")]
 
 
 # what a visitor's browser has of the page, by the names of its sources

@@ -93,7 +93,7 @@ def _is_plain(selection: Any) -> bool:
 
 # -- The pipeline itself.
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.pipeline")
 
 _SMALL: Final = 256 << 10
 """Decoded bytes of a chunk up to which another thread takes longer to wake than the decoding takes."""

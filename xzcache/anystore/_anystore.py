@@ -113,7 +113,7 @@ class Alone:
 
 # -- The cache itself.
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.anystore")
 
 _RANGES_WITHOUT_BOUND: Final = 256 << 20  # bytes that byte ranges may take of memory where the cache has no bound
 
@@ -275,6 +275,7 @@ class StoreBackend(Alone):
             if not stored and entry.is_whole and entry not in self._ledger:
                 await self.cache_store.delete(entry.key)
         finally:
+            logger.debug("%spublished %s: %d bytes", "" if stored else "not ", entry, len(data))
             if not stored:
                 self._ledger.give(len(data))
         return stored
@@ -284,6 +285,7 @@ class StoreBackend(Alone):
             if not self.evicts or answer.oldest is None or not await self._remove([answer.oldest]):
                 return False
             self.evictions += 1
+            logger.debug("evicted %s", answer.oldest)
         return True
 
     async def _remove(self, entries: list[Entry]) -> int:
@@ -341,6 +343,7 @@ class StoreBackend(Alone):
     async def _forget(self, key: str) -> Ticket | None:
         ticket = self._ledger.count_write(key)
         self._nodes.forget_absence(key)
+        logger.debug("invalidated %s", key)
         try:
             await self._remove(self._ledger.of_key(key))
             # an earlier process may have left it
@@ -361,6 +364,7 @@ class StoreBackend(Alone):
         """Forget everything beneath a prefix; everything there is for an empty one."""
         self._ledger.count_drop()
         self._nodes.forget(prefix)
+        logger.debug("invalidated %s/", prefix)
         try:
             await self._remove(self._ledger.beneath(prefix))
             await self.cache_store.delete_dir(prefix)

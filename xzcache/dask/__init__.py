@@ -1,6 +1,7 @@
 """Dask's ways in: the plugin, the preload (`dask_setup`), and what clusters show of their caches.
 
-State: what a worker process was set up with, and the latest counters that its gauges show, under a mutex.
+State of a worker process: the settings of its plugins, which change as these come and go; the seconds that tasks
+were measured, and the latest figures that its gauges show, each under a mutex of its own.
 """
 
 from xzcache.dask._cluster import cluster_info

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from xzcache.directory import CacheDirectory
 
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.dask")
 
 _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_size": settings.parse_size,

@@ -1,8 +1,10 @@
 """The cache directory that processes share: publishing, room, invalidation, repair, and who fetches.
 
 Protects what all processes rely on: an entry is committed before its file gets its name, and its row is gone before its
-file is unlinked. The order of locks: preparing, storing, the guard (of `index`), SQLite, lease. The table of the
-directories of a process (`open_directory`) has a lock that a fork waits for.
+file is unlinked, but for invalidations that cannot use the index. The order of locks: preparing, storing and the guard
+(of `index`), SQLite, lease; ARCHITECTURE.md has all of them. The table of the directories of a process
+(`open_directory`) has a lock that a fork waits for. Pending invalidations, absent chunks and what is yet to be stored
+have a mutex each, under which nothing is waited for.
 """
 
 from xzcache.directory._audit import Audit, audit

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xzcache.index import Books
 
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.directory")
 
 T = TypeVar("T")
 
@@ -157,6 +157,7 @@ class Keeper:
         What the cache does not expect to go wrong is an error of its own, which is logged with its traceback.
         """
         if isinstance(error, NoRoom):
+            logger.debug("nothing is stored for want of room: %s", error)
             return
         self.troubles += 1
         self.health.note_fault(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import threading
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from xzcache.index import Dying, Index, Membership, Row
     from xzcache.model import Data
 
+
+logger = logging.getLogger("xzcache.directory")
 
 # -- What to do about what must not be left undone, when the index cannot be used or a file cannot be removed.
 
@@ -418,7 +421,7 @@ class Writes:
             self._release(dying, soon=True)
             return [write._replace(ticket=ticket) for write, ticket in zip(begun, tickets, strict=True)]
 
-        return self._surely(keys, act, doubts) or begun
+        return self._surely(keys, act, doubts, "a write begins") or begun
 
     def _started(self, key: str) -> Begun:
         # no number is drawn twice, so that a row is never taken for that of another write
@@ -427,7 +430,7 @@ class Writes:
         return begun
 
     def _surely(
-        self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful, ended: Sequence[Begun] = ()
+        self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful, why: str, ended: Sequence[Begun] = ()
     ) -> T | None:
         """Do something about some keys, and see to those of which a file may be left.
 
@@ -441,6 +444,7 @@ class Writes:
             lambda: self.forget_now(keys, Doubtful(), ended),
         )
         self._see_to(doubts)
+        _log(keys, why)
         return done
 
     def _note(self, keys: Sequence[str], member: Membership | None = None) -> None:
@@ -497,6 +501,7 @@ class Writes:
         for name in names:
             if name.endswith("/"):
                 self._drop_now(name.rstrip("/"), doubts)
+        _log(names, "it was pending")
         return not doubts.left
 
     def end(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
@@ -524,7 +529,7 @@ class Writes:
             return tickets
 
         try:
-            return self._surely(keys, act, doubts, writes) or [None] * len(writes)
+            return self._surely(keys, act, doubts, "a write has ended", writes) or [None] * len(writes)
         finally:
             # a row that is left is nobody's from here on: the next recovery forgets its key
             self._books.writing.difference_update(write.row for write in writes)
@@ -541,7 +546,7 @@ class Writes:
             self._release(dying)
             return ticket if alone else None
 
-        return self._surely([key], act, doubts)
+        return self._surely([key], act, doubts, "the source has another state")
 
     def remove(self, key: str) -> None:
         """Remove a key that has no source, and that may have been written as well as not.
@@ -556,6 +561,7 @@ class Writes:
         self._doubts.strictly(lambda: self.forget_now([key], doubts), lambda: self._doubts.unlink_keys([key]))
         if doubts.error is not None:
             raise doubts.error
+        _log([key], "it was deleted")
 
     def remove_beneath(self, prefix: str) -> None:
         """As `remove`, of everything beneath a prefix."""
@@ -564,6 +570,7 @@ class Writes:
         self._doubts.strictly(lambda: self._drop_now(prefix, doubts), lambda: self._doubts.unlink_beneath(prefix))
         if doubts.error is not None:
             raise doubts.error
+        _log([f"{prefix}/"], "it was deleted")
 
     @staticmethod
     def _count(member: Membership, index: Index, key: str) -> Ticket:
@@ -624,6 +631,8 @@ class Writes:
             return self._drop_now(prefix, Doubtful(), keys=keys, ended=ended)
 
         self._doubts.surely([beneath(prefix), *keys], act, by_hand, again)
+        why = "it is cleared" if drop is None else "a deletion begins" if begins else "a deletion has ended"
+        _log([f"{prefix}/", *keys], why)
 
     def drop(self, prefix: str) -> None:
         """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there."""
@@ -634,6 +643,7 @@ class Writes:
         doubts = Doubtful()
         self._drop_now(prefix, doubts, counted=counted)
         self._see_to(doubts)
+        _log([f"{prefix}/"], "its metadata document has changed" if counted else "it is cleared")
 
     def _drop_now(
         self,
@@ -690,6 +700,13 @@ class Writes:
                     # what has a row by now was stored after the drop
                     if not index.knows(key):
                         self._space.clear_paths(index, key, doubts)
+
+
+def _log(names: Iterable[str], why: str) -> None:
+    """Log invalidations; never under the guard, which a handler would keep others from."""
+    if logger.isEnabledFor(logging.DEBUG):
+        for name in names:
+            logger.debug("invalidated %s: %s", name, why)
 
 
 def _is_beneath(key: str, prefix: str) -> bool:

@@ -7,6 +7,7 @@ one transaction in common.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sqlite3
 import stat
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from xzcache.model import Data, Entry
 
 
+logger = logging.getLogger("xzcache.directory")
+
 # -- What is on its way into the cache: an entry and its bytes, and how far it has come.
 
 MOST: Final = 32
@@ -41,6 +44,8 @@ MOST: Final = 32
 
 MOST_BYTES: Final = 4 << 20
 """Bytes of several parcels that are published together, and so may have to be made room for at once."""
+
+_OVERTAKEN: Final = "it was written meanwhile, or something else is in its place"
 
 
 @dataclass(eq=False, slots=True)
@@ -339,6 +344,7 @@ class Publisher:
             finally:
                 self._give_back(member, items, parcels)
         self._space.release(overtaken)
+        _log(items)
         if recovery_due(member):
             # whatever comes of that, these entries are stored
             self._keeper.attempt(lambda: recovery.recover(self._books), None)
@@ -475,3 +481,13 @@ class Publisher:
 
     def _path(self, item: InFlight, seen: set[str]) -> str:
         return files.inside(self._root, relative_path(item.parcel.entry, odd=item.odd), seen)
+
+
+def _log(items: Iterable[InFlight]) -> None:
+    """Log what has become of entries; never under the guard, which a handler would keep others from."""
+    if logger.isEnabledFor(logging.DEBUG):
+        for item in items:
+            if item.parcel.is_stored:
+                logger.debug("published %s: %d bytes", item.parcel.entry, item.stamp.size)
+            else:
+                logger.debug("not published %s: %s", item.parcel.entry, item.failure or _OVERTAKEN)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xzcache.index import Books, Dying, Membership
 
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.directory")
 
 _INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-journal|-wal|-shm)?")
 _UNBOUNDED: Final = "none"
@@ -245,6 +245,7 @@ def _forget_written(books: Books, member: Membership, index: Index, owner: int) 
 
 def _forget(books: Books, member: Membership, index: Index, key: str, *, beneath: bool) -> None:
     """Forget a key, or all keys beneath it: rows first, then names, then bytes."""
+    logger.debug("invalidated %s%s: its writer died or could not finish", key, "/" if beneath else "")
     member.writes.bump(prefix_slot(key) if beneath else write_slot(key))
     dying = []
     for row in index.beneath(key, _EVERYTHING) if beneath else index.of_key(key):

@@ -19,13 +19,13 @@ from xzcache.files import Whose, relative_path
 from xzcache.model import META, NoRoom
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from xzcache.eviction import Policy, Recency
     from xzcache.index import Books, Dying, Index, Membership, Row, Totals
 
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.directory")
 
 _LARGEST_LEASE: Final = 4 << 20
 _INDEX_RESERVE: Final = 4 << 20
@@ -115,7 +115,7 @@ class Space:
             if short <= 0:
                 return
             self.release(dying, soon=True)
-            self.evictions += len(dying)
+            self._count_evicted(dying)
             freed = sum(item.size for item in dying)
             if freed < short:
                 freed += self.make_room(short - freed)
@@ -217,11 +217,17 @@ class Space:
                 victims = self.policy.choose(index, want - freed)
                 dying = self.condemn(member, index, victims)
             self.release(dying)
-            self.evictions += len(dying)
+            self._count_evicted(dying)
             freed += sum(item.size for item in dying)
             if not dying:
                 break
         return freed
+
+    def _count_evicted(self, dying: Sequence[Dying]) -> None:
+        self.evictions += len(dying)
+        if logger.isEnabledFor(logging.DEBUG):
+            for item in dying:
+                logger.debug("evicted %s: %d bytes", item.entry, item.size)
 
     def fit(self) -> None:
         """Evict until the directory is within its bound, which may have been lowered."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from xzcache.directory._publish import Parcel
 
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.directory")
 
 _MOST_BYTES: Final = 64 << 20
 _LINGER: Final = 0.1

@@ -1,7 +1,8 @@
 """Which entries leave first: the policies, what they learn from, and the uses that are not in the index yet.
 
-Touches no entry file. State: the uses that this process has heard of, under the mutex of `Recency`; what `"adaptive"`
-has learned lies in the index and changes in its transactions.
+Touches no entry file. State: the uses that this process has heard of, in a dictionary that a hit adds to without a lock
+and that is taken under the mutex of `Recency`; what `"adaptive"` has learned lies in the index, changes in its
+transactions, and is kept by each process as it was last read.
 """
 
 from xzcache.eviction._policies import POLICIES, Policy

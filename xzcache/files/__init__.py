@@ -1,8 +1,9 @@
 """Entry files: where the bytes of an entry lie, whether they are the ones that were stored, and how well the disk is.
 
-Knows no index and takes no lock between processes: a file gets its name by one rename and never changes after that.
-State, of one process: which files it has checked, and which keys are in quarantine, both in dictionaries that are
-changed by single operations; and the health of the disk, under a mutex of its own.
+Knows no lock between processes, and the index only as something to ask for a row, where a file cannot tell itself which
+entry it is. A file gets its name by one rename, and its bytes never change after that. State, of one process: which
+files it has checked, which byte ranges it has seen, and which keys are in quarantine, in dictionaries that are changed
+by single operations; and the health of the disk, under a mutex of its own.
 """
 
 from xzcache.files._entryfile import (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.files")
 
 LONG: Final = 1.0
 """Seconds that an operation may take, and that a read waits for one."""

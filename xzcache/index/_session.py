@@ -722,9 +722,11 @@ class Books:
         """Let go of a directory that is no longer there."""
         if not member.is_deleted():
             self.lost.add(member.identity)
-        with self._opening:
-            if self._member is member:
-                self._member = None
+        # the guard is held: of a directory that was left already, another thread may be joining, which waits for it
+        if self._member is member:
+            with self._opening:
+                if self._member is member:
+                    self._member = None
         member.leave_index()
 
     def close(

@@ -268,7 +268,7 @@ def range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
 
 # -- The index.
 
-logger = logging.getLogger("xzcache")
+logger = logging.getLogger("xzcache.index")
 
 _MAGIC: Final = b"SQLite format 3\0"
 _LARGEST_JOURNAL: Final = 1 << 20

@@ -1,7 +1,8 @@
 """Words that every room speaks: entries, byte ranges, metadata documents, validators, errors, a cache's contract.
 
-Knows no other room, no file and no network. Its only state are the tables of fetches that are under way in a process
-(`Flights`, `Claims`): each protects its own with a lock that is held for one dictionary operation.
+Knows no other room, no file and no network. Its state are the tables of fetches that are under way in a process
+(`Flights`, `Claims`), each under a lock that is never held while anything is waited for, and which errors of the code
+were logged.
 """
 
 from xzcache.model import metadata

@@ -32,6 +32,10 @@ class Entry(NamedTuple):
     start: int = 0
     stop: int = END
 
+    def __str__(self) -> str:
+        """The key, and the byte range where it is one."""
+        return self.key if self.is_whole else f"{self.key}[{self.start}:{'' if self.stop == END else self.stop}]"
+
     @property
     def is_whole(self) -> bool:
         return self.start == 0 and self.stop == END

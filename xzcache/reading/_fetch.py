@@ -86,7 +86,7 @@ async def assembled(reading: Reading, request: Request) -> sources.Answer | None
         for part in asked
     )
     fetched = [contents(answer.value) for answer in answers if answer.value is not None]
-    reading.stats.miss(sum(map(len, fetched)), time.perf_counter() - begun)
+    reading.miss(key, sum(map(len, fetched)) if fetched else None, begun, [*holes, (ends - 1, END)])
     if len(fetched) < len(asked) or any(answer.validator != state or not answer.exact for answer in answers):
         return None
     for hole, data in zip(holes, fetched, strict=False):
@@ -505,15 +505,14 @@ class _Fetch:
         """Fetch for all who wait."""
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
-        stats = self._reading.stats
         try:
             answers = await self._ask(spans)
             fetched = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum(next(Cover(spans).parts(span), None) is not None for span in self._left.values())
-            stats.miss(sum(map(len, fetched)), time.perf_counter() - begun)
+            self._reading.miss(self._key, sum(map(len, fetched)) if fetched else None, begun, spans)
             for _ in range(misses - 1):
-                stats.miss(0, 0.0)
+                self._reading.stats.miss(0, 0.0)
             if len(fetched) < len(answers):
                 for lead in leads:
                     lead.claim.flight.land((None, ""))

@@ -215,7 +215,7 @@ class ReadThrough:
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
     ) -> Buffer | None:
         value = await self.reading.source.get(key, prototype, byte_range)
-        self.reading.stats.miss(0 if value is None else len(value), time.perf_counter() - started)
+        self.reading.miss(key, None if value is None else len(value), started)
         return value
 
     # -- what is not cached
@@ -479,7 +479,7 @@ class RangeReads:
             except Exception as error:
                 return [error]
             values = [answer.value for answer in answers if answer.value is not None]
-            self._reading.stats.miss(sum(map(len, values)), time.perf_counter() - began)
+            self._reading.miss(key, sum(map(len, values)) if values else None, began, spans)
             if len(values) < len(answers):
                 return [FileNotFoundError(key)]
             validators = {answer.validator for answer in answers}
@@ -505,7 +505,7 @@ class RangeReads:
         began = time.perf_counter()
         async for group in self._reading.source.get_ranges(key, byte_ranges, prototype=prototype, **limits):
             for _, value in group:
-                self._reading.stats.miss(0 if value is None else len(value), time.perf_counter() - began)
+                self._reading.miss(key, None if value is None else len(value), began)
                 began = time.perf_counter()
             yield list(group)
 

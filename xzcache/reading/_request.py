@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,19 +14,21 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
-from xzcache.model import beside, differ, fits, is_chunk, span, tells
+from xzcache.model import Entry, beside, differ, fits, is_chunk, span, tells
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from xzcache._config import Age
-    from xzcache.model import Backend, Entry
+    from xzcache.model import Backend, Span
     from xzcache.reading._freshness import Freshness
     from xzcache.reading._stats import Stats
 
+
+logger = logging.getLogger("xzcache.reading")
 
 _PROBE: Final = 1 << 14
 """Bytes that are compared to find out whether an object is what it was."""
@@ -155,10 +158,36 @@ class Reading:
             fixed=self.fixed,
             states=partial(self.backend.states_of, request.key),
         )
+        fetched = request.entry.start, request.entry.stop
         if not answer.unchanged:
-            size = 0 if answer.value is None else len(answer.value)
-            self.stats.miss(size, time.perf_counter() - request.started)
+            size = None if answer.value is None else len(answer.value)
+            self.miss(request.key, size, request.started, [fetched])
+        elif logger.isEnabledFor(logging.DEBUG):
+            logger.debug("asked the source for %s: not changed", self._described(request.key, [fetched]))
         return answer
+
+    def miss(self, key: str, size: int | None, began: float, spans: Sequence[Span] = ()) -> None:
+        """Count a fetch from the source, and log it.
+
+        Parameters
+        ----------
+        key : str
+        size : int or None
+            Bytes that the source sent; None where it has no such key.
+        began : float
+            When the source was asked, by `time.perf_counter`.
+        spans : sequence of (int, int)
+            The byte ranges that were fetched, where it was not the whole object.
+        """
+        seconds = time.perf_counter() - began
+        self.stats.miss(size or 0, seconds)
+        if logger.isEnabledFor(logging.DEBUG):
+            result = "absent" if size is None else f"{size} bytes"
+            logger.debug("fetched %s: %s in %.3f s", self._described(key, spans), result, seconds)
+
+    def _described(self, key: str, spans: Sequence[Span]) -> str:
+        entries = (Entry("", *part) for part in spans)
+        return f"{self.backend.namespace}/{key}{''.join(map(str, entries))}"
 
     async def ask_again(self, request: Request) -> tuple[sources.Answer, memoryview | None]:
         """Ask the source whether it has something else than what is cached.

@@ -1,7 +1,7 @@
-"""What a source is: from a URL to a store, what it is called whoever opens it, and conditional requests to it.
+"""From a URL to a store, the identity of a source whoever opens it, and conditional requests to it.
 
-State: the identities of stores that were found before, under the lock of their table. Keeps no credentials: options
-and URLs are never shown with them.
+State: the identities of stores that were found before, under the lock of their table. Credentials stay in the stores
+and the libraries that read them: options and URLs are never shown with them.
 """
 
 from xzcache.sources._conditional import Answer, all_of, ask, ask_for_spans

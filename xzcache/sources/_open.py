@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -18,6 +19,8 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
 from xzcache.sources._obstore import SCHEMES, Untranslatable, object_store
 from xzcache.sources._urls import certain, check_options, links, plain, scrub, shown, without_colons
+
+logger = logging.getLogger("xzcache.sources")
 
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
@@ -178,6 +181,7 @@ def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: s
         except Untranslatable as reason:
             if upstream == "obstore":
                 raise ValueError(f"upstream='obstore' cannot read this: {reason}. Give 'auto' or 'fsspec'") from None
+            logger.debug("%s is read with fsspec: %s", shown(url), reason)
         except ImportError:
             if upstream == "obstore":
                 raise
