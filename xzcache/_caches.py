@@ -17,7 +17,7 @@ from zarr.storage import LocalStore
 
 from xzcache._config import UNSET, Unset, as_found, chosen_max_size, config, parse_root
 from xzcache.anystore import StoreBackend
-from xzcache.directory import SharedBackend, can_be_made, is_plain, private_name, settled, temporary
+from xzcache.directory import SharedBackend, can_be_made, is_plain, private_name, resolve_directory, temporary
 from xzcache.local import LockedLocalStore
 from xzcache.model import META, Backend
 from xzcache.sources import identify
@@ -122,7 +122,7 @@ def cache_store_of(
 
 
 def _is_cache(root: Path) -> bool:
-    return os.path.isdir(os.path.join(settled(os.path.abspath(root)), META))
+    return os.path.isdir(os.path.join(resolve_directory(os.path.abspath(root)), META))
 
 
 def _located(name: str, path: str | Path, max_size: int | Unset | None, policy: str | Unset) -> LockedLocalStore:

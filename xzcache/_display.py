@@ -25,7 +25,7 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-class Looks(NamedTuple):
+class Display(NamedTuple):
     """What a table shows."""
 
     name: str

@@ -43,7 +43,7 @@ def original() -> Callable[..., Any]:
     return function
 
 
-def transparent(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+def attribute_warnings_to(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
     """Have xarray take a function for one of its own: its warnings are for whoever called that, by file and line."""
     function.__code__ = function.__code__.replace(co_filename=theirs.__code__.co_filename)
 
@@ -92,7 +92,7 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
     parameters = (*positional, *(() if keywords else (last,)), engine, *keywords)
     vars(open_zarr).update({"__signature__": signature.replace(parameters=parameters), _ORIGINAL: theirs})
     for function in (open_zarr, _opener["zcache"]):
-        transparent(function, theirs)
+        attribute_warnings_to(function, theirs)
     # pickled by this name, a function that was sent to a worker brings the engine along
     open_zarr.__module__ = __name__
     before, returns, after = inspect.cleandoc(theirs.__doc__ or "").partition("\n\nReturns\n")

@@ -161,13 +161,13 @@ class LockedLocalStore(LocalStore):
         reader = self._directory.reader
         if wanted is None or not is_cacheable(key) or not self._may_read():
             return None
-        found = reader.find(Entry(key), anyones=True)
+        found = reader.open_entry(Entry(key), anyones=True)
         if found is None:
             return None
         first, last = clip(*wanted, found.size)
         # a file that somebody else put here is part of the store, if not of the cache
         data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
-        if self._directory.recency.note(found.entry) and not self.read_only:
+        if self._directory.recency.record_use(found.entry) and not self.read_only:
             pool.spawn(self._directory.flush)
         return None if data is None else prototype.buffer.from_bytes(data)
 
@@ -202,7 +202,7 @@ class LockedLocalStore(LocalStore):
 
     def _size_of(self, key: str) -> int | None:
         reader = self._directory.reader
-        found = reader.find(Entry(key), anyones=True) if is_cacheable(key) and self._may_read() else None
+        found = reader.open_entry(Entry(key), anyones=True) if is_cacheable(key) and self._may_read() else None
         if found is None:
             return None
         # what pretends to be an entry, and belongs to another user, is not read either
@@ -308,8 +308,8 @@ class LockedLocalStore(LocalStore):
         top = os.path.join(root, prefix) if prefix else root
         found = files.walk(top) if not prefix or is_plain(prefix) else ()
         plain = [os.path.relpath(path, root).replace(os.sep, "/") for path in found]
-        has_odd = os.path.isdir(os.path.join(root, META, "odd"))
-        return plain + (self._directory.odd_keys(prefix) if has_odd else [])
+        has_hashed = os.path.isdir(os.path.join(root, META, "odd"))
+        return plain + (self._directory.hashed_keys(prefix) if has_hashed else [])
 
     async def list(self) -> AsyncIterator[str]:
         """All keys."""

@@ -48,7 +48,7 @@ _KINDS = frozenset("biufc")
 """Of data types whose every value is as many bytes as the next, and nothing else."""
 
 
-def stores_values(codecs: tuple[Codec, ...]) -> bool:
+def is_raw_layout(codecs: tuple[Codec, ...]) -> bool:
     """Whether an array is stored as its values lie in memory: uncompressed, and in the byte order of this machine."""
     if len(codecs) != 1 or type(codecs[0]) is not BytesCodec:
         return False
@@ -56,7 +56,9 @@ def stores_values(codecs: tuple[Codec, ...]) -> bool:
     return endian is None or getattr(endian, "value", endian) == sys.byteorder
 
 
-def place_of(spec: ArraySpec, chunk_selection: Any, out: NDBuffer, out_selection: Any) -> np.ndarray[Any, Any] | None:
+def output_slice(
+    spec: ArraySpec, chunk_selection: Any, out: NDBuffer, out_selection: Any
+) -> np.ndarray[Any, Any] | None:
     """Where in a result the bytes of a chunk are to lie; None where they are not all there, and in order.
 
     Parameters
@@ -98,7 +100,7 @@ logger = logging.getLogger("xzcache")
 _SMALL: Final = 256 << 10
 """Decoded bytes of a chunk up to which another thread takes longer to wake than the decoding takes."""
 
-_TELLS: Final = hasattr(codec, "GetResult")
+_RETURNS_RESULTS: Final = hasattr(codec, "GetResult")
 """Whether this Zarr expects a result for each chunk that was read."""
 
 Item = tuple[Any, Any, Any, Any, bool]
@@ -115,10 +117,10 @@ class _Cached:
     """Whether the disk may be waited for."""
     hits: list[tuple[int, float]] = field(default_factory=list)
 
-    def into(self, place: np.ndarray[Any, Any]) -> bool:
+    def readinto_nowait(self, place: np.ndarray[Any, Any]) -> bool:
         """Whether the bytes of the chunk lie in `place` now."""
         try:
-            return self.reads.into(self.key, place, patient=self.patient)
+            return self.reads.readinto_nowait(self.key, place, patient=self.patient)
         except Exception as error:
             raise _failed(error) from error
 
@@ -126,8 +128,8 @@ class _Cached:
         """The bytes of the chunk, or a range of them; None where the source is known not to have it."""
         try:
             if self.patient:
-                return self.reads.cached(self.key, prototype, byte_range, self._count)
-            value = self.reads.at_once(self.key, prototype, self._count) if byte_range is None else None
+                return self.reads.get_blocking(self.key, prototype, byte_range, self._count)
+            value = self.reads.get_nowait(self.key, prototype, self._count) if byte_range is None else None
         except NotCached:
             raise
         except Exception as error:
@@ -139,7 +141,7 @@ class _Cached:
     def _count(self, size: int, seconds: float) -> None:
         self.hits.append((size, seconds))
 
-    def tell(self) -> None:
+    def count_hits(self) -> None:
         """Count the hits, once it is certain that they were not in vain."""
         for size, seconds in self.hits:
             self.reads.reading.stats.hit(size, seconds)
@@ -266,14 +268,14 @@ class CachePipeline(CodecPipeline):
                 if not _is_replaced(error):
                     raise
                 fetched = await self.inner.read(rest, out, drop_axes)
-            for place, result in zip(missing, fetched or (), strict=_TELLS):
+            for place, result in zip(missing, fetched or (), strict=_RETURNS_RESULTS):
                 results[place] = result
-        return tuple(results) if _TELLS else None
+        return tuple(results) if _RETURNS_RESULTS else None
 
     @cached_property
-    def _is_straight(self) -> bool:
+    def _is_raw(self) -> bool:
         """Whether chunks are stored as their values lie in memory."""
-        return stores_values(_codecs_of(self.inner))
+        return is_raw_layout(_codecs_of(self.inner))
 
     @cached_property
     def _decode(self) -> Decode | None:
@@ -284,7 +286,7 @@ class CachePipeline(CodecPipeline):
         self, reads: ReadThrough, batch: list[Item], out: NDBuffer, drop_axes: tuple[int, ...]
     ) -> list[Any]:
         """The results of what is cached; None for the rest."""
-        if self._decode is None and not self._is_straight:
+        if self._decode is None and not self._is_raw:
             return [None] * len(batch)
         size = _decoded_size(batch[0][1])
         if len(batch) == 1 and size <= _SMALL:
@@ -319,13 +321,13 @@ class CachePipeline(CodecPipeline):
     ) -> Any:
         byte_getter, spec, chunk_selection, out_selection, is_complete = item
         cached = _Cached(reads, byte_getter.path, patient)
-        place = place_of(spec, chunk_selection, out, out_selection) if self._is_straight else None
-        if place is not None and cached.into(place):
+        place = output_slice(spec, chunk_selection, out, out_selection) if self._is_raw else None
+        if place is not None and cached.readinto_nowait(place):
             return {"status": "present"}
         if self._decode is None:
             raise NotCached
         (result,) = self._decode([(cached, spec, chunk_selection, out_selection, is_complete)], out, drop_axes)
-        cached.tell()
+        cached.count_hits()
         return result
 
 

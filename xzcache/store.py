@@ -17,7 +17,7 @@ from xzcache import _config as settings
 from xzcache import _threads as pool
 from xzcache._caches import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
-from xzcache._display import Looks, one_line
+from xzcache._display import Display, one_line
 from xzcache.anystore import StoreBackend
 from xzcache.local import LockedLocalStore
 from xzcache.reading import (
@@ -129,7 +129,7 @@ class ReadableView(SourceView):
         """The value of a key, or a byte range of it; None where the source has none."""
         prototype = prototype or default_buffer_prototype()
         anew = False if self.read_only else is_read_for_a_write()
-        if anew is False and byte_range is None and (value := self._reads.at_once(key, prototype)) is not None:
+        if anew is False and byte_range is None and (value := self._reads.get_nowait(key, prototype)) is not None:
             return value
         return await self._reads.get(key, prototype, byte_range, anew=anew)
 
@@ -181,12 +181,12 @@ class ReadableView(SourceView):
         """Whether a key has a value: as the cache knows, or else by the source's own means."""
         if await self._reads.cached_size(key) is not None:
             return True
-        return not await self._reads.is_known_absent(key) and await self._store.exists(key)
+        return not await self._reads.is_known_missing(key) and await self._store.exists(key)
 
     async def getsize(self, key: str) -> int:
         """The size of a value, in bytes: as the cache knows it, or else by the source's own means."""
         size = await self._reads.cached_size(key)
-        if size is None and await self._reads.is_known_absent(key):
+        if size is None and await self._reads.is_known_missing(key):
             raise FileNotFoundError(key)
         return await self._store.getsize(key) if size is None else size
 
@@ -487,7 +487,7 @@ class CacheStore(ReadableView, WritableView):
             with suppress(TimeoutError):
                 info = pool.submit(partial(self._info, exact=False)).result(_LONGEST_LOOK)
         where = self.source.label, label_of(self._cache)
-        return Looks(type(self).__name__, *where, is_open, info, self.cache_stats()).html()
+        return Display(type(self).__name__, *where, is_open, info, self.cache_stats()).html()
 
     # -- the cache
 
@@ -524,7 +524,7 @@ class CacheStore(ReadableView, WritableView):
             ``cache_errors``: how often the cache itself failed and the source answered.
         """
         backend = self._reads.backend
-        return {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.troubles}
+        return {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
 
     async def clear_cache(self) -> None:
         """Forget what is cached of this source, for every process."""

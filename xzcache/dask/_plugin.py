@@ -66,14 +66,14 @@ class _Process:
         self._before: dict[str, Any] = {}
         self._exporter: Exporter | None = None
 
-    def enter(self, setup: _Setup) -> None:
+    def add(self, setup: _Setup) -> None:
         if not self._setups:
             self._before = {name: config.get(name) for name in DEFAULTS}
         self._setups.append(setup)
         metering.begin()
         self._apply()
 
-    def leave(self, setup: _Setup) -> None:
+    def remove(self, setup: _Setup) -> None:
         self._setups.remove(setup)
         metering.end()
         self._apply()
@@ -176,7 +176,7 @@ class CachePlugin(WorkerPlugin):
             directory = self._open(place, worker)
         setup = _Setup(place, self.settings, Gauge(directory))
         self._setups[worker.id] = setup
-        _process.enter(setup)
+        _process.add(setup)
         for name in _SHOWN:
             worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
         latest = setup.gauge.read()
@@ -190,7 +190,7 @@ class CachePlugin(WorkerPlugin):
         directory = open_directory(place, **asked)
         directory.set_lock_timeout(self.settings["lock_timeout"])
         if not directory.prepare():
-            cause = directory.keeper.latest_trouble
+            cause = directory.barrier.latest_fault
         if cause is not None:
             _warn(worker, f"{worker.address} has no cache, and reads from the source: {cause}")
         if place not in _warned and is_on_network(directory.root):
@@ -209,7 +209,7 @@ class CachePlugin(WorkerPlugin):
         for name in (*_SHOWN, "process"):
             worker.metrics.pop(f"xzcache_{name}", None)
         setup.gauge.close()
-        _process.leave(setup)
+        _process.remove(setup)
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if self.remove_on_close and leaving and not _process.uses(setup.place):
             setup.gauge.directory.remove_if_last()

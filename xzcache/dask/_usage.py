@@ -45,7 +45,7 @@ def usage(directory: CacheDirectory) -> Usage:
     """Look now; may wait for the lock of the index, and makes nothing where there is no cache yet."""
     node = ""
     if directory.is_made and directory.prepare():
-        node = directory.keeper.attempt(directory.books.node_id, "")
+        node = directory.barrier.try_or(directory.session.node_id, "")
     return _usage(directory, node, directory.totals())
 
 
@@ -59,7 +59,7 @@ def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
         bound=totals.max_size,
         entries=totals.entries,
         evictions=directory.space.evictions,
-        troubles=directory.keeper.troubles,
+        troubles=directory.barrier.faults,
         **{name: counts[name] for name in Usage._fields if name in counts},
     )
 
@@ -122,8 +122,8 @@ def begin() -> None:
     global _users
     with _lock:
         _users += 1
-        if _tell not in observers:
-            observers.append(_tell)
+        if _record_read not in observers:
+            observers.append(_record_read)
 
 
 def end() -> None:
@@ -131,11 +131,11 @@ def end() -> None:
     global _users
     with _lock:
         _users = max(0, _users - 1)
-        if not _users and _tell in observers:
-            observers.remove(_tell)
+        if not _users and _record_read in observers:
+            observers.remove(_record_read)
 
 
-def _tell(where: str, size: int, seconds: float) -> None:
+def _record_read(where: str, size: int, seconds: float) -> None:
     context_meter.digest_metric(f"xzcache-{where}", size, "bytes")
     context_meter.digest_metric(f"xzcache-{where}", 1, "count")
     if (task := _task()) is not None:

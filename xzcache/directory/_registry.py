@@ -11,7 +11,7 @@ from xzcache import _threads as pool
 from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
 from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._writebehind import departures
-from xzcache.files import settled
+from xzcache.files import resolve_directory
 
 _directories: Final[dict[str, CacheDirectory]] = {}
 _lock = threading.Lock()
@@ -28,7 +28,7 @@ def open_directory(
     Parameters
     ----------
     root : str
-        An absolute path. The cache is there, or in a folder of this user's in it, as `settled` has it.
+        An absolute path. The cache is there, or in a folder of this user's in it, as `resolve_directory` has it.
     max_size : int, None or UNSET
         A bound that somebody asks for, in bytes.
     min_free : float, int or UNSET
@@ -36,7 +36,7 @@ def open_directory(
     policy : str or UNSET
         A policy that somebody asks for; else the configured one.
     """
-    path = settled(root)
+    path = resolve_directory(root)
     with _lock:
         directory = _directories.get(path)
         if directory is None:
@@ -87,7 +87,7 @@ def cleanup_resources(timeout: float = 30.0) -> None:
         departures.wait(timeout)
         pool.stop(timeout)
         # a thread that was at work may have joined a directory after it was closed
-        directories = [directory for directory in directories if directory.books.current is not None]
+        directories = [directory for directory in directories if directory.session.current is not None]
         if not directories:
             break
 
@@ -95,12 +95,12 @@ def cleanup_resources(timeout: float = 30.0) -> None:
 def _before_fork() -> None:
     _lock.acquire()
     for directory in _directories.values():
-        directory.books.before_fork()
+        directory.session.before_fork()
 
 
 def _after_fork_in_parent() -> None:
     for directory in _directories.values():
-        directory.books.after_fork_in_parent()
+        directory.session.after_fork_in_parent()
     _lock.release()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from xzcache.eviction import Policy, Recency
-    from xzcache.index import Books, Dying, Index, Membership, Row, Totals
+    from xzcache.index import Index, IndexSession, Registration, Row, Tombstone, Totals
 
 
 logger = logging.getLogger("xzcache")
@@ -34,7 +34,7 @@ _PAUSE_WHILE_FULL: Final = 1.0
 """Seconds for which a directory that was full, and from which nothing leaves, is not asked again."""
 
 
-class Doubtful:
+class HideReport:
     """What became of keys whose files were to be taken out of sight.
 
     Attributes
@@ -52,7 +52,7 @@ class Doubtful:
         self.missing: set[str] = set()
         self.error: OSError | None = None
 
-    def note(self, key: str, error: OSError) -> None:
+    def add(self, key: str, error: OSError) -> None:
         """Take note of a key of which a file may still be there."""
         self.left.add(key)
         self.error = error
@@ -69,16 +69,16 @@ class Space:
         What is left free of the file system: a fraction of it, or bytes.
     """
 
-    def __init__(self, books: Books, recency: Recency, min_free: float | int) -> None:
-        self.books = books
+    def __init__(self, session: IndexSession, recency: Recency, min_free: float | int) -> None:
+        self.session = session
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
-        self._has_told = False
+        self._has_logged = False
         self._full_until = 0.0
         self._full_for = 0
-        self._unreleased: list[Dying] = []
-        self._erased: list[Dying] = []
+        self._unreleased: list[Tombstone] = []
+        self._erased: list[Tombstone] = []
 
     @property
     def policy(self) -> Policy:
@@ -87,7 +87,7 @@ class Space:
 
     # -- taking
 
-    def take(self, member: Membership, size: int) -> None:
+    def take(self, process: Registration, size: int) -> None:
         """Take bytes from this process's lease, enlarging it, and evicting for that, where needed.
 
         Raises
@@ -95,39 +95,39 @@ class Space:
         NoRoom
             Nothing was taken.
         """
-        with member.lease_lock:
+        with process.lease_lock:
             # other threads take from the same lease: what there is is taken first, and only the rest asked for
-            had = min(member.free, size)
-            member.free -= had
+            had = min(process.free, size)
+            process.free -= had
         if had == size:
             return
         try:
-            self._take_more(member, size - had, size)
+            self._take_more(process, size - had, size)
         except BaseException:
-            member.give_back(had)
+            process.give_back(had)
             raise
 
-    def _take_more(self, member: Membership, size: int, whole: int) -> None:
+    def _take_more(self, process: Registration, size: int, whole: int) -> None:
         for attempt in range(_ATTEMPTS):
             if not self.policy.evicts and whole >= self._full_for and time.monotonic() < self._full_until:
                 break
-            short, dying = self._enlarge(member, size, whole)
+            short, tombstones = self._enlarge(process, size, whole)
             if short <= 0:
                 return
-            self.release(dying, soon=True)
-            self.evictions += len(dying)
-            freed = sum(item.size for item in dying)
+            self.unlink_deleted(tombstones, soon=True)
+            self.evictions += len(tombstones)
+            freed = sum(item.size for item in tombstones)
             if freed < short:
                 freed += self.make_room(short - freed)
             if freed == 0:
-                if attempt and not recovery_due(member):
+                if attempt and not recovery_due(process):
                     # what is smaller may still have room
                     self._full_until, self._full_for = time.monotonic() + _PAUSE_WHILE_FULL, whole
                     break
-                recovery.recover(self.books)
-        raise NoRoom(f"no room for {size} bytes in {self.books.root}")
+                recovery.recover(self.session)
+        raise NoRoom(f"no room for {size} bytes in {self.session.root}")
 
-    def _enlarge(self, member: Membership, size: int, whole: int) -> tuple[int, list[Dying]]:
+    def _enlarge(self, process: Registration, size: int, whole: int) -> tuple[int, list[Tombstone]]:
         """Lease `size` bytes more, for a file of `whole` bytes.
 
         Returns
@@ -137,21 +137,21 @@ class Space:
         list of Dying
             What has to leave for them, and is out of sight.
         """
-        with self.books.section() as (current, index):
-            if current is not member:
+        with self.session.section() as (current, index):
+            if current is not process:
                 raise NoRoom("the directory was removed meanwhile")
-            with self._settling(index):
+            with self._freeing_tombstones(index):
                 totals = index.totals()
-                short = self._grant(member, index, totals, size, whole)
+                short = self._grant(process, index, totals, size, whole)
                 index.commit()
             if short <= 0 or not self.policy.evicts or totals.room is None or totals.room >= size:
                 return short, []
             # others may take what is freed: more goes if they have
             index.begin()
-            self.recency.tell(index)
-            return short, self.condemn(member, index, self.policy.choose(index, short))
+            self.recency.flush_to(index)
+            return short, self.mark_deleted(process, index, self.policy.choose(index, short))
 
-    def _grant(self, member: Membership, index: Index, totals: Totals, size: int, whole: int) -> int:
+    def _grant(self, process: Registration, index: Index, totals: Totals, size: int, whole: int) -> int:
         """Lease `size` bytes more, and some in advance; returns how many are missing, 0 if they were taken."""
         if totals.max_size is not None and whole > totals.max_size:
             raise NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
@@ -164,17 +164,17 @@ class Space:
             # what is leased in advance must not cost an entry
             grant, short = size, self._short_of_disk(size)
         if short > totals.size:
-            error = NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
-            if not self._has_told:
+            error = NoRoom(f"the disk of {self.session.root} has less free than min_free={self.min_free} asks for")
+            if not self._has_logged:
                 # what is asked for by default may be news to somebody
-                self._has_told = True
+                self._has_logged = True
                 logger.warning("%s: nothing new is cached until there is more", error)
             raise error
         if short > 0:
             return short
-        index.change_lease(member.owner, grant)
+        index.change_lease(process.owner, grant)
         index.commit()
-        member.give_back(grant - size)
+        process.give_back(grant - size)
         return 0
 
     @staticmethod
@@ -185,7 +185,7 @@ class Space:
         return min(_LARGEST_LEASE, totals.max_size // max(256, 32 * owners))
 
     def _short_of_disk(self, grant: int) -> int:
-        free, total = files.free_bytes(self.books.root)
+        free, total = files.free_bytes(self.session.root)
         if total == 0:
             # some file systems do not say
             return 0
@@ -193,14 +193,14 @@ class Space:
         # without any room for itself, the index could not even record what leaves
         return max(reserve, min(_INDEX_RESERVE, total // 8)) + grant - free
 
-    def trim_lease(self, member: Membership, index: Index) -> None:
+    def return_surplus(self, process: Registration, index: Index) -> None:
         """Return what a failed write left over; within a section."""
-        with member.lease_lock:
-            surplus = member.free - 2 * _LARGEST_LEASE
+        with process.lease_lock:
+            surplus = process.free - 2 * _LARGEST_LEASE
             if surplus <= 0:
                 return
-            member.free -= surplus
-        index.change_lease(member.owner, -surplus)
+            process.free -= surplus
+        index.change_lease(process.owner, -surplus)
 
     # -- giving back
 
@@ -212,27 +212,27 @@ class Space:
         """Let entries go until `want` bytes are free, those that the policy chooses; returns the bytes freed."""
         freed = 0
         while freed < want:
-            with self.books.section() as (member, index):
-                self.recency.tell(index)
+            with self.session.section() as (process, index):
+                self.recency.flush_to(index)
                 victims = self.policy.choose(index, want - freed)
-                dying = self.condemn(member, index, victims)
-            self.release(dying)
-            self.evictions += len(dying)
-            freed += sum(item.size for item in dying)
-            if not dying:
+                tombstones = self.mark_deleted(process, index, victims)
+            self.unlink_deleted(tombstones)
+            self.evictions += len(tombstones)
+            freed += sum(item.size for item in tombstones)
+            if not tombstones:
                 break
         return freed
 
-    def fit(self) -> None:
+    def enforce_bound(self) -> None:
         """Evict until the directory is within its bound, which may have been lowered."""
-        with self.books.section() as (_, index):
+        with self.session.section() as (_, index):
             room = index.totals().room
         if room is not None and room < 0:
             self.evict(-room)
 
-    def condemn(
-        self, member: Membership, index: Index, rows: Iterable[Row], doubts: Doubtful | None = None
-    ) -> list[Dying]:
+    def mark_deleted(
+        self, process: Registration, index: Index, rows: Iterable[Row], report: HideReport | None = None
+    ) -> list[Tombstone]:
         """Take entries out of the index, then their files out of sight; within a section, which is committed.
 
         Parameters
@@ -249,33 +249,33 @@ class Space:
             What is out of sight, to be released. Every other file stays counted, as a tombstone that no process owns:
             the next recovery tries again.
         """
-        dying = []
-        with self._settling(index):
+        tombstones = []
+        with self._freeing_tombstones(index):
             for row in rows:
                 index.remove(row.id)
-                dying.append(index.add_dying(row, member.owner))
+                tombstones.append(index.add_tombstone(row, process.owner))
             index.commit()
-        doubts = Doubtful() if doubts is None else doubts
-        hidden = [item for item in dying if self._is_hidden(item, doubts)]
-        if len(hidden) < len(dying):
+        report = HideReport() if report is None else report
+        hidden = [item for item in tombstones if self._is_hidden(item, report)]
+        if len(hidden) < len(tombstones):
             index.begin()
-            index.disown_dying({item.id for item in dying} - {item.id for item in hidden})
+            index.disown_tombstones({item.id for item in tombstones} - {item.id for item in hidden})
             index.commit()
         return hidden
 
-    def _is_hidden(self, item: Dying, doubts: Doubtful) -> bool:
+    def _is_hidden(self, item: Tombstone, report: HideReport) -> bool:
         """Take a file out of sight; False where that cannot be done, or cannot be told."""
         for is_last in (False, True):
             try:
                 if self._hide(item) is Whose.GONE:
-                    doubts.missing.add(item.entry.key)
+                    report.missing.add(item.entry.key)
                 return True
             except OSError as error:
                 if is_last:
-                    doubts.note(item.entry.key, error)
+                    report.add(item.entry.key, error)
         return False
 
-    def _hide(self, item: Dying) -> Whose:
+    def _hide(self, item: Tombstone) -> Whose:
         """Take a file out of sight; returns whose it was.
 
         Raises
@@ -283,15 +283,15 @@ class Space:
         OSError
             It may still be there.
         """
-        relative = relative_path(item.entry, odd=item.odd)
-        path = files.inside(self.books.root, relative)
+        relative = relative_path(item.entry, hashed=item.hashed)
+        path = files.inside(self.session.root, relative)
         found = files.look(path, item.entry)
         # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
         # and the guard is held
         if found in (Whose.GONE, Whose.FOREIGN):
             return found
         try:
-            files.move(path, files.inside(self.books.root, f"{META}/trash/{item.id}"))
+            files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}"))
         except FileNotFoundError:
             pass
         except OSError:
@@ -302,20 +302,20 @@ class Space:
             except OSError:
                 files.disown(path)
                 raise
-        files.prune(path, self.books.root)
+        files.prune(path, self.session.root)
         return found
 
-    def clear_paths(self, index: Index, key: str, doubts: Doubtful) -> None:
+    def clear_paths(self, index: Index, key: str, report: HideReport) -> None:
         """Unlink files of a key that has no row any more; within a section."""
         for is_last in (False, True):
             try:
-                recovery.clear_paths(self.books, index, key)
+                recovery.clear_paths(self.session, index, key)
                 return
             except OSError as error:
                 if is_last:
-                    doubts.note(key, error)
+                    report.add(key, error)
 
-    def release(self, dying: list[Dying], *, soon: bool = False) -> None:
+    def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
         """Unlink, and only then give the bytes back.
 
         Parameters
@@ -324,36 +324,36 @@ class Space:
         soon : bool
             Whether a few bytes may be given back with the next transaction, which is about to follow.
         """
-        dying, self._unreleased = dying + self._unreleased, []
-        if not dying:
+        tombstones, self._unreleased = tombstones + self._unreleased, []
+        if not tombstones:
             return
-        erased = self.erase(dying)
+        erased = self.erase(tombstones)
         if soon and sum(item.size for item in erased) <= _LARGEST_LEASE:
             self._erased.extend(erased)
         else:
-            self.settle(erased)
+            self.free_tombstones(erased)
 
     @contextmanager
-    def _settling(self, index: Index) -> Iterator[None]:
+    def _freeing_tombstones(self, index: Index) -> Iterator[None]:
         """Give back, within a transaction that is committed inside, what was to be given back soon."""
-        erased: list[Dying] = []
+        erased: list[Tombstone] = []
         # other threads add to it
         while self._erased:
             erased.append(self._erased.pop())
         try:
             if erased:
-                self.settle_in(index, erased)
+                self.free_tombstones_in(index, erased)
             yield
         except BaseException:
             self._erased.extend(erased)
             raise
 
-    def erase(self, dying: list[Dying]) -> list[Dying]:
+    def erase(self, tombstones: list[Tombstone]) -> list[Tombstone]:
         """Unlink condemned files; returns those of which nothing is left."""
         erased = []
-        for item in dying:
+        for item in tombstones:
             try:
-                files.discard(files.inside(self.books.root, f"{META}/trash/{item.id}"))
+                files.discard(files.inside(self.session.root, f"{META}/trash/{item.id}"))
                 erased.append(item)
             except OSError as error:
                 if error.errno == errno.ELOOP:
@@ -363,25 +363,25 @@ class Space:
                     self._unreleased.append(item)
         return erased
 
-    def settle(self, dying: list[Dying]) -> None:
+    def free_tombstones(self, tombstones: list[Tombstone]) -> None:
         """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""
         try:
-            with self.books.section() as (_, index):
-                self.settle_in(index, dying)
+            with self.session.section() as (_, index):
+                self.free_tombstones_in(index, tombstones)
         except BaseException:
-            self._unreleased += dying
+            self._unreleased += tombstones
             raise
 
     @staticmethod
-    def settle_in(index: Index, dying: list[Dying]) -> None:
+    def free_tombstones_in(index: Index, tombstones: list[Tombstone]) -> None:
         """Give back, within a transaction, the bytes of files that were unlinked."""
-        index.drop_dying(item.id for item in dying)
+        index.drop_tombstones(item.id for item in tombstones)
 
 
-def recovery_due(member: Membership) -> bool:
+def recovery_due(process: Registration) -> bool:
     """Whether it is time to look for dead processes again."""
     now = time.monotonic()
-    if now < member.next_recovery:
+    if now < process.next_recovery:
         return False
-    member.next_recovery = now + 1.0
+    process.next_recovery = now + 1.0
     return True

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache._fork import renew_after_fork
 from xzcache._threads import try_in_order
-from xzcache.directory import _publish as parcels
+from xzcache.directory import _publish as publishing
 from xzcache.files import LONG
 from xzcache.model import report_bug
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from xzcache.directory._publish import Parcel
+    from xzcache.directory._publish import PendingEntry
 
 
 logger = logging.getLogger("xzcache")
@@ -37,7 +37,7 @@ _LINGER: Final = 0.1
 _LONGEST_PAUSE: Final = 1.0
 
 
-class Background:
+class WriteBehind:
     """What is yet to be stored in one cache directory. Safe for threads and event loops; empty after a fork.
 
     Parameters
@@ -49,7 +49,9 @@ class Background:
     """
 
     def __init__(
-        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[bool], bool] = lambda waited: False
+        self,
+        publish_all: Callable[[Sequence[PendingEntry]], None],
+        hangs: Callable[[bool], bool] = lambda waited: False,
     ) -> None:
         self._publish_all = publish_all
         self._hangs = hangs
@@ -59,19 +61,19 @@ class Background:
     def after_fork_in_child(self) -> None:
         """The parent does what it has begun."""
         self._lock = threading.Lock()
-        self._queue: deque[tuple[Parcel | Callable[[], None], Future[None]]] = deque()
+        self._queue: deque[tuple[PendingEntry | Callable[[], None], Future[None]]] = deque()
         self._waiting: dict[Future[None], int] = {}
         self._last_of: dict[str, Future[None]] = {}
         self._bytes = 0
         self._readers = 0
         self._is_busy = False
 
-    def enter(self) -> None:
+    def begin_fetch(self) -> None:
         """Somebody begins to fetch."""
         with self._lock:
             self._readers += 1
 
-    def leave(self) -> None:
+    def end_fetch(self) -> None:
         """Somebody is done with fetching."""
         with self._lock:
             self._readers -= 1
@@ -81,13 +83,13 @@ class Background:
         self._add(work, 0)
         self._begin()
 
-    def publish(self, parcel: Parcel) -> None:
+    def publish(self, pending: PendingEntry) -> None:
         """Have something stored, on a running loop; its bytes are held until it is."""
-        self._add(parcel, len(parcel.data))
+        self._add(pending, len(pending.data))
         # tasks that were woken with this one are about to bring theirs
         asyncio.get_running_loop().call_soon(self._begin)
 
-    def _add(self, what: Parcel | Callable[[], None], size: int) -> None:
+    def _add(self, what: PendingEntry | Callable[[], None], size: int) -> None:
         future: Future[None] = Future()
         with self._lock:
             self._bytes += size
@@ -135,22 +137,22 @@ class Background:
                 for what, future in reversed(batch):
                     stack.callback(self._finish, what, future)
 
-    def _take(self) -> list[tuple[Parcel | Callable[[], None], Future[None]]]:
+    def _take(self) -> list[tuple[PendingEntry | Callable[[], None], Future[None]]]:
         """The next piece of work, or as many of the next parcels as may be published together."""
-        batch: list[tuple[Parcel | Callable[[], None], Future[None]]] = []
+        batch: list[tuple[PendingEntry | Callable[[], None], Future[None]]] = []
         size, entries = 0, set()
-        while self._queue and len(batch) < parcels.MOST:
+        while self._queue and len(batch) < publishing.MOST:
             what, _ = self._queue[0]
             if callable(what):
                 return batch or [self._queue.popleft()]
             size += len(what.data)
-            if batch and (size > parcels.MOST_BYTES or what.entry in entries):
+            if batch and (size > publishing.MOST_BYTES or what.entry in entries):
                 break
             entries.add(what.entry)
             batch.append(self._queue.popleft())
         return batch
 
-    def _finish(self, what: Parcel | Callable[[], None], future: Future[None]) -> None:
+    def _finish(self, what: PendingEntry | Callable[[], None], future: Future[None]) -> None:
         try:
             if not callable(what) and what.done is not None:
                 what.done()
@@ -167,7 +169,7 @@ class Background:
         with self._lock:
             return not self._readers and not self._waiting
 
-    async def pause(self) -> None:
+    async def drain_if_last(self) -> None:
         """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
         while True:
             with self._lock:

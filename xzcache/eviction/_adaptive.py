@@ -42,7 +42,7 @@ def class_of(gaps: Ints) -> Ints:
     return np.where(gaps > 0, np.minimum(CLASSES - 1, 1 + np.log2(np.maximum(gaps, 0) / 16 + 1).astype(np.int64)), 0)
 
 
-def place_of(ages: Ints) -> Reals:
+def bucket_of(ages: Ints) -> Reals:
     """Four buckets each time that an age doubles."""
     return np.asarray(np.minimum(BUCKETS - 1.0, _STEPS * np.log2(np.maximum(ages, 0) / 16 + 1)))
 
@@ -54,7 +54,7 @@ def next_gap(gaps: Ints, intervals: Ints) -> Ints:
 
 def cells(gaps: Ints, ages: Ints) -> Reals:
     """How many there are of each class and bucket."""
-    flat = np.bincount(class_of(gaps) * BUCKETS + place_of(ages).astype(np.int64), minlength=CLASSES * BUCKETS)
+    flat = np.bincount(class_of(gaps) * BUCKETS + bucket_of(ages).astype(np.int64), minlength=CLASSES * BUCKETS)
     return flat.reshape(CLASSES, BUCKETS).astype(np.float64)
 
 
@@ -114,7 +114,7 @@ class Reuse:
 
 def rate(worth: Reals, gaps: Ints, ages: Ints) -> Reals:
     """The worth of entries, between that of the buckets around their age."""
-    places = place_of(ages)
+    places = bucket_of(ages)
     lower = places.astype(np.int64)
     upper = np.minimum(lower + 1, BUCKETS - 1)
     rows, part = class_of(gaps), places - lower

@@ -103,7 +103,7 @@ _GHOSTS: Final = 16
 _FEWEST_GHOSTS: Final = 50_000
 
 
-class Told(NamedTuple):
+class UseBatch(NamedTuple):
     """Uses of entries, in ns since the epoch, and entries that have come."""
 
     uses: Mapping[Entry, int]
@@ -123,7 +123,7 @@ class Policy(Protocol):
     name: str
     evicts: bool
 
-    def tell(self, index: Index, told: Told) -> None:
+    def record(self, index: Index, batch: UseBatch) -> None:
         """Write down what was used, and what has come."""
 
     def choose(self, index: Index, want: int) -> list[Row]:
@@ -136,15 +136,15 @@ class LeastRecentlyUsed:
     name = "lru"
     evicts = True
 
-    def tell(self, index: Index, told: Told) -> None:
-        if told.uses:
-            index.touch(told.uses)
+    def record(self, index: Index, batch: UseBatch) -> None:
+        if batch.uses:
+            index.touch(batch.uses)
 
     def choose(self, index: Index, want: int) -> list[Row]:
         return _oldest(index, want)
 
 
-class Admitting(LeastRecentlyUsed):
+class NoEviction(LeastRecentlyUsed):
     """Nothing leaves for anything new; where the bound was lowered, what was not used for the longest time."""
 
     name = "none"
@@ -166,18 +166,18 @@ class Learning:
         self._found_at = 0
         self._random = np.random.default_rng()
 
-    def tell(self, index: Index, told: Told) -> None:
+    def record(self, index: Index, batch: UseBatch) -> None:
         history = index.history
         if self._heard < 0:
             # others may have left before there was enough
             self._heard = history.heard(_HEARD + 1)
-        self._entries += len(told.arrived)
-        self._hear(history, told.arrived)
-        if told.uses:
-            before, self._entries = history.pass_time(len(told.uses))
-            latest = sorted(told.uses.items(), key=lambda use: use[1])
+        self._entries += len(batch.arrived)
+        self._hear(history, batch.arrived)
+        if batch.uses:
+            before, self._entries = history.pass_time(len(batch.uses))
+            latest = sorted(batch.uses.items(), key=lambda use: use[1])
             history.touch((tick, entry, used) for tick, (entry, used) in enumerate(latest, before + 1))
-            self._hear(history, told.uses)
+            self._hear(history, batch.uses)
         if self._heard > _HEARD:
             self._learn(index, is_full=False)
 
@@ -196,7 +196,7 @@ class Learning:
                 self._look(index)
                 victims = self._next(index, want)
         victims = victims or _oldest(index, want)
-        index.history.bury((row.entry, row.id) for row in victims)
+        index.history.add_ghosts((row.entry, row.id) for row in victims)
         return victims
 
     def _next(self, index: Index, want: int) -> list[Row]:
@@ -281,8 +281,8 @@ class Learning:
         return self._heard <= _HEARD and 0 <= now - self._learned_at < self._entries // _EVERY
 
 
-POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, Admitting, Learning)
+POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] = {
+    policy.name: policy for policy in (LeastRecentlyUsed, NoEviction, Learning)
 }
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from xzcache._config import config
-from xzcache.eviction._policies import Told
+from xzcache.eviction._policies import UseBatch
 from xzcache.index import hash_of
 
 if TYPE_CHECKING:
@@ -29,31 +29,31 @@ class Recency:
         self._longest = longest
         self._lock = threading.Lock()
         self._uses: dict[Entry, int] = {}
-        self._tell_after = 0.0
+        self._flush_after = 0.0
 
-    def note(self, entry: Entry) -> bool:
+    def record_use(self, entry: Entry) -> bool:
         """Remember a use; True when it is time to tell the index."""
         uses = self._uses
         if not uses:
-            self._tell_after = time.monotonic() + self._longest
+            self._flush_after = time.monotonic() + self._longest
         uses[entry] = time.time_ns()
-        if len(uses) < self._most and time.monotonic() < self._tell_after:
+        if len(uses) < self._most and time.monotonic() < self._flush_after:
             return False
         if len(uses) > 64 * self._most:
             # the index cannot be told: better to forget than to grow
             uses.clear()
         # whoever is told to tell has a second for it
-        due = time.monotonic() >= self._tell_after or len(uses) == self._most
-        self._tell_after = max(self._tell_after, time.monotonic() + 1.0) if due else self._tell_after
+        due = time.monotonic() >= self._flush_after or len(uses) == self._most
+        self._flush_after = max(self._flush_after, time.monotonic() + 1.0) if due else self._flush_after
         return due
 
-    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
         """Write what was remembered into the index, and that entries have arrived."""
         with self._lock:
             uses, self._uses = self._uses, {}
         if uses or arrived:
             # a copy: a hit that began before may still add to it
-            self.policy.tell(index, Told(dict(uses), arrived))
+            self.policy.record(index, UseBatch(dict(uses), arrived))
 
     def __bool__(self) -> bool:
         return bool(self._uses)
@@ -74,14 +74,14 @@ class Traced(Recency):
         self._path = path
         self._noted: list[tuple[int, Entry]] = []
 
-    def note(self, entry: Entry) -> bool:
+    def record_use(self, entry: Entry) -> bool:
         """Remember a use; True when it is time to tell the index."""
         self._noted.append((time.time_ns(), entry))
         if len(self._noted) > 64 * self._most:
             self._noted.clear()
-        return super().note(entry)
+        return super().record_use(entry)
 
-    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
         """Write what was remembered into the index, and all uses into the file."""
         noted, self._noted = self._noted, []
         noted += ((time.time_ns(), entry) for entry in arrived)
@@ -96,7 +96,7 @@ class Traced(Recency):
                 os.write(descriptor, "".join(lines).encode())
             finally:
                 os.close(descriptor)
-        super().tell(index, arrived)
+        super().flush_to(index, arrived)
 
 
 def recency_for(policy: Policy) -> Recency:

@@ -62,7 +62,7 @@ def temporary() -> str | None:
     return None
 
 
-def settled(path: str) -> str:
+def resolve_directory(path: str) -> str:
     """Where the cache lies that is to be at a path: there, or in a folder of this user's in what is shared there.
 
     A directory is shared if it belongs to another user or others may write it, as volumes of containers are. Of those

@@ -67,24 +67,24 @@ class Health:
         Whether the directory is to be left alone: all that a hit asks.
     """
 
-    def __init__(self, root: str, probe: Callable[[], None], make_up: Callable[[], bool]) -> None:
+    def __init__(self, root: str, probe: Callable[[], None], retry_pending: Callable[[], bool]) -> None:
         self.is_aside = False
         self._root = root
         self._probe = probe
-        self._make_up = make_up
+        self._retry_pending = retry_pending
         self._lock = threading.Lock()
         self._faults: deque[float] = deque(maxlen=_FAULTS)
         self._pause = _FIRST_PAUSE
         self._since = 0.0
         self._back_at = -_LONGEST_PAUSE
         self._reason = ""
-        self._has_told = False
+        self._has_logged = False
         self._ends = threading.Event()
         self._latest = time.monotonic()
 
     # -- what is seen of the disk
 
-    def note_progress(self) -> None:
+    def record_progress(self) -> None:
         """Take note that an operation on the disk has ended: others that take long may only be waiting their turn."""
         self._latest = time.monotonic()
 
@@ -93,7 +93,7 @@ class Health:
         """Whether an operation ended less than a moment ago."""
         return time.monotonic() - self._latest < LONG
 
-    def note_fault(self, error: BaseException) -> None:
+    def record_fault(self, error: BaseException) -> None:
         """Count an error, if it is one of the disk."""
         if self.is_aside or not is_of_the_disk(error):
             return
@@ -104,7 +104,7 @@ class Health:
         if is_too_much:
             self._put_aside(f"{_FAULTS} errors, the last one: {error}", is_certain=True)
 
-    def note_slow(self, what: str) -> None:
+    def record_slow(self, what: str) -> None:
         """Take note that an operation takes, or took, longer than it may."""
         self._put_aside(what, is_certain=False)
 
@@ -117,12 +117,12 @@ class Health:
             self.is_aside = True
             self._faults.clear()
             self._since = time.monotonic()
-            self._reason, self._has_told = reason, False
+            self._reason, self._has_logged = reason, False
             was_well = self._since - self._back_at >= _LONGEST_PAUSE
             self._pause = _FIRST_PAUSE if was_well else min(2 * self._pause, _LONGEST_PAUSE)
             ends = self._ends = threading.Event()
         if is_certain:
-            self._tell()
+            self._log_aside()
         pause = 0.0 if was_well and not is_certain else self._pause
         thread = threading.Thread(target=self._probe_on, args=(pause, ends), name="xzcache-probe", daemon=True)
         try:
@@ -131,16 +131,16 @@ class Health:
             # at the end of the process the cache stays aside
             logger.debug("no thread to probe the disk of %s: %s", self._root, error)
 
-    def tell_if_long(self) -> None:
+    def log_if_long(self) -> None:
         """Log that the directory is aside, if it has been for a while, and that was not logged."""
-        if not self._has_told and time.monotonic() - self._since > LONG:
-            self._tell()
+        if not self._has_logged and time.monotonic() - self._since > LONG:
+            self._log_aside()
 
-    def _tell(self) -> None:
+    def _log_aside(self) -> None:
         with self._lock:
-            if self._has_told or not self.is_aside:
+            if self._has_logged or not self.is_aside:
                 return
-            self._has_told = True
+            self._has_logged = True
         logger.warning("the cache in %s is put aside, reads go to the source: %s", self._root, self._reason)
 
     def _probe_on(self, pause: float, ends: threading.Event) -> None:
@@ -148,12 +148,12 @@ class Health:
         while not ends.wait(pause):
             count += 1
             if self._is_well():
-                is_made_up = self._make_up_safely()
+                is_done = self._retry_safely()
                 self._come_back(ends, count)
-                if not is_made_up:
+                if not is_done:
                     logger.debug("in the cache in %s something is still in doubt", self._root)
                 return
-            self._tell()
+            self._log_aside()
             pause = self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
@@ -169,9 +169,9 @@ class Health:
             report_bug(error, f"the cache in {self._root}")
         return time.monotonic() - began <= LONG
 
-    def _make_up_safely(self) -> bool:
+    def _retry_safely(self) -> bool:
         try:
-            return self._make_up()
+            return self._retry_pending()
         except Exception as error:
             report_bug(error, f"the cache in {self._root}")
             return False
@@ -182,7 +182,7 @@ class Health:
                 return
             now = self._back_at = self._latest = time.monotonic()
             self.is_aside = False
-        if self._has_told:
+        if self._has_logged:
             logger.info(
                 "the cache in %s is used again, after %.1f s and %d probes", self._root, now - self._since, count
             )

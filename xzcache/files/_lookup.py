@@ -39,7 +39,7 @@ _IN_THE_WAY: Final = (errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 Signature = tuple[int, int, int]
 """Inode, time of modification in ns, size: what stays the same for as long as nobody replaces or writes a file."""
 
-Trouble = Callable[[BaseException], None]
+OnFault = Callable[[BaseException], None]
 """Gets each exception that is not absence."""
 
 
@@ -56,12 +56,12 @@ def is_ours(owner: int) -> bool:
     return owner == _user
 
 
-def let_go(fd: int, trouble: Trouble) -> None:
+def let_go(fd: int, on_fault: OnFault) -> None:
     """Close a descriptor. What was read is right even where that fails, and the descriptor is gone in any case."""
     try:
         os.close(fd)
     except OSError as error:
-        trouble(error)
+        on_fault(error)
 
 
 class Opened:
@@ -77,26 +77,26 @@ class Opened:
         Whether the file belongs to this user.
     """
 
-    __slots__ = ("_trouble", "fd", "is_ours", "mtime_ns", "signature", "size")
+    __slots__ = ("_on_fault", "fd", "is_ours", "mtime_ns", "signature", "size")
 
-    def __init__(self, fd: int, status: os.stat_result, trouble: Trouble) -> None:
+    def __init__(self, fd: int, status: os.stat_result, on_fault: OnFault) -> None:
         self.fd = fd
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
         self.signature: Signature = (status.st_ino, self.mtime_ns, self.size)
         self.is_ours = is_ours(status.st_uid)
-        self._trouble = trouble
+        self._on_fault = on_fault
 
     def close(self) -> None:
         """Close the file; once is enough."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            let_go(fd, self._trouble)
+            let_go(fd, self._on_fault)
 
     __del__ = close
 
 
-def open_file(path: str, trouble: Trouble) -> Opened | None:
+def open_file(path: str, on_fault: OnFault) -> Opened | None:
     """Open a regular file; None where there is no file of that name.
 
     Raises
@@ -119,12 +119,12 @@ def open_file(path: str, trouble: Trouble) -> Opened | None:
         if not stat.S_ISREG(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     except BaseException:
-        let_go(fd, trouble)
+        let_go(fd, on_fault)
         raise
-    return Opened(fd, status, trouble)
+    return Opened(fd, status, on_fault)
 
 
-def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble) -> memoryview | None:
+def read_unchanged(path: str, signature: Signature, most: int, on_fault: OnFault) -> memoryview | None:
     """All of a file, if it is the one that has this signature and reading it cannot block; else None."""
     try:
         fd = os.open(path, _READ)
@@ -132,7 +132,7 @@ def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble)
         return None
     except OSError as error:
         if error.errno not in _IN_THE_WAY:
-            trouble(error)
+            on_fault(error)
         return None
     try:
         status = os.fstat(fd)
@@ -143,18 +143,18 @@ def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble)
             return None
         return read_resident(fd, 0, size)
     except OSError as error:
-        trouble(error)
+        on_fault(error)
         return None
     finally:
         # as `let_go`, in which a call would be felt
         try:
             os.close(fd)
         except OSError as error:
-            trouble(error)
+            on_fault(error)
 
 
 def read_unchanged_into(
-    path: str, signature: Signature, place: np.ndarray[Any, Any], trouble: Trouble, *, patient: bool
+    path: str, signature: Signature, place: np.ndarray[Any, Any], on_fault: OnFault, *, patient: bool
 ) -> bool:
     """As `read_unchanged`, into an array of bytes; what is there after False is undefined.
 
@@ -173,7 +173,7 @@ def read_unchanged_into(
         return False
     except OSError as error:
         if error.errno not in _IN_THE_WAY:
-            trouble(error)
+            on_fault(error)
         return False
     try:
         status = os.fstat(fd)
@@ -184,10 +184,10 @@ def read_unchanged_into(
             return False
         return _fill(fd, place, 0, patient=patient)
     except OSError as error:
-        trouble(error)
+        on_fault(error)
         return False
     finally:
-        let_go(fd, trouble)
+        let_go(fd, on_fault)
 
 
 def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) -> bool:
@@ -375,17 +375,17 @@ class Barrier(Protocol):
     """What the lookup asks of the fault barrier, which counts faults and repairs the index."""
 
     @property
-    def books(self) -> Session: ...
+    def session(self) -> Session: ...
     @property
     def health(self) -> Health: ...
 
-    def attempt(self, action: Callable[[], T], otherwise: T) -> T:
+    def try_or(self, action: Callable[[], T], otherwise: T) -> T:
         """What an action returns, or the other value if the cache fails."""
 
-    def insist(self, action: Callable[[], T]) -> T:
+    def with_rebuild(self, action: Callable[[], T]) -> T:
         """What an action returns; raises if the cache fails."""
 
-    def trouble(self, error: BaseException) -> None:
+    def record_fault(self, error: BaseException) -> None:
         """Count a fault."""
 
 
@@ -431,10 +431,10 @@ class Reader:
     number of files.
     """
 
-    def __init__(self, keeper: Barrier, *, folds: bool, quarantine: Quarantine | None = None) -> None:
-        self._keeper = keeper
-        self._trouble = keeper.trouble
-        self._root = keeper.books.root
+    def __init__(self, barrier: Barrier, *, folds: bool, quarantine: Quarantine | None = None) -> None:
+        self._barrier = barrier
+        self._on_fault = barrier.record_fault
+        self._root = barrier.session.root
         self._folds = folds
         self._pieces = Pieces(self._root)
         self._checked: dict[str, Signature] = {}
@@ -443,7 +443,7 @@ class Reader:
         self._refuses_all = False
         self.slow_path = ""
 
-    def find(self, entry: Entry, *, anyones: bool = False) -> Found | None:
+    def open_entry(self, entry: Entry, *, anyones: bool = False) -> Found | None:
         """Open a file that holds an entry: its own, or one that holds more of the object.
 
         A file that this process has not checked yet may still turn out to be damaged: `read` tells.
@@ -454,9 +454,9 @@ class Reader:
         anyones : bool
             Whether a file of another user will do, as it does for what is not the cache's.
         """
-        return next(self.candidates(entry, anyones=anyones), None)
+        return next(self.open_covering(entry, anyones=anyones), None)
 
-    def candidates(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
+    def open_covering(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
         """Open one file after another that holds an entry."""
         if not self.quarantine.is_empty and self.quarantine.holds(entry.key):
             return
@@ -478,9 +478,9 @@ class Reader:
                 if piece not in tried and (found := self._open_if_possible(piece)) is not None:
                     yield found
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
 
-    def at_once(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
+    def get_nowait(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
         """A whole object of at most `most` bytes that this process has checked before, if it is in memory; else None.
 
         The shortest way of all: whoever gets None goes the long one.
@@ -490,26 +490,28 @@ class Reader:
         if signature is None:
             return None
         began = time.monotonic()
-        data = read_unchanged(path, signature, most, self._trouble)
+        data = read_unchanged(path, signature, most, self._on_fault)
         if (took := time.monotonic() - began) > LONG:
             self._is_slow(path, took)
         return data
 
-    def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into an array of bytes; what is there after False is undefined."""
+    def readinto_nowait(
+        self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool
+    ) -> bool:
+        """As `get_nowait`, into an array of bytes; what is there after False is undefined."""
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
         if signature is None:
             return False
         began = time.monotonic()
-        done = read_unchanged_into(path, signature, place, self._trouble, patient=patient)
+        done = read_unchanged_into(path, signature, place, self._on_fault, patient=patient)
         if (took := time.monotonic() - began) > LONG and took > allowance(len(place)):
             self._is_slow(path, took)
         return done
 
     def _is_slow(self, path: str, took: float) -> None:
         self.slow_path = path
-        self._keeper.health.note_slow(f"{path or 'an operation'} took {took:.1f} s")
+        self._barrier.health.record_slow(f"{path or 'an operation'} took {took:.1f} s")
 
     def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> Signature | None:
         """The file that was checked at a path, if it may be served."""
@@ -527,17 +529,17 @@ class Reader:
             held = not self.quarantine.is_empty and self.quarantine.holds(key)
             return Listed(key, ()) if held else self._pieces.listed(key)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return Listed(key, ())
 
-    def distrust_all(self) -> None:
+    def quarantine_all(self) -> None:
         """Read nothing more from this directory."""
         if not self._refuses_all:
             self._refuses_all = True
             self.quarantine.hold([EVERYTHING])
 
-    def trust_again(self) -> None:
-        """Undo `distrust_all`: the directory was found to be this user's."""
+    def lift_quarantine(self) -> None:
+        """Undo `quarantine_all`: the directory was found to be this user's."""
         if self._refuses_all:
             self._refuses_all = False
             self.quarantine.free([EVERYTHING])
@@ -547,42 +549,42 @@ class Reader:
         try:
             return self._open(entry)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return None
 
     @_timed
     def _open(self, entry: Entry, *, anyones: bool = False) -> Found | None:
-        odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
-        path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
+        hashed = entry.is_whole and not is_plain(entry.key, folds=self._folds)
+        path = f"{self._root}/{entry.key}" if entry.is_whole and not hashed else self._path(entry, hashed=hashed)
         try:
-            opened = open_file(path, self._trouble)
+            opened = open_file(path, self._on_fault)
         except (NotADirectoryError, IsADirectoryError):
             # the path is taken by something else, so the entry may lie under its digest
-            path = self._path(entry, odd=True)
-            opened = open_file(path, self._trouble)
+            path = self._path(entry, hashed=True)
+            opened = open_file(path, self._on_fault)
         if opened is None:
             return None
         known = opened.is_ours and self._checked.get(path) == opened.signature
-        if not known and not odd and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
+        if not known and not hashed and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
             # a file that is not the cache's keeps the entry from its place, or this file system has no stamps
-            elsewhere = open_file(self._path(entry, odd=True), self._trouble)
+            elsewhere = open_file(self._path(entry, hashed=True), self._on_fault)
             if elsewhere is not None:
                 opened.close()
-                path, opened = self._path(entry, odd=True), elsewhere
+                path, opened = self._path(entry, hashed=True), elsewhere
                 known = opened.is_ours and self._checked.get(path) == opened.signature
         if not (opened.is_ours or anyones) or (not known and self._damaged.get(path) == opened.signature):
             opened.close()
             return None
         if not self.quarantine.is_empty:
             # the file is open already, so what is asked now holds for it
-            if self.quarantine.is_away(entry.key) and not self._keeper.books.is_stand_in():
+            if self.quarantine.is_away(entry.key) and not self._barrier.session.is_stand_in():
                 opened.close()
                 return None
             known = known and not self.quarantine.suspects(entry.key)
         return Found(entry, path, opened, known)
 
-    def _path(self, entry: Entry, *, odd: bool) -> str:
-        return f"{self._root}/{relative_path(entry, odd=odd)}"
+    def _path(self, entry: Entry, *, hashed: bool) -> str:
+        return f"{self._root}/{relative_path(entry, hashed=hashed)}"
 
     @_timed
     def read(self, found: Found, first: int, last: int) -> memoryview | None:
@@ -598,7 +600,7 @@ class Reader:
                 return None
             return self._checked_part(found, crc, read(found.opened.fd, 0, found.size), first, last)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return None
         finally:
             found.opened.close()
@@ -612,24 +614,24 @@ class Reader:
                 data = read_resident(found.opened.fd, first, last)
                 waits = data is None
                 return not waits, data
-            stamp, settled = files.stamp_of_open(found.opened.fd)
-            if (stamp is None and not settled) or self.quarantine.suspects(found.entry.key):
+            stamp, conclusive = files.stamp_of_open(found.opened.fd)
+            if (stamp is None and not conclusive) or self.quarantine.suspects(found.entry.key):
                 # the index has to be asked
                 waits = True
                 return False, None
-            if (crc := self._expected(found, stamp, settled)) is None:
+            if (crc := self._expected(found, stamp, conclusive)) is None:
                 return True, None
             data = read_resident(found.opened.fd, 0, found.size)
             waits = data is None
             return not waits, None if waits else self._checked_part(found, crc, data, first, last)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return True, None
         finally:
             if not waits:
                 found.opened.close()
 
-    def _expected(self, found: Found, stamp: files.Stamp | None, settled: bool) -> int | None:
+    def _expected(self, found: Found, stamp: files.Stamp | None, conclusive: bool) -> int | None:
         """The checksum that a file must have, by its stamp or the index; None where it is not the entry's file."""
         if not found.opened.is_ours:
             return None
@@ -638,16 +640,16 @@ class Reader:
             sound = stamp.size == found.size and stamp.digest == found.entry.digest()
             if sound and not suspect:
                 return stamp.crc
-        elif settled:
+        elif conclusive:
             # not the cache's
             _remember(self._damaged, found)
             return None
         if stamp is None or suspect:
-            row = self._keeper.attempt(lambda: self._row(found.entry), None)
+            row = self._barrier.try_or(lambda: self._row(found.entry), None)
             if row is not None and row.size == found.size and (stamp is None or (sound and row.crc == stamp.crc)):
                 return row.crc
             if suspect:
-                self.quarantine.note_returned(found.entry.key)
+                self.quarantine.record_returned(found.entry.key)
                 return None
         self._is_damaged(found)
         return None
@@ -659,14 +661,14 @@ class Reader:
             self._is_damaged(found)
             return None
         if not self._lies_there(found):
-            self._trouble(Unusable(f"{found.path} is reached through a link, so it is not taken for the cache's"))
+            self._on_fault(Unusable(f"{found.path} is reached through a link, so it is not taken for the cache's"))
             return None
         _remember(self._checked, found)
         return data[first:last]
 
     def _is_damaged(self, found: Found) -> None:
         _remember(self._damaged, found)
-        self._trouble(Damaged(f"{found.path} is not what was stored there"))
+        self._on_fault(Damaged(f"{found.path} is not what was stored there"))
 
     def _lies_there(self, found: Found) -> bool:
         """Whether no folder above a file is a link: what lies behind one is neither counted nor evicted here."""
@@ -687,15 +689,15 @@ class Reader:
         if found.known:
             return False
         try:
-            stamp, settled = files.stamp_of_open(found.opened.fd)
+            stamp, conclusive = files.stamp_of_open(found.opened.fd)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return False
         if stamp is not None:
             return stamp.digest not in (found.entry.digest(), files.OF_NOBODY)
         if not found.opened.is_ours:
             return True
-        return settled or self._keeper.attempt(lambda: self._row(Entry(found.entry.key)), None) is None
+        return conclusive or self._barrier.try_or(lambda: self._row(Entry(found.entry.key)), None) is None
 
     def is_foreign_file(self, path: str, key: str) -> bool:
         """Whether the file at a path is not one of the cache's.
@@ -707,7 +709,7 @@ class Reader:
         """
         found = files.look(path, Entry(key))
         if found is Whose.UNMARKED:
-            return self._keeper.insist(lambda: self._row(Entry(key))) is None
+            return self._barrier.with_rebuild(lambda: self._row(Entry(key))) is None
         return found in (Whose.FOREIGN, Whose.MARKED)
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
@@ -725,7 +727,7 @@ class Reader:
 
     def validator(self, entry: Entry) -> str:
         """What tells the state of what would be found of an entry from others; empty where nothing does."""
-        return "" if (found := self.find(entry)) is None else self._validator(found)
+        return "" if (found := self.open_entry(entry)) is None else self._validator(found)
 
     def states_of(self, key: str) -> set[str]:
         """The validators of the whole of an object and of one of its byte ranges, where they are cached.
@@ -740,7 +742,7 @@ class Reader:
                 found = self._open(entry)
             except OSError as error:
                 # a state that cannot be read is unknown, not the same
-                self._trouble(error)
+                self._on_fault(error)
                 states.add("")
                 continue
             if found is not None:
@@ -748,7 +750,7 @@ class Reader:
                 state = self._validator(found)
                 if state or not is_foreign:
                     states.add(state)
-            elif any(self._path(entry, odd=odd) in self._damaged for odd in (False, True)):
+            elif any(self._path(entry, hashed=hashed) in self._damaged for hashed in (False, True)):
                 states.add("")
         return states
 
@@ -757,7 +759,7 @@ class Reader:
         try:
             stamp, _ = files.stamp_of_open(found.opened.fd)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return ""
         finally:
             found.opened.close()
@@ -773,19 +775,19 @@ class Reader:
             sound = stamp is not None and stamp.size == found.size and stamp.digest == found.entry.digest()
             return found.size if sound else None
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return None
         finally:
             found.opened.close()
 
     @_timed
-    def renew(self, entry: Entry) -> None:
+    def mark_validated(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""
-        if (found := self.find(entry)) is not None:
+        if (found := self.open_entry(entry)) is not None:
             try:
                 os.utime(found.opened.fd)
             except OSError as error:
-                self._trouble(error)
+                self._on_fault(error)
             finally:
                 found.opened.close()
 
@@ -794,7 +796,7 @@ class Reader:
         found.opened.close()
 
     def _row(self, entry: Entry) -> Row | None:
-        with self._keeper.books.section() as (_, index):
+        with self._barrier.session.section() as (_, index):
             return index.find(entry)
 
 

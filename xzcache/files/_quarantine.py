@@ -38,15 +38,15 @@ class Quarantine:
         self._away: dict[str, None] = {} if before is None else before._away.copy()
         self._returned: set[str] = set()
         self.is_empty = True
-        self._note()
+        self._update()
 
-    def _note(self) -> None:
+    def _update(self) -> None:
         self.is_empty = not (self._held or self._suspect or self._away)
 
     def hold(self, names: Iterable[str]) -> None:
         """Have nothing of some keys served."""
         self._held.update(names)
-        self._note()
+        self._update()
 
     def free(self, names: Iterable[str]) -> None:
         """Undo one `hold`."""
@@ -54,7 +54,7 @@ class Quarantine:
             self._held[name] -= 1
             if self._held[name] <= 0:
                 del self._held[name]
-        self._note()
+        self._update()
 
     def suspect(self, names: Iterable[str]) -> None:
         """Have some keys served only where the index vouches for the very file.
@@ -63,9 +63,9 @@ class Quarantine:
         come back.
         """
         _remember(self._suspect, names)
-        self._note()
+        self._update()
 
-    def note_returned(self, key: str) -> None:
+    def record_returned(self, key: str) -> None:
         """Take note of a key in suspicion of which a file was found that the index does not vouch for."""
         self._returned.add(key)
 
@@ -84,19 +84,19 @@ class Quarantine:
         """The names that are in suspicion."""
         return list(self._suspect)
 
-    def note_away(self, names: Iterable[str]) -> None:
+    def record_away(self, names: Iterable[str]) -> None:
         """Remember what was written while another cache directory, which may come back, was not at its path."""
         _remember(self._away, names)
-        self._note()
+        self._update()
 
     def written_while_away(self) -> list[str]:
-        """The names that `note_away` was given."""
+        """The names that `record_away` was given."""
         return list(self._away)
 
     def forget_away(self) -> None:
         """Forget those names: the directory that was away is true again."""
         self._away.clear()
-        self._note()
+        self._update()
 
     def holds(self, key: str) -> bool:
         """Whether nothing of a key may be served."""

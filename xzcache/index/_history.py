@@ -129,7 +129,7 @@ class History:
 
     # -- ghosts
 
-    def bury(self, leaving: Iterable[tuple[Entry, int]]) -> None:
+    def add_ghosts(self, leaving: Iterable[tuple[Entry, int]]) -> None:
         """Remember entries, `(entry, id)`, that are about to leave."""
         self._do_many(
             "INSERT OR REPLACE INTO ghost(key, tick, gap) SELECT ?, tick, gap FROM entry WHERE id = ? AND tick > 0",

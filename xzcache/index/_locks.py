@@ -242,7 +242,7 @@ class StoringLock:
             self._sharers += joined
             return joined
 
-    def leave(self) -> None:
+    def unshare(self) -> None:
         """Undo `share`."""
         with self._mutex:
             self._sharers -= 1
@@ -357,7 +357,7 @@ class ByteLocks:
         (int, int) or None
             None where it was taken; else a part of the span that another process has.
         """
-        offset, length, base = _place_of(number, span)
+        offset, length, base = _offsets_of(number, span)
         if length <= 0 or lock_range(self._fd, fcntl.F_WRLCK, offset, length):
             return None
         if (taken := locked_range(self._fd, offset, length)) is None:
@@ -368,7 +368,7 @@ class ByteLocks:
 
     def unlock_span(self, number: int, span: Span) -> None:
         """Undo one `try_lock_span`."""
-        offset, length, _ = _place_of(number, span)
+        offset, length, _ = _offsets_of(number, span)
         if length > 0:
             self._release(offset, length)
 
@@ -382,7 +382,7 @@ class ByteLocks:
         self._fd = -1
 
 
-def _place_of(number: int, span: Span) -> tuple[int, int, int]:
+def _offsets_of(number: int, span: Span) -> tuple[int, int, int]:
     """Offset and length of what a span is locked by, and the offset of its object's first byte."""
     base = _SPANS + (number & _OBJECTS) * _ROOM
     first, last = min(span[0], _ROOM), min(span[1], _ROOM)

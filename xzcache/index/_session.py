@@ -1,7 +1,7 @@
-"""The shared books of a cache directory, as one process holds them: locks, index, and its own lease of the bound.
+"""The index session of one process: its locks, its connection to the index, and its lease of the bound.
 
-`Books.section` is the only way to the index. It holds the guard, opens the index that is current, and notices when the
-directory was removed or the index rebuilt meanwhile.
+`IndexSession.section` is the only way to the index. It holds the guard, opens the current index, and detects that the
+directory was removed or that the index was rebuilt.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def written_notes(meta: str) -> list[WrittenNote]:
     return [WrittenNote(f"{meta}/{_WRITTEN}/{name}", int(match[1], 16), int(match[2])) for name, match in found]
 
 
-class Membership:
+class Registration:
     """This process's part in a directory: open locks, an owner number, and the bytes it may still write.
 
     It has three descriptors: the file ``lock``, whose `flock` is the guard and whose bytes are the owners' locks; the
@@ -142,8 +142,8 @@ class Membership:
         self._epoch = 0
         self._impatient_until = 0.0
         self._closed = False
-        self._noting = threading.Lock()
-        self._noted: dict[str, str] = {}
+        self._recording = threading.Lock()
+        self._recorded: dict[str, str] = {}
         self._note_number = 0
         self.is_writing = False
         status = os.fstat(self.guard.fd)
@@ -177,10 +177,10 @@ class Membership:
         """Make another index the current one, for all who enter the guard from now on."""
         # a serial that nobody reached, as garbage might be, would make every index look old
         self._write(1, 0)
-        self.note_boot()
+        self.write_boot()
         self._write(0, generation)
 
-    def note_boot(self) -> None:
+    def write_boot(self) -> None:
         """Write down that the index is known to be whole since the machine was started; under the guard."""
         self._write(3, _boot())
 
@@ -190,11 +190,11 @@ class Membership:
 
     # -- the notes that namespaces are being written
 
-    def is_noted(self, namespace: str) -> bool:
-        """Whether `note_written` has nothing to do."""
-        return namespace in self._noted or "" in self._noted or not _boot()
+    def is_recorded(self, namespace: str) -> bool:
+        """Whether `record_written` has nothing to do."""
+        return namespace in self._recorded or "" in self._recorded or not _boot()
 
-    def note_written(self, namespace: str) -> None:
+    def record_written(self, namespace: str) -> None:
         """Say, before the first write to a namespace, that it is being written, so that a loss of power is noticed.
 
         The note is on the disk when this returns. Where the platform does not tell one boot from the next, there is
@@ -205,12 +205,12 @@ class Membership:
         OSError
             It could not be written.
         """
-        if self.is_noted(namespace):
+        if self.is_recorded(namespace):
             return
-        with self._noting:
-            if self.is_noted(namespace):
+        with self._recording:
+            if self.is_recorded(namespace):
                 return
-            if len(self._noted) >= _MOST_NOTES - 1:
+            if len(self._recorded) >= _MOST_NOTES - 1:
                 namespace = ""
             folder = f"{self.meta}/{_WRITTEN}"
             with suppress(FileExistsError):
@@ -222,7 +222,7 @@ class Membership:
                 number = _NOTES | secrets.randbits(48)
                 if self.owners.try_lock(number):
                     self._note_number = number
-            path = f"{folder}/{_boot():016x}-{self._note_number}-{len(self._noted)}"
+            path = f"{folder}/{_boot():016x}-{self._note_number}-{len(self._recorded)}"
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 # what has no end of line is not whole, and stands for all namespaces
@@ -231,14 +231,14 @@ class Membership:
             finally:
                 os.close(fd)
             files.sync(folder)
-            self._noted[namespace] = path
+            self._recorded[namespace] = path
 
     def take_notes_back(self) -> None:
         """Make what was invalidated safe on the disk, then remove the notes that say it is not; after signing off.
 
         Where that takes long, it is left to a thread, and where it cannot be done, to the next process.
         """
-        if self._noted:
+        if self._recorded:
             thread = threading.Thread(target=self._take_notes_back, name="xzcache-sync", daemon=True)
             try:
                 thread.start()
@@ -249,11 +249,11 @@ class Membership:
                 thread.join(_LONGEST_SYNC)
 
     def _take_notes_back(self) -> None:
-        with self._noting, suppress(OSError):
+        with self._recording, suppress(OSError):
             files.sync_all(self.guard.fd)
-            for path in self._noted.values():
+            for path in self._recorded.values():
                 files.discard(path)
-            self._noted.clear()
+            self._recorded.clear()
 
     def dead_notes(self) -> Iterator[WrittenNote]:
         """Notes of this boot whose processes are dead, each with its byte locked."""
@@ -279,7 +279,7 @@ class Membership:
         """The serial number that the index had after the last transaction."""
         return self._read(1)
 
-    def note_serial(self, index: Index) -> None:
+    def write_serial(self, index: Index) -> None:
         """Write down how far the index got, so that one that lost its last transactions is noticed; under the guard."""
         serial = index.serial()
         if serial != self._serial:
@@ -301,7 +301,7 @@ class Membership:
         """The current index, with this process registered in it; under the guard only."""
         generation = self.read_generation()
         if generation != self.generation or generation == 0:
-            self.leave_index()
+            self.close_index()
         elif self.index is not None and self.index.is_logged:
             self.disconnect()
         self.generation = generation
@@ -376,7 +376,7 @@ class Membership:
             with suppress(sqlite3.Error):
                 index.close()
 
-    def leave_index(self) -> None:
+    def close_index(self) -> None:
         """Close the index of an older generation; under the guard only."""
         self.disconnect()
         self.is_checked = False
@@ -472,7 +472,7 @@ _inherited: Final[list[object]] = []
 """What must neither be used nor closed any more: a parent's connections, in a child of a fork that could not wait."""
 
 
-class Books:
+class IndexSession:
     """The index of one cache directory and the locks around it.
 
     Parameters
@@ -509,8 +509,8 @@ class Books:
         self.when_refused: Callable[[], None] = _nothing
         self.when_joined: Callable[[], None] = _nothing
         self._opening = threading.Lock()
-        self._member: Membership | None = None
-        self._forking: Membership | None = None
+        self._process: Registration | None = None
+        self._forking: Registration | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
         self.when_used: Callable[[], None] = _nothing
@@ -526,11 +526,11 @@ class Books:
         return time.monotonic() - self._used < _MOMENT
 
     @property
-    def current(self) -> Membership | None:
+    def current(self) -> Registration | None:
         """This process's membership, if it has joined already; never waits."""
-        return self._member
+        return self._process
 
-    def member(self) -> Membership:
+    def process(self) -> Registration:
         """This process's membership, joining where it has none.
 
         Raises
@@ -538,15 +538,15 @@ class Books:
         Unusable
             The directory cannot be made or written, or is of a newer format.
         """
-        member = self._member
-        if member is not None:
-            return member
+        process = self._process
+        if process is not None:
+            return process
         if self.is_retired:
             raise Unusable(f"the cache directory {self.root} was taken away")
         with self._opening:
-            if self._member is None:
+            if self._process is None:
                 try:
-                    self._member = self._join()
+                    self._process = self._join()
                 except Foreign:
                     self.when_refused()
                     raise
@@ -554,9 +554,9 @@ class Books:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
                 self.when_joined()
                 self._joined()
-            return self._member
+            return self._process
 
-    def _join(self) -> Membership:
+    def _join(self) -> Registration:
         found = self.read_note("format")
         # garbage is damage, and mended; a number is somebody who knows better
         if found and found.isdecimal() and found != str(FORMAT):
@@ -575,11 +575,11 @@ class Books:
             if (why := files.unsafe(place)) is not None:
                 raise Foreign(why)
         take_over(self.meta, self.timeout)
-        member = Membership(self.meta, self.timeout)
-        with member.guard:
+        process = Registration(self.meta, self.timeout)
+        with process.guard:
             if self.read_note("format") != str(FORMAT):
                 self.write_note("format", str(FORMAT))
-        return member
+        return process
 
     def node_id(self) -> str:
         """A uuid that is the same for all processes that share this directory, and for no others."""
@@ -593,7 +593,7 @@ class Books:
         """Whether the file system can tell which files are ours."""
         return files.has_stamps(f"{self.meta}/lock")
 
-    def note_made(self, namespace: str) -> None:
+    def record_made(self, namespace: str) -> None:
         """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
         if self._stamps is None:
             self._stamps = self.has_stamps
@@ -601,7 +601,7 @@ class Books:
             files.make_directories(f"{self.meta}/made/{namespace}")
 
     def made_namespaces(self) -> list[str]:
-        """The directories that `note_made` remembers."""
+        """The directories that `record_made` remembers."""
         with suppress(FileNotFoundError):
             return os.listdir(f"{self.meta}/made")
         return []
@@ -620,7 +620,7 @@ class Books:
         return None
 
     @contextmanager
-    def guarded(self, patience: float | None = None) -> Iterator[Membership]:
+    def guarded(self, patience: float | None = None) -> Iterator[Registration]:
         """Hold the guard of the directory as it is now, without touching the index.
 
         Parameters
@@ -629,18 +629,18 @@ class Books:
             Seconds to wait for it, instead of those of this object.
         """
         for _ in range(3):
-            member = self.member()
+            process = self.process()
             self._used = time.monotonic()
-            with member.guard if patience is None else member.guard.within(patience):
-                if self._member is member and member.guard.is_current():
-                    yield member
+            with process.guard if patience is None else process.guard.within(patience):
+                if self._process is process and process.guard.is_current():
+                    yield process
                     return
                 # this process left it meanwhile, or somebody removed the directory: start over
-                self.abandon(member)
+                self.abandon(process)
         raise Unusable(f"the cache directory {self.root} is removed again and again")
 
     @contextmanager
-    def section(self, patience: float | None = None) -> Iterator[tuple[Membership, Index]]:
+    def section(self, patience: float | None = None) -> Iterator[tuple[Registration, Index]]:
         """One transaction on the index, under the guard.
 
         Commits at the end; a caller that has to act between commit and the release of the guard commits by itself.
@@ -652,15 +652,15 @@ class Books:
         """
         if getattr(self._inside, "yes", False):
             raise CacheFault("a section within a section")
-        with self.guarded(patience) as member:
+        with self.guarded(patience) as process:
             self._inside.yes = True
             index = None
             try:
-                index = opened = member.open_index()
-                member.patiently(lambda: opened.begin(0))
-                yield member, index
+                index = opened = process.open_index()
+                process.patiently(lambda: opened.begin(0))
+                yield process, index
                 index.commit()
-                member.note_serial(index)
+                process.write_serial(index)
             except BaseException as error:
                 if index is not None:
                     with suppress(sqlite3.Error):
@@ -669,16 +669,16 @@ class Books:
                 if isinstance(error, sqlite3.Error):
                     if not is_locked(error):
                         # a new connection looks at the files anew
-                        member.disconnect()
-                    raise _blamed(translated(error), member) from error
-                _blamed(error, member)
+                        process.disconnect()
+                    raise _blamed(translated(error), process) from error
+                _blamed(error, process)
                 raise
             finally:
                 self._inside.yes = False
                 self.when_used()
 
     @contextmanager
-    def storing(self) -> Iterator[Membership]:
+    def storing(self) -> Iterator[Registration]:
         """Keep a rebuild away while space is taken from the lease, written to and accounted for.
 
         Raises
@@ -687,47 +687,47 @@ class Books:
             A rebuild goes on for too long.
         """
         for _ in range(3):
-            member = self._present()
-            if not member.storing.share(self.timeout):
+            process = self._present()
+            if not process.storing.share(self.timeout):
                 raise Busy("the index is being rebuilt")
             try:
-                if self._member is not member:
+                if self._process is not process:
                     # this process left the directory meanwhile
                     continue
-                if member.owner == 0 or member.read_generation() != member.generation:
+                if process.owner == 0 or process.read_generation() != process.generation:
                     with self.section() as (current, _):
-                        if current is not member:
+                        if current is not process:
                             raise Busy("the directory was removed meanwhile")
-                member.see_revocations()
-                yield member
+                process.see_revocations()
+                yield process
                 return
             finally:
-                member.storing.leave()
+                process.storing.unshare()
         raise Busy(f"the cache directory {self.root} is left again and again")
 
     def is_stand_in(self) -> bool:
         """Whether the directory at the path is the one that this process uses, and not one that was away."""
-        member = self._member
+        process = self._process
         try:
-            return member is not None and member.identity not in self.lost and member.guard.is_current()
+            return process is not None and process.identity not in self.lost and process.guard.is_current()
         except OSError:
             return False
 
-    def abandon(self, member: Membership) -> None:
+    def abandon(self, process: Registration) -> None:
         """Let go of a directory that is no longer there."""
-        if not member.is_deleted():
-            self.lost.add(member.identity)
+        if not process.is_deleted():
+            self.lost.add(process.identity)
         with self._opening:
-            if self._member is member:
-                self._member = None
-        member.leave_index()
+            if self._process is process:
+                self._process = None
+        process.close_index()
 
     def close(
         self,
         last_words: Callable[[Index], None] | None = None,
         *,
         unless_writing: bool = False,
-        owes: bool = False,
+        has_pending: bool = False,
     ) -> bool:
         """Give the lease back and sign off, once nothing is being stored. The next use joins again.
 
@@ -745,83 +745,83 @@ class Books:
         bool
             Whether this process has left.
         """
-        member = self._member
-        if member is None:
+        process = self._process
+        if process is None:
             return True
         is_done = False
-        with member.storing.kept_out(self.timeout) as alone:
+        with process.storing.kept_out(self.timeout) as alone:
             with suppress(CacheFault, OSError):
-                if alone and not self._sign_off(member, last_words, unless_writing=unless_writing):
+                if alone and not self._sign_off(process, last_words, unless_writing=unless_writing):
                     return False
-                is_done = alone and not member.is_writing
+                is_done = alone and not process.is_writing
             # a process that could not sign off is taken for dead, and buried by the next one
-            if self._member is member:
-                self._member = None
-        if is_done and not owes:
-            member.take_notes_back()
+            if self._process is process:
+                self._process = None
+        if is_done and not has_pending:
+            process.take_notes_back()
         return True
 
-    def note_written(self, namespace: str) -> None:
-        """Say that a namespace is being written in this boot of the machine; see `Membership.note_written`."""
-        member = self._member
-        if member is None or not member.is_noted(namespace):
-            self._present().note_written(namespace)
+    def record_written(self, namespace: str) -> None:
+        """Say that a namespace is being written in this boot of the machine; see `Registration.record_written`."""
+        process = self._process
+        if process is None or not process.is_recorded(namespace):
+            self._present().record_written(namespace)
 
-    def _present(self) -> Membership:
+    def _present(self) -> Registration:
         """This process's membership in the directory that is at the path now, which may have been replaced."""
-        member = self.member()
-        if not member.guard.is_current():
+        process = self.process()
+        if not process.guard.is_current():
             with self.guarded() as joined:
-                member = joined
-        return member
+                process = joined
+        return process
 
     def _sign_off(
-        self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
+        self, process: Registration, last_words: Callable[[Index], None] | None, *, unless_writing: bool
     ) -> bool:
-        with member.guard:
+        with process.guard:
             stays = False
             try:
                 # only the guard tells whether there is a number to give back: a thread in a section may just take one;
                 # and a directory that was removed is not made again to sign off from it
-                if member.owner and member.guard.is_current():
-                    self._give_number_back(member, last_words)
-                    stays = member.is_writing and unless_writing
+                if process.owner and process.guard.is_current():
+                    self._give_number_back(process, last_words)
+                    stays = process.is_writing and unless_writing
             except sqlite3.Error as error:
                 raise translated(error) from error
             finally:
                 if not stays:
                     # a thread that waits for this guard has to see that it is of the past
-                    if self._member is member:
-                        self._member = None
-                    member.leave_index()
+                    if self._process is process:
+                        self._process = None
+                    process.close_index()
             return not stays
 
-    def _give_number_back(self, member: Membership, last_words: Callable[[Index], None] | None) -> None:
+    def _give_number_back(self, process: Registration, last_words: Callable[[Index], None] | None) -> None:
         """Remove this process from the index, unless it is writing at the source; under the guard."""
-        index = member.open_index()
-        member.patiently(lambda: index.begin(0))
+        index = process.open_index()
+        process.patiently(lambda: index.begin(0))
         try:
             if last_words is not None:
                 last_words(index)
             # while this process writes at the source, the index says so on its behalf
-            member.is_writing = bool(index.notes.writing_of(member.owner))
-            if not member.is_writing:
-                index.drop_owner(member.owner)
+            process.is_writing = bool(index.tables.writing_of(process.owner))
+            if not process.is_writing:
+                index.drop_owner(process.owner)
             index.commit()
         finally:
             index.rollback()
-        member.note_serial(index)
-        if not member.is_writing:
+        process.write_serial(index)
+        if not process.is_writing:
             with suppress(OSError):
-                os.rmdir(f"{self.meta}/tmp/{member.owner}")
-            if self.checked is not None and self.checked[0] == member.generation:
-                self.checked = member.generation, index.serial()
+                os.rmdir(f"{self.meta}/tmp/{process.owner}")
+            if self.checked is not None and self.checked[0] == process.generation:
+                self.checked = process.generation, index.serial()
 
     # -- fork
 
     def before_fork(self) -> None:
         """Wait until no thread is in a section, and keep it so: the child must not inherit half a transaction."""
-        self._forking = self._member
+        self._forking = self._process
         if self._forking is not None and self._forking.guard.before_fork():
             # the child must neither use nor close the connection of its parent, so there is none to inherit
             self._forking.disconnect()
@@ -835,13 +835,13 @@ class Books:
 
     def after_fork_in_child(self) -> None:
         """Start anew: no lock of the parent's is released, and its connection is neither used nor closed."""
-        for member in {self._member, self._forking} - {None}:
-            assert member is not None
-            if member.index is not None:
-                _inherited.append(member.index)
-                member.index = None
-            member.close_descriptors()
-        self._member = self._forking = None
+        for process in {self._process, self._forking} - {None}:
+            assert process is not None
+            if process.index is not None:
+                _inherited.append(process.index)
+                process.index = None
+            process.close_descriptors()
+        self._process = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
         self.writing = set()
@@ -851,8 +851,8 @@ def _nothing() -> None:
     pass
 
 
-def _blamed(error: BaseException, member: Membership) -> BaseException:
+def _blamed(error: BaseException, process: Registration) -> BaseException:
     """The same exception; damage says which index it was."""
     if isinstance(error, Damaged):
-        error.generation = member.generation
+        error.generation = process.generation
     return error

@@ -105,13 +105,13 @@ class Totals(NamedTuple):
     entries: int
     size: int
     lease: int
-    dying: int
+    tombstones: int
     max_size: int | None
 
     @property
     def room(self) -> int | None:
         """Bytes that may still be promised (negative after the bound was lowered); None where there is no bound."""
-        return None if self.max_size is None else self.max_size - self.size - self.lease - self.dying
+        return None if self.max_size is None else self.max_size - self.size - self.lease - self.tombstones
 
 
 class Row(NamedTuple):
@@ -119,7 +119,7 @@ class Row(NamedTuple):
 
     id: int
     entry: Entry
-    odd: bool
+    hashed: bool
     size: int
     crc: int
     used: int
@@ -129,12 +129,12 @@ class Row(NamedTuple):
     tick: int
 
 
-class Dying(NamedTuple):
+class Tombstone(NamedTuple):
     """A file that has left the index and still takes space."""
 
     id: int
     entry: Entry
-    odd: bool
+    hashed: bool
     size: int
 
 
@@ -152,7 +152,7 @@ class Writings(NamedTuple):
         return key in self.keys or any(map(key.startswith, self.prefixes))
 
 
-class Notes:
+class Tables:
     """The small tables of one open index; within a section only, as all of the index."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -279,8 +279,8 @@ _COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq,
 
 
 def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int, int]) -> Row:
-    id_, key, start, stop, odd, *rest = values
-    return Row(id_, Entry(key, start, stop), bool(odd), *rest)
+    id_, key, start, stop, hashed, *rest = values
+    return Row(id_, Entry(key, start, stop), bool(hashed), *rest)
 
 
 class Index:
@@ -323,7 +323,7 @@ class Index:
             self.connection.close()
             raise
         self._do = self.connection.execute
-        self.notes = Notes(self.connection)
+        self.tables = Tables(self.connection)
         self.history = History(self.connection)
 
     @property
@@ -397,7 +397,7 @@ class Index:
     def wrong_totals(self) -> list[tuple[str, int, int]]:
         """Each total that differs from its rows: its name, the number that is written down, and the true one."""
         count, size = self._do("SELECT count(*), coalesce(sum(size), 0) FROM entry").fetchone()
-        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (tombstones,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
         (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
         shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0) FROM ns").fetchone()
         totals = self.totals()
@@ -405,7 +405,7 @@ class Index:
             ("entries", totals.entries, count),
             ("bytes", totals.size, size),
             ("leases", totals.lease, lease),
-            ("tombstones", totals.dying, dying),
+            ("tombstones", totals.tombstones, tombstones),
             ("entries by source", shares[0], count),
             ("bytes by source", shares[1], size),
         ]
@@ -430,14 +430,14 @@ class Index:
         count, size, least = self._do(
             "SELECT count(*), coalesce(sum(size), 0), coalesce(min(size), 0) FROM entry"
         ).fetchone()
-        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (tombstones,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
         (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
         if not isinstance(size, int) or least < 0:
             raise Damaged("an entry of the index has a size that no file can have")
         shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0), coalesce(min(n), 0) FROM ns").fetchone()
-        if self.totals()[:4] == (count, size, lease, dying) and shares[:2] == (count, size) and shares[2] >= 0:
+        if self.totals()[:4] == (count, size, lease, tombstones) and shares[:2] == (count, size) and shares[2] >= 0:
             return False
-        self._do("UPDATE total SET n = ?, bytes = ?, lease = ?, dying = ?", (count, size, lease, dying))
+        self._do("UPDATE total SET n = ?, bytes = ?, lease = ?, dying = ?", (count, size, lease, tombstones))
         self._do("UPDATE ns SET n = 0, bytes = 0")
         sums = self._do("SELECT count(*), sum(size), ns FROM entry GROUP BY ns").fetchall()
         self.connection.executemany("UPDATE ns SET n = ?, bytes = ? WHERE id = ?", sums)
@@ -485,12 +485,12 @@ class Index:
         row = self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ? AND start = ? AND stop = ?", entry).fetchone()
         return None if row is None else _row(row)
 
-    def add(self, entry: Entry, *, odd: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
+    def add(self, entry: Entry, *, hashed: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
         """Give an entry a row, which remembers what its ghost does."""
         self._do(
             "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq, tick, gap) "
             f"VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {BIRTH})",
-            (self._namespace(entry.key), *entry, odd, size, crc, used, used, owner, seq, hash_of(entry)),
+            (self._namespace(entry.key), *entry, hashed, size, crc, used, used, owner, seq, hash_of(entry)),
         )
 
     def _namespace(self, key: str) -> int:
@@ -564,7 +564,7 @@ class Index:
         rows = (_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE owner = ?", (owner,)))
         return [row for row in rows if row.seq in wanted]
 
-    def odd_keys(self, prefix: str) -> list[str]:
+    def hashed_keys(self, prefix: str) -> list[str]:
         """Whole objects beneath a prefix that do not lie at their own key."""
         where, bounds = range_of(prefix)
         where = f"{where} AND" if where else " WHERE"
@@ -582,24 +582,26 @@ class Index:
 
     # -- files that are on their way out
 
-    def add_dying(self, row: Row, owner: int) -> Dying:
+    def add_tombstone(self, row: Row, owner: int) -> Tombstone:
         cursor = self._do(
             "INSERT INTO dying(key, start, stop, odd, size, owner) VALUES(?, ?, ?, ?, ?, ?)",
-            (*row.entry, row.odd, row.size, owner),
+            (*row.entry, row.hashed, row.size, owner),
         )
         assert cursor.lastrowid is not None
-        return Dying(cursor.lastrowid, row.entry, row.odd, row.size)
+        return Tombstone(cursor.lastrowid, row.entry, row.hashed, row.size)
 
-    def dying_of(self, owner: int) -> list[Dying]:
-        return self._dying("owner = ?", owner)
+    def tombstones_of(self, owner: int) -> list[Tombstone]:
+        return self._tombstones("owner = ?", owner)
 
-    def dying_of_nobody(self) -> list[Dying]:
+    def orphaned_tombstones(self) -> list[Tombstone]:
         """Files whose owner has signed off."""
-        return self._dying("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
+        return self._tombstones("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
 
-    def _dying(self, where: str, *values: int | str) -> list[Dying]:
+    def _tombstones(self, where: str, *values: int | str) -> list[Tombstone]:
         rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
-        return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+        return [
+            Tombstone(id_, Entry(key, start, stop), bool(hashed), size) for id_, key, start, stop, hashed, size in rows
+        ]
 
     def disown_lost(self) -> None:
         """Give to nobody what belongs to owners that are not there: the rows may be of different transactions.
@@ -609,22 +611,22 @@ class Index:
         self._do("UPDATE dying SET owner = 0 WHERE owner NOT IN (SELECT id FROM owner)")
         self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
 
-    def disown_dying(self, ids: Iterable[int]) -> None:
+    def disown_tombstones(self, ids: Iterable[int]) -> None:
         """Leave files that could not be seen to be gone to whoever recovers next."""
         self.connection.executemany("UPDATE dying SET owner = 0 WHERE id = ?", [(id_,) for id_ in ids])
 
-    def left_dying(self, limit: int = -1) -> list[Dying]:
+    def unowned_tombstones(self, limit: int = -1) -> list[Tombstone]:
         """Those files, or some of them: their bytes stay counted."""
-        return self._dying("owner = 0 ORDER BY random() LIMIT ?", limit)
+        return self._tombstones("owner = 0 ORDER BY random() LIMIT ?", limit)
 
-    def is_dying(self, entry: Entry) -> bool:
+    def has_tombstone(self, entry: Entry) -> bool:
         """Whether a tombstone speaks of a file of an entry."""
-        return bool(self._dying("key = ? AND start = ? AND stop = ?", *entry))
+        return bool(self._tombstones("key = ? AND start = ? AND stop = ?", *entry))
 
-    def dying_ids(self) -> set[int]:
+    def tombstone_ids(self) -> set[int]:
         return {id_ for (id_,) in self._do("SELECT id FROM dying")}
 
-    def drop_dying(self, ids: Iterable[int]) -> None:
+    def drop_tombstones(self, ids: Iterable[int]) -> None:
         self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
 
 

@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 _MOST_SEEN: Final = 4096
 
 
-def write_slot(key: str) -> int:
+def write_counter(key: str) -> int:
     """The number of the counter of writes of a key."""
     return Entry(key).lock_offset()
 
 
-def prefix_slot(prefix: str) -> int:
+def prefix_counter(prefix: str) -> int:
     """The number of the counter of writes that concern everything beneath a prefix."""
     return Entry(prefix + "/").lock_offset()
 
 
-def data_slot(prefix: str) -> int:
+def data_counter(prefix: str) -> int:
     """The number of the counter of what concerns all that is beneath a prefix but metadata documents."""
     return Entry(prefix + "//").lock_offset()
 
 
-def absence_slot(array: str) -> int:
+def missing_counter(array: str) -> int:
     """The number of the counter of what was found to be absent of an array."""
     return Entry(array + "///").lock_offset()
 
 
-def all_slots(key: str, *, data: bool) -> tuple[int, ...]:
+def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
     """The numbers of all counters that a write of a key, or of anything above it, raises.
 
     Parameters
@@ -47,15 +47,15 @@ def all_slots(key: str, *, data: bool) -> tuple[int, ...]:
     data : bool
         Whether it is something else than a metadata document.
     """
-    return (write_slot(key), *_slots_above(key[: key.rfind("/") + 1], data=data))
+    return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
 @lru_cache(maxsize=1024)
-def _slots_above(directory: str, *, data: bool) -> tuple[int, ...]:
+def _counters_above(directory: str, *, data: bool) -> tuple[int, ...]:
     # the same for all chunks of an array; a directory ends in a slash
     above = [directory[:end] for end, character in enumerate(directory) if character == "/"]
-    slots = tuple(map(prefix_slot, above))
-    return (*slots, *map(data_slot, above)) if data else slots
+    counters = tuple(map(prefix_counter, above))
+    return (*counters, *map(data_counter, above)) if data else counters
 
 
 class WriteCounters:
@@ -76,47 +76,47 @@ class WriteCounters:
     beginning.
     """
 
-    SLOTS: Final = 1 << 20
+    COUNT: Final = 1 << 20
 
     def __init__(self, path: str) -> None:
         self.fd = open_lock_file(path)
         self._seen: tuple[bytes, dict[int, int]] = (b"", {})
         if hasattr(os, "posix_fallocate"):
             with suppress(OSError):
-                os.posix_fallocate(self.fd, self.SLOTS * 8, 16)
+                os.posix_fallocate(self.fd, self.COUNT * 8, 16)
 
-    def read(self, slot: int) -> int:
-        return self._read(slot % self.SLOTS)
+    def read(self, counter: int) -> int:
+        return self._read(counter % self.COUNT)
 
     def lost(self) -> int:
         """How many writes could not be counted: each may have been of any key."""
-        return self._read(self.SLOTS + 1)
+        return self._read(self.COUNT + 1)
 
-    def before(self, slots: Sequence[int]) -> tuple[int, ...]:
+    def before(self, counters: Sequence[int]) -> tuple[int, ...]:
         """How many were lost, and the counts of some slots: now, or from a moment ago, where somebody just raises one.
 
         Most need no look at the file. Older counts are safe for whoever begins something that may only be finished
         while `read` still says the same.
         """
-        totals = os.pread(self.fd, 16, self.SLOTS * 8)
+        totals = os.pread(self.fd, 16, self.COUNT * 8)
         seen, counts = self._seen
         if seen != totals or len(counts) > _MOST_SEEN:
             counts = {}
             self._seen = totals, counts
-        for slot in slots:
-            if slot not in counts:
-                counts[slot] = self.read(slot)
-        return (int.from_bytes(totals[8:], "little"), *[counts[slot] for slot in slots])
+        for counter in counters:
+            if counter not in counts:
+                counts[counter] = self.read(counter)
+        return (int.from_bytes(totals[8:], "little"), *[counts[counter] for counter in counters])
 
-    def bump(self, slot: int) -> None:
+    def increment(self, counter: int) -> None:
         """Count one write."""
         try:
-            self._raise(slot % self.SLOTS)
+            self._raise(counter % self.COUNT)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._raise(self.SLOTS + 1)
-        self._raise(self.SLOTS)
+            self._raise(self.COUNT + 1)
+        self._raise(self.COUNT)
 
     def _read(self, position: int) -> int:
         raw = os.pread(self.fd, 8, position * 8)

@@ -44,7 +44,7 @@ class Backend(Protocol):
         """How many entries this process evicted."""
 
     @property
-    def troubles(self) -> int:
+    def faults(self) -> int:
         """How many times the cache failed."""
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
@@ -64,20 +64,20 @@ class Backend(Protocol):
 
     # -- looking up: never older than `max_age`, never of other bytes than were stored
 
-    def at_once(self, key: str, max_age: Age) -> memoryview | None:
-        """The value of a key if that needs no waiting; after None, `find` tells."""
+    def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
+        """The value of a key if that needs no waiting; after None, `get` tells."""
 
-    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into an array of bytes, which is undefined after False."""
+    def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `get_nowait`, into an array of bytes, which is undefined after False."""
 
-    def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """As `find`, blocking, for threads; after None, `find` tells."""
+    def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """As `get`, blocking, for threads; after None, `get` tells."""
 
-    async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
+    async def get(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry."""
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of a whole object that `find` would find."""
+        """The size of a whole object that `get` would find."""
 
     def listed(self, key: str) -> Listed:
         """The byte ranges that are cached of an object."""
@@ -88,7 +88,7 @@ class Backend(Protocol):
     async def validator(self, entry: Entry) -> str:
         """The validator of a cached entry; empty if it has none."""
 
-    async def renew(self, entry: Entry, max_age: Age) -> None:
+    async def mark_validated(self, entry: Entry, max_age: Age) -> None:
         """Let the age of an entry, which the source was asked about, begin anew."""
 
     # -- fetching once, and storing
@@ -96,20 +96,20 @@ class Backend(Protocol):
     def fetching(self) -> AbstractAsyncContextManager[None]:
         """A context in which the source is fetched from; the last to leave it waits for what is being stored."""
 
-    def lead(self, entry: Entry) -> Callable[[], None] | None:
+    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
         """Try to become the only process that fetches an entry, without waiting; the function that gives that up."""
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """As `lead`, of some bytes of an object; where another process fetches some of them, the first such span."""
+        """Like `try_acquire`, for a span of an object; a span that another process fetches if one does."""
 
-    def ticket(self, entry: Entry) -> Any:
+    def write_version(self, entry: Entry) -> Any:
         """A ticket, taken before the fetch begins; None if nothing can be stored."""
 
-    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
+    async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless its key was written since the ticket was taken; others see all of it or nothing."""
 
     async def publish_soon(
-        self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
+        self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
         """As `publish`, perhaps later; `done` is called in the end, whatever happens."""
 
@@ -118,48 +118,48 @@ class Backend(Protocol):
 
     # -- what is no longer true: after these return, no process is served what was stored before
 
-    async def begin(self, keys: Sequence[str]) -> Sequence[Any]:
-        """Invalidate keys before the source is written; until `end`, nothing of them is stored."""
+    async def begin_write(self, keys: Sequence[str]) -> Sequence[Any]:
+        """Invalidate keys before the source is written; until `end_write`, nothing of them is stored."""
 
-    async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+    async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """Invalidate the keys again after the source was written, and store their new values."""
 
-    async def forget(self, key: str, since: Any) -> Any:
+    async def invalidate(self, key: str, since: Any) -> Any:
         """Invalidate a key of which the source has another state; a ticket to store it with."""
 
-    async def begin_drop(self, prefix: str, *, itself: bool = False) -> Any:
-        """As `begin`, of all keys beneath a prefix, and perhaps of the prefix as a key."""
+    async def begin_delete(self, prefix: str, *, itself: bool = False) -> Any:
+        """As `begin_write`, of all keys beneath a prefix, and perhaps of the prefix as a key."""
 
-    async def end_drop(self, begun: Any) -> None:
-        """As `end`, of `begin_drop`."""
+    async def end_delete(self, begun: Any) -> None:
+        """As `end_write`, of `begin_delete`."""
 
     async def clear(self) -> None:
         """Invalidate all entries of this source."""
 
     # -- metadata documents
 
-    async def compare(self, key: str, document: bytes | None, ticket: Any) -> Any:
+    async def apply_document(self, key: str, document: bytes | None, version: Any) -> Any:
         """Invalidate the arrays that a metadata document of the source shows to have changed; a ticket to store it."""
 
-    async def note(self, key: str, document: bytes) -> None:
+    async def record_document(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
 
-    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
+    async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
         """Those documents whose state may not be the one that the cached chunks are of."""
 
-    async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
+    async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
         """Remember, in this process, of which documents the source was asked in doubt."""
 
     # -- what the source does not have
 
-    async def is_absent(self, key: str, max_age: Age) -> bool:
+    async def is_document_missing(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a metadata document."""
 
-    def lacks_now(self, key: str, max_age: Age) -> bool:
+    def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
         """Whether this process knows that the source does not have a chunk."""
 
-    async def lacks(self, key: str, max_age: Age) -> bool:
+    async def is_known_missing(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a chunk."""
 
-    async def note_lack(self, key: str, ticket: Any) -> None:
+    async def record_missing(self, key: str, version: Any) -> None:
         """Remember that the source does not have a chunk, unless it was written since the ticket was taken."""

@@ -21,7 +21,7 @@ END: Final = -1
 """A `stop` of END reads to the end of the object; a negative `start` counts back from there."""
 
 _LONGEST_PATH: Final = 3000
-_SLOTS: Final = 62
+_OFFSET_BITS: Final = 62
 _LARGEST: Final = 1 << 62
 
 
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
     def lock_offset(self) -> int:
         """The byte of the lock files that stands for this entry."""
-        return int.from_bytes(self.digest()[:8], "little") & ((1 << _SLOTS) - 1)
+        return int.from_bytes(self.digest()[:8], "little") & ((1 << _OFFSET_BITS) - 1)
 
 
 @lru_cache(maxsize=4096)

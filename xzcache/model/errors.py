@@ -70,10 +70,10 @@ class Unclear(Exception):
     """Nobody can tell whether some parts of an object are of one state: they are to be asked for anew, together."""
 
 
-_told: Final[set[tuple[str, int]]] = set()
+_logged_lines: Final[set[tuple[str, int]]] = set()
 
 
-def is_trouble(error: BaseException) -> bool:
+def is_expected_fault(error: BaseException) -> bool:
     """Whether an exception tells of something that the cache expects to go wrong; any other is an error of its code."""
     return isinstance(error, CacheFault | OSError | sqlite3.Error | MemoryError)
 
@@ -92,14 +92,14 @@ def report_bug(error: BaseException, where: str) -> bool:
     bool
         Whether it is one.
     """
-    if is_trouble(error) or not isinstance(error, Exception):
+    if is_expected_fault(error) or not isinstance(error, Exception):
         return False
     place = "", 0
     trace = error.__traceback__
     while trace is not None:
         place, trace = (trace.tb_frame.f_code.co_filename, trace.tb_lineno), trace.tb_next
-    if place not in _told:
-        _told.add(place)
+    if place not in _logged_lines:
+        _logged_lines.add(place)
         logger.error("an error in xzcache itself, please report it (%s)", where, exc_info=error)
     return True
 

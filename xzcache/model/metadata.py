@@ -43,13 +43,13 @@ def siblings(key: str) -> list[str]:
     return [f"{path}{slash}{name}" for name in sorted(DOCUMENTS) if name != own]
 
 
-def ruling(key: str) -> str | None:
+def overriding_document(key: str) -> str | None:
     """The key of the document that, where it is there, makes another one not matter to who takes any format."""
     path, slash, name = key.rpartition("/")
     return f"{path}{slash}zarr.json" if name in DOCUMENTS and name != "zarr.json" else None
 
 
-def state_of(document: bytes | memoryview | None) -> bytes:
+def fingerprint(document: bytes | memoryview | None) -> bytes:
     """A digest of a document, or of its absence."""
     return blake2b(b"absent" if document is None else document, digest_size=8, salt=_SALT[document is None]).digest()
 
@@ -61,7 +61,7 @@ def arrays_of(key: str) -> list[str]:
     return [path, path[:-1].rstrip("/")] if path == "c" or path.endswith("/c") else [path]
 
 
-def telling(path: str) -> list[str]:
+def array_documents(path: str) -> list[str]:
     """The keys of the documents of a node that may describe arrays."""
     slash = "/" if path else ""
     return [f"{path}{slash}{name}" for name in _TELLING]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class HandedOver(Exception):
+class LeaderCancelled(Exception):
     """Whoever fetched was cancelled: one of those who waited has to go on."""
 
 
@@ -35,12 +35,12 @@ class Flight(Generic[T]):
     def __init__(self) -> None:
         self._future: Future[T] = Future()
         self.waiters = 0
-        self.departed = math.inf
+        self.sent_at = math.inf
         """When the source was asked, by `time.perf_counter`."""
 
-    def depart(self) -> None:
+    def mark_sent(self) -> None:
         """Note that the source is asked now: the answer may lack what changes from now on."""
-        self.departed = time.perf_counter()
+        self.sent_at = time.perf_counter()
 
     async def outcome(self) -> T:
         """Wait for what the leader gets.
@@ -57,14 +57,14 @@ class Flight(Generic[T]):
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(waiting)
 
-    def land(self, result: T) -> None:
+    def set_result(self, result: T) -> None:
         if not self._future.done():
             self._future.set_result(result)
 
-    def fail(self, error: BaseException) -> None:
+    def set_exception(self, error: BaseException) -> None:
         if not self._future.done():
             # a cancellation, a keyboard interrupt: none of the waiters' business
-            self._future.set_exception(error if isinstance(error, Exception) else HandedOver())
+            self._future.set_exception(error if isinstance(error, Exception) else LeaderCancelled())
             # an exception that nobody waits for is not worth a warning
             self._future.exception()
 
@@ -93,18 +93,18 @@ class Flights(Generic[T]):
         """
         with self._lock:
             flight = self._flights.get(what)
-            if flight is not None and flight.departed >= since:
+            if flight is not None and flight.sent_at >= since:
                 flight.waiters += 1
                 return flight, False
             flight = self._flights[what] = Flight()
             return flight, True
 
-    def leave(self, what: Hashable, flight: Flight[T]) -> None:
+    def finish(self, what: Hashable, flight: Flight[T]) -> None:
         """The leader is done, one way or the other."""
         with self._lock:
             if self._flights.get(what) is flight:
                 del self._flights[what]
-        flight.fail(HandedOver())
+        flight.set_exception(LeaderCancelled())
 
 
 @dataclass(eq=False)
@@ -149,7 +149,7 @@ class Claims:
                 self._claims.setdefault(what, []).extend(made)
             return made, others
 
-    def leave(self, what: Hashable, claim: Claim) -> None:
+    def release(self, what: Hashable, claim: Claim) -> None:
         """The leader is done, one way or the other; again if need be."""
         with self._lock:
             claims = self._claims.get(what, [])
@@ -157,10 +157,10 @@ class Claims:
                 claims.remove(claim)
                 if not claims:
                     del self._claims[what]
-        claim.flight.fail(HandedOver())
+        claim.flight.set_exception(LeaderCancelled())
 
 
-async def through(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:
+async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:
     """See something through to its end, whoever is cancelled meanwhile.
 
     Returns

@@ -21,7 +21,7 @@ NEGLIGIBLE: Final = 1 << 14
 """So many bytes are not worth a request of their own to save."""
 
 
-class Cover:
+class IntervalSet:
     """The bytes of some spans, as few spans in order."""
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
@@ -52,7 +52,7 @@ class Cover:
         return [*left, (at, end)] if at < end else left
 
 
-def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = None) -> list[Span]:
+def merged(spans: Iterable[Span], *, gap: int, most: int, excluded: IntervalSet | None = None) -> list[Span]:
     """Spans that are asked for together, as one.
 
     Parameters
@@ -70,7 +70,7 @@ def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = 
         if together:
             begin, end = together[-1]
             near = first - end <= gap and max(end, last) - begin <= most
-            between = 0 if walls is None or not near else sum(b - a for a, b in walls.parts((end, first)))
+            between = 0 if excluded is None or not near else sum(b - a for a, b in excluded.parts((end, first)))
             if near and between <= NEGLIGIBLE:
                 together[-1] = begin, max(end, last)
                 continue
@@ -78,20 +78,20 @@ def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = 
     return together
 
 
-def cut(span: Span, seams: Iterable[int], most: int) -> list[Span]:
+def cut(span: Span, boundaries: Iterable[int], most: int) -> list[Span]:
     """A span in parts of at most `most` bytes where its seams allow, each ending at one."""
     begin, end = span
     parts: list[Span] = []
     last = begin
-    for seam in sorted({seam for seam in seams if begin < seam < end} | {end}):
-        if seam - begin > most and last > begin:
+    for boundary in sorted({boundary for boundary in boundaries if begin < boundary < end} | {end}):
+        if boundary - begin > most and last > begin:
             parts.append((begin, last))
             begin = last
-        last = seam
+        last = boundary
     return [*parts, (begin, end)] if end > begin else parts
 
 
-class Mosaic:
+class SparseBuffer:
     """Bytes of one object, put together from spans of it."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Mosaic:
 
     def missing(self, span: Span) -> list[Span]:
         """The parts of a span that are not there."""
-        return Cover(tile for tile, _ in self._within(span)).missing(span)
+        return IntervalSet(tile for tile, _ in self._within(span)).missing(span)
 
     def of(self, span: Span) -> memoryview:
         """The bytes of a span that is there; fewer where the object ends."""

@@ -29,35 +29,35 @@ FIXED: Final = "fixed"
 """The validator of all parts of a source that can never change."""
 
 
-def once(session: str, number: int = 0) -> str:
+def session_validator(session: str, number: int = 0) -> str:
     """The validator of an answer whose source tells none; the session is a name that no other has."""
     return f"{_ONCE}{session}#{session[:12]}.{number}"
 
 
-def tells(validator: str) -> bool:
+def is_from_source(validator: str) -> bool:
     """Whether a validator is the source's own word, so that bytes that have the same one are of one state."""
     return bool(validator) and not validator.startswith(_ONCE)
 
 
-def told(validators: Iterable[str]) -> set[str]:
+def from_source(validators: Iterable[str]) -> set[str]:
     """Those validators that are the source's own word."""
-    return {validator for validator in validators if tells(validator)}
+    return {validator for validator in validators if is_from_source(validator)}
 
 
 def differ(validators: Iterable[str]) -> bool:
     """Whether validators are certainly of different states: two of one kind, an ETag and a time are none."""
-    words = told(validators)
+    words = from_source(validators)
     return len({word.partition(" ")[0] for word in words}) < len(words)
 
 
-def fits(validator: str, other: str) -> bool:
+def are_compatible(validator: str, other: str) -> bool:
     """Whether parts with these validators may be cached side by side. An empty one, of an unknown state, fits none."""
     return bool(validator) and _session(validator) == _session(other)
 
 
-def beside(validator: str, cached: str) -> str:
+def adopt_session(validator: str, cached: str) -> str:
     """The validator of an answer that is to be cached beside what it was found to fit."""
-    if tells(validator) or tells(cached) or not cached:
+    if is_from_source(validator) or is_from_source(cached) or not cached:
         return validator
     return f"{_session(cached)}#{validator.partition('#')[2]}"
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
-from xzcache.model import is_document, state_of
+from xzcache.model import fingerprint, is_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,19 +123,19 @@ class Freshness:
     def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
         """Whether the store that this one is a copy of has seen a document as it is cached here."""
         state = self.inherited.state(key)
-        vouched = state is not None and key not in self._asked and state_of(document).startswith(state)
+        vouched = state is not None and key not in self._asked and fingerprint(document).startswith(state)
         if vouched:
             self._asked[key] = self._opened
         return vouched
 
-    def note(self, key: str, document: bytes | memoryview | None, asked: float | None = None) -> None:
+    def mark_validated(self, key: str, document: bytes | memoryview | None, asked: float | None = None) -> None:
         """Remember that what is cached of a document is what the source had when it was asked, by default now."""
         if is_document(key):
             self._asked[key] = time.monotonic() if asked is None else asked
             name = _digest(key)
             # the latest last
             self._states.pop(name, None)
-            self._states[name] = state_of(document)[:_DIGEST]
+            self._states[name] = fingerprint(document)[:_DIGEST]
 
     @contextmanager
     def asking(self, key: str) -> Iterator[None]:

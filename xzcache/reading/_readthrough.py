@@ -15,21 +15,21 @@ from xzcache import sources
 from xzcache.model import (
     END,
     Flight,
-    HandedOver,
+    LeaderCancelled,
     Replaced,
     Unclear,
     clip,
     differ,
+    from_source,
     is_document,
+    is_from_source,
     merged,
     span,
-    tells,
-    told,
 )
 from xzcache.reading._fetch import RangeFetches, assembled
 from xzcache.reading._request import Request, buffer_of, contents, request_for, whole
 from xzcache.reading._revalidation import Revalidation
-from xzcache.sources import Answer
+from xzcache.sources import FetchResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -76,21 +76,23 @@ class ReadThrough:
         self.freshness = reading.freshness
         self._revalidation = Revalidation(reading)
 
-    def at_once(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
+    def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
         """The value of a chunk, where it is cached and to be had without waiting; else None, and `get` tells."""
         if not self._may_serve(key):
             return None
         started = time.perf_counter()
-        data = self.backend.at_once(key, self.reading.max_age)
+        data = self.backend.get_nowait(key, self.reading.max_age)
         if data is None:
             return None
         (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
         return buffer_of(data, prototype)
 
-    def into(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+    def readinto_nowait(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `get_nowait`, into bytes that somebody has; what is there after False is undefined."""
         started = time.perf_counter()
-        if not self._may_serve(key) or not self.backend.into(key, self.reading.max_age, place, patient=patient):
+        if not self._may_serve(key) or not self.backend.readinto_nowait(
+            key, self.reading.max_age, place, patient=patient
+        ):
             return False
         self.reading.stats.hit(len(place), time.perf_counter() - started)
         return True
@@ -99,9 +101,9 @@ class ReadThrough:
         """Whether what is cached of a key may be served without another word."""
         if self.freshness.revalidate is True or self.reading.passes or is_document(key):
             return False
-        return not self._revalidation.may_settle or self._revalidation.is_settled(key)
+        return not self._revalidation.may_confirm or self._revalidation.is_confirmed(key)
 
-    def cached(
+    def get_blocking(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, count: Count
     ) -> Buffer | None:
         """As `get`, from the cache alone, by a thread that may wait for the disk; `count` is told of a hit.
@@ -111,15 +113,15 @@ class ReadThrough:
         NotCached
             `get` has to be asked.
         """
-        if byte_range is None and (value := self.at_once(key, prototype, count)) is not None:
+        if byte_range is None and (value := self.get_nowait(key, prototype, count)) is not None:
             return value
         wanted = span(byte_range)
         entry = None if wanted is None or is_document(key) else self.backend.entry(key, *wanted)
         if entry is None or not self._may_serve(key):
             raise NotCached
         started = time.perf_counter()
-        data = self.backend.find_now(entry, self.reading.max_age)
-        if data is None and not self.reading.lacks_now(key):
+        data = self.backend.get_blocking(entry, self.reading.max_age)
+        if data is None and not self.reading.is_known_missing_nowait(key):
             raise NotCached
         count(0 if data is None else len(data), time.perf_counter() - started)
         return None if data is None else buffer_of(data, prototype)
@@ -162,24 +164,24 @@ class ReadThrough:
         may_write = anew is None
         if anew is None:
             # what is not cached is fetched from the source in any case, once for all who began before it is asked
-            anew = await self.backend.find(entry, "infinity") is not None or await self.reading.lacks(key)
+            anew = await self.backend.get(entry, "infinity") is not None or await self.reading.is_known_missing(key)
         if anew or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
-        data = await self.reading.find(entry)
-        if data is not None or await self._lacks(key):
+        data = await self.reading.get_cached(entry)
+        if data is not None or await self._is_known_missing(key):
             return self.reading.hit(request, data)
         try:
             return await self.fetch(request, anew=may_write)
         except Exception:
-            if self.freshness.revalidate is False and await self.reading.lacked(key):
+            if self.freshness.revalidate is False and await self.reading.was_missing(key):
                 return self.reading.hit(request, None)
             raise
 
     async def get_ready(self, key: str) -> None:
         """Before anything of a key is looked for in the cache."""
         await self.backend.prepare()
-        if self._revalidation.may_settle:
-            await self._revalidation.settle(key)
+        if self._revalidation.may_confirm:
+            await self._revalidation.confirm_metadata(key)
 
     async def _is_vouched_for(self, request: Request) -> bool:
         """Whether a document is cached as the store that this one is a copy of has seen it."""
@@ -187,8 +189,8 @@ class ReadThrough:
         told = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
         if not told or self.freshness.inherited.state(key) is None:
             return False
-        data = await self.reading.find(request.entry)
-        absent = data is None and await self.backend.is_absent(key, self.reading.max_age)
+        data = await self.reading.get_cached(request.entry)
+        absent = data is None and await self.backend.is_document_missing(key, self.reading.max_age)
         return (data is not None or absent) and self.freshness.vouches(key, data)
 
     async def cached_size(self, key: str) -> int | None:
@@ -199,17 +201,17 @@ class ReadThrough:
         await self.get_ready(key)
         return await self.backend.size(entry, self.reading.max_age)
 
-    async def is_known_absent(self, key: str) -> bool:
+    async def is_known_missing(self, key: str) -> bool:
         """Whether the source is known not to have a key, and need not be asked."""
         if self.backend.entry(key, *whole()) is None or self.reading.passes or self.reading.must_ask(key):
             return False
         await self.get_ready(key)
-        return await self._lacks(key)
+        return await self._is_known_missing(key)
 
-    async def _lacks(self, key: str) -> bool:
+    async def _is_known_missing(self, key: str) -> bool:
         if is_document(key):
-            return await self.backend.is_absent(key, self.reading.max_age)
-        return await self.reading.lacks(key)
+            return await self.backend.is_document_missing(key, self.reading.max_age)
+        return await self.reading.is_known_missing(key)
 
     async def _past_the_cache(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
@@ -233,39 +235,39 @@ class ReadThrough:
         since = request.started if anew else -math.inf
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
-            ticket = self.backend.ticket(entry)
-            if ticket is None:
+            version = self.backend.write_version(entry)
+            if version is None:
                 return await self._lead(Flight(), None, request, anew=anew)
-            flight, leads = self.backend.flights.join((entry, ticket, anew), since)
+            flight, leads = self.backend.flights.join((entry, version, anew), since)
             if leads:
-                return await self._lead(flight, ticket, request, anew=anew)
+                return await self._lead(flight, version, request, anew=anew)
             try:
                 data = await asyncio.wait_for(flight.outcome(), self.reading.timeout)
-            except HandedOver:
-                data = None if anew else await self.reading.find(entry)
+            except LeaderCancelled:
+                data = None if anew else await self.reading.get_cached(entry)
                 if data is None:
                     continue
             except TimeoutError:
                 # whoever fetches may never come back, as when its event loop was stopped
-                return await self._lead(Flight(), ticket, request, anew=anew)
+                return await self._lead(Flight(), version, request, anew=anew)
             return self.reading.hit(request, data)
 
     async def _lead(
-        self, flight: Flight[memoryview | None], ticket: Any, request: Request, *, anew: bool
+        self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
     ) -> Buffer | None:
         """Fetch for all who wait in this process, unless another process does or has done so."""
         async with self.backend.fetching():
-            return await self._take_off(flight, ticket, request, anew=anew)
+            return await self._fetch_and_publish(flight, version, request, anew=anew)
 
-    async def _take_off(
-        self, flight: Flight[memoryview | None], ticket: Any, request: Request, *, anew: bool
+    async def _fetch_and_publish(
+        self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
     ) -> Buffer | None:
         key, entry = request.key, request.entry
         unlock: Callable[[], None] | None = None
-        began = ticket
+        began = version
 
         def done() -> None:
-            self.backend.flights.leave((entry, began, anew), flight)
+            self.backend.flights.finish((entry, began, anew), flight)
             if unlock is not None:
                 # a lock that cannot be given back goes with the process
                 with suppress(OSError):
@@ -276,55 +278,55 @@ class ReadThrough:
             if anew:
                 # what another process fetches it may have asked for before this read began
                 await asyncio.sleep(0)
-                flight.depart()
-                answer, data = await self.reading.ask_again(request)
+                flight.mark_sent()
+                answer, data = await self.reading.revalidate(request)
             else:
-                unlock, data = await self._win(entry)
+                unlock, data = await self._acquire_or_wait(entry)
                 if data is None:
                     answer, data = await self._ask(request)
             if data is not None:
-                flight.land(data)
+                flight.set_result(data)
                 return self.reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             if data is None:
-                await self.reading.note_lack(key, ticket)
+                await self.reading.record_missing(key, version)
             if is_document(key) and answer.exact:
-                ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
-                self.freshness.note(key, data)
+                version = await self.backend.apply_document(key, None if data is None else bytes(data), version)
+                self.freshness.mark_validated(key, data)
             validator = answer.validator
             if data is not None and answer.exact:
-                ticket, validator = await self._agree(request, data, validator, ticket)
+                version, validator = await self._agree(request, data, validator, version)
             # those who wait need not wait for the disk
-            flight.land(data)
+            flight.set_result(data)
             if data is not None and answer.exact:
                 publishing = True
-                await self.backend.publish_soon(entry, data, ticket, self.reading.max_size, validator, done)
+                await self.backend.publish_soon(entry, data, version, self.reading.max_size, validator, done)
             return answer.value
         except BaseException as error:
-            flight.fail(error)
+            flight.set_exception(error)
             raise
         finally:
             if not publishing:
                 done()
 
-    async def _agree(self, request: Request, data: memoryview, validator: str, ticket: Any) -> tuple[Any, str]:
+    async def _agree(self, request: Request, data: memoryview, validator: str, version: Any) -> tuple[Any, str]:
         """Forget parts of what the object was before; the ticket and the validator to publish with."""
-        ticket, validator, replaced = await self.reading.agree(request.key, request.entry, validator, ticket, data)
+        version, validator, replaced = await self.reading.agree(request.key, request.entry, validator, version, data)
         if replaced and _READS_SHARDS_BY_GET and request.entry.start > 0:
             raise Replaced(request.key)
-        return ticket, validator
+        return version, validator
 
-    async def _ask(self, request: Request) -> tuple[Answer, memoryview | None]:
+    async def _ask(self, request: Request) -> tuple[FetchResult, memoryview | None]:
         """Ask the source; what is cached, where that is only too old and the source still has it."""
         if request.entry.is_whole and not is_document(request.key):
             answer = await assembled(self.reading, request)
             if answer is not None:
                 return answer, None
         if self.reading.max_age == "infinity":
-            return await self.reading.ask(request), None
-        return await self.reading.ask_again(request)
+            return await self.reading.fetch(request), None
+        return await self.reading.revalidate(request)
 
-    async def _win(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
+    async def _acquire_or_wait(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
         """Become the one process that fetches, or get what another one fetched.
 
         Past the deadline, neither: the other process may be stopped, so this one fetches as well.
@@ -332,10 +334,10 @@ class ReadThrough:
         deadline = time.monotonic() + self.reading.timeout
         pause = _FIRST_POLL
         while True:
-            unlock = self.backend.lead(entry)
+            unlock = self.backend.try_acquire(entry)
             try:
                 # looked at with the lock held: whoever had it before may just have published
-                data = await self.reading.find(entry)
+                data = await self.reading.get_cached(entry)
             except BaseException:
                 if unlock is not None:
                     unlock()
@@ -413,10 +415,10 @@ class RangeReads:
         if entry is None:
             return await self._apart(key, byte_ranges, alone, prototype, limits)
         await self._reads.get_ready(key)
-        since = self._backend.ticket(entry)
+        since = self._backend.write_version(entry)
         found, missing = await self._fetches.look(key, wanted)
         states = self._backend.states_of(key) if missing or alone else set()
-        if missing and found and not all(map(tells, states)):
+        if missing and found and not all(map(is_from_source, states)):
             # what nobody can compare with what is to be fetched is fetched with it
             found, missing = {}, list(wanted)
         if self._reading.must_ask(key):
@@ -434,11 +436,11 @@ class RangeReads:
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
         if alone or promoted:
             # what was compared with these is gone: it may have been evicted, or was found to be of another state
-            is_clear &= told(states) <= self._backend.states_of(key)
+            is_clear &= from_source(states) <= self._backend.states_of(key)
         if not missing or (alone and len(byte_ranges) > 1):
-            is_clear &= self._backend.ticket(entry) == since
+            is_clear &= self._backend.write_version(entry) == since
         if not is_clear:
-            return await self._anew(key, byte_ranges, wanted, prototype, limits, told(states))
+            return await self._anew(key, byte_ranges, wanted, prototype, limits, from_source(states))
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
 
@@ -468,10 +470,10 @@ class RangeReads:
         turn = asyncio.Semaphore(limits["max_concurrency"])
         source, fixed = self._reading.source, self._reading.fixed
 
-        async def ask(part: ByteRequest | None) -> Answer:
+        async def ask(part: ByteRequest | None) -> FetchResult:
             async with turn:
                 # the state of a whole object may be worth a request here
-                return await sources.ask(source, key, prototype, part, certain=True, fixed=fixed)
+                return await sources.fetch(source, key, prototype, part, certain=True, fixed=fixed)
 
         for _ in range(_TRIES):
             try:
@@ -486,8 +488,8 @@ class RangeReads:
             if not differ(validators):
                 break
         if differ(validators | states):
-            self._reading.note_replaced(key)
-            await self._backend.forget(key, None)
+            self._reading.record_replaced(key)
+            await self._backend.invalidate(key, None)
             return [Replaced(key)]
         if not all(answer.exact for answer in answers[: len(spans)]):
             # nothing can be cut out of such answers

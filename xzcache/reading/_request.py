@@ -13,7 +13,7 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
-from xzcache.model import beside, differ, fits, is_chunk, span, tells
+from xzcache.model import adopt_session, are_compatible, differ, is_chunk, is_from_source, span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,7 +104,7 @@ class Reading:
         finally:
             del self._watches[id(watch)]
 
-    def note_replaced(self, key: str) -> None:
+    def record_replaced(self, key: str) -> None:
         """Tell those who read parts of an object that the source has another one than what was cached."""
         for watch in list(self._watches.values()):
             if watch.key == key:
@@ -114,38 +114,38 @@ class Reading:
         """Whether the source has to be asked for a key whatever the cache holds."""
         return self.freshness.must_ask(key, writable=self.writable)
 
-    async def lacks(self, key: str) -> bool:
+    async def is_known_missing(self, key: str) -> bool:
         """Whether the source is known not to have a chunk."""
-        return self._remembers(key) and await self.backend.lacks(key, self.missing_max_age)
+        return self._remembers(key) and await self.backend.is_known_missing(key, self.missing_max_age)
 
-    async def lacked(self, key: str) -> bool:
+    async def was_missing(self, key: str) -> bool:
         """Whether the source did not have a chunk when it was last asked."""
-        return self._remembers(key) and await self.backend.lacks(key, "infinity")
+        return self._remembers(key) and await self.backend.is_known_missing(key, "infinity")
 
-    def lacks_now(self, key: str) -> bool:
-        """As `lacks`, as far as this process knows."""
-        return self._remembers(key) and self.backend.lacks_now(key, self.missing_max_age)
+    def is_known_missing_nowait(self, key: str) -> bool:
+        """As `is_known_missing`, as far as this process knows."""
+        return self._remembers(key) and self.backend.is_known_missing_nowait(key, self.missing_max_age)
 
-    async def note_lack(self, key: str, ticket: Any) -> None:
+    async def record_missing(self, key: str, version: Any) -> None:
         """Remember that the source, asked after the ticket was taken, does not have a chunk."""
-        if ticket is not None and self._remembers(key):
-            await self.backend.note_lack(key, ticket)
+        if version is not None and self._remembers(key):
+            await self.backend.record_missing(key, version)
 
     def _remembers(self, key: str) -> bool:
         return self.missing_max_age != 0 and is_chunk(key)
 
-    async def find(self, entry: Entry) -> memoryview | None:
+    async def get_cached(self, entry: Entry) -> memoryview | None:
         """What is cached and not too old."""
-        return await self.backend.find(entry, self.max_age)
+        return await self.backend.get(entry, self.max_age)
 
     def hit(self, request: Request, data: memoryview | None) -> Buffer | None:
         """Count a read that the source was not asked for, and answer it."""
         self.stats.hit(0 if data is None else len(data), time.perf_counter() - request.started)
         return None if data is None else buffer_of(data, request.prototype)
 
-    async def ask(self, request: Request, *, known: str = "") -> sources.Answer:
+    async def fetch(self, request: Request, *, known: str = "") -> sources.FetchResult:
         """Ask the source, and count it, unless it says that what is known is what it has."""
-        answer = await sources.ask(
+        answer = await sources.fetch(
             self.source,
             request.key,
             request.prototype,
@@ -160,7 +160,7 @@ class Reading:
             self.stats.miss(size, time.perf_counter() - request.started)
         return answer
 
-    async def ask_again(self, request: Request) -> tuple[sources.Answer, memoryview | None]:
+    async def revalidate(self, request: Request) -> tuple[sources.FetchResult, memoryview | None]:
         """Ask the source whether it has something else than what is cached.
 
         Returns
@@ -170,18 +170,18 @@ class Reading:
             What is cached, where the source has the same; else None.
         """
         known = await self.backend.validator(request.entry)
-        answer = await self.ask(request, known=known)
+        answer = await self.fetch(request, known=known)
         if not answer.unchanged:
             return answer, None
-        data = await self.backend.find(request.entry, "infinity")
+        data = await self.backend.get(request.entry, "infinity")
         if data is not None and await self.backend.validator(request.entry) == known:
-            await self.backend.renew(request.entry, self.max_age)
+            await self.backend.mark_validated(request.entry, self.max_age)
             return answer, data
         # it was evicted or replaced while the source was asked, or is damaged
-        return await self.ask(request), None
+        return await self.fetch(request), None
 
     async def agree(
-        self, key: str, entry: Entry, validator: str, ticket: Any, data: memoryview | None = None
+        self, key: str, entry: Entry, validator: str, version: Any, data: memoryview | None = None
     ) -> tuple[Any, str, bool]:
         """Forget what is cached of an object, unless an answer of the source is of the same state.
 
@@ -208,37 +208,37 @@ class Reading:
         replaced : bool
             Whether parts of another state were cached, as far as that is known.
         """
-        if not tells(validator):
+        if not is_from_source(validator):
             # what is still to be stored is of a session, too, and nothing of another one is cached beside it
             await self.backend.stored(key)
         if entry.is_whole and self.backend.listed(key).any() is None:
             # it takes the place of another whole one, whatever that is
-            return ticket, validator, False
+            return version, validator, False
         if entry.start == entry.stop:
             # no bytes are of any state
-            return ticket, validator, False
+            return version, validator, False
         states = self.backend.states_of(key)
-        if all(fits(validator, state) for state in states):
-            return ticket, validator, False
+        if all(are_compatible(validator, state) for state in states):
+            return version, validator, False
         replaced = any(differ((validator, state)) for state in states)
-        if not replaced and self.backend.ticket(entry) != ticket:
+        if not replaced and self.backend.write_version(entry) != version:
             # what is cached came later than this was asked for, and this is not stored
-            return ticket, validator, False
+            return version, validator, False
         if not replaced:
             state = min(states)
-            is_told = tells(validator) or tells(state)
-            if data is not None and not entry.is_whole and not is_told and await self.find(entry) == data:
+            is_told = is_from_source(validator) or is_from_source(state)
+            if data is not None and not entry.is_whole and not is_told and await self.get_cached(entry) == data:
                 # there is nothing to be stored beside it
-                return ticket, beside(validator, state), False
+                return version, adopt_session(validator, state), False
             still = await self._is_still(key, entry, data)
             # parts that are cached without a state fit none that has one
-            alike = not is_told and all(fits(state, other) or state == other for other in states)
+            alike = not is_told and all(are_compatible(state, other) or state == other for other in states)
             if still and alike and not entry.is_whole:
-                return ticket, beside(validator, state), False
+                return version, adopt_session(validator, state), False
             replaced = still is False
         if replaced:
-            self.note_replaced(key)
-        return await self.backend.forget(key, ticket), validator, replaced
+            self.record_replaced(key)
+        return await self.backend.invalidate(key, version), validator, replaced
 
     async def _is_still(self, key: str, entry: Entry, data: memoryview | None) -> bool | None:
         """Whether a piece of an object is at the source what it is in the cache; None where that cannot be told.
@@ -247,7 +247,7 @@ class Reading:
         """
         pieces = self.backend.listed(key).by_size()[:_PROBES]
         for piece in pieces if entry.is_whole else [*pieces, entry.whole]:
-            if not (cached := await self.find(piece)):
+            if not (cached := await self.get_cached(piece)):
                 continue
             if piece.start < 0:
                 cached = cached[-_PROBE:]
@@ -259,7 +259,7 @@ class Reading:
                 return (data[-len(cached) :] if piece.start < 0 else data[piece.start :][: len(cached)]) == cached
             # a request that no reader made fails nobody's read
             with suppress(Exception):
-                answer = await sources.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+                answer = await sources.fetch(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
                 if answer.value is None or answer.exact:
                     return answer.value is not None and contents(answer.value) == cached
             return None

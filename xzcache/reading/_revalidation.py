@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
 
-from xzcache.model import Flight, HandedOver, arrays_of, is_document, ruling, telling, tells
+from xzcache.model import (
+    Flight,
+    LeaderCancelled,
+    array_documents,
+    arrays_of,
+    is_document,
+    is_from_source,
+    overriding_document,
+)
 from xzcache.reading._request import Request, contents, whole
 
 if TYPE_CHECKING:
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from xzcache.reading._request import Reading
-    from xzcache.sources import Answer
+    from xzcache.sources import FetchResult
 
 
 _REMEMBERED: Final = 4096
@@ -37,32 +45,32 @@ class Revalidation:
         self._freshness = reading.freshness
         self._seen = self._freshness.inherited
         asks = not isinstance(self._freshness.revalidate, bool)
-        self.may_settle = bool(self._seen) and asks
-        self._settled: set[str] = set()
+        self.may_confirm = bool(self._seen) and asks
+        self._confirmed: set[str] = set()
 
     async def read(self, request: Request) -> Buffer | None:
         """Read from the source, and make the cache agree with it."""
         if is_document(request.key):
-            if await self._goes_without_saying(request):
+            if await self._is_overridden(request):
                 return self._reading.hit(request, None)
             data = await self._document(request, unless_asked=True)
             return None if data is None else request.prototype.buffer.from_bytes(data)
-        ticket = self._backend.ticket(request.entry)
-        answer, data = await self._reading.ask_again(request)
+        version = self._backend.write_version(request.entry)
+        answer, data = await self._reading.revalidate(request)
         if data is not None:
             return self._reading.hit(request, data)
         value = None if answer.value is None else contents(answer.value)
-        await self._agree(request, value, ticket, answer)
+        await self._agree(request, value, version, answer)
         return answer.value
 
-    async def _goes_without_saying(self, request: Request) -> bool:
+    async def _is_overridden(self, request: Request) -> bool:
         """Whether a document is known to be missing from a node whose ruling document somebody is asking for now.
 
         Who opens a node of unknown format asks for the documents of both, all at once. If the one that comes first in
         the order of formats is still there, those that were not there before do not matter.
         """
-        rules = None if self._reading.writable else ruling(request.key)
-        if rules is None or not self._freshness.is_asking(rules) or not await self._is_known_absent(request.key):
+        rules = None if self._reading.writable else overriding_document(request.key)
+        if rules is None or not self._freshness.is_asking(rules) or not await self._is_document_missing(request.key):
             return False
         entry = self._backend.entry(rules, *whole())
         if entry is None:
@@ -70,10 +78,10 @@ class Revalidation:
         if self._reading.must_ask(rules):
             other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
             return await self._document(other, unless_asked=True) is not None
-        return await self._backend.find(entry, "infinity") is not None
+        return await self._backend.get(entry, "infinity") is not None
 
-    async def _is_known_absent(self, key: str) -> bool:
-        return await self._backend.is_absent(key, self._reading.max_age)
+    async def _is_document_missing(self, key: str) -> bool:
+        return await self._backend.is_document_missing(key, self._reading.max_age)
 
     async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
         """A metadata document from the source, asked for once by all tasks that want it now.
@@ -90,7 +98,7 @@ class Revalidation:
         key, entry = request.key, request.entry
         since = request.started - self._freshness.tolerance(writable=self._reading.writable)
         while True:
-            ticket = began = self._backend.ticket(entry)
+            version = began = self._backend.write_version(entry)
             if began is None:
                 flight: Flight[memoryview | None] = Flight()
                 break
@@ -99,7 +107,7 @@ class Revalidation:
                 break
             try:
                 data = await asyncio.wait_for(flight.outcome(), self._reading.timeout)
-            except HandedOver:
+            except LeaderCancelled:
                 continue
             except TimeoutError:
                 flight = Flight()
@@ -109,88 +117,93 @@ class Revalidation:
         try:
             if unless_asked and not self._reading.must_ask(key):
                 # the flight of another task has landed between the look at what was asked for and the lead
-                data = await self._reading.find(entry)
-                if data is not None or await self._is_known_absent(key):
-                    flight.land(data)
+                data = await self._reading.get_cached(entry)
+                if data is not None or await self._is_document_missing(key):
+                    flight.set_result(data)
                     self._reading.hit(request, data)
                     return data
             # tasks that were called together with this one share the request
             await asyncio.sleep(0)
             # what they found of other documents meanwhile is no write since this one was asked for
-            ticket = self._backend.ticket(entry)
-            flight.depart()
+            version = self._backend.write_version(entry)
+            flight.mark_sent()
             asked = time.monotonic()
-            answer, data = await self._reading.ask_again(request._replace(prototype=default_buffer_prototype()))
+            answer, data = await self._reading.revalidate(request._replace(prototype=default_buffer_prototype()))
             if data is not None:
                 self._reading.hit(request, data)
             elif answer.value is not None:
                 data = contents(answer.value)
             if not answer.exact:
                 # it tells nothing of the document
-                flight.land(data)
+                flight.set_result(data)
                 return data
-            if data is None or await self._backend.find(entry, "infinity") != data:
-                ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
+            if data is None or await self._backend.get(entry, "infinity") != data:
+                version = await self._backend.apply_document(key, None if data is None else bytes(data), version)
             if not answer.unchanged:
-                await self._agree(request, data, ticket, answer)
-            self._freshness.note(key, data, asked)
-            flight.land(data)
+                await self._agree(request, data, version, answer)
+            self._freshness.mark_validated(key, data, asked)
+            flight.set_result(data)
             return data
         except BaseException as error:
-            flight.fail(error)
+            flight.set_exception(error)
             if isinstance(error, FileNotFoundError):
                 # there is not even a place where it could be
-                await self._backend.compare(key, None, ticket)
+                await self._backend.apply_document(key, None, version)
             raise
         finally:
-            self._backend.flights.leave((id(self._freshness), key, began), flight)
+            self._backend.flights.finish((id(self._freshness), key, began), flight)
 
-    async def _agree(self, request: Request, data: memoryview | None, ticket: Any, answer: Answer) -> None:
+    async def _agree(self, request: Request, data: memoryview | None, version: Any, answer: FetchResult) -> None:
         """Store what the source has now, where the cache has something else."""
         key, entry, validator = request.key, request.entry, answer.validator
         if data is not None and not answer.exact:
             return
-        cached = await self._backend.find(entry, "infinity")
+        cached = await self._backend.get(entry, "infinity")
         if data is not None and cached == data:
             known = await self._backend.validator(entry)
-            told = not tells(validator) or validator == known
-            if told and await self._reading.find(entry) is not None:
+            told = not is_from_source(validator) or validator == known
+            if told and await self._reading.get_cached(entry) is not None:
                 return
         if cached is not None:
-            ticket = await self._backend.forget(key, ticket)
+            version = await self._backend.invalidate(key, version)
         elif data is not None:
-            ticket, validator, _ = await self._reading.agree(key, entry, validator, ticket, data)
-        if data is not None and ticket is not None:
-            await self._backend.publish(entry, data, ticket, self._reading.max_size, validator)
+            version, validator, _ = await self._reading.agree(key, entry, validator, version, data)
+        if data is not None and version is not None:
+            await self._backend.publish(entry, data, version, self._reading.max_size, validator)
 
     # -- what a copy was told by the store that it is a copy of
 
-    def is_settled(self, key: str) -> bool:
-        """Whether `settle` has nothing to do."""
+    def is_confirmed(self, key: str) -> bool:
+        """Whether `confirm_metadata` has nothing to do."""
         # those above were settled with it
-        return key.rpartition("/")[0] in self._settled
+        return key.rpartition("/")[0] in self._confirmed
 
-    async def settle(self, key: str) -> None:
+    async def confirm_metadata(self, key: str) -> None:
         """See that what this machine has cached of an array was filled under the documents that the original has seen.
 
         Another machine may not have noticed a change that the one of the original has. Where it is in doubt, the source
         is asked for the document, once in a process.
         """
-        nodes = [path for path in _nodes_above(key) if path not in self._settled]
+        nodes = [path for path in _nodes_above(key) if path not in self._confirmed]
         vouched = {
-            document: state for path in nodes for document in telling(path) if (state := self._seen.state(document))
+            document: state
+            for path in nodes
+            for document in array_documents(path)
+            if (state := self._seen.state(document))
         }
         if self._seen.more:
             # there may have been no room to tell of its array
             arrays = [path for path in arrays_of(key) if path in nodes]
-            vouched = dict.fromkeys((document for path in arrays for document in telling(path)[:2]), b"") | vouched
+            vouched = (
+                dict.fromkeys((document for path in arrays for document in array_documents(path)[:2]), b"") | vouched
+            )
         if vouched:
-            await self._settle(vouched)
-        if len(self._settled) > _REMEMBERED:
-            self._settled.clear()
-        self._settled.update(nodes)
+            await self._confirm(vouched)
+        if len(self._confirmed) > _REMEMBERED:
+            self._confirmed.clear()
+        self._confirmed.update(nodes)
 
-    async def _settle(self, vouched: dict[str, bytes]) -> None:
+    async def _confirm(self, vouched: dict[str, bytes]) -> None:
         name = ("settle", self._backend.namespace, tuple(sorted(vouched.items())))
         while True:
             flight, leads = self._backend.flights.join(name)
@@ -198,24 +211,24 @@ class Revalidation:
                 break
             try:
                 await asyncio.wait_for(flight.outcome(), self._reading.timeout)
-            except HandedOver:
+            except LeaderCancelled:
                 continue
             except TimeoutError:
                 flight = Flight()
                 break
             return
         try:
-            asked = await self._backend.doubtful(vouched)
+            asked = await self._backend.unconfirmed(vouched)
             for key in asked:
                 if (entry := self._backend.entry(key, *whole())) is not None:
                     await self._document(Request(key, entry, default_buffer_prototype(), None, time.perf_counter()))
-            await self._backend.settled(vouched, asked)
-            flight.land(None)
+            await self._backend.confirm(vouched, asked)
+            flight.set_result(None)
         except BaseException as error:
-            flight.fail(error)
+            flight.set_exception(error)
             raise
         finally:
-            self._backend.flights.leave(name, flight)
+            self._backend.flights.finish(name, flight)
 
 
 def _nodes_above(key: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ import zarr.storage
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from xzcache.model import FIXED, clip, once, span, tells
+from xzcache.model import FIXED, clip, is_from_source, session_validator, span
 from xzcache.sources._open import WebStore
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _SETTLED_HERE_SECONDS: Final = 2.0
 """The same for files, which have a clock that we know, and another inode when they were replaced."""
 
 
-class Answer(NamedTuple):
+class FetchResult(NamedTuple):
     """What the source said."""
 
     value: Buffer | None
@@ -76,7 +76,7 @@ class _Head(NamedTuple):
 # -- asking
 
 
-async def ask(
+async def fetch(
     source: Store,
     key: str,
     prototype: BufferPrototype,
@@ -86,7 +86,7 @@ async def ask(
     certain: bool = False,
     fixed: bool = False,
     states: Callable[[], set[str]] = set,
-) -> Answer:
+) -> FetchResult:
     """Ask a source for the value of a key.
 
     Parameters
@@ -116,7 +116,7 @@ async def ask(
     # where the state comes with the bytes, a look is worth a request only if it is likely to save them
     if look is not None and known and (twin is None or certain):
         if (seen := (await look(key)).validator) == known:
-            return Answer(None, known, unchanged=True)
+            return FetchResult(None, known, unchanged=True)
         states = lambda: {seen}  # noqa: E731
     elif isinstance(source, LocalStore) or byte_range is None:
         states = set
@@ -135,7 +135,7 @@ async def ask(
     return _labelled([answer], fixed=fixed)[0]
 
 
-async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Answer) -> Answer:
+async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: FetchResult) -> FetchResult:
     """An answer that may end where the object does, if that can be found out."""
     assert answer.value is not None
     length = len(answer.value)
@@ -152,7 +152,7 @@ async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: An
     return answer
 
 
-async def ask_for_spans(
+async def fetch_spans(
     source: Store,
     key: str,
     prototype: BufferPrototype,
@@ -161,7 +161,7 @@ async def ask_for_spans(
     fixed: bool = False,
     states: Callable[[], set[str]] = set,
     **limits: int,
-) -> list[Answer]:
+) -> list[FetchResult]:
     """Ask a source for several spans of the value of a key, as many requests as there are spans.
 
     Parameters
@@ -171,7 +171,7 @@ async def ask_for_spans(
     spans : sequence of (int, int)
         Merged already as `limits` have it.
     fixed, states
-        As for `ask`.
+        As for `fetch`.
     **limits : int
         ``max_concurrency``, ``max_gap_bytes`` and ``max_coalesced_bytes``, as for `Store.get_ranges`.
 
@@ -185,9 +185,9 @@ async def ask_for_spans(
     if len(ranges) == 1 or one_by_one or not hasattr(source, "get_ranges"):
         turn = asyncio.Semaphore(limits["max_concurrency"])
 
-        async def one(byte_range: RangeByteRequest) -> Answer:
+        async def one(byte_range: RangeByteRequest) -> FetchResult:
             async with turn:
-                return await ask(source, key, prototype, byte_range, fixed=fixed, states=states)
+                return await fetch(source, key, prototype, byte_range, fixed=fixed, states=states)
 
         return await all_of(one(byte_range) for byte_range in ranges)
 
@@ -241,7 +241,7 @@ async def _between_looks(
     byte_ranges: Sequence[ByteRequest | None],
     states: Callable[[], set[str]],
     read: Callable[[], Awaitable[list[Buffer | None]]],
-) -> list[Answer]:
+) -> list[FetchResult]:
     """Read while the object stays what it is, where a look at it can tell."""
     head = _Head()
     if look is None:
@@ -249,7 +249,7 @@ async def _between_looks(
     else:
         seen = states()
         before = min(seen) if len(seen) == 1 else ""
-        if not tells(before):
+        if not is_from_source(before):
             # else what is cached was looked at before, and is of use only if nothing has changed since
             before = (await look(key)).validator
         values = await read()
@@ -258,22 +258,22 @@ async def _between_looks(
     return [_judged(value, byte_range, head) for value, byte_range in zip(values, byte_ranges, strict=True)]
 
 
-def _labelled(answers: list[Answer], *, fixed: bool) -> list[Answer]:
+def _labelled(answers: list[FetchResult], *, fixed: bool) -> list[FetchResult]:
     """Answers of parts, none without a validator."""
     session = uuid.uuid4().hex
     return [
         answer
-        if answer.unchanged or answer.value is None or (tells(answer.validator) and not fixed)
-        else answer._replace(validator=FIXED if fixed else once(session, number))
+        if answer.unchanged or answer.value is None or (is_from_source(answer.validator) and not fixed)
+        else answer._replace(validator=FIXED if fixed else session_validator(session, number))
         for number, answer in enumerate(answers)
     ]
 
 
-def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> Answer:
+def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> FetchResult:
     """An answer, and whether it is what was asked for."""
     if value is None:
-        return Answer(None)
-    return Answer(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
+        return FetchResult(None)
+    return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
 
 
 def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
@@ -313,7 +313,7 @@ async def _of_obstore(
     byte_range: ByteRequest | None,
     known: str,
     options: dict[str, Any],
-) -> Answer:
+) -> FetchResult:
     import obstore
 
     if known.startswith("etag "):
@@ -321,7 +321,7 @@ async def _of_obstore(
     try:
         if known.startswith("time ") and await _time_of(source, key) == known:
             # asked for anything newer, a server would not tell of something older
-            return Answer(None, known, unchanged=True)
+            return FetchResult(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
         # older versions let go of both with the bytes
         meta: dict[str, Any] = dict(got.meta)
@@ -332,12 +332,12 @@ async def _of_obstore(
             return _judged(value, byte_range, _Head(is_plain=False))
         data = await got.bytes_async()
     except obstore.exceptions.NotModifiedError:
-        return Answer(None, known, unchanged=True)
+        return FetchResult(None, known, unchanged=True)
     except obstore.exceptions.NotSupportedError:
         # Azure knows no suffixes, and Zarr a way around
         return _judged(await source.get(key, prototype, byte_range), byte_range, _Head())
     except _ABSENT:
-        return Answer(None)
+        return FetchResult(None)
     head = _Head(_validator(source, meta), meta.get("size"), (int(part[0]), int(part[1])))
     return _judged(prototype.buffer.from_bytes(data), byte_range, head)  # type: ignore[arg-type]
 
@@ -544,7 +544,9 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
     return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
 
 
-async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Answer:
+async def _noted(
+    twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+) -> FetchResult:
     """Read through a `_Noting` twin of a store."""
     value = await twin.get(key, prototype, byte_range)
     heads: list[_Head] = twin.fs.heads
@@ -553,7 +555,7 @@ async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_r
     head = heads[-1]
     if len({head.validator for head in heads}) > 1:
         # of several states, if it was read in parts
-        return Answer(value, exact=False)
+        return FetchResult(value, exact=False)
     if byte_range is None and len(heads) > 1:
         head = _Head(head.validator, head.size)
     elif head.got is None and head.is_plain:

@@ -25,14 +25,14 @@ from xzcache._fork import renew_after_fork
 from xzcache.sources import _locations as locations
 from xzcache.sources._credentials import PROVIDERS, AwsCredentials
 from xzcache.sources._locations import (
-    Indescribable,
-    described,
-    described_filesystem,
+    Unidentifiable,
+    filesystem_token,
     is_filesystem,
     is_object_store,
     label_of,
     parts_of,
     protocol_of,
+    stable_token,
 )
 from xzcache.sources._open import WebStore
 from xzcache.sources._urls import shown, without_user
@@ -42,7 +42,7 @@ from xzcache.sources._urls import shown, without_user
 T = TypeVar("T")
 
 
-class Remembered(Generic[T]):
+class IdentityMap(Generic[T]):
     """What was found out about stores, by object: a store keeps what was said of it first, for its lifetime.
 
     A store whose attributes change as it is used stays the same source; and two stores over the same dictionary are
@@ -169,17 +169,17 @@ def identity(
     return Identity(label, blake2b(text, digest_size=10).hexdigest(), lasting, immutable, fickle)
 
 
-_remembered: Final = Remembered[Identity]()
+_identities: Final = IdentityMap[Identity]()
 
 
 def identify(store: Store) -> Identity:
     """The identity of a source. The same object has the same one for its lifetime."""
-    return _remembered.of(store, _identify)
+    return _identities.of(store, _identify)
 
 
 def remember(store: Store, known: Identity) -> None:
     """Give a store the identity of the one that it is a copy of."""
-    _remembered.of(store, lambda _: known)
+    _identities.of(store, lambda _: known)
 
 
 def is_same_source(one: Store, other: Store) -> bool:
@@ -237,7 +237,7 @@ def _identify(store: Store) -> Identity:
 
 
 def _of_lifetime(store: Store, contents: object, *, fickle: bool = False) -> Identity:
-    token = _remembered.lifetime(store, contents)
+    token = _identities.lifetime(store, contents)
     return identity(type(store).__name__, ("lifetime", token), lasting=False, fickle=fickle)
 
 
@@ -249,8 +249,8 @@ def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity
     else:
         inner = _of_fsspec(store) if isinstance(store, FsspecStore) else _of_local(store)
     try:
-        parts = tuple(described(attributes, _known))
-    except Indescribable:
+        parts = tuple(stable_token(attributes, _known))
+    except Unidentifiable:
         return _of_lifetime(store, store, fickle=inner.fickle)
     kind = f"{type(store).__module__}.{type(store).__qualname__}"
     return identity(inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting, fickle=inner.fickle)
@@ -259,7 +259,7 @@ def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity
 def _known(value: Any) -> Iterator[str] | None:
     if isinstance(value, Store):
         return iter((identify(value).digest,))
-    return described_filesystem(value) if is_filesystem(value) else None
+    return filesystem_token(value) if is_filesystem(value) else None
 
 
 def _of_local(store: LocalStore) -> Identity:
@@ -291,7 +291,7 @@ def _of_fsspec(store: FsspecStore) -> Identity:
         return identity(f"memory {path}", ("memory", str(os.getpid()), path), lasting=False)
     try:
         return identity(label_of(store.fs, path), parts_of(store.fs, path), lasting=True)
-    except Indescribable:
+    except Unidentifiable:
         return _of_lifetime(store, store)
 
 
@@ -306,7 +306,7 @@ def _of_obstore(store: Any) -> Identity:
         return _of_lifetime(store, inner)
     try:
         label, parts = _remote(inner)
-    except Indescribable:
+    except Unidentifiable:
         return _of_lifetime(store, store)
     return identity(label, parts, lasting=True)
 
@@ -325,13 +325,13 @@ def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
     describe = {"S3Store": locations.of_s3, "GCSStore": locations.of_google, "AzureStore": locations.of_azure}.get(kind)
     if describe is None:
         label = shown(f"{kind}://{bucket}/{prefix}")
-        return label, (kind, bucket, prefix, *described(config, _known))
+        return label, (kind, bucket, prefix, *stable_token(config, _known))
     provider = getattr(store, "credential_provider", None)
     if isinstance(provider, AwsCredentials):
         config["profile"] = provider.profile
     location = describe(f"{bucket}/{prefix}", config, boto=False)
     if location.server and provider is not None and not isinstance(provider, PROVIDERS):
-        return location.label, (*location, *described(provider, _known))
+        return location.label, (*location, *stable_token(provider, _known))
     return location.label, location
 
 
@@ -348,7 +348,7 @@ def _of_icechunk(store: Any) -> Identity:
 def _of_manifests(store: Any) -> Identity:
     try:
         parts = tuple(manifest_parts(store, lambda inner: iter(_remote(inner)[1])))
-    except (AttributeError, TypeError, Indescribable):
+    except (AttributeError, TypeError, Unidentifiable):
         # another version of that package lays it out in another way
         return _of_lifetime(store, store)
     return identity("virtual dataset", parts, lasting=True)

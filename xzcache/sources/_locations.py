@@ -26,11 +26,11 @@ _PASSING: Final = ("token", "session_token", "aws_session_token")
 _BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
 
 
-class Indescribable(Exception):
+class Unidentifiable(Exception):
     """Nobody can tell from the outside what an object does."""
 
 
-def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Iterator[str]:
+def stable_token(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Iterator[str]:
     """A value as text.
 
     Locks, events and loggers are nothing but their type: they change when bytes arrive, not which.
@@ -58,12 +58,12 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
                 yield f"{name}={blake2b(item.encode(), digest_size=16).hexdigest()}"
             elif isinstance(item, bool | int | float) or item is None or not sounds_secret(str(name)):
                 yield f"{name}="
-                yield from described(item, known)
+                yield from stable_token(item, known)
         yield "}"
     elif isinstance(value, list | tuple | set | frozenset):
         yield "["
         for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
-            yield from described(item, known)
+            yield from stable_token(item, known)
         yield "]"
     elif (text := known(value)) is not None:
         yield from text
@@ -73,7 +73,7 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
         # a function or class that can be imported
         yield f"{value.__module__}.{value.__qualname__}"
     else:
-        raise Indescribable
+        raise Unidentifiable
 
 
 # -- Where a source is.
@@ -211,7 +211,7 @@ def _taken_apart(endpoint: str) -> tuple[str, int, str]:
         return "", 0, ""
     if (parts := host_and_port(endpoint)) is None:
         # where one reads from is not known: nobody else reads from there
-        raise Indescribable
+        raise Unidentifiable
     return parts
 
 
@@ -283,10 +283,10 @@ def parts_of(fs: Any, path: str) -> Iterator[str]:
             yield "version_aware"
         return
     yield without_user(path)
-    yield from described_filesystem(fs)
+    yield from filesystem_token(fs)
 
 
-def described_filesystem(fs: Any) -> Iterator[str]:
+def filesystem_token(fs: Any) -> Iterator[str]:
     """What tells a file system from others of its kind, and those that lie behind it."""
     fs = _inmost(fs)
     if (location := _location(fs, "")) is not None:
@@ -296,14 +296,14 @@ def described_filesystem(fs: Any) -> Iterator[str]:
     options = _options(fs)
     yield from _references(fs, options.pop("fo", None))
     shown = {name: value for name, value in options.items() if name not in _NOT_LOCATING}
-    yield from described(shown, lambda value: described_filesystem(value) if is_filesystem(value) else None)
+    yield from stable_token(shown, lambda value: filesystem_token(value) if is_filesystem(value) else None)
     behind = getattr(fs, "fss", None)
     inner = [*(behind.values() if isinstance(behind, Mapping) else ()), getattr(fs, "fs", None)]
     inner.append(getattr(getattr(fs, "fo", None), "fs", None))
     for other in inner:
         # credentials among the options were left out; whose objects those read was not
         if other is not fs and is_filesystem(other):
-            yield from described_filesystem(other)
+            yield from filesystem_token(other)
 
 
 def _references(fs: Any, given: object) -> Iterator[str]:
@@ -319,7 +319,7 @@ def _references(fs: Any, given: object) -> Iterator[str]:
         yield repr(without_user(os.path.realpath(path) if os.path.exists(path) else given))
         yield from _state(path)
     elif given is not None:
-        yield from described(given, lambda _: None)
+        yield from stable_token(given, lambda _: None)
 
 
 def _state(path: str) -> Iterator[str]:

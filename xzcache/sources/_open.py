@@ -42,10 +42,10 @@ def local_path(store: object) -> str | None:
     """The absolute path, links and all, of what is given as a path on this machine."""
     if isinstance(store, str) and (is_url(store) or store.startswith("file://")):
         return None
-    return os.path.abspath(place_of(store)) if isinstance(store, str | Path) else None
+    return os.path.abspath(path_of(store)) if isinstance(store, str | Path) else None
 
 
-def place_of(path: str | os.PathLike[str]) -> str:
+def path_of(path: str | os.PathLike[str]) -> str:
     """Where Zarr finds what is given as a path on this machine or as a URL of a file.
 
     A text is a URL to Zarr of late: what follows a ``#`` or ``?`` is no part of the path. A `pathlib.Path` is a path.
@@ -65,7 +65,7 @@ def place_of(path: str | os.PathLike[str]) -> str:
 
 def _lacks_slashes(text: str) -> bool:
     """Whether a text with a user in it is a URL but for its slashes, and no path of what there is."""
-    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(place_of(text))
+    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(path_of(text))
 
 
 def as_xarray(path: str | os.PathLike[str]) -> str:
@@ -156,7 +156,7 @@ def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
     # where it is now: neither the working directory nor a link may lead elsewhere later on
-    return LocalStore(Path(os.path.realpath(place_of(path))), read_only=read_only)
+    return LocalStore(Path(os.path.realpath(path_of(path))), read_only=read_only)
 
 
 def _check_path(fs: Any, path: str) -> None:

@@ -21,9 +21,9 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from xzcache._config import config, parse_flag
-from xzcache._xarray_hook import is_ours, original, transparent
+from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
 from xzcache.pipeline import give
-from xzcache.sources import as_xarray, is_url, place_of, scrub, shown
+from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
 from xzcache.xarray._globs import expanded, is_pattern
 
@@ -234,7 +234,7 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         # a path that is opened for writing is made
         settings.setdefault("read_only", True)
     elif rest["mode"] == "r+" and isinstance(source, str | os.PathLike) and not is_url(source):
-        name = place_of(as_xarray(source))
+        name = path_of(as_xarray(source))
         if not os.path.exists(name):
             raise FileNotFoundError(f"{name} does not exist")
     if isinstance(source, CacheStore) and not settings.keys() - {"read_only"}:
@@ -307,4 +307,4 @@ for _function in (
     ZcacheBackendEntrypoint.open_datatree,
     ZcacheBackendEntrypoint.open_groups_as_dict,
 ):
-    transparent(_function, ZarrBackendEntrypoint.open_dataset)
+    attribute_warnings_to(_function, ZarrBackendEntrypoint.open_dataset)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xzcache._config import Age
 
 
-Ticket = tuple[int, int]
+WriteVersion = tuple[int, int]
 
 
 class Record(NamedTuple):
@@ -36,7 +36,7 @@ class Taken(NamedTuple):
     oldest: Entry | None
 
 
-class Ledger:
+class MemoryIndex:
     """What a cache holds, least recently used first. Safe for threads; every method is one step.
 
     Attributes
@@ -68,15 +68,15 @@ class Ledger:
 
     # -- writes
 
-    def ticket(self, key: str) -> Ticket:
+    def write_version(self, key: str) -> WriteVersion:
         """What the counts of writes are now; they differ once the key, or something above it, is written."""
         return self._writes[key], self._drops
 
-    def count_write(self, key: str) -> Ticket:
+    def count_write(self, key: str) -> WriteVersion:
         """Count a write of a key; the new ticket."""
         with self._lock:
             self._writes[key] += 1
-            return self.ticket(key)
+            return self.write_version(key)
 
     def count_drop(self) -> None:
         """Count a write of everything."""
@@ -105,16 +105,16 @@ class Ledger:
             record = self._records.get(entry)
             return "" if record is None else record.validator
 
-    def renew(self, entry: Entry) -> None:
+    def mark_validated(self, entry: Entry) -> None:
         """Let the age of an entry begin now."""
         with self._lock:
             if (record := self._records.get(entry)) is not None:
                 self._records[entry] = record._replace(inserted=time.time())
 
-    def used(self, entry: Entry, size: int, ticket: Ticket) -> bool:
+    def used(self, entry: Entry, size: int, version: WriteVersion) -> bool:
         """Note a use, recording what an earlier process left; False if it was written since the ticket was taken."""
         with self._lock:
-            if ticket != self.ticket(entry.key) or entry.key in self._arriving:
+            if version != self.write_version(entry.key) or entry.key in self._arriving:
                 return False
             if entry in self._records:
                 self._records.move_to_end(entry)
@@ -170,13 +170,13 @@ class Ledger:
         with self._lock:
             self._arriving.discard(key)
 
-    def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket, validator: str) -> bool:
+    def record(self, entry: Entry, size: int, data: memoryview | None, version: WriteVersion, validator: str) -> bool:
         """Record an entry whose space was taken; False if its key was written since the ticket was taken."""
         with self._lock:
-            if ticket != self.ticket(entry.key) or entry in self._records:
+            if version != self.write_version(entry.key) or entry in self._records:
                 return False
             self._records[entry] = Record(size, time.time(), data, validator)
-            self._note_piece(entry)
+            self._record_piece(entry)
             self.in_memory += size if data is not None else 0
             return True
 
@@ -197,9 +197,9 @@ class Ledger:
         with self._lock:
             self._records[entry] = record
             self._records.move_to_end(entry, last=False)
-            self._note_piece(entry)
+            self._record_piece(entry)
 
-    def _note_piece(self, entry: Entry) -> None:
+    def _record_piece(self, entry: Entry) -> None:
         if not entry.is_whole:
             self._pieces.setdefault(entry.key, {})[entry] = None
 
@@ -209,7 +209,7 @@ class Ledger:
 _REMEMBERED: Final = 65536
 
 
-class Nodes:
+class KnownDocuments:
     """The documents under which entries were filled, and those that the source does not have.
 
     Parameters
@@ -217,23 +217,23 @@ class Nodes:
     ledger : Ledger
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, index: MemoryIndex) -> None:
+        self._index = index
         self._digests: dict[str, bytes] = {}
         self._absent: dict[str, float] = {}
-        self._lacked: dict[str, tuple[float, Ticket]] = {}
+        self._missing: dict[str, tuple[float, WriteVersion]] = {}
 
-    async def compare(
-        self, key: str, document: bytes | None, ticket: Ticket | None, drop: Callable[[str], Awaitable[None]]
-    ) -> Ticket | None:
+    async def apply_document(
+        self, key: str, document: bytes | None, version: WriteVersion | None, drop: Callable[[str], Awaitable[None]]
+    ) -> WriteVersion | None:
         """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
 
         def known_beneath(path: str) -> list[str]:
             return [node for node in self._digests if node.startswith(f"{path}/" if path else "")]
 
-        expected = ticket
+        expected = version
         described = metadata.describe(key, document)
-        gone = document is None and Entry(key) in self._ledger
+        gone = document is None and Entry(key) in self._index
         for path in metadata.changed_arrays(key, described, self._digests.get, known_beneath, gone=gone):
             # what an earlier process left in the store is not in these books
             # our own drop is not somebody else's write
@@ -244,34 +244,34 @@ class Nodes:
             if any(node in described.arrays | described.attributes for node in names):
                 # one document tells of the array, another of its attributes
                 self._digests.update(kept)
-        if expected is None or expected != self._ledger.ticket(key):
+        if expected is None or expected != self._index.write_version(key):
             return None
         self._digests.update(described.arrays | described.attributes)
         if document is None:
             self._absent[key] = time.time()
         return expected
 
-    def is_absent(self, key: str, max_age: Age) -> bool:
+    def is_document_missing(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a document of a node that it has."""
         noted = self._absent.get(key)
         return (
             noted is not None
             and is_fresh(noted, max_age)
-            and any(Entry(sibling) in self._ledger for sibling in metadata.siblings(key))
+            and any(Entry(sibling) in self._index for sibling in metadata.siblings(key))
         )
 
-    def lacks(self, key: str, max_age: Age) -> bool:
+    def is_known_missing(self, key: str, max_age: Age) -> bool:
         """Whether the source is known not to have a chunk."""
-        at, ticket = self._lacked.get(key, (0.0, None))
-        return ticket == self._ledger.ticket(key) and is_fresh(at, max_age)
+        at, version = self._missing.get(key, (0.0, None))
+        return version == self._index.write_version(key) and is_fresh(at, max_age)
 
-    def note_lack(self, key: str, ticket: Ticket) -> None:
+    def record_missing(self, key: str, version: WriteVersion) -> None:
         """Remember that the source does not have a chunk, until it is written."""
-        if len(self._lacked) >= _REMEMBERED:
-            self._lacked.clear()
-        self._lacked[key] = time.time(), ticket
+        if len(self._missing) >= _REMEMBERED:
+            self._missing.clear()
+        self._missing[key] = time.time(), version
 
-    def note(self, key: str, document: bytes) -> None:
+    def record_document(self, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache."""
         described = metadata.describe(key, document)
         self._digests.update(described.arrays | described.attributes)
