@@ -244,7 +244,7 @@ async def test_everybody_is_told_whatever_happens() -> None:
 
     recorder.let.release(10)
     await given(background, ["a", "b", "c"], done=tell)
-    await background.pause()
+    await background.drain_if_last()
     background.wait()
     assert len(told) == 3
     recorder.error = None
@@ -272,16 +272,16 @@ async def test_what_was_left_by_a_loop_that_stopped_is_stored() -> None:
 async def test_a_caller_who_is_alone_waits_for_what_is_stored() -> None:
     recorder = Recorder()
     background = WriteBehind(recorder)
-    background.enter()
+    background.begin_fetch()
     await given(background, ["a", "b"])
-    waiting = asyncio.ensure_future(background.pause())
+    waiting = asyncio.ensure_future(background.drain_if_last())
     # it is being stored, and cannot end before it may
     assert await asyncio.to_thread(recorder.begun.wait, PATIENCE)
     assert not waiting.done()
     recorder.let.release(10)
     await waiting
     assert recorder.batches == [["a", "b"]]
-    background.leave()
+    background.end_fetch()
 
 
 async def test_where_no_thread_can_be_had_it_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +305,6 @@ async def test_who_is_interrupted_leaves_the_rest_to_others(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         background.wait()
     recorder.interrupt = False
-    background.enter()
-    await asyncio.wait_for(background.pause(), 10)
+    background.begin_fetch()
+    await asyncio.wait_for(background.drain_if_last(), 10)
     assert recorder.batches == [["a", "b"], ["a"]]
