@@ -1,4 +1,4 @@
-"""The counters of writes: whether a key, or anything above it, was written since."""
+"""Write counters: whether a key, or a prefix of it, was written since a point in time."""
 
 from __future__ import annotations
 
@@ -29,24 +29,17 @@ def prefix_counter(prefix: str) -> int:
 
 
 def data_counter(prefix: str) -> int:
-    """The number of the counter of what concerns all that is beneath a prefix but metadata documents."""
+    """The number of the counter for everything beneath a prefix except metadata documents."""
     return Entry(prefix + "//").lock_offset()
 
 
 def missing_counter(array: str) -> int:
-    """The number of the counter of what was found to be absent of an array."""
+    """The number of the counter for the negative cache of an array."""
     return Entry(array + "///").lock_offset()
 
 
 def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
-    """The numbers of all counters that a write of a key, or of anything above it, raises.
-
-    Parameters
-    ----------
-    key : str
-    data : bool
-        Whether it is something else than a metadata document.
-    """
+    """The numbers of all counters that writes to a key or its prefixes increment; `data`: not a document."""
     return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
@@ -59,21 +52,14 @@ def _counters_above(directory: str, *, data: bool) -> tuple[int, ...]:
 
 
 class WriteCounters:
-    """Counters in a file that tell whether a key was written since; protects the cache from fills that began before.
+    """Counters in a file that show whether a key was written; they keep fetches from before a write out of the cache.
 
-    A slot is shared by the keys that hash to it: a false alarm costs one entry that is not cached. Bumps happen under
-    the guard; reads need no lock.
+    Keys with the same hash share a counter: a false alarm costs one entry that is not cached. Increments require the
+    guard, reads require no lock.
 
-    Parameters
-    ----------
-    path : str
-        The file of counters.
-
-    Notes
-    -----
-    One more counter, behind all slots, is raised after any of them was: while it stands still, so do they. Beside it is
-    the one of `lost` writes, whose own slot could not be raised for want of room; these two have their room from the
-    beginning.
+    One total behind all counters is incremented after any of them: while the total is unchanged, so are they. A second
+    one counts the `lost` writes, whose own counter could not be incremented because the disk was full. The space of
+    these two is allocated in advance.
     """
 
     COUNT: Final = 1 << 20
@@ -89,14 +75,14 @@ class WriteCounters:
         return self._read(counter % self.COUNT)
 
     def lost(self) -> int:
-        """How many writes could not be counted: each may have been of any key."""
+        """The number of writes that could not be counted; each may have been to any key."""
         return self._read(self.COUNT + 1)
 
     def before(self, counters: Sequence[int]) -> tuple[int, ...]:
-        """How many were lost, and the counts of some slots: now, or from a moment ago, where somebody just raises one.
+        """The lost writes and the values of some counters, perhaps from just before a concurrent increment.
 
-        Most need no look at the file. Older counts are safe for whoever begins something that may only be finished
-        while `read` still says the same.
+        Most calls need only one read of the file. Slightly old values are safe: a publish compares them with the
+        current ones.
         """
         totals = os.pread(self.fd, 16, self.COUNT * 8)
         seen, counts = self._seen
