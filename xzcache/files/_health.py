@@ -36,7 +36,7 @@ _OF_THE_DISK: Final = frozenset(
     )
     if hasattr(errno, name)
 )
-"""A file system that may only be read is none of these: what is cached can be read there, and no call waits."""
+"""Errors of a broken disk. A read-only file system is not broken: entries can be read, and no call hangs."""
 
 
 def allowance(size: int) -> float:
@@ -45,26 +45,15 @@ def allowance(size: int) -> float:
 
 
 class Health:
-    """The state of the disk of one cache directory, as one process sees it. Safe for threads.
+    """The health of the disk of one cache directory, as one process observes it. Safe for threads.
 
-    Healthy: everything is asked. Aside: no read looks at the directory, and nothing is published; a thread probes the
-    disk, one probe at a time, with pauses that double, and the first that succeeds makes the directory healthy. Many
-    errors within a short time, or one operation that takes long, put the directory aside. The first time that
-    something takes long, the probe comes without a pause: the machine may just have been busy.
+    While the disk is healthy, every operation uses the directory. Many errors in a short time, or one slow operation,
+    put the directory aside: reads skip it and nothing is published. A thread then probes the disk with increasing
+    pauses, and the first successful probe ends that. The first probe after a slow operation follows without a pause,
+    because the machine may only have been busy.
 
-    Parameters
-    ----------
-    root : str
-        The cache directory.
-    probe : callable
-        Does a little of everything on the disk.
-    make_up : callable
-        Does what was not done while the directory was aside, before it is used again; whether all of it is done.
-
-    Attributes
-    ----------
-    is_aside : bool
-        Whether the directory is to be left alone: all that a hit asks.
+    `probe` exercises the disk. `retry_pending` retries pending invalidations before the directory is used again, and
+    returns whether all are done. A hit checks only `is_aside`.
     """
 
     def __init__(self, root: str, probe: Callable[[], None], retry_pending: Callable[[], bool]) -> None:
@@ -82,10 +71,10 @@ class Health:
         self._ends = threading.Event()
         self._latest = time.monotonic()
 
-    # -- what is seen of the disk
+    # -- observing the disk
 
     def record_progress(self) -> None:
-        """Take note that an operation on the disk has ended: others that take long may only be waiting their turn."""
+        """Record that an operation on the disk ended: other slow operations may only wait for their turn."""
         self._latest = time.monotonic()
 
     @property
@@ -105,7 +94,7 @@ class Health:
             self._put_aside(f"{_FAULTS} errors, the last one: {error}", is_certain=True)
 
     def record_slow(self, what: str) -> None:
-        """Take note that an operation takes, or took, longer than it may."""
+        """Record that an operation takes, or took, too long."""
         self._put_aside(what, is_certain=False)
 
     # -- aside, and back
@@ -165,7 +154,7 @@ class Health:
             if is_of_the_disk(error):
                 logger.debug("the disk of %s is not well: %s", self._root, error)
                 return False
-            # what is no fault of the disk is met, and told, by those who use the directory
+            # other errors are reported by the operations that use the directory
             report_bug(error, f"the cache in {self._root}")
         return time.monotonic() - began <= LONG
 
@@ -195,7 +184,7 @@ class Health:
         return not self.is_aside
 
     def rest(self) -> None:
-        """Probe no more, and begin anew as healthy: the directory is left."""
+        """Stop probing and reset to healthy, because the directory is closed."""
         with self._lock:
             self._ends.set()
             self._ends = threading.Event()
@@ -203,7 +192,7 @@ class Health:
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether an exception, or its cause, says that the disk failed: not that something is missing, full or locked."""
+    """Whether an exception or its cause is a failure of the disk, not a missing file, a full disk or a lock."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _OF_THE_DISK:

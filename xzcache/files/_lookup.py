@@ -1,4 +1,4 @@
-"""Finding entries by their path, and never handing out bytes that are not what was stored."""
+"""Look up entries by path, and verify their bytes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-# -- The one way to the files of entries: opening, reading and closing them.
+# -- Opening, reading and closing entry files.
 #
-# Plain blocking functions that know no index and no lock. Every system call that fails, the closing of a file included,
-# is either absence, or an `OSError` that is raised or handed to `trouble`; a descriptor is closed whatever happens.
+# Blocking functions without index and locks. A failed system call means absence, or is an `OSError` that is raised or
+# passed to `on_fault`. Descriptors are always closed.
 
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _NO_FLAG: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system says that does not know `RWF_NOWAIT`, and a kernel that does not."""
+"""Errors of a file system, or of a kernel, without support for `RWF_NOWAIT`."""
 _IN_THE_WAY: Final = (errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
-"""Where an entry's file would be, there is something that is no file: a directory, a link, a pipe."""
+"""Errors of a path that is taken by a directory, a link or a pipe."""
 
 Signature = tuple[int, int, int]
-"""Inode, time of modification in ns, size: what stays the same for as long as nobody replaces or writes a file."""
+"""Inode, time of modification in ns, and size: unchanged unless the file is replaced or written."""
 
 OnFault = Callable[[BaseException], None]
 """Gets each exception that is not absence."""
@@ -51,13 +51,13 @@ def is_ours(owner: int) -> bool:
     global _user
     if owner == _user or _user == -1:
         return True
-    # a process may have changed its user since: that costs a system call only where an owner is another one
+    # the process may have changed its user: check again, but only for files that do not match
     _user = user()
     return owner == _user
 
 
 def let_go(fd: int, on_fault: OnFault) -> None:
-    """Close a descriptor. What was read is right even where that fails, and the descriptor is gone in any case."""
+    """Close a descriptor; an error is recorded only, as the bytes that were read are right."""
     try:
         os.close(fd)
     except OSError as error:
@@ -65,17 +65,7 @@ def let_go(fd: int, on_fault: OnFault) -> None:
 
 
 class Opened:
-    """An open file, which is closed with `close`, or with the last reference to it.
-
-    Attributes
-    ----------
-    fd : int
-    size : int
-    mtime_ns : int
-    signature : Signature
-    is_ours : bool
-        Whether the file belongs to this user.
-    """
+    """An open file; closed by `close` or with its last reference."""
 
     __slots__ = ("_on_fault", "fd", "is_ours", "mtime_ns", "signature", "size")
 
@@ -97,14 +87,14 @@ class Opened:
 
 
 def open_file(path: str, on_fault: OnFault) -> Opened | None:
-    """Open a regular file; None where there is no file of that name.
+    """Open a regular file; None if it does not exist.
 
     Raises
     ------
     NotADirectoryError, IsADirectoryError
-        Something else is there: a file where the path has a directory, a directory, a link, a pipe.
+        The path is taken: a parent is a file, or the path is a directory, a link or a pipe.
     OSError
-        Anything but absence: EIO, EACCES, EMFILE, ESTALE, ...
+        Any other error: EIO, EACCES, EMFILE, ESTALE, ...
     """
     try:
         fd = os.open(path, _READ)
@@ -156,17 +146,7 @@ def read_unchanged(path: str, signature: Signature, most: int, on_fault: OnFault
 def read_unchanged_into(
     path: str, signature: Signature, place: np.ndarray[Any, Any], on_fault: OnFault, *, patient: bool
 ) -> bool:
-    """As `read_unchanged`, into an array of bytes; what is there after False is undefined.
-
-    Parameters
-    ----------
-    path : str
-    signature : (int, int, int)
-    place : ndarray of uint8
-    trouble : callable
-    patient : bool
-        Whether the disk may be waited for.
-    """
+    """Like `read_unchanged`, into an array, which is undefined after False; `patient` may wait for the disk."""
     try:
         fd = os.open(path, _READ)
     except FileNotFoundError:
@@ -191,13 +171,7 @@ def read_unchanged_into(
 
 
 def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) -> bool:
-    """Read bytes of a file from `first` on, as many as `place` has; False where they are not to be had like that.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Fill `place` with bytes of a file; False if the file is too short, or would have to be waited for."""
     try:
         count = os.preadv(fd, [place], first, 0 if patient else os.RWF_NOWAIT)
         if count == len(place) or not patient:
@@ -205,7 +179,7 @@ def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) ->
     except BlockingIOError:
         return False
     except AttributeError:
-        # this platform has no such call, or cannot say that it must not block
+        # the platform lacks this call or its flag
         if not patient:
             return False
     except OSError as error:
@@ -220,13 +194,7 @@ def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) ->
 
 
 def read(fd: int, first: int, last: int) -> memoryview | None:
-    """Bytes `first` up to `last` of a file; None where it turns out to be shorter.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Bytes `first` to `last` of a file; None if it is shorter. Raises `OSError`."""
     data = os.pread(fd, last - first, first)
     while len(data) < last - first:
         more = os.pread(fd, last - first - len(data), first + len(data))
@@ -237,13 +205,7 @@ def read(fd: int, first: int, last: int) -> memoryview | None:
 
 
 def read_resident(fd: int, first: int, last: int) -> memoryview | None:
-    """Bytes of a file if they are in memory, so that reading them cannot block; else None.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Bytes of a file if they are in the page cache, so that the read cannot block; else None. Raises `OSError`."""
     data = np.empty(last - first, dtype=np.uint8)
     if not _fill(fd, data, first, patient=False):
         return None
@@ -251,23 +213,17 @@ def read_resident(fd: int, first: int, last: int) -> memoryview | None:
     return memoryview(data)
 
 
-# -- Which byte ranges of an object are cached, told by the names of their files.
+# -- The cached byte ranges of an object, listed by the names of their files.
 #
-# What is remembered is only a hint: a file may have left since, or another one have come. So it is listed anew before
-# anybody goes to the source.
+# The memory of them is a hint only, because files come and go. So the directory is listed again before a request to the
+# source.
 
 _REMEMBERED_PIECES: Final = 65536
 _TICK_NS: Final = 20_000_000
 
 
 class Pieces:
-    """The byte ranges of objects that lie in one cache directory. Safe for threads.
-
-    Parameters
-    ----------
-    root : str
-        The cache directory.
-    """
+    """The cached byte ranges of the objects in one cache directory. Safe for threads."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -280,13 +236,7 @@ class Pieces:
         return None if known is None else known[0]
 
     def listed(self, key: str) -> Listed:
-        """The pieces of an object.
-
-        Raises
-        ------
-        OSError
-            Anything but absence.
-        """
+        """The cached byte ranges of an object; raises `OSError` for all errors but absence."""
         directory = f"{self._root}/{range_directory(key)}"
         try:
             changed = os.stat(directory).st_mtime_ns
@@ -322,11 +272,11 @@ class Pieces:
 _REMEMBERED: Final = 65536
 _DESCRIPTORS: Final = "/proc/self/fd"
 _SHOWS_PATHS: Final = os.path.isdir(_DESCRIPTORS)
-"""Whether this platform tells where an open file lies, in one system call."""
+"""Whether the platform shows the path of an open file."""
 
 
 class Found(NamedTuple):
-    """The open file of an entry; whoever takes one closes it, or reads it."""
+    """The open file of an entry; the caller must read or close it."""
 
     entry: Entry
     path: str
@@ -344,7 +294,7 @@ T = TypeVar("T")
 
 
 class Row(Protocol):
-    """What the index says of a file."""
+    """The size and checksum of a file in the index."""
 
     @property
     def size(self) -> int: ...
@@ -360,7 +310,7 @@ class Rows(Protocol):
 
 
 class Session(Protocol):
-    """What the lookup asks of the session with the index."""
+    """The part of the index session that the lookup uses."""
 
     root: str
 
@@ -372,7 +322,7 @@ class Session(Protocol):
 
 
 class Barrier(Protocol):
-    """What the lookup asks of the fault barrier, which counts faults and repairs the index."""
+    """The part of the fault barrier that the lookup uses."""
 
     @property
     def session(self) -> Session: ...
@@ -380,17 +330,17 @@ class Barrier(Protocol):
     def health(self) -> Health: ...
 
     def try_or(self, action: Callable[[], T], otherwise: T) -> T:
-        """What an action returns, or the other value if the cache fails."""
+        """The result of an action; `otherwise` if the cache fails."""
 
     def with_rebuild(self, action: Callable[[], T]) -> T:
-        """What an action returns; raises if the cache fails."""
+        """The result of an action, after a rebuild of a damaged index; raises if the cache fails."""
 
     def record_fault(self, error: BaseException) -> None:
         """Count a fault."""
 
 
 def _timed(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[Reader, P], T]:
-    """A method that tells when the disk takes too long."""
+    """Decorate a method to report slow operations of the disk."""
 
     @wraps(method)
     def timed(self: Reader, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -407,28 +357,14 @@ def _timed(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[
 
 
 class Reader:
-    """Reads the entries of one cache directory, without a look at the index.
+    """Reads the entries of one cache directory without the index.
 
-    No method raises for what a system call says of an entry file: the entry is not here then, the trouble is counted,
-    and the file is closed. (`read_foreign` does: those are not the cache's files.)
+    No method raises for an error on an entry file: the entry counts as missing, the fault is recorded, and the file is
+    closed. Only `read_foreign` raises. Safe for threads. Verified files are remembered by inode, time of modification
+    and size, up to a limit.
 
-    Parameters
-    ----------
-    keeper : Barrier
-    folds : bool
-        Whether the file system takes names that differ in case for the same.
-
-    Attributes
-    ----------
-    quarantine : Quarantine
-        Keys of which something could not be made invisible when it had to be.
-    slow_path : str
-        The file that took too long, if one did.
-
-    Notes
-    -----
-    Safe for threads. That a file was checked is remembered by its inode, modification time and size, for a bounded
-    number of files.
+    `folds` tells that the file system folds case. `quarantine` holds the keys whose invalidation is pending.
+    `slow_path` is the path of the latest slow file.
     """
 
     def __init__(self, barrier: Barrier, *, folds: bool, quarantine: Quarantine | None = None) -> None:
@@ -444,15 +380,10 @@ class Reader:
         self.slow_path = ""
 
     def open_entry(self, entry: Entry, *, anyones: bool = False) -> Found | None:
-        """Open a file that holds an entry: its own, or one that holds more of the object.
+        """Open a file that contains an entry: its own, or one with more of the object.
 
-        A file that this process has not checked yet may still turn out to be damaged: `read` tells.
-
-        Parameters
-        ----------
-        entry : Entry
-        anyones : bool
-            Whether a file of another user will do, as it does for what is not the cache's.
+        A file that this process has not verified yet may be damaged, which `read` detects. `anyones` accepts files of
+        other users, which are not entries.
         """
         return next(self.open_covering(entry, anyones=anyones), None)
 
@@ -466,7 +397,7 @@ class Reader:
                     yield found
                 return
             tried = set()
-            # what is found without a look at the directory is found fast; what is not there any more is looked for
+            # remembered ranges need no listing of the directory; the listing finds the others
             remembered = self._pieces.remembered(entry.key)
             for piece in remembered.covering(entry) if remembered is not None else ():
                 tried.add(piece)
@@ -481,9 +412,9 @@ class Reader:
             self._on_fault(error)
 
     def get_nowait(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
-        """A whole object of at most `most` bytes that this process has checked before, if it is in memory; else None.
+        """A whole object of at most `most` bytes, if this process has verified the file and its bytes are in memory.
 
-        The shortest way of all: whoever gets None goes the long one.
+        This is the fast path of a hit; after None, the caller takes the slow path.
         """
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
@@ -498,7 +429,7 @@ class Reader:
     def readinto_nowait(
         self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool
     ) -> bool:
-        """As `get_nowait`, into an array of bytes; what is there after False is undefined."""
+        """Like `get_nowait`, into an array of bytes, which is undefined after False."""
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
         if signature is None:
@@ -524,7 +455,7 @@ class Reader:
 
     @_timed
     def listed(self, key: str) -> Listed:
-        """The byte ranges of an object that there are, as far as can be seen."""
+        """The cached byte ranges of an object, as far as they can be listed."""
         try:
             held = not self.quarantine.is_empty and self.quarantine.holds(key)
             return Listed(key, ()) if held else self._pieces.listed(key)
@@ -533,7 +464,7 @@ class Reader:
             return Listed(key, ())
 
     def quarantine_all(self) -> None:
-        """Read nothing more from this directory."""
+        """Serve nothing more from this directory."""
         if not self._refuses_all:
             self._refuses_all = True
             self.quarantine.hold([EVERYTHING])
@@ -559,7 +490,7 @@ class Reader:
         try:
             opened = open_file(path, self._on_fault)
         except (NotADirectoryError, IsADirectoryError):
-            # the path is taken by something else, so the entry may lie under its digest
+            # the path is taken, so the entry may lie under its digest
             path = self._path(entry, hashed=True)
             opened = open_file(path, self._on_fault)
         if opened is None:
@@ -576,7 +507,7 @@ class Reader:
             opened.close()
             return None
         if not self.quarantine.is_empty:
-            # the file is open already, so what is asked now holds for it
+            # the file is open already, so this check holds for it
             if self.quarantine.is_away(entry.key) and not self._barrier.session.is_stand_in():
                 opened.close()
                 return None
@@ -588,9 +519,9 @@ class Reader:
 
     @_timed
     def read(self, found: Found, first: int, last: int) -> memoryview | None:
-        """Bytes of a file that was found, which is closed; None where they are not what was stored.
+        """Read and close an opened entry; None if its bytes are not those that were stored.
 
-        The whole file is checked against its checksum the first time this process sees it.
+        The checksum of the whole file is verified when this process reads it for the first time.
         """
         try:
             if found.known:
@@ -632,7 +563,7 @@ class Reader:
                 found.opened.close()
 
     def _expected(self, found: Found, stamp: files.Stamp | None, conclusive: bool) -> int | None:
-        """The checksum that a file must have, by its stamp or the index; None where it is not the entry's file."""
+        """The expected checksum of a file, from its stamp or the index; None if the file is not that of the entry."""
         if not found.opened.is_ours:
             return None
         suspect = self.quarantine.suspects(found.entry.key)
@@ -671,7 +602,7 @@ class Reader:
         self._on_fault(Damaged(f"{found.path} is not what was stored there"))
 
     def _lies_there(self, found: Found) -> bool:
-        """Whether no folder above a file is a link: what lies behind one is neither counted nor evicted here."""
+        """Whether no folder above a file is a link: files behind a link are neither counted nor evicted."""
         if self._folds:
             # the same file has more than one path
             return True
@@ -685,7 +616,7 @@ class Reader:
 
     @_timed
     def is_foreign(self, found: Found) -> bool:
-        """Whether a file that was found is not one of the cache's; where nobody can tell, `read` does."""
+        """Whether an opened file does not belong to the cache; if that is unknown, `read` decides."""
         if found.known:
             return False
         try:
@@ -700,40 +631,25 @@ class Reader:
         return conclusive or self._barrier.try_or(lambda: self._row(Entry(found.entry.key)), None) is None
 
     def is_foreign_file(self, path: str, key: str) -> bool:
-        """Whether the file at a path is not one of the cache's.
-
-        Raises
-        ------
-        CacheFault, OSError
-            It cannot be told.
-        """
+        """Whether the file at a path does not belong to the cache; raises if that is unknown."""
         found = files.look(path, Entry(key))
         if found is Whose.UNMARKED:
             return self._barrier.with_rebuild(lambda: self._row(Entry(key))) is None
         return found in (Whose.FOREIGN, Whose.MARKED)
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
-        """Bytes of a file that is not the cache's, as they are; it is closed.
-
-        Raises
-        ------
-        OSError
-            It cannot be read, which is not to be taken for absence.
-        """
+        """Read and close a file that does not belong to the cache; raises `OSError` if it cannot be read."""
         try:
             return read(found.opened.fd, first, last)
         finally:
             found.opened.close()
 
     def validator(self, entry: Entry) -> str:
-        """What tells the state of what would be found of an entry from others; empty where nothing does."""
+        """The validator of a cached entry; empty if there is none."""
         return "" if (found := self.open_entry(entry)) is None else self._validator(found)
 
     def states_of(self, key: str) -> set[str]:
-        """The validators of the whole of an object and of one of its byte ranges, where they are cached.
-
-        Empty ones included: of what has none, the state is unknown.
-        """
+        """The validators of the whole object and of one byte range, if cached; empty strings for unknown states."""
         states = set()
         for entry in (Entry(key), self.listed(key).any()):
             if entry is None:
@@ -767,7 +683,7 @@ class Reader:
 
     @_timed
     def size(self, found: Found) -> int | None:
-        """The size of a file that was found, which is closed; None where only its contents tell whose it is."""
+        """The size of an opened entry, which is closed; None if only its contents can identify it."""
         try:
             if found.known:
                 return found.size
@@ -782,7 +698,7 @@ class Reader:
 
     @_timed
     def mark_validated(self, entry: Entry) -> None:
-        """Let the age of an entry begin now."""
+        """Restart the age of an entry."""
         if (found := self.open_entry(entry)) is not None:
             try:
                 os.utime(found.opened.fd)
@@ -792,7 +708,7 @@ class Reader:
                 found.opened.close()
 
     def close(self, found: Found) -> None:
-        """Let go of a file that is not to be read."""
+        """Close an opened entry without reading it."""
         found.opened.close()
 
     def _row(self, entry: Entry) -> Row | None:

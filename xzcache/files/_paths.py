@@ -15,14 +15,7 @@ _SIMPLE: Final = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)*", re.ASCII)
 
 
 def is_plain(key: str, *, folds: bool = False) -> bool:
-    """Whether a key may be used as a path below the cache directory, as it is.
-
-    Parameters
-    ----------
-    key : str
-    folds : bool
-        Whether the file system takes names that differ in case or Unicode form for the same.
-    """
+    """Whether a key can be used as a path below the cache directory; `folds` for file systems that fold case."""
     # nearly every key of a Zarr array leaves here
     if _SIMPLE.fullmatch(key) and len(key) < _LONGEST_COMPONENT and not folds and os.name != "nt":
         return True
