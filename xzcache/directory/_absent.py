@@ -1,4 +1,4 @@
-"""Chunks that a source does not have: an index row each and no file, so that a sparse array is not asked for twice."""
+"""The negative cache: missing chunks, as index rows without files, so that a sparse array is not requested twice."""
 
 from __future__ import annotations
 
@@ -23,35 +23,30 @@ _MOST_ROWS: Final = 1 << 18
 _COUNT_EVERY: Final = 1 << 14
 _LONG_SECONDS: Final = 0.005
 _REST: Final = 10
-"""After a look that took long, nobody looks again for so many times as long: not to know only costs a request."""
+"""After a slow query, the index is not asked for this many times its duration: an unknown chunk only costs a request.
+"""
 
 
 class _Missing(NamedTuple):
-    """When a key was found to be absent (seconds since the epoch), and what the write counters said then."""
+    """When a key was found missing (seconds since the epoch), and the write version at that time."""
 
     at: float
     version: WriteVersion
 
 
 class NegativeCache:
-    """What the sources of one cache directory are known not to have. Safe for threads.
+    """The chunks that are known to be missing at the sources of one cache directory. Safe for threads.
 
-    Parameters
-    ----------
-    keeper : Keeper
-
-    Notes
-    -----
-    This process remembers a bounded number of them, each for as long as the counters of writes say that nobody has
-    written the key or anything above it. Whether anybody has noted more of an array another counter says; then all that
-    is noted of it is read at once, and of an array with more than can be remembered, key by key.
+    This process remembers a limited number of them, each while its write version is current. A counter for each array
+    shows that other processes have recorded more. Then all records of the array are read at once; of an array with too
+    many, single records are read.
     """
 
     def __init__(self, barrier: FaultBarrier) -> None:
         self._barrier = barrier
         self._session = barrier.session
         self._recorded: dict[str, _Missing] = {}
-        # the counter up to which all that is noted of an array is known here, and the counts above that are our own
+        # the counter value up to which all records of an array are known here, and this process's own later values
         self._read_at: dict[str, int] = {}
         self._own: dict[str, set[int]] = {}
         self._rest_until = 0.0
@@ -61,11 +56,11 @@ class NegativeCache:
         self._uncounted = _COUNT_EVERY
 
     def knows(self, key: str, max_age: Age) -> bool | None:
-        """Whether a key is absent, without a look at the index; None where that is needed. Never waits."""
+        """Whether a key is known to be missing, without the index; None if the index must be asked. Never waits."""
         noted = self._recorded.get(key)
         if noted is not None:
             if noted.version == self._current_version(key):
-                # what is too old for one store may not be so for another
+                # a record that is too old for one store may be fresh for another
                 return is_fresh(noted.at, max_age)
             self._recorded.pop(key, None)
             return False
@@ -75,9 +70,9 @@ class NegativeCache:
         return None
 
     def look(self, key: str, max_age: Age) -> bool:
-        """Whether a key is absent, as anybody has noted."""
+        """Whether a key is recorded as missing by any process."""
         with self._looking:
-            # another thread may have looked meanwhile
+            # another thread may have asked meanwhile
             if (known := self.knows(key, max_age)) is not None:
                 return known
             begun = time.monotonic()
@@ -91,7 +86,7 @@ class NegativeCache:
         count = self._count(array)
         rows = self._rows(array)
         if (process := self._session.current) is not None:
-            # after the rows: what was written since, also where the index could not be told, has another ticket
+            # after the rows: a write since then has another version, even if the index missed it
             versions = WriteVersions(process)
             for name, (at, digest) in rows.items():
                 if (version := versions.of(name)).digest() == digest:
@@ -108,7 +103,7 @@ class NegativeCache:
         return bool(self.knows(key, max_age))
 
     def _advance(self, array: str, count: int) -> None:
-        """All up to a count is known, and what follows it as far as that is our own."""
+        """Mark all values up to a count as known, and this process's own values that follow it."""
         count = max(count, self._read_at.get(array, 0))
         own = self._own.setdefault(array, set())
         while count + 1 in own:
@@ -117,7 +112,7 @@ class NegativeCache:
         self._read_at[array] = count
 
     def _rows(self, array: str) -> dict[str, tuple[float, int]]:
-        """What is noted of an array: when, and under which ticket; the guard is let go of now and then."""
+        """The records of an array: time and version; the guard is released between pages."""
         rows: dict[str, tuple[float, int]] = {}
         last = ""
         while len(rows) < _REMEMBERED:
@@ -139,7 +134,7 @@ class NegativeCache:
         return first
 
     def flush(self) -> None:
-        """Tell the index of what was noted."""
+        """Write the new records to the index."""
         with self._lock:
             pending, self._pending = self._pending, {}
         if pending:
@@ -154,7 +149,7 @@ class NegativeCache:
                     arrays.add(_array_of(key))
             for array in arrays:
                 with self._lock:
-                    # known before it shows: our own notes are no news to us
+                    # before the increment: this process's own records need no query
                     count = process.writes.read(missing_counter(array))
                     self._own.setdefault(array, set()).add(count + 1)
                     self._advance(array, self._read_at.get(array, 0))

@@ -1,7 +1,7 @@
-"""The audit of a cache directory: the index against the files, the files against their checksums, what was left over.
+"""The audit of a cache directory: the index against the files, the files against their checksums, and leftovers.
 
-Other processes may use the directory meanwhile. What looks wrong is looked at a second time under the guard, where no
-entry is on its way in or out, before it becomes a finding.
+Other processes may use the directory meanwhile. A suspected problem is checked again under the guard, where no entry is
+being published or deleted, before it becomes a finding.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _BATCH: Final = 256
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it should be.
+    """One problem that an audit found.
 
     Attributes
     ----------
     kind : str
         ``"index"`` (SQLite's own check finds damage), ``"totals"`` (a sum differs from its rows), ``"bound"`` (more
-        bytes are counted than the bound allows), ``"missing"`` (an entry without its file), ``"damaged"`` (a file that
-        is not the one that was stored), ``"orphan"`` (an entry file that the index does not count), ``"lease"``,
-        ``"tombstone"``, ``"write"`` and ``"temporary"`` (left by a process that is gone), ``"unknown"`` (the file
-        system did not answer).
+        bytes are counted than the bound allows), ``"missing"`` (an entry without its file), ``"damaged"`` (a file with
+        other bytes than were stored), ``"orphan"`` (an entry file that the index does not count), ``"lease"``,
+        ``"tombstone"``, ``"write"`` and ``"temporary"`` (left by a dead process), ``"unknown"`` (the file system
+        did not answer).
     where : str
-        The path below the cache directory, or the name of what is wrong.
+        The path below the cache directory, or the name of the checked item.
     detail : str
-        What is wrong, in a few words.
+        A short description of the problem.
     """
 
     kind: str
@@ -53,18 +53,18 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What an audit of a cache directory found.
+    """The result of an audit of a cache directory.
 
     Attributes
     ----------
     root : str
         The cache directory.
     entries, size : int
-        Entries whose files are as they were stored, and the bytes of these files.
+        The number of intact entries, and the bytes of their files.
     findings : tuple of Finding
-        What was wrong when the audit began; empty where nothing was.
+        The problems when the audit began.
     repaired : bool
-        Whether a second audit, after the repair, found nothing.
+        Whether a second audit, after the repair, found no problem.
     """
 
     root: str
@@ -75,7 +75,7 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was wrong, or all of it was repaired."""
+        """Whether there was no problem, or all problems were repaired."""
         return self.repaired or not self.findings
 
     def __str__(self) -> str:
@@ -87,15 +87,9 @@ class Audit:
 
 
 def audit(directory: CacheDirectory, *, repair: bool) -> Audit:
-    """Audit a directory; with `repair`, repair it.
-
-    Raises
-    ------
-    CacheFault, OSError
-        The directory cannot be used at all.
-    """
+    """Audit a directory and, with `repair`, repair it; raises `CacheFault` or `OSError` if it is unusable."""
     if not directory.is_made:
-        # an audit makes no directory
+        # an audit creates no directory
         return Audit(directory.root)
     with_rebuild = directory.barrier.with_rebuild
     first = with_rebuild(lambda: _Pass(directory))
@@ -108,17 +102,7 @@ def audit(directory: CacheDirectory, *, repair: bool) -> Audit:
 
 
 class _Pass:
-    """One look at everything.
-
-    Attributes
-    ----------
-    findings : list of Finding
-    entries, size : int
-    rows : list of Row
-        Entries whose files are missing or damaged.
-    orphans : list of str
-        Paths of entry files that the index does not count.
-    """
+    """One audit pass; `rows` have missing or damaged files, and `orphans` are paths of files that no row counts."""
 
     def __init__(self, directory: CacheDirectory) -> None:
         self._root = directory.root
@@ -136,7 +120,7 @@ class _Pass:
     def _add(self, kind: str, where: str, detail: str) -> None:
         self.findings.append(Finding(kind, where, detail))
 
-    # -- what processes left that are gone
+    # -- leftovers of dead processes
 
     def _check_leftovers(self) -> None:
         meta = self._session.meta
@@ -200,7 +184,7 @@ class _Pass:
                 self.rows.append(row)
 
     def _fault_of(self, row: Row) -> tuple[str, str] | None:
-        """What is wrong with the file of a row, as kind and detail. Files that are right are counted."""
+        """The problem with the file of a row, as kind and detail; intact files are counted."""
         path = f"{self._root}/{relative_path(row.entry, hashed=row.hashed)}"
         faults: list[BaseException] = []
         try:
@@ -243,7 +227,7 @@ class _Pass:
         self._check_orphans(batch)
 
     def _entry_files(self) -> Iterator[tuple[str, Entry]]:
-        """Files that the cache wrote, where entries lie, each with the entry that it says it is."""
+        """Entry files on the disk, each with the entry that its path or stamp names."""
         for path in files.walk(self._root):
             entry = Entry(os.path.relpath(path, self._root).replace(os.sep, "/"))
             try:
@@ -275,7 +259,7 @@ def _names(directory: str) -> list[str]:
 
 
 def _repair(directory: CacheDirectory, found: _Pass) -> None:
-    """Repair what an audit found: what is wrong leaves the cache, and the source still has it."""
+    """Repair the findings of an audit: broken entries are removed, and the source still has them."""
     session, space = directory.session, directory.space
     recovery.recover(session)
     with session.section() as (_, index):
@@ -283,7 +267,7 @@ def _repair(directory: CacheDirectory, found: _Pass) -> None:
         index.mend_totals()
     for start in range(0, len(found.rows), _BATCH):
         with session.section() as (process, index):
-            # what was told of its use meanwhile is the same entry; what was stored anew is not
+            # an entry whose last use was updated meanwhile is still the same; one that was stored again has another id
             there = index.of_ids([row.id for row in found.rows[start : start + _BATCH]])
             tombstones = space.mark_deleted(process, index, list(there.values()))
         space.unlink_deleted(tombstones)

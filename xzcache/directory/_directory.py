@@ -1,6 +1,6 @@
-"""A cache directory, as every process on the machine shares it: the blocking whole, made of its parts.
+"""A cache directory that all processes of a machine share: the blocking parts, put together.
 
-Nothing here raises for the cache's own sake: trouble is counted, logged once, and answered with "not here" or "not
+No method raises because the cache fails: faults are counted, logged once, and answered with "not cached" or "not
 stored".
 """
 
@@ -45,16 +45,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
-"""Seconds for which a directory that could not be opened is left alone by reads."""
+"""Seconds for which reads skip a directory that could not be opened."""
 
 _GLANCE: Final = 0.02
-"""Seconds that somebody who only looks waits for the index."""
+"""Seconds that a display waits for the index."""
 _PROBED: Final = 1 << 16
 _PATIENCE_OF_A_PROBE: Final = 0.2
 _users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
-"""Seconds between attempts to make up for what could not be made invisible."""
+"""Seconds between retries of pending invalidations."""
 
 
 class CacheDirectory:
@@ -63,22 +63,22 @@ class CacheDirectory:
     Parameters
     ----------
     root : str
-        The real path of the directory. Nothing is made before it is needed.
+        The real path of the directory, which is created at its first use.
     max_size : int, None or UNSET
-        The bound in bytes, None for none; UNSET keeps the one that the directory has.
+        The bound in bytes, None for none; UNSET keeps the current bound of the directory.
     default_max_size : int or None
-        The bound of a directory that is new.
+        The bound of a new directory.
     min_free : float or int
-        What to leave free of the file system: a fraction or bytes.
+        The free space to leave on the file system: a fraction or bytes.
     lock_timeout : float
         Seconds to wait for the lock of the index.
     policy : str
-        Which entries leave first, as far as this process decides it.
+        The eviction policy of this process.
 
     Attributes
     ----------
-    reader, leaders, publisher, writes, absences, arrays, space
-        The parts: what they do with the directory they do for all processes.
+    reader, fetch_locks, publisher, writes, negative_cache, metadata, space
+        The parts of the directory.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class CacheDirectory:
         return True
 
     async def promptly(self, otherwise: T, function: Callable[..., T], *args: object, patience: float = LONG) -> T:
-        """Await a blocking function of a read; `otherwise` where the disk lets it hang, or is to be left alone."""
+        """Await a blocking function of a read; returns `otherwise` if the disk hangs or is put aside."""
         if self.health.is_aside:
             return otherwise
         return await self._unless_it_hangs(otherwise, pool.submit(self._with_progress, function, args), patience)
@@ -189,7 +189,7 @@ class CacheDirectory:
                 patience = LONG
 
     async def to_the_end(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `promptly`, of what must not be left undone: what hangs is waited for, but others need not learn it."""
+        """Like `promptly`, for work that must not be skipped: it is awaited even if the disk hangs."""
         future = pool.submit(function, *args, **kwargs)
         try:
             return await asyncio.wait_for(pool.outcome(future), LONG)
@@ -199,7 +199,7 @@ class CacheDirectory:
             return await pool.outcome(future)
 
     async def prepare_promptly(self) -> None:
-        """As `prepare`, which goes on where it takes long: all who want it wait for the same."""
+        """Like `prepare`, limited in time: concurrent callers wait for the same call."""
         if self.health.is_aside:
             self.health.log_if_long()
             return
@@ -207,12 +207,13 @@ class CacheDirectory:
             future = self._under_way = pool.submit(self.prepare)
         await self._unless_it_hangs(False, future)
 
-    # -- who uses it
+    # -- users
 
     def used_by(self, user: object) -> weakref.finalize[[int], object]:
-        """Take note of a user: without any, this process leaves the directory. What ends the use, if nothing else does.
+        """Register a user of the directory; returns a function that ends the use.
 
-        Everything can be used without: the process joins, and leaves soon.
+        Without users, this process leaves the directory soon. Every method works without a user: the process joins for
+        it.
         """
         number = next(_users)
         self._users.add(number)
@@ -232,15 +233,15 @@ class CacheDirectory:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything uses the directory, or this process has not left it yet."""
+        """Whether the directory has users, or this process has not left it yet."""
         return bool(self._users) or self.session.current is not None
 
     def _leave(self) -> bool:
-        """Leave, if nothing uses the directory; False where it is about to be left."""
+        """Leave the directory if it has no users; False if that must be tried again."""
         if self._users:
             return True
         if self.session.current is None:
-            # another process may do what this one could not
+            # another process may finish the pending invalidations
             self.pending.leave_note()
             return True
         if self.health.is_aside or not self.write_behind.is_idle or self.session.was_just_used:
@@ -249,7 +250,7 @@ class CacheDirectory:
             self.pending.retry_pending()
         left = self._close(unless_writing=True)
         if not left and not self.session.writing:
-            # the index speaks of writes that are over
+            # the index still has rows of writes that have ended
             self.barrier.try_or(lambda: recovery.recover(self.session), None)
         return left
 
@@ -263,15 +264,15 @@ class CacheDirectory:
 
     @property
     def is_ready(self) -> bool:
-        """As `is_prepared`; what a hit asks. Which keys are in doubt, the reader knows."""
+        """Like `is_prepared`, for a hit: the reader checks for quarantined keys itself."""
         prepared = self._prepared
         return prepared is not None and prepared[0] is self.session.current and prepared[1] == self.barrier.bound
 
     @property
     def may_serve(self) -> bool:
-        """Whether entries may be read by their paths, though this process may not have joined: no hit has to ask.
+        """Whether entries may be served before this process has joined.
 
-        Before somebody has seen to a loss of power, entries may be of before a write that the source has.
+        After a loss of power, until the recovery, entries may be older than a write that the source has.
         """
         if not self._is_trusted:
             self._is_trusted = self.is_ready or not recovery.may_be_stale(self.session)
@@ -281,12 +282,12 @@ class CacheDirectory:
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
         if self.health.is_aside:
-            # what is wrong is told there
+            # `prepare` logs the reason
             return True
         return (not self.is_prepared or self.pending.has_pending) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
-        """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
+        """Join the directory, recover from dead processes and enforce the bound; False if that fails."""
         if self.health.is_aside:
             return False
         with self._preparing:
@@ -332,7 +333,7 @@ class CacheDirectory:
         self._min_free = self.space.min_free = min_free
 
     def set_policy(self, policy: str) -> None:
-        """Ask for another policy, in this process: whoever makes room does so by its own."""
+        """Set the eviction policy of this process."""
         if policy != self._policy:
             self._policy = policy
             self.recency.policy = POLICIES[policy]()
@@ -344,17 +345,17 @@ class CacheDirectory:
             process.guard.timeout = seconds
 
     def reopen(self) -> None:
-        """Have a directory that was taken away be made again at its next use."""
+        """Allow a directory that was removed by `remove_if_last` to be created again."""
         if self.session.is_retired:
             self.session.is_retired = False
             self._prepare_after = 0.0
 
     def flush(self) -> None:
-        """Tell the index of the latest uses."""
+        """Write the latest uses to the index."""
         if self.session.is_retired:
-            # taken away meanwhile: there is nobody to tell
+            # the directory was removed meanwhile, so there is no index
             return
-        # who has only read so far has not joined yet
+        # a process that has only served hits has not joined yet
         if self.recency and (self.session.current is not None or (self.wants_preparing and self.prepare())):
             self.barrier.try_or(self._flush, None)
 
@@ -367,12 +368,12 @@ class CacheDirectory:
 
     @property
     def is_made(self) -> bool:
-        """Whether there is a cache to look at: what only looks makes none."""
-        # even where this process has joined it may have been taken away since
+        """Whether there is a cache directory; calls that only inspect it do not create it."""
+        # the directory may have been removed after this process joined
         return os.path.isdir(self.session.meta)
 
     def totals(self) -> Totals:
-        """What the directory holds; zeros where it is not there, or cannot be asked."""
+        """The totals of the directory; zeros if there is none, or if the index fails."""
         if not self.is_made:
             bound = self.barrier.bound
             return Totals(0, 0, 0, 0, self.barrier.default_bound if isinstance(bound, Unset) else bound)
@@ -393,7 +394,7 @@ class CacheDirectory:
             return index.share(namespace)
 
     def glance(self, namespace: str) -> tuple[Totals, tuple[int, int]]:
-        """As `totals` and `share`, for show: as they were seen last, where they are not to be had at once."""
+        """Like `totals` and `share`, for a display: the latest known values if the index is busy."""
         if not self.is_made:
             return self.totals(), (0, 0)
         try:
@@ -408,7 +409,7 @@ class CacheDirectory:
         return self._seen.get(namespace, (Totals(0, 0, 0, 0, None), (0, 0)))
 
     def hashed_keys(self, prefix: str) -> list[str]:
-        """Keys beneath a prefix whose files do not lie at the key."""
+        """Keys beneath a prefix whose files lie under their digests."""
         if not self.is_made:
             return []
         return self.barrier.try_or(lambda: self._hashed_keys(prefix), [])
@@ -418,14 +419,14 @@ class CacheDirectory:
             return index.hashed_keys(prefix)
 
     def close(self) -> None:
-        """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
+        """Finish pending publishes, write the latest uses and return the lease; the next use joins again."""
         if not self.health.comes_back(LONG):
-            # whoever comes next finds that this process is gone
+            # the next process to recover treats this one as dead
             self.health.rest()
             return
         self.write_behind.wait()
         if self.session.current is not None:
-            # what was taken away and is back would be served by those who come after
+            # suspected files must be removed now: later processes would serve them
             self.writes.adopt(self._quarantine.suspected)
             self.pending.retry_pending()
         self._close()
@@ -439,29 +440,29 @@ class CacheDirectory:
         return left
 
     def remove_if_last(self) -> bool:
-        """Leave, and take away what the cache made, if no other process uses it; whether it did."""
+        """Leave, and delete the cache if no other process uses it; returns whether it was deleted."""
         return self.barrier.try_or(self._remove_if_last, False)
 
     def _remove_if_last(self) -> bool:
         self.write_behind.wait()
         if not recovery.is_last_to_leave(self.session):
-            # what is still open here joins again at its next use
+            # stores that are still open join again at their next use
             self.close()
             return False
         self.writes.drop_now("")
-        # what still runs here must not make it again
+        # work that still runs in this process must not create the directory again
         self.session.is_retired = True
         self.session.close()
         self._prepared = None
         with suppress(OSError):
             shutil.rmtree(files.inside(self.root, META))
         with suppress(OSError):
-            # unless somebody keeps something else there
+            # unless the directory holds other files
             os.rmdir(self.root)
         return True
 
     def after_fork_in_child(self) -> None:
-        """Start anew, with the settings of the parent and nothing else of it."""
+        """Start anew with only the settings of the parent."""
         self.session.after_fork_in_child()
         self.health = Health(self.root, self._probe, self._retry_pending)
         self.pending.let_go_of_note()

@@ -1,4 +1,4 @@
-"""Keeps the books usable: repairs a damaged index, counts what goes wrong, says it once, and never raises it."""
+"""The fault barrier: repairs a damaged index, counts and logs faults, and never lets them reach a read."""
 
 from __future__ import annotations
 
@@ -29,24 +29,10 @@ _MOST_REPAIRS: Final = 5
 
 
 class FaultBarrier:
-    """Does things with the shared books on behalf of reads that must not fail.
+    """Runs actions on the index session for reads that must not fail.
 
-    Parameters
-    ----------
-    books : Books
-    bound : int, None or UNSET
-        The bound in bytes that was asked for, None for none.
-    default_bound : int or None
-        The bound of a directory that does not know one yet.
-    health : Health
-        The state of the disk.
-
-    Attributes
-    ----------
-    troubles : int
-        How often the cache itself failed, in this process.
-    latest_trouble : BaseException or None
-        How it failed last.
+    `bound` is the requested bound in bytes, None for none, or UNSET. `default_bound` is for a directory without a bound
+    of its own. `faults` counts the failures of the cache in this process; `latest_fault` is the last one.
     """
 
     def __init__(
@@ -65,7 +51,7 @@ class FaultBarrier:
         self._logged_kinds: set[tuple[type[BaseException], int | None]] = set()
 
     def try_or(self, action: Callable[[], T], otherwise: T) -> T:
-        """Do something with the books; `otherwise` where it cannot be done, or the disk is to be left alone."""
+        """Run an action; returns `otherwise` if it fails or if the disk is put aside."""
         if self.health.is_aside:
             return otherwise
         try:
@@ -75,13 +61,7 @@ class FaultBarrier:
             return otherwise
 
     def with_rebuild(self, action: Callable[[], T]) -> T:
-        """Do something with the books, rebuilding a damaged index.
-
-        Raises
-        ------
-        CacheFault, OSError
-            It cannot be done.
-        """
+        """Run an action, rebuilding a damaged index; raises `CacheFault` or `OSError` if it fails."""
         mended, tries = False, 0
         while True:
             try:
@@ -103,7 +83,7 @@ class FaultBarrier:
                         self._pause(time.monotonic() - began)
                     raise
                 if mended and not damage.is_certain:
-                    # a disk that fails now and then makes a new index no better than the old one
+                    # on a disk that fails now and then, a new index is no better than the old one
                     self._doubt_after = self._after(time.monotonic() - began)
 
     def _pause(self, took: float) -> None:
@@ -123,9 +103,9 @@ class FaultBarrier:
         return mended
 
     def apply_bound(self) -> None:
-        """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
+        """Apply the requested bound to the directory; a lower bound revokes all leases."""
         if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._must_revoke):
-            # what another process has asked for since holds, also when this one comes back
+            # a bound that another process requested later holds, even when this process joins again
             return
         with self.session.section() as (process, index):
             old = index.totals().max_size
@@ -139,7 +119,7 @@ class FaultBarrier:
                 index.set_max_size(self.bound)
                 if alone and current is process:
                     process.revoke_leases(index)
-                # what is remembered is what was asked for, whatever becomes of the index
+                # the file keeps the requested bound even if the index is lost
                 recovery.remember_bound(self.session, self.bound)
         finally:
             if alone:
@@ -150,13 +130,13 @@ class FaultBarrier:
         self._applied = self.bound
 
     def reapply_bound(self) -> None:
-        """Have the bound be asked for again at the next `apply_bound`."""
+        """Apply the requested bound again at the next `apply_bound`."""
         self._applied = UNSET
 
     def record_fault(self, error: BaseException) -> None:
-        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong.
+        """Count a fault, and log it once for each kind; a lack of room is no fault.
 
-        What the cache does not expect to go wrong is an error of its own, which is logged with its traceback.
+        An unexpected exception is a bug, which is logged with its traceback.
         """
         if isinstance(error, NoRoom):
             return
@@ -169,14 +149,14 @@ class FaultBarrier:
         ):
             self._logged_kinds.add(kind)
             if isinstance(cause := error.__cause__, OSError):
-                # the same will be met again, by whoever reads a file there
+                # reads of a file there will fail with the same error
                 self._logged_kinds.add((type(cause), cause.errno))
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.session.root, error)
         self.latest_fault = without_frames(error)
 
 
 def _lacks_descriptors(error: BaseException) -> bool:
-    """Whether nothing but a file could not be opened, which costs little to try again."""
+    """Whether the process was only out of descriptors, so that a retry is cheap."""
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE):

@@ -1,4 +1,4 @@
-"""Who fetches, among the processes of a machine, and what was written since one began."""
+"""Fetch locks between the processes of a machine, and write versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class WriteVersion(NamedTuple):
-    """What the write counters said when a fill began: it may publish only while they still say so."""
+    """The write counters of a key before a fetch: the result may be published only while they are unchanged."""
 
     process: int
     generation: int
@@ -30,17 +30,12 @@ class WriteVersion(NamedTuple):
 
 
 def current_version(process: Registration, key: str) -> WriteVersion:
-    """What the write counters say now."""
+    """The current write version of a key."""
     return WriteVersions(process).of(key)
 
 
 class WriteVersions:
-    """Tickets of several keys at one moment: a counter that they have in common is read once.
-
-    Parameters
-    ----------
-    member : Membership
-    """
+    """The write versions of several keys at one moment; each counter is read once."""
 
     def __init__(self, process: Registration) -> None:
         self._process = process
@@ -48,7 +43,7 @@ class WriteVersions:
         self._counts: dict[int, int] = {}
 
     def of(self, key: str) -> WriteVersion:
-        """What the write counters of a key say, each as it was when it was first asked for here."""
+        """The write version of a key, with counters read at their first use."""
         counts = self._counts
         counters = counters_of(key, data=not is_document(key))
         for counter in counters:
@@ -60,25 +55,14 @@ class WriteVersions:
 
 
 class FetchLocks:
-    """Finds the one process that fetches something for a cache directory. Never waits.
-
-    Parameters
-    ----------
-    keeper : Keeper
-    """
+    """Fetch locks: only one process fetches an entry or a span. Never waits."""
 
     def __init__(self, barrier: FaultBarrier) -> None:
         self._barrier = barrier
         self._session = barrier.session
 
     def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to become the one process that fetches an entry.
-
-        Returns
-        -------
-        callable or None
-            What gives the lead up again; None while another process has it. Never waits.
-        """
+        """Try to take the fetch lock of an entry; returns the function that releases it, or None if it is taken."""
         process = self._session.current
         if process is None:
             return lambda: None
@@ -93,13 +77,7 @@ class FetchLocks:
         return lambda: process.keys.unlock(offset)
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """Try to become the one process that fetches some bytes of an object.
-
-        Returns
-        -------
-        callable or (int, int)
-            What gives the claim up again; or a part of the span that another process has. Never waits.
-        """
+        """Try to lock a span of an object; returns a function to release it, or a part that another process holds."""
         process = self._session.current
         if process is None:
             return lambda: None
@@ -113,7 +91,7 @@ class FetchLocks:
         return lambda: process.keys.unlock_span(number, span)
 
     def write_version(self, entry: Entry) -> WriteVersion | None:
-        """Take note of the writes so far, before a fetch begins. Never waits."""
+        """The write version of an entry before a fetch, perhaps slightly old. Never waits."""
         process = self._session.current
         if process is None:
             return None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from xzcache.model import Data
 
 
-# -- What to do about what must not be left undone, when the index cannot be used or a file cannot be removed.
+# -- Pending invalidations: the index cannot be used, or a file cannot be removed.
 
 T = TypeVar("T")
 
@@ -40,26 +40,18 @@ class PendingInvalidation(NamedTuple):
     """An invalidation that is still to be done."""
 
     names: list[str]
-    """What is in doubt until then, as a `Quarantine` names it; empty where nothing is but the index is to be told."""
+    """The quarantined names; empty if only the index must still be updated."""
     again: Callable[[], bool]
-    """Does it; whether all files are seen to be gone."""
+    """Retries the invalidation; returns whether all files are gone."""
     tag: str = ""
-    """What makes an older one of the same tag unnecessary."""
+    """A newer invalidation with the same tag replaces this one."""
 
 
 class PendingInvalidations:
-    """Makes entries invisible come what may: by the index, else by hand, else by not reading them any more.
+    """Guarantees invalidation: through the index, else without it, else by quarantine and retries.
 
-    Parameters
-    ----------
-    keeper : Keeper
-    reader : Reader
-
-    Notes
-    -----
-    An invalidation that is pending holds its own keys in quarantine until its own files are seen to be gone. Other
-    processes hear of it by a tombstone in the index, or by a note that is locked for as long as this process lives:
-    whoever joins afterwards, or recovers, tries again.
+    A pending invalidation quarantines its keys until its files are gone. Other processes learn of it by a tombstone in
+    the index, or by a note that is locked while this process lives: the next process to join or to recover retries it.
     """
 
     def __init__(self, barrier: FaultBarrier, reader: Reader) -> None:
@@ -78,16 +70,10 @@ class PendingInvalidations:
         by_hand: Callable[[], None] | None,
         again: Callable[[], bool],
     ) -> T | None:
-        """Do something that must not be left undone: by the index, else by hand, else later and in doubt until then.
+        """Invalidate keys through the index, else `by_hand` without it, else later, in quarantine until then.
 
-        Parameters
-        ----------
-        names : collection of str
-            The keys, and the prefixes that end in a slash, that are in doubt if it fails.
-        action, by_hand : callable
-            What to do, and how without the index.
-        again : callable
-            Does it later; whether that made an end of it.
+        `names` are the keys, and the prefixes with a trailing slash, to quarantine if both fail. `again` retries later
+        and returns whether all files are gone.
         """
         done: list[T] = []
         try:
@@ -100,7 +86,7 @@ class PendingInvalidations:
             self.retry_pending()
             return done[-1]
         if self._quarantine.holds_everything:
-            # the directory is not of our making: nothing in it is read, and nothing touched
+            # the directory belongs to another user: nothing in it is read or changed
             return None
         self._record_away(names)
         if by_hand is None:
@@ -113,7 +99,7 @@ class PendingInvalidations:
             self._barrier.record_fault(error)
             self.defer(names, again)
             return None
-        # what was unlinked from a full disk may have made the room that was missing
+        # unlinking files on a full disk may have freed enough space for the index
         if is_full and self._barrier.try_or(partial(_append, done, action), False):
             return done[-1]
         # no file is left, but the index counts them still
@@ -121,13 +107,7 @@ class PendingInvalidations:
         return None
 
     def must_remove(self, action: Callable[[], T], by_hand: Callable[[], None]) -> None:
-        """Do something by the index, or by hand.
-
-        Raises
-        ------
-        OSError
-            It was not done.
-        """
+        """Invalidate through the index, else without it; raises `OSError` if both fail."""
         try:
             self._barrier.with_rebuild(action)
         except Exception as error:
@@ -141,13 +121,13 @@ class PendingInvalidations:
             self.retry_pending()
 
     def defer(self, names: Collection[str], again: Callable[[], bool]) -> None:
-        """Serve nothing of some keys until something has been done again, and made an end of it."""
+        """Quarantine names until a retry succeeds."""
         if names:
             self._quarantine.hold(names)
             self._add(PendingInvalidation(list(names), again))
 
     def defer_latest(self, tag: str, names: Collection[str], again: Callable[[], bool]) -> None:
-        """As `defer`, in place of what was pending under the same tag."""
+        """Like `defer`, replacing the pending invalidation with the same tag."""
         self._quarantine.hold(names)
         with self._lock:
             older = [pending for pending in self._pending if pending.tag == tag]
@@ -158,11 +138,11 @@ class PendingInvalidations:
             self._quarantine.free(pending.names)
 
     def record_fault(self, error: BaseException) -> None:
-        """Say what went wrong with a file."""
+        """Record a fault with a file."""
         self._barrier.record_fault(error)
 
     def adopt(self, names: Iterable[str], again: Callable[[list[str]], bool]) -> None:
-        """As `defer`, of what another process has left: each name once."""
+        """Like `defer`, for the leftovers of another process; names that are pending already are skipped."""
         with self._lock:
             known = {name for pending in self._pending for name in pending.names}
         new = [name for name in names if name not in known]
@@ -174,12 +154,12 @@ class PendingInvalidations:
 
     @property
     def has_pending(self) -> bool:
-        """Whether something is in doubt that could be made up for."""
+        """Whether invalidations are pending."""
         away = bool(self._session.lost) and bool(self._quarantine.written_while_away())
         return away or bool(self._pending) or self._quarantine.has_returned
 
     def retry_pending(self) -> None:
-        """Do what could not be done before, each for itself."""
+        """Retry all pending invalidations."""
         with self._lock:
             pending, self._pending = self._pending, []
         left = []
@@ -201,7 +181,7 @@ class PendingInvalidations:
                 self._drop_note()
 
     def has_returned(self) -> list[str]:
-        """What was written while the directory that is there now was away; empty where it was not."""
+        """The names that were written while the current directory was missing from its path."""
         process = self._session.current
         if process is None or process.identity not in self._session.lost:
             return []
@@ -215,17 +195,17 @@ class PendingInvalidations:
             self._quarantine.forget_away()
 
     def suspect(self, names: Iterable[str]) -> None:
-        """Have some keys served only where the index vouches for the file: theirs were not where they had to be."""
+        """Serve some keys only after the index has confirmed the file, because their files were missing."""
         self._quarantine.suspect(names)
 
     def _record_away(self, names: Collection[str]) -> None:
         if self._session.lost:
             self._quarantine.record_away(names)
 
-    # -- a note for those who come after this process
+    # -- the note for later processes
 
     def _write_note(self, names: Collection[str]) -> None:
-        """Write down what is not done yet; the note stays locked until it is, or this process is dead."""
+        """Append names to the note of pending invalidations, which stays locked while this process lives."""
         with self._lock, suppress(OSError):
             if self._note < 0:
                 path = files.inside(self._session.root, f"{META}/tmp/{UNDONE}{secrets.token_hex(8)}")
@@ -246,7 +226,7 @@ class PendingInvalidations:
             self.let_go_of_note()
 
     def let_go_of_note(self) -> None:
-        """Close the note, if there is one: a forked child is not who wrote it."""
+        """Close the note; a forked child must not keep the lock of its parent."""
         if self._note >= 0:
             os.close(self._note)
             self._note = -1
@@ -254,10 +234,9 @@ class PendingInvalidations:
     # -- by hand
 
     def _increment_by_hand(self, number: int, failures: list[OSError]) -> None:
-        """Count a write without the guard: two such counts may become one, which is still a change.
+        """Increment a counter without the guard: two concurrent increments may merge, which is still a change.
 
-        Where it cannot be counted, what is there has to go all the same; then somebody may still publish what he
-        fetched before.
+        Even if that fails, the files must go; then a fetch from before the write may still be published.
         """
         try:
             process = self._session.current
@@ -277,17 +256,12 @@ class PendingInvalidations:
             failures.append(error)
 
     def unlink_keys(self, keys: Sequence[str]) -> None:
-        """Make keys invisible without the index, and without the guard.
+        """Invalidate keys without the index and without the guard.
 
-        Whoever has the guard may be stopped anywhere, and go on at any time. So a write is counted first: files that
-        are written from now on get no name, as the counters are compared under the guard before. Then what is in flight
-        goes, so that a publisher, or a recovery, that has compared already finds nothing to give a name to. What has
-        got its name before that goes last.
-
-        Raises
-        ------
-        OSError, Unusable
-            Something may be left.
+        The process that holds the guard may be stopped at any point, and continue at any time. So the write counters
+        are incremented first: a later publish compares them under the guard before a file gets its name. Then temporary
+        files are unlinked, so that a publish or a recovery that has compared already has no file to rename. Files that
+        got their names before that are unlinked last. Raises `OSError` or `Unusable` if a file may be left.
         """
         failures: list[OSError] = []
         for key in keys:
@@ -304,16 +278,10 @@ class PendingInvalidations:
             raise failures[0]
 
     def unlink_beneath(self, prefix: str) -> None:
-        """Make everything beneath a prefix invisible without the index, and without the guard.
-
-        Raises
-        ------
-        OSError, Unusable
-            Something may be left.
-        """
+        """Invalidate everything beneath a prefix without the index and without the guard; raises as `unlink_keys`."""
         failures: list[OSError] = []
         self._increment_by_hand(prefix_counter(prefix), failures)
-        # the stamp of a file at its own key does not tell the key
+        # the stamp of a file at its own key does not hold the key
         self._unlink_in_flight(lambda stamp: True)
         root = self._session.root
         if not prefix or is_plain(prefix):
@@ -329,7 +297,7 @@ class PendingInvalidations:
             raise failures[0]
 
     def _unlink_in_flight(self, concerns: Callable[[files.Stamp], bool]) -> None:
-        """Unlink files in flight that somebody may be about to give a name."""
+        """Unlink temporary files that another process may be about to rename."""
         for path in files.walk(files.inside(self._session.root, f"{META}/tmp/").rstrip("/")):
             if os.path.basename(path).startswith(UNDONE):
                 continue
@@ -354,9 +322,9 @@ _BATCH: Final = 128
 
 
 class Begun(NamedTuple):
-    """A write that has begun: the row that says so in the index, and what the counters said then.
+    """A write that has begun: its row in the index, and the write version at its begin.
 
-    Without a ticket, the index could not be told, or may not have been.
+    Without a version, the index was not updated, or may not have been.
     """
 
     key: str
@@ -400,7 +368,7 @@ class Writes:
     # -- keys
 
     def begin_write(self, keys: Sequence[str]) -> list[Begun]:
-        """Before the source is written: forget the keys, and say that they are being written."""
+        """Invalidate keys before the source is written, and record in the index that they are being written."""
         return [begun for batch in _batches(keys) for begun in self._begin(batch)]
 
     def _begin(self, keys: Sequence[str]) -> list[Begun]:
@@ -429,9 +397,9 @@ class Writes:
     def _must_invalidate(
         self, keys: Sequence[str], act: Callable[[], T], report: HideReport, ended: Sequence[Begun] = ()
     ) -> T | None:
-        """Do something about some keys, and see to those of which a file may be left.
+        """Invalidate keys, and quarantine those whose files may remain.
 
-        Where that is done by hand, it is done again by the index later, which is told then which writes have ended.
+        After an invalidation without the index, the retry through the index also deletes the rows of the ended writes.
         """
         self._record_written(keys)
         done = self._pending.must_invalidate(
@@ -444,9 +412,9 @@ class Writes:
         return done
 
     def _record_written(self, keys: Sequence[str], process: Registration | None = None) -> None:
-        """Say that the namespaces of some keys are being written: the power may go before the entries are gone.
+        """Write a note for the namespaces of some keys, in case the power fails before their entries are gone.
 
-        Where that cannot be said, what is cached is right for as long as the machine runs.
+        If the note fails, the invalidation still holds until the machine stops.
         """
         for namespace in set(map(namespace_of, keys)):
             try:
@@ -455,14 +423,14 @@ class Writes:
                 self._pending.record_fault(error)
 
     def _unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
-        """Unlink what is out of sight; what cannot be settled now is settled later, and fails no write."""
+        """Unlink deleted files; a failure is retried later and fails no write."""
         try:
             self._space.unlink_deleted(tombstones, soon=soon)
         except Exception as error:
             self._pending.record_fault(error)
 
     def _see_to(self, report: HideReport) -> None:
-        """Serve nothing of the keys of which a file may be left."""
+        """Quarantine the keys whose files may remain."""
         self._pending.suspect(report.missing)
         if left := list(report.left):
             if report.error is not None:
@@ -470,7 +438,7 @@ class Writes:
             self._pending.defer(left, lambda: self.invalidate_now(left, HideReport()))
 
     def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
-        """Forget keys, where trouble is the caller's; whether all their files are seen to be gone."""
+        """Invalidate keys, raising faults; returns whether all their files are gone."""
         for batch in _batches(keys):
             with self._session.section() as (process, index):
                 for key in batch:
@@ -481,11 +449,11 @@ class Writes:
         return not report.left
 
     def adopt(self, names: Sequence[str]) -> None:
-        """See to what other processes have left: serve nothing of it until its files are seen to be gone."""
+        """Quarantine the leftovers of other processes until their files are gone."""
         self._pending.adopt(names, self._again)
 
     def invalidate_returned(self) -> None:
-        """Forget what was written while the directory that is there now was away."""
+        """Invalidate the names that were written while the current directory was missing from its path."""
         names = self._pending.has_returned()
         if names and not self._again(names):
             self._pending.defer(names, lambda: self._again(names))
@@ -500,7 +468,7 @@ class Writes:
         return not report.left
 
     def end_write(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
-        """After the source was written: forget what was filled meanwhile, and store the new values."""
+        """Invalidate the keys again after the source was written, and store the new values."""
         versions = [version for batch in _batches(writes) for version in self._end(batch)]
         for write, version, value in zip(writes, versions, values, strict=True):
             if value is not None and version is not None:
@@ -514,7 +482,7 @@ class Writes:
             versions: list[WriteVersion | None] = []
             with self._session.section() as (process, index):
                 for write in writes:
-                    # a write whose beginning could not be told may have met others that nobody knows of
+                    # if the begin was not recorded, concurrent writes may have been missed
                     alone = write.version is not None and write.version == current_version(process, write.key)
                     version = self._count(process, index, write.key)
                     versions.append(version if alone else None)
@@ -526,11 +494,14 @@ class Writes:
         try:
             return self._must_invalidate(keys, act, report, writes) or [None] * len(writes)
         finally:
-            # a row that is left is nobody's from here on: the next recovery forgets its key
+            # a row that remains belongs to no write from here on: the next recovery invalidates its key
             self._session.writing.difference_update(write.row for write in writes)
 
     def invalidate(self, key: str, since: WriteVersion | None) -> WriteVersion | None:
-        """Forget a key whose value turned out to be another; a ticket to store that, None if it was written since."""
+        """Invalidate a key that changed at the source.
+
+        Returns the version to store it with, None if it was written since.
+        """
         report = HideReport()
 
         def act() -> WriteVersion | None:
@@ -544,13 +515,7 @@ class Writes:
         return self._must_invalidate([key], act, report)
 
     def remove(self, key: str) -> None:
-        """Remove a key that has no source, and that may have been written as well as not.
-
-        Raises
-        ------
-        OSError
-            It may still be there.
-        """
+        """Remove a key that has no source; raises `OSError` if it may still exist."""
         report = HideReport()
         self._record_written([key])
         self._pending.must_remove(lambda: self.invalidate_now([key], report), lambda: self._pending.unlink_keys([key]))
@@ -567,7 +532,7 @@ class Writes:
 
     @staticmethod
     def _count(process: Registration, index: Index, key: str) -> WriteVersion:
-        """Count a write; returns what the counters say now."""
+        """Increment the counter of a key; returns the new write version."""
         process.writes.increment(write_counter(key))
         index.tables.drop_absent([key])
         return current_version(process, key)
@@ -586,13 +551,9 @@ class Writes:
     # -- everything beneath a prefix
 
     def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
-        """Before all beneath a prefix is deleted at the source: forget it, and say that it is being written.
+        """Invalidate everything beneath a prefix before it is deleted at the source, and record the write.
 
-        Parameters
-        ----------
-        prefix : str
-        itself : bool
-            Whether the prefix is a key as well, which is deleted with what is beneath it.
+        With `itself`, the prefix is a key as well and is deleted too.
         """
         drop = Deletion(self._started(prefix), self._started(prefix) if itself else None)
         self._must_drop(prefix, drop, begins=True)
@@ -626,7 +587,7 @@ class Writes:
         self._pending.must_invalidate([beneath(prefix), *keys], act, by_hand, again)
 
     def drop(self, prefix: str) -> None:
-        """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there."""
+        """Invalidate all entries beneath a prefix, and the fingerprints of the arrays there."""
         self._must_drop(prefix)
 
     def drop_now(self, prefix: str, *, counted: bool = False) -> None:
@@ -645,7 +606,7 @@ class Writes:
         begun: Deletion | None = None,
         ended: Deletion | None = None,
     ) -> bool:
-        """As `drop_now`, of some keys as well; whether all files are seen to be gone."""
+        """Like `drop_now`, with some keys as well; returns whether all files are gone."""
         with self._session.section() as (process, index):
             if begun is not None:
                 self._record_written([f"{prefix}/"], process)
@@ -676,7 +637,7 @@ class Writes:
         return not report.left
 
     def _drop_orphans(self, prefix: str, leftover: set[str], report: HideReport) -> None:
-        """Drop files of ours beneath a prefix that have no row: what an earlier failure, or a crash, has left."""
+        """Remove entry files beneath a prefix that have no row: leftovers of a failure or a crash."""
         keys = set(leftover)
         try:
             if not prefix or is_plain(prefix):
@@ -687,7 +648,7 @@ class Writes:
         for batch in _batches(sorted(keys - report.left)):
             with self._session.section() as (_, index):
                 for key in batch:
-                    # what has a row by now was stored after the drop
+                    # a key that has a row by now was stored after the drop
                     if not index.knows(key):
                         self._space.clear_paths(index, key, report)
 

@@ -1,4 +1,4 @@
-"""Keeping the cache true when its source is written behind its back: as far as metadata documents show it."""
+"""Detect changes that another program made at the source, as far as metadata documents show them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,7 @@ _NEVER: Final = b"never"
 
 
 class MetadataTracker:
-    """What is known of the arrays of sources: under which documents their entries were filled.
-
-    Parameters
-    ----------
-    keeper : Keeper
-    writes : Writes
-    doubts : Doubts
-    """
+    """The metadata fingerprints of the arrays under which entries were cached."""
 
     def __init__(self, barrier: FaultBarrier, writes: Writes, pending: PendingInvalidations) -> None:
         self._barrier = barrier
@@ -42,29 +35,17 @@ class MetadataTracker:
     def apply_document(
         self, namespace: str, key: str, document: bytes | None, version: WriteVersion | None
     ) -> WriteVersion | None:
-        """Drop what is beneath every array that a document of the source shows to have changed.
+        """Invalidate the arrays that a metadata document shows to have changed.
 
-        Parameters
-        ----------
-        namespace : str
-        key : str
-            The document's key in its source.
-        document : bytes or None
-            As the source has it now; None where it has none.
-        ticket : Ticket or None
-            From before the document was fetched.
-
-        Returns
-        -------
-        Ticket or None
-            What to publish the document with; None if it was written meanwhile.
+        `document` is None if the source has none. `version` was read before the document was fetched. Returns the
+        version to publish the document with, or None if it was written meanwhile.
         """
         described = metadata.describe(key, document)
 
         def act() -> WriteVersion | None:
             return self._apply_document(namespace, key, document, version, described)
 
-        # other processes find out for themselves, so nothing is unlinked for this one's sake
+        # other processes detect the change themselves, so nothing is unlinked without the index
         return self._pending.must_invalidate(_affected(namespace, key, described), act, None, lambda: (act(), True)[1])
 
     def apply_document_later(self, namespace: str, key: str, document: bytes | None) -> None:
@@ -91,9 +72,9 @@ class MetadataTracker:
         return valid
 
     def is_document_missing(self, namespace: str, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document, of a node that it does have.
+        """Whether a document is known to be missing from a node that has other documents.
 
-        A node of which nothing is cached may have been made since.
+        A node without cached documents may have been created since.
         """
         return self._barrier.try_or(lambda: self._is_document_missing(namespace, key, max_age), False)
 
@@ -106,7 +87,7 @@ class MetadataTracker:
             )
 
     def record_document(self, namespace: str, key: str, document: bytes) -> None:
-        """Remember the arrays of a document that was written through the cache: what is beneath them is still true."""
+        """Record the arrays of a document that was written through the cache; their entries stay valid."""
         described = metadata.describe(key, document)
         if told := described.arrays | described.attributes:
             self._barrier.try_or(lambda: self._set_nodes(namespace, told), None)
@@ -114,17 +95,12 @@ class MetadataTracker:
             self._barrier.try_or(lambda: self._set_seen(f"{namespace}/{key}", state), None)
 
     def unconfirmed(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
-        """Documents whose state, as somebody elsewhere has seen it, may not be the one that entries here are of.
+        """Documents whose state elsewhere may differ from the state under which entries were cached here.
 
-        Where nothing is cached that a document describes, its state is noted, and nothing is in doubt.
-
-        Parameters
-        ----------
-        namespace : str
-        seen : mapping of str to bytes
-            The beginnings of states; empty where somebody had no room to tell.
+        If no entry depends on a document, its state is recorded. `seen` maps documents to the first bytes of their
+        states; an empty value stands for an unknown state.
         """
-        # where nobody can tell, all of them
+        # if the index cannot be used, all documents are unconfirmed
         return self._barrier.try_or(lambda: self._unconfirmed(namespace, seen), list(seen))
 
     def _unconfirmed(self, namespace: str, seen: Mapping[str, bytes]) -> list[str]:
@@ -170,9 +146,9 @@ class MetadataTracker:
         version: WriteVersion | None,
         described: metadata.Description,
     ) -> tuple[list[str], WriteVersion | None]:
-        """Paths of the arrays that are not as they were, and a ticket that their drop leaves valid.
+        """The paths of the changed arrays, and the version that stays valid after they are dropped.
 
-        Arrays that nothing is cached of are noted right away.
+        Arrays without cached entries are recorded at once.
         """
 
         def nodes(path: str) -> list[str]:
@@ -183,9 +159,9 @@ class MetadataTracker:
             changed, noted = [], []
             seen = index.tables.seen(full)
             before = seen or (b"cached" if index.find(Entry(full)) is not None else None)
-            # what a copy of a store told of a state is its beginning
+            # a state that a copy of a store recorded is only the first bytes
             gone = absent and before is not None and not metadata.fingerprint(None).startswith(before)
-            # what there is was filled under this very document, by copies of a store that had seen it
+            # the entries were cached under this document, by copies of a store that had seen it
             agreed = bool(seen) and metadata.fingerprint(document).startswith(seen or b"")
             for path in metadata.changed_arrays(
                 key, described, lambda path: index.tables.node(_join(namespace, path)), nodes, gone=gone
@@ -195,7 +171,7 @@ class MetadataTracker:
                 if unknown and (agreed or not index.has_data_beneath(node)):
                     index.tables.set_node(node, described.arrays[path])
                     if not agreed:
-                        # what is being fetched may be of an older state
+                        # fetches under way may be of an older state
                         noted.append(path)
                 else:
                     changed.append(path)
@@ -220,7 +196,7 @@ class MetadataTracker:
         told = {node: digest for node, digest in described.arrays.items() if node == path}
         told |= {node: digest for node, digest in described.attributes.items() if node.rpartition("/")[0] == path}
         if told:
-            # one document tells of the array, another of its attributes: what this one does not tell is as it was
+            # an array and its attributes have separate documents: keep the fingerprint that this one does not hold
             self._set_nodes(namespace, known | told)
 
     def _known(self, namespace: str, path: str) -> dict[str, bytes]:
@@ -230,7 +206,7 @@ class MetadataTracker:
 
 
 def _affected(namespace: str, key: str, described: metadata.Description) -> set[str]:
-    """What a document may show to have changed."""
+    """The names that a document may invalidate."""
     return {beneath(_join(namespace, path)) for path in described.arrays or (key.rpartition("/")[0],)}
 
 

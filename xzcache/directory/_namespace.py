@@ -36,13 +36,7 @@ _claims: Final = Claims()
 class SharedBackend:
     """The entries of one namespace of a cache directory.
 
-    Parameters
-    ----------
-    directory : CacheDirectory
-    namespace : str
-        The one path component under which the entries of this source lie.
-    lasting : bool
-        Whether the source is the same one in another process.
+    `namespace` is the path component of the source. `lasting` tells that the source is the same one in other processes.
     """
 
     flights = _flights
@@ -56,7 +50,7 @@ class SharedBackend:
             renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """A source in memory is another one in the child: what either writes, the other does not have."""
+        """Change the namespace: a source in memory differs between parent and child."""
         self.namespace = f"{self.namespace}-{os.getpid()}"
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
@@ -66,7 +60,7 @@ class SharedBackend:
 
     @property
     def is_aside(self) -> bool:
-        """Whether the disk is to be left alone, so that nothing is cached as far as a read can see."""
+        """Whether the disk is put aside, so that reads find no entry."""
         return self.directory.health.is_aside
 
     async def prepare(self) -> None:
@@ -76,7 +70,7 @@ class SharedBackend:
             await self.directory.prepare_promptly()
 
     def close(self) -> None:
-        """Leave the directory, if nothing else uses it; not at once, and only until the next use."""
+        """Leave the directory soon unless it has other users; the next use joins again."""
         self._use()
 
     def _use_again(self) -> None:
@@ -84,7 +78,7 @@ class SharedBackend:
             self._use = self.directory.used_by(self)
 
     def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
-        """The value of a key, where it is to be had without waiting or doubt; else None, and `get` tells."""
+        """The value of a key if it can be read without waiting; None means that `get` must be called."""
         directory = self.directory
         if directory.health.is_aside or not directory.is_ready:
             return None
@@ -95,7 +89,7 @@ class SharedBackend:
         return data
 
     def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `get_nowait`, into bytes that somebody has; what is there after False is undefined."""
+        """Like `get_nowait`, into an array, which is undefined after False."""
         directory = self.directory
         if directory.health.is_aside or not directory.is_ready:
             return False
@@ -149,7 +143,7 @@ class SharedBackend:
         return await self.directory.promptly(None, reader.read, found, first, last, patience=patience)
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of a whole object that `get` would find, in bytes; its file is read only where it has no stamp."""
+        """The size in bytes of a whole object that `get` would find; the file is read only if it has no stamp."""
         reader = self.directory.reader
         if self.is_aside or not self.directory.may_serve or (found := reader.open_entry(entry)) is None:
             return None
@@ -167,23 +161,23 @@ class SharedBackend:
         return Listed(full, ()) if self.is_aside else self.directory.reader.listed(full)
 
     def states_of(self, key: str) -> set[str]:
-        """The validators of what is cached of an object; an empty one where the state of that is unknown."""
+        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
         return set() if self.is_aside else self.directory.reader.states_of(f"{self.namespace}/{key}")
 
     def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to become the only process that fetches an entry; what gives that up again, or None."""
+        """Try to take the fetch lock of an entry; returns the function that releases it, or None."""
         return _nothing if self.is_aside else self.directory.fetch_locks.try_acquire(entry)
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
+        """Try to lock a span of an object; returns a function to release it, or a part that another process holds."""
         return _nothing if self.is_aside else self.directory.fetch_locks.claim(f"{self.namespace}/{key}", span)
 
     def write_version(self, entry: Entry) -> WriteVersion | None:
-        """Take note of the writes so far, before a fetch begins."""
+        """The write version of an entry, read before its fetch begins."""
         return None if self.is_aside else self.directory.fetch_locks.write_version(entry)
 
     async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
-        """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
+        """Store an entry with its validator, unless its key was written since the version was read."""
         if self.is_aside:
             return False
         return await self.directory.promptly(False, self.directory.publisher.publish, entry, data, version, validator)
@@ -198,13 +192,13 @@ class SharedBackend:
             self.directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
 
     async def stored(self, key: str) -> None:
-        """Wait until what this process was to store of an object is cached, or will not be."""
+        """Wait until no publish of an object by this process is pending."""
         if not self.is_aside:
             await self.directory.write_behind.stored(f"{self.namespace}/{key}")
 
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
-        """While somebody fetches what is not cached."""
+        """A context around a fetch; the last one to exit waits for pending publishes."""
         self._use_again()
         self.directory.write_behind.begin_fetch()
         try:
@@ -214,11 +208,11 @@ class SharedBackend:
             self.directory.write_behind.end_fetch()
 
     async def validator(self, entry: Entry) -> str:
-        """What tells the cached state of an entry from others; empty where nothing does."""
+        """The validator of a cached entry; empty if there is none."""
         return "" if self.is_aside else self.directory.reader.validator(entry)
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
-        """Let the age of an entry begin anew, where ages matter."""
+        """Restart the age of an entry, if ages matter."""
         if max_age != "infinity" and not self.is_aside:
             self.directory.reader.mark_validated(entry)
 
@@ -233,7 +227,7 @@ class SharedBackend:
         await self.directory.to_the_end(self.directory.writes.end_write, writes, values)
 
     async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
-        """Forget a key whose value turned out to be another; a ticket to store it with."""
+        """Invalidate a key that changed at the source; returns the version to store it with."""
         return await self.directory.to_the_end(self.directory.writes.invalidate, f"{self.namespace}/{key}", since)
 
     async def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
@@ -246,7 +240,7 @@ class SharedBackend:
         await self.directory.to_the_end(self.directory.writes.end_delete, begun)
 
     async def apply_document(self, key: str, document: bytes | None, version: Any) -> WriteVersion | None:
-        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
         if self.is_aside:
             self.directory.metadata.apply_document_later(self.namespace, key, document)
             return None
@@ -254,7 +248,7 @@ class SharedBackend:
         return await self.directory.to_the_end(apply, self.namespace, key, document, version)
 
     async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
-        """Documents whose state, as somebody has seen it, may not be the one that this machine's entries are of."""
+        """Documents whose state elsewhere may differ from the state under which entries were cached here."""
         return await self.directory.promptly(list(seen), self.directory.metadata.unconfirmed, self.namespace, seen)
 
     async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
@@ -262,17 +256,17 @@ class SharedBackend:
         await self.directory.promptly(None, self.directory.metadata.confirm, self.namespace, seen, asked)
 
     async def is_document_missing(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document of a node that it has."""
+        """Whether a document is known to be missing from a node that has other documents."""
         return await self.directory.promptly(
             False, self.directory.metadata.is_document_missing, self.namespace, key, max_age
         )
 
     def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
-        """As `is_known_missing`, as far as this process knows."""
+        """Like `is_known_missing`, without asking the index."""
         return not self.is_aside and self.directory.negative_cache.knows(f"{self.namespace}/{key}", max_age) is True
 
     async def is_known_missing(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a chunk."""
+        """Whether a chunk is known to be missing at the source."""
         negative_cache = self.directory.negative_cache
         if self.is_aside or not self.directory.may_serve:
             return False
@@ -280,7 +274,7 @@ class SharedBackend:
         return await self.directory.promptly(False, negative_cache.look, full, max_age) if known is None else known
 
     async def record_missing(self, key: str, version: WriteVersion) -> None:
-        """Remember that the source does not have a chunk."""
+        """Record that a chunk is missing at the source."""
         if self.directory.negative_cache.record_missing(f"{self.namespace}/{key}", version):
             self.directory.write_behind.add(self.directory.negative_cache.flush)
 
@@ -293,9 +287,9 @@ class SharedBackend:
         await self.directory.to_the_end(self.directory.writes.drop, self.namespace)
 
     def info(self, *, exact: bool = True) -> dict[str, Any]:
-        """What is cached of this source, and in all; sizes in bytes.
+        """The size and the number of entries of this source and of the whole cache; sizes in bytes.
 
-        Exact is what comes after all that is being stored. Else nothing is waited for, and a moment ago is good enough.
+        With `exact`, pending publishes are awaited. Otherwise nothing is awaited, and the figures may be slightly old.
         """
         if exact:
             if not self.is_aside:
@@ -320,7 +314,7 @@ class SharedBackend:
 
     @property
     def is_open(self) -> bool:
-        """Whether the directory was opened already, so that it can be looked at without making it."""
+        """Whether the directory is open, so that inspecting it creates nothing."""
         return self.directory.is_prepared
 
     @property

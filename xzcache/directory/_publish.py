@@ -1,7 +1,7 @@
-"""Publishing entries: when one may be stored, and the order of the steps that survives a crash.
+"""Publishing: which entries may be stored, in steps whose order survives a crash.
 
-Several that wait are published together. Each has its own file and its own checks; they have one wait for the guard and
-one transaction in common.
+Entries that wait are published together. Each has its own file and its own checks; all share one wait for the guard and
+one transaction.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ if TYPE_CHECKING:
     from xzcache.model import Data, Entry
 
 
-# -- What is on its way into the cache: an entry and its bytes, and how far it has come.
+# -- Entries on their way into the cache.
 
 MOST: Final = 32
 """Parcels that are published together: it bounds for how long others wait for the guard."""
 
 MOST_BYTES: Final = 4 << 20
-"""Bytes of several parcels that are published together, and so may have to be made room for at once."""
+"""The most bytes of entries that are published together, which may need room at once."""
 
 
 @dataclass(eq=False, slots=True)
 class PendingEntry:
-    """An entry that somebody wants to be stored.
+    """An entry that waits to be stored.
 
     Attributes
     ----------
-    ticket : Ticket or None
-        From before the bytes were fetched; None for what has no source.
+    version : WriteVersion or None
+        From before the fetch; None for an entry without a source.
     validator : str
-        What tells this state of the object from others, as its source has it.
+        The validator of the object.
     exclusive : bool
-        Store nothing where the entry is there already.
+        Whether to store nothing if the entry exists.
     done : callable or None
-        To be called when it is stored, or will not be.
+        Called when the entry is stored, or will not be.
     is_stored : bool
     """
 
@@ -71,20 +71,20 @@ class PendingEntry:
 
 @dataclass(eq=False, slots=True)
 class StagedEntry:
-    """A parcel whose bytes were taken from the lease, and the file that they are written to.
+    """A pending entry whose bytes were taken from the lease, and its temporary file.
 
     Attributes
     ----------
-    old, replaced : Row or None, Dying or None
-        What the index had of the entry before, and what has become of that.
+    old, replaced : Row or None, Tombstone or None
+        The previous row of the entry, and its tombstone.
     has_others : bool
         Whether the index may have other entries of the same object.
     damaged : list of Row
-        Those of them whose files do not tell of which state they are.
+        Other entries of the object whose files are damaged, so that their state is unknown.
     is_spent : bool
-        Whether the bytes are the index's to count now.
+        Whether the index counts the bytes now.
     failure : OSError, NoRoom or None
-        Why it cannot be stored.
+        The reason why the entry cannot be stored.
     """
 
     pending: PendingEntry
@@ -101,7 +101,7 @@ class StagedEntry:
 
     @property
     def stamp_in_place(self) -> Stamp:
-        """The stamp of the file where it is to lie: only one that does not lie at its own key has to carry that."""
+        """The stamp of the file at its final path; it holds the key unless the path does."""
         entry = self.pending.entry
         return self.stamp._replace(key=entry.key) if self.hashed or not entry.is_whole else self.stamp
 
@@ -110,15 +110,7 @@ class StagedEntry:
 
 
 class PublishCheck:
-    """Lets entries into one cache directory, or not.
-
-    Parameters
-    ----------
-    root : str
-        The cache directory.
-    folds : bool
-        Whether the file system takes names that differ in case for the same.
-    """
+    """Checks whether entries may be published; `folds` tells that the file system folds case."""
 
     def __init__(self, root: str, *, folds: bool) -> None:
         self._root = root
@@ -127,9 +119,9 @@ class PublishCheck:
     def of(
         self, process: Registration, index: Index, items: Sequence[StagedEntry], seen: set[str]
     ) -> list[StagedEntry]:
-        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted.
+        """The entries that may be published; sets their old rows and whether their paths are hashed.
 
-        Directories that were looked at are added to `seen`.
+        Checked directories are added to `seen`.
         """
         versions, writings = WriteVersions(process), index.tables.writings()
         states: dict[str, str] = {}
@@ -138,7 +130,7 @@ class PublishCheck:
             pending = item.pending
             key, state = pending.entry.key, pending.validator
             if item.failure is not None or (
-                # somebody has written the key since the ticket was taken, or is writing it now
+                # the key was written since the version was read, or is being written now
                 pending.version is not None and (pending.version != versions.of(key) or writings.concern(key))
             ):
                 continue
@@ -165,14 +157,14 @@ class PublishCheck:
         return entry.is_whole and not is_plain(entry.key, folds=self._folds)
 
     def _agrees(self, index: Index, item: StagedEntry) -> bool:
-        """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
+        """Whether all cached parts of an object are of the state of an entry: two states must not be mixed."""
         pending, entry = item.pending, item.pending.entry
         for row in (index.find(entry.whole), index.piece_of(entry.key)):
             if row is not None and row.entry != entry:
                 path = self._path(row.entry, hashed=row.hashed)
                 stamp = files.read_stamp(path)
                 if stamp is None:
-                    # where it cannot be told, it may be of another state
+                    # if the state cannot be read, it may be another one
                     with suppress(OSError):
                         found = files.look(path, row.entry)
                         if found in (Whose.MARKED, Whose.FOREIGN):
@@ -190,7 +182,7 @@ class PublishCheck:
         return any(files.exists(self._path(entry, hashed=hashed)) for hashed in places)
 
     def _finds_place(self, item: StagedEntry, seen: set[str]) -> bool:
-        """Have an entry lie elsewhere where something of somebody else's is at its key; False if that cannot be."""
+        """Use a hashed path if a foreign file has the key of an entry; False if that fails."""
         entry = item.pending.entry
         if item.hashed or not entry.is_whole:
             return True
@@ -199,12 +191,12 @@ class PublishCheck:
             if item.hashed:
                 files.attach(item.temporary, item.stamp_in_place)
         except OSError as error:
-            # what lies there cannot be told: it is neither renamed over, nor passed by
+            # an unknown file is neither replaced nor avoided
             item.failure = error
         return item.failure is None
 
     def _is_blocked(self, item: StagedEntry, seen: set[str]) -> bool:
-        """Whether something of somebody else's keeps an entry from lying at its key."""
+        """Whether a foreign file or directory is at the path of an entry."""
         entry = item.pending.entry
         try:
             path = files.inside(self._root, relative_path(entry, hashed=False), seen)
@@ -222,7 +214,7 @@ class PublishCheck:
             return not is_regular
         found = files.look(path, entry)
         if item.old is not None and not item.old.hashed:
-            # whatever has a mark of ours is in its place, however damaged
+            # a stamped file is replaced, even if it is damaged
             return found is Whose.FOREIGN
         return found in (Whose.FOREIGN, Whose.MARKED, Whose.UNMARKED)
 
@@ -234,15 +226,7 @@ class PublishCheck:
 
 
 class Publisher:
-    """Stores entries of one cache directory.
-
-    Parameters
-    ----------
-    keeper : Keeper
-    space : Space
-    folds : bool
-        Whether the file system takes names that differ in case for the same.
-    """
+    """Stores the entries of one cache directory; `folds` tells that the file system folds case."""
 
     def __init__(self, barrier: FaultBarrier, space: Space, *, folds: bool) -> None:
         self._barrier = barrier
@@ -252,54 +236,29 @@ class Publisher:
         self._check = PublishCheck(self._root, folds=folds)
 
     def publish(self, entry: Entry, data: model.Data, version: WriteVersion | None, validator: str = "") -> bool:
-        """Store an entry for every process, unless it was written since the ticket was taken.
+        """Store an entry for every process, unless its key was written since `version` was read.
 
-        Parameters
-        ----------
-        entry : Entry
-        data : bytes-like
-        ticket : Ticket or None
-            From before the bytes were fetched; None stores nothing.
-        validator : str
-            What tells this state of the object from others, as its source has it.
+        Returns whether it was.
 
-        Returns
-        -------
-        bool
-            Whether it was stored.
+        `version` is from before the fetch; None stores nothing. `validator` identifies the state of the object.
         """
         pending = PendingEntry(entry, data, version, validator)
         self.publish_all([pending])
         return pending.is_stored
 
     def publish_all(self, batch: Sequence[PendingEntry]) -> None:
-        """As `publish`, of several together, no two of them the same entry; each tells whether it was stored."""
+        """Like `publish`, for several different entries; each records whether it was stored."""
         todo = [pending for pending in batch if pending.version is not None and not self._barrier.health.is_aside]
         if len(todo) > 1:
-            # what one of them lacks must not harm the others
+            # the failure of one entry must not harm the others
             todo = self._barrier.try_or(lambda: self._publish_together(todo), [])
         for pending in todo:
             self._barrier.try_or(partial(self._publish_one, pending), None)
 
     def store(self, entry: Entry, data: model.Data, *, exclusive: bool = False) -> bool:
-        """Store an entry that has no source, over whatever file lies at its key.
+        """Store an entry without a source, replacing any file at its key; returns whether it was stored.
 
-        Parameters
-        ----------
-        entry : Entry
-        data : bytes-like
-        exclusive : bool
-            Store nothing where the entry is there already.
-
-        Returns
-        -------
-        bool
-            Whether it was stored.
-
-        Raises
-        ------
-        CacheFault, OSError
-            It could not be.
+        `exclusive` stores nothing if the entry exists. Raises `CacheFault` or `OSError` if it cannot be stored.
         """
         for is_last in (False, False, True):
             pending = PendingEntry(entry, data, None, exclusive=exclusive)
@@ -307,7 +266,8 @@ class Publisher:
                 self._barrier.with_rebuild(partial(self._publish_one, pending))
                 break
             except FileNotFoundError:
-                # somebody deleted the key by hand, and what was in flight of it: this comes after that
+                # another process unlinked the key and its temporary files without the index: this write comes after
+                # that
                 if is_last:
                     raise
         return pending.is_stored
@@ -318,7 +278,7 @@ class Publisher:
                 raise item.failure
 
     def _publish_together(self, batch: list[PendingEntry]) -> list[PendingEntry]:
-        """Publish several; returns those that are to be tried alone."""
+        """Publish several entries; returns those to retry one by one."""
         try:
             return [item.pending for item in self._publish(batch) if item.failure is not None]
         except NoRoom:
@@ -344,20 +304,20 @@ class Publisher:
                 self._give_back(process, items, batch)
         self._space.unlink_deleted(overtaken)
         if recovery_due(process):
-            # whatever comes of that, these entries are stored
+            # the entries are stored even if the recovery fails
             self._barrier.try_or(lambda: recovery.recover(self._session), None)
         return items
 
     @staticmethod
     def _give_back(process: Registration, items: Sequence[StagedEntry], batch: Sequence[PendingEntry]) -> None:
-        """Give back what was leased and not spent, once nothing of it is on disk."""
+        """Return the unspent part of a lease after the temporary files are gone."""
         process.give_back(sum(len(pending.data) for pending in batch[len(items) :]))
         for item in items:
             if not item.is_spent:
                 try:
                     files.discard(item.temporary)
                 except OSError as error:
-                    # what cannot be unlinked stays counted
+                    # a file that cannot be unlinked stays counted
                     item.failure = item.failure or error
                 else:
                     process.give_back(item.stamp.size)
@@ -376,8 +336,11 @@ class Publisher:
     # -- under the guard
 
     def _enter(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> list[Tombstone]:
-        """Give entries their rows, then their files their names; returns what somebody wrote in the meantime."""
-        # a directory that many of them have in common is looked at once
+        """Add the rows of entries, then rename their files.
+
+        Returns tombstones of entries that were overtaken by a write.
+        """
+        # a directory that several entries share is checked once
         seen: set[str] = set()
         entering = self._check.of(process, index, items, seen)
         if not entering:
@@ -398,7 +361,7 @@ class Publisher:
         self._space.recency.flush_to(index, [item.pending.entry for item in entering])
         for namespace in set(map(namespace_of, keys)):
             self._session.record_made(namespace)
-        # whatever interrupts us from here on, it may be after the commit
+        # an interrupt from here on may come after the commit
         for item in entering:
             item.is_spent = True
         moves = []
@@ -430,7 +393,7 @@ class Publisher:
                 item.failure = error
 
     def _undo(self, process: Registration, index: Index, failed: Sequence[StagedEntry]) -> None:
-        """Take rows back whose files could not be given their names."""
+        """Delete the rows of entries whose files could not be renamed."""
         if not failed:
             return
         try:
@@ -439,7 +402,7 @@ class Publisher:
             for item in failed:
                 if (row := index.find(item.pending.entry)) is not None:
                     index.remove(row.id)
-                    # a rename that failed may have happened all the same, as far as can be told
+                    # a failed rename may have happened nevertheless
                     tombstones.append(index.add_tombstone(row, process.owner))
                 index.change_lease(process.owner, item.stamp.size)
             index.commit()
@@ -453,7 +416,7 @@ class Publisher:
             item.is_spent = False
 
     def _drop_replaced(self, index: Index, items: Iterable[StagedEntry]) -> None:
-        """Give back the bytes of what was replaced: its place was renamed over, or it is unlinked."""
+        """Free the bytes of replaced entries, whose files were renamed over or are unlinked here."""
         for item in items:
             if (old := item.replaced) is not None:
                 if item.failure is not None or old.hashed != item.hashed:
@@ -462,7 +425,7 @@ class Publisher:
                     index.drop_tombstones([old.id])
 
     def _superseded(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> list[Tombstone]:
-        """Condemn what somebody wrote who could not wait for the guard, see `Writes`, and pieces of what is whole."""
+        """Delete entries that a writer without the guard overtook (see `Writes`), and ranges of whole objects."""
         versions = WriteVersions(process)
         rows = {}
         for item in items:

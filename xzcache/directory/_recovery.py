@@ -1,4 +1,4 @@
-"""What the next process does for one that died, and what anyone does for an index that was damaged."""
+"""Recovery from dead processes, and rebuilding of a damaged index."""
 
 from __future__ import annotations
 
@@ -35,26 +35,22 @@ _AT_ONCE: Final = 256
 """Files that could not be removed before, and are tried again by one recovery."""
 _BATCH: Final = 500
 _UNSYNCED_NS: Final = 300 * 10**9
-"""Nanoseconds after which what was written is on the disk: ten times what Linux takes by default."""
+"""Nanoseconds after which written data is on the disk: ten times the default of Linux."""
 _MANY: Final = 100_000
-"""Entries whose sum takes so long (7 ms) that only a process which is alone with the directory adds them up."""
+"""The number of entries whose sums take so long (7 ms) that only the sole process of a directory computes them."""
 
 UNDONE: Final = "undone-"
-"""How the names of notes about what is still to be done begin, in the directory of files in flight."""
+"""The prefix of notes of pending invalidations, among the temporary files."""
 
 
 def recover(session: IndexSession) -> list[str]:
-    """Finish or undo what dead processes were doing, and take their leases back.
+    """Finish or undo the work of dead processes, and revoke their leases.
 
-    A process is dead when its byte of the owners' file can be locked: no pid is looked at, so pid namespaces and
-    recycled numbers do not matter, and a stopped process counts as alive. Everything here may itself be killed and done
-    again by the next.
+    A process is dead if its byte of the lock file can be locked. No pid is used, so pid namespaces and recycled pids do
+    not matter, and a stopped process counts as alive. A recovery may itself be killed; the next one does it again.
 
-    Returns
-    -------
-    list of str
-        Keys, and prefixes that end in a slash, of which a file may be left that must not be served. What cannot be
-        removed, or cannot be told apart, stays counted, and keeps nothing else from being done.
+    Returns the keys, and the prefixes with a trailing slash, of which a file may remain that must not be served. Files
+    that cannot be removed or identified stay counted.
     """
     with session.section() as (process, index):
         for owner in index.owners():
@@ -87,7 +83,7 @@ def recover(session: IndexSession) -> list[str]:
 
 
 def _see_to_restart(session: IndexSession, *, restarted: bool) -> None:
-    """Drop what may not be true any more since the machine was started anew."""
+    """Invalidate entries that may be stale since the machine was restarted."""
     old = [note for note in written_notes(session.meta) if not note.is_of_this_boot]
     for note in old:
         # another process may be doing the same
@@ -99,7 +95,7 @@ def _see_to_restart(session: IndexSession, *, restarted: bool) -> None:
         process.write_boot()
         fd = process.guard.fd
     if old:
-        # else the power could go again, and bring back what was dropped, but not the notes
+        # otherwise another loss of power could bring back the entries, but not the notes
         files.sync_all(fd)
         for note in old:
             files.discard(note.path)
@@ -127,12 +123,12 @@ def _drop_namespace(session: IndexSession, namespace: str) -> None:
 
 
 def has_dead_notes(session: IndexSession) -> bool:
-    """Whether there is something for `remove_dead_notes` to do."""
+    """Whether there are notes for `remove_dead_notes`."""
     return any(session.process().dead_notes())
 
 
 def remove_dead_notes(session: IndexSession) -> None:
-    """Remove the notes of processes that were killed in this boot, after what they invalidated is safe on the disk."""
+    """Remove the notes of processes that were killed in this boot, after a sync of their invalidations."""
     process = session.process()
     dead = list(process.dead_notes())
     if dead:
@@ -142,16 +138,16 @@ def remove_dead_notes(session: IndexSession) -> None:
 
 
 def may_be_stale(session: IndexSession) -> bool:
-    """Whether entries may be of before a write that the source has, as nobody has seen to a loss of power yet."""
+    """Whether entries may be older than a write at the source, because a loss of power was not handled yet."""
     try:
         return not all(note.is_of_this_boot for note in written_notes(session.meta))
     except OSError as error:
-        # a directory that is not there, or is another's, has nothing that would be served
+        # a missing directory, or one of another user, has no entries to serve
         return error.errno not in (errno.ENOTDIR, errno.EACCES)
 
 
 def _check_sums(session: IndexSession, process: Registration, index: Index) -> None:
-    """Do not believe the index what it can be asked for: what the rows add up to, and the bound."""
+    """Verify the totals and the bound of the index."""
     bound = index.totals().max_size
     if (remembered := _remembered_bound(session, bound)) != bound:
         index.set_max_size(remembered)
@@ -164,10 +160,9 @@ def _check_sums(session: IndexSession, process: Registration, index: Index) -> N
 
 
 def _discard_torn(session: IndexSession) -> bool:
-    """Drop what does not hang together: files that the index does not know, or not as they are, and rows without files.
+    """Remove inconsistent files and rows after a restart of the machine; False if that must be tried again.
 
-    What was written just before the machine stopped may have got to the disk in any order, and in part. Returns False
-    where that is to be tried again.
+    Data that was written just before the machine stopped may have reached the disk in any order, and in part.
     """
     stamped, complete, newest = _stamped(session), True, 0
     while batch := list(itertools.islice(stamped, _BATCH)):
@@ -204,7 +199,7 @@ def _discard_torn(session: IndexSession) -> bool:
 
 
 def _is_torn(session: IndexSession, row: Row, since: int) -> bool:
-    """Whether a row has no file of its size, or one that was written after `since` and is not what was stored."""
+    """Whether a row has no file of its size, or one that was written after `since` with another checksum."""
     path = f"{session.root}/{relative_path(row.entry, hashed=row.hashed)}"
     try:
         status = os.lstat(path)
@@ -217,12 +212,12 @@ def _is_torn(session: IndexSession, row: Row, since: int) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:
-        # nobody can tell, so a reader has to
+        # unknown: a read verifies the file
         return False
 
 
 def is_last_to_leave(session: IndexSession) -> bool:
-    """Say that this process is about to leave; whether every other one has left, said so, or died."""
+    """Record that this process leaves; returns whether all others have left, announced to leave, or died."""
     with session.section() as (process, index):
         index.announce_leaving(process.owner)
         for owner in index.staying_owners():
@@ -233,9 +228,9 @@ def is_last_to_leave(session: IndexSession) -> bool:
 
 
 def _invalidate_written(session: IndexSession, process: Registration, index: Index, owner: int) -> None:
-    """Forget what a process was writing at the source when it died: nobody knows how far it got.
+    """Invalidate the keys that a process was writing when it died, because the state of the source is unknown.
 
-    The rows of this process are those of writes that are over, whose end could not be told to the index.
+    For this process, these are writes that have ended, but whose rows could not be deleted.
     """
     for id_, key, beneath in index.tables.writing_of(owner):
         if id_ not in session.writing:
@@ -256,7 +251,7 @@ def _invalidate(session: IndexSession, process: Registration, index: Index, key:
 
 
 def _finish_notes(session: IndexSession, process: Registration, index: Index) -> list[str]:
-    """Do what processes wrote down that they could not do, and died; the names of what is still to be done."""
+    """Finish the pending invalidations that dead processes noted; returns the names that remain."""
     left: list[str] = []
     with suppress(OSError):
         for name in os.listdir(files.inside(session.root, f"{META}/tmp/.").removesuffix("/.")):
@@ -287,7 +282,7 @@ def _finish_note(session: IndexSession, process: Registration, index: Index, pat
 
 
 def _is_gone(session: IndexSession, index: Index, name: str) -> bool:
-    """Remove files of a key, or beneath a prefix, that have no row; whether there are none."""
+    """Remove files of a key, or beneath a prefix, that have no row; returns whether none is left."""
     try:
         if not name.endswith("/"):
             if not index.knows(name):
@@ -307,12 +302,12 @@ def _is_gone(session: IndexSession, index: Index, name: str) -> bool:
 def _finish_owner(session: IndexSession, index: Index, owner: int) -> None:
     directory = files.inside(session.root, f"{META}/tmp/{owner}/.").removesuffix("/.")
     for row in index.in_flight(owner, _numbers_in(directory)):
-        # its row was committed, so the entry is whole: all that is missing is its name
+        # the row is committed, so the entry is complete and only its name is missing
         try:
             relative = relative_path(row.entry, hashed=row.hashed)
             files.move(f"{directory}/{row.seq}", files.inside(session.root, relative))
         except OSError:
-            # something else has taken its place: the entry goes, and before its file does, which stays counted
+            # the path is taken: delete the row first, then the file, which stays counted
             index.remove(row.id)
             index.change_lease(owner, row.size)
             index.commit()
@@ -330,9 +325,9 @@ def _numbers_in(directory: str) -> list[int]:
 
 
 def finish(session: IndexSession, index: Index, tombstones: Iterable[Tombstone]) -> None:
-    """Unlink files whose rows are gone, wherever between the two their owner got to, and give their bytes back.
+    """Unlink the files of tombstones, at any step where their owner stopped, and free their bytes.
 
-    A file that cannot be unlinked, or of which cannot be told whose it is, stays counted as nobody's.
+    A file that cannot be unlinked or identified stays counted, without an owner.
     """
     done, left = [], []
     for item in tombstones:
@@ -350,13 +345,7 @@ def finish(session: IndexSession, index: Index, tombstones: Iterable[Tombstone])
 
 
 def clear_paths(session: IndexSession, index: Index, key: str) -> None:
-    """Unlink files of a key that has no row any more: what an earlier failure, or a crash, has left.
-
-    Raises
-    ------
-    OSError
-        One may still be there.
-    """
+    """Unlink files of a key without a row, leftovers of a failure or a crash; raises `OSError` if one may remain."""
     tombstones = [item for item in index.unowned_tombstones() if item.entry.key == key]
     unmarked = {item.entry for item in tombstones}
     for entry, hashed in _places(session, key):
@@ -381,12 +370,12 @@ def _places(session: IndexSession, key: str) -> Iterator[tuple[Entry, bool]]:
 
 
 def _unlink_ours(session: IndexSession, entry: Entry, *, hashed: bool, unmarked: bool) -> None:
-    """Unlink what lies at the path of an entry, if it is ours; `unmarked` if the index says that it is."""
+    """Unlink the file of an entry; `unmarked` tells that the index identifies it."""
     relative = relative_path(entry, hashed=hashed)
     if not files.exists(f"{session.root}/{relative}"):
         return
     path = files.inside(session.root, relative)
-    # what is not ours at that path may have come later, from somebody else
+    # a foreign file at that path may have come later
     found = files.discard_ours(path, entry)
     if found is Whose.UNMARKED and unmarked:
         files.discard(path)
@@ -394,7 +383,7 @@ def _unlink_ours(session: IndexSession, entry: Entry, *, hashed: bool, unmarked:
 
 
 def _unlink(session: IndexSession, relative: str) -> bool:
-    """Unlink something in the directory; whether it was there."""
+    """Unlink a file in the directory; returns whether it existed."""
     try:
         os.unlink(files.inside(session.root, relative))
     except (FileNotFoundError, NotADirectoryError):
@@ -407,9 +396,9 @@ def _remove_tree(session: IndexSession, name: str) -> None:
 
 
 def _sweep(session: IndexSession, process: Registration, index: Index) -> None:
-    """Remove directories of files in flight that no owner's row speaks of, and indexes of old.
+    """Remove temporary directories without an owner, and old indexes.
 
-    What cannot be removed is left to the next sweep.
+    The next sweep retries those that cannot be removed.
     """
     for number in _generations(session):
         if number != process.generation:
@@ -431,32 +420,18 @@ def _sweep(session: IndexSession, process: Registration, index: Index) -> None:
 
 
 def _listed(session: IndexSession, name: str) -> list[str]:
-    """Names in a directory of ours; none where a link has taken its place."""
+    """Names in a directory of the cache; none if it is a link."""
     with suppress(OSError):
         return os.listdir(files.inside(session.root, f"{META}/{name}/.").removesuffix("/."))
     return []
 
 
 def rebuild(session: IndexSession, damaged: int, max_size: int | None) -> bool:
-    """Make a new index from the entry files, unless another process has done so already.
+    """Make a new index from the entry files, unless another process has done so.
 
-    Parameters
-    ----------
-    books : Books
-    damaged : int
-        The generation that was found damaged.
-    max_size : int or None
-        The bound of a directory that does not remember its own.
-
-    Returns
-    -------
-    bool
-        Whether this process did it.
-
-    Raises
-    ------
-    Busy
-        A process that writes an entry did not finish in time (it may be stopped).
+    `damaged` is the generation of the damaged index; `max_size` is the bound of a directory without a recorded bound.
+    Returns whether this process did it. Raises `Busy` if another process is writing an entry for too long, perhaps
+    because it is stopped.
     """
     with session.guarded() as process:
         if process.read_generation() != damaged:
@@ -468,7 +443,7 @@ def rebuild(session: IndexSession, damaged: int, max_size: int | None) -> bool:
             if current is not process or process.read_generation() != damaged:
                 return False
             old = _generations(session)
-            # drawn, not counted: a process that holds an index whose files are all gone must not take this for its own
+            # random, not counted: a process that still has a deleted index open must not mistake the new one for it
             generation = secrets.randbits(48) | 1
             bound = _remembered_bound(session, max_size)
             try:
@@ -488,7 +463,7 @@ def rebuild(session: IndexSession, damaged: int, max_size: int | None) -> bool:
 
 
 def remember_bound(session: IndexSession, max_size: int | None) -> None:
-    """Write the bound where it outlives the index; under the guard only."""
+    """Write the bound to a file that outlives the index; under the guard only."""
     session.write_note("max_size", _UNBOUNDED if max_size is None else str(max_size))
 
 
@@ -509,7 +484,7 @@ def _remove_index(session: IndexSession, generation: int) -> None:
         try:
             os.unlink(path)
         except OSError:
-            # nobody else makes directories here
+            # a directory at this path can only be garbage
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -519,11 +494,11 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
     try:
         index.begin()
         index.number_from("owner", last)
-        # a process that does not know of this index yet may still settle what it condemned under another
+        # a process that has not seen the new index may still free tombstones of the old one
         index.number_from("dying", secrets.randbits(40))
         index.set_max_size(max_size)
         for name in _listed(session, "tmp"):
-            # a note of what is still to be done is not about the index that was lost
+            # a note of pending invalidations does not depend on the lost index
             if not name.startswith(UNDONE):
                 _remove_tree(session, f"tmp/{name}")
         files.empty(files.inside(session.root, f"{META}/trash/.").removesuffix("/."))
@@ -548,7 +523,7 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
 def _discard_or_count(
     session: IndexSession, index: Index, entry: Entry, *, hashed: bool, size: int, certain: bool
 ) -> None:
-    """Unlink a file of ours that no row is to speak of; where that fails, or is not `certain`, a tombstone does."""
+    """Unlink a file without a row; if that fails, or is not `certain` to be right, add a tombstone."""
     try:
         if certain:
             _unlink(session, relative_path(entry, hashed=hashed))
@@ -559,9 +534,9 @@ def _discard_or_count(
 
 
 def _remove_unknowable(session: IndexSession) -> None:
-    """Remove entries that no index knows any more, where files have no stamps to tell that they are ours.
+    """Remove entries without an index, on file systems without stamps.
 
-    Ours are those in directories of our making that nobody but this user may read.
+    They are the private files in directories that the cache created.
     """
     for name in session.made_namespaces():
         for path in files.walk(files.inside(session.root, f"{name}/.").removesuffix("/.")):
@@ -572,7 +547,7 @@ def _remove_unknowable(session: IndexSession) -> None:
 
 
 def _stamped(session: IndexSession) -> Iterator[tuple[str, Entry, files.Stamp | None, bool]]:
-    """Every file that bears our stamp and lies where that entry belongs; or of which nobody can tell, without one."""
+    """All entry files at the right paths; without a stamp if a file cannot be identified."""
     for path in files.walk(session.root):
         entry = Entry(os.path.relpath(path, session.root).replace(os.sep, "/"), 0, END)
         try:
@@ -591,7 +566,7 @@ def _stamped(session: IndexSession) -> Iterator[tuple[str, Entry, files.Stamp | 
                 stamp is not None and path == f"{session.root}/{relative_path(stamp.entry, hashed=place == 'odd')}"
             )
             if stamp is None or not lies_right or stamp.digest == files.OF_NOBODY:
-                # nobody else puts files here
+                # only the cache writes here
                 files.discard(path)
             else:
                 yield path, stamp.entry, stamp, place == "odd"

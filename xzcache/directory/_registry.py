@@ -1,4 +1,4 @@
-"""The cache directories of this process, one object for each: they are closed at exit and begun anew after a fork."""
+"""The cache directories of this process: closed at exit, and started anew after a fork."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def open_directory(
     min_free: float | int | Unset = UNSET,
     policy: str | Unset = UNSET,
 ) -> CacheDirectory:
-    """The object of a cache directory: the same one, however many stores use it and whatever path leads there.
+    """The object of a cache directory, which all stores of this process share.
 
     Parameters
     ----------
     root : str
-        An absolute path. The cache is there, or in a folder of this user's in it, as `resolve_directory` has it.
+        An absolute path. The cache is there, or in this user's folder in it; see `resolve_directory`.
     max_size : int, None or UNSET
-        A bound that somebody asks for, in bytes.
+        The requested bound in bytes.
     min_free : float, int or UNSET
-        A reserve of free disk that somebody asks for; else the configured one.
+        The requested reserve of free disk; else the configured one.
     policy : str or UNSET
-        A policy that somebody asks for; else the configured one.
+        The requested policy; else the configured one.
     """
     path = resolve_directory(root)
     with _lock:
@@ -62,7 +62,7 @@ def open_directory(
 
 
 def _forget_removed() -> None:
-    """Forget directories that are gone and not used, now and then: test suites make thousands of them."""
+    """Forget removed and unused directories from time to time: test suites create thousands of them."""
     if len(_directories) % 64 == 63:
         for path, directory in list(_directories.items()):
             if not directory.is_used and not os.path.lexists(path):
@@ -70,14 +70,14 @@ def _forget_removed() -> None:
 
 
 def cleanup_resources(timeout: float = 30.0) -> None:
-    """Leave all cache directories and end all threads of this package; what is used again, is opened again.
+    """Leave all cache directories and end all threads of this package; the next use opens them again.
 
-    For those who count descriptors or threads, as test suites do. The end of the process does the same.
+    For programs that count descriptors or threads, as test suites do. The end of the process does the same.
 
     Parameters
     ----------
     timeout : float, optional
-        Seconds to wait for what the threads are doing.
+        Seconds to wait for the threads to finish their work.
     """
     with _lock:
         directories = list(_directories.values())
@@ -86,7 +86,7 @@ def cleanup_resources(timeout: float = 30.0) -> None:
             directory.close()
         departures.wait(timeout)
         pool.stop(timeout)
-        # a thread that was at work may have joined a directory after it was closed
+        # a busy thread may have joined a directory after it was closed
         directories = [directory for directory in directories if directory.session.current is not None]
         if not directories:
             break

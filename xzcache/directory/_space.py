@@ -1,7 +1,7 @@
-"""The bound: who may write how many bytes, and what leaves to make room.
+"""The bound: leases of space, and eviction to make room.
 
-At any instant ``bytes + leases + dying <= max_size`` in the index, and no byte is on disk that is not in that sum: a
-file is written only out of a lease, and its bytes are given back only after it is unlinked.
+At any time ``bytes + leases + tombstones <= max_size`` in the index, and every byte on the disk is part of that sum: a
+file is written only out of a lease, and its bytes are freed only after it is unlinked.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _LARGEST_LEASE: Final = 4 << 20
 _INDEX_RESERVE: Final = 4 << 20
 _ATTEMPTS: Final = 8
 _PAUSE_WHILE_FULL: Final = 1.0
-"""Seconds for which a directory that was full, and from which nothing leaves, is not asked again."""
+"""Seconds for which a full directory without evictions is not asked for room again."""
 
 
 class HideReport:
-    """What became of keys whose files were to be taken out of sight.
+    """The keys whose files could not be hidden.
 
     Attributes
     ----------
     left : set of str
-        Keys of which a file may still be there.
+        Keys of which a file may still exist.
     missing : set of str
-        Keys of which a file that the index knew was not where it had to be.
+        Keys of which a file in the index was missing from its path.
     error : OSError or None
-        Why one of `left` is.
+        The reason for one of `left`.
     """
 
     def __init__(self) -> None:
@@ -53,21 +53,13 @@ class HideReport:
         self.error: OSError | None = None
 
     def add(self, key: str, error: OSError) -> None:
-        """Take note of a key of which a file may still be there."""
+        """Add a key of which a file may still exist."""
         self.left.add(key)
         self.error = error
 
 
 class Space:
-    """Takes and gives back the space of one cache directory.
-
-    Parameters
-    ----------
-    books : Books
-    recency : Recency
-    min_free : float or int
-        What is left free of the file system: a fraction of it, or bytes.
-    """
+    """Leases and frees the space of one cache directory; `min_free` is a fraction of the file system, or bytes."""
 
     def __init__(self, session: IndexSession, recency: Recency, min_free: float | int) -> None:
         self.session = session
@@ -82,21 +74,18 @@ class Space:
 
     @property
     def policy(self) -> Policy:
-        """Who decides what leaves."""
+        """The eviction policy."""
         return self.recency.policy
 
     # -- taking
 
     def take(self, process: Registration, size: int) -> None:
-        """Take bytes from this process's lease, enlarging it, and evicting for that, where needed.
+        """Take bytes from this process's lease, enlarging it and evicting if needed.
 
-        Raises
-        ------
-        NoRoom
-            Nothing was taken.
+        Raises `NoRoom` without taking any.
         """
         with process.lease_lock:
-            # other threads take from the same lease: what there is is taken first, and only the rest asked for
+            # other threads share the lease: take the free part first, and request only the rest
             had = min(process.free, size)
             process.free -= had
         if had == size:
@@ -121,22 +110,14 @@ class Space:
                 freed += self.make_room(short - freed)
             if freed == 0:
                 if attempt and not recovery_due(process):
-                    # what is smaller may still have room
+                    # a smaller entry may still find room
                     self._full_until, self._full_for = time.monotonic() + _PAUSE_WHILE_FULL, whole
                     break
                 recovery.recover(self.session)
         raise NoRoom(f"no room for {size} bytes in {self.session.root}")
 
     def _enlarge(self, process: Registration, size: int, whole: int) -> tuple[int, list[Tombstone]]:
-        """Lease `size` bytes more, for a file of `whole` bytes.
-
-        Returns
-        -------
-        int
-            How many are missing, 0 if they were taken.
-        list of Dying
-            What has to leave for them, and is out of sight.
-        """
+        """Lease `size` bytes more, for a file of `whole` bytes; returns the missing bytes and the evicted entries."""
         with self.session.section() as (current, index):
             if current is not process:
                 raise NoRoom("the directory was removed meanwhile")
@@ -146,7 +127,7 @@ class Space:
                 index.commit()
             if short <= 0 or not self.policy.evicts or totals.room is None or totals.room >= size:
                 return short, []
-            # others may take what is freed: more goes if they have
+            # another process may take the freed bytes: the caller then evicts more
             index.begin()
             self.recency.flush_to(index)
             return short, self.mark_deleted(process, index, self.policy.choose(index, short))
@@ -161,12 +142,12 @@ class Space:
             return size - room + chunk
         grant = size + chunk if room is None else min(size + chunk, room)
         if (short := self._short_of_disk(grant)) > 0:
-            # what is leased in advance must not cost an entry
+            # leasing in advance must not evict an entry
             grant, short = size, self._short_of_disk(size)
         if short > totals.size:
             error = NoRoom(f"the disk of {self.session.root} has less free than min_free={self.min_free} asks for")
             if not self._has_logged:
-                # what is asked for by default may be news to somebody
+                # warn once, because the default may surprise users
                 self._has_logged = True
                 logger.warning("%s: nothing new is cached until there is more", error)
             raise error
@@ -187,14 +168,14 @@ class Space:
     def _short_of_disk(self, grant: int) -> int:
         free, total = files.free_bytes(self.session.root)
         if total == 0:
-            # some file systems do not say
+            # some file systems do not report it
             return 0
         reserve = int(self.min_free * total) if isinstance(self.min_free, float) else self.min_free
-        # without any room for itself, the index could not even record what leaves
+        # the index needs some space to record evictions
         return max(reserve, min(_INDEX_RESERVE, total // 8)) + grant - free
 
     def return_surplus(self, process: Registration, index: Index) -> None:
-        """Return what a failed write left over; within a section."""
+        """Return the surplus of the lease after failed writes; within a section."""
         with process.lease_lock:
             surplus = process.free - 2 * _LARGEST_LEASE
             if surplus <= 0:
@@ -205,11 +186,11 @@ class Space:
     # -- giving back
 
     def make_room(self, want: int) -> int:
-        """Let entries go for new ones, if the policy lets any; returns the bytes freed."""
+        """Evict entries if the policy allows it; returns the bytes freed."""
         return self.evict(want) if self.policy.evicts else 0
 
     def evict(self, want: int) -> int:
-        """Let entries go until `want` bytes are free, those that the policy chooses; returns the bytes freed."""
+        """Evict the entries that the policy chooses until `want` bytes are free; returns the bytes freed."""
         freed = 0
         while freed < want:
             with self.session.section() as (process, index):
@@ -224,7 +205,7 @@ class Space:
         return freed
 
     def enforce_bound(self) -> None:
-        """Evict until the directory is within its bound, which may have been lowered."""
+        """Evict until the directory is within its bound."""
         with self.session.section() as (_, index):
             room = index.totals().room
         if room is not None and room < 0:
@@ -233,21 +214,10 @@ class Space:
     def mark_deleted(
         self, process: Registration, index: Index, rows: Iterable[Row], report: HideReport | None = None
     ) -> list[Tombstone]:
-        """Take entries out of the index, then their files out of sight; within a section, which is committed.
+        """Move entries from the index to tombstones, then hide their files; within a section, which is committed.
 
-        Parameters
-        ----------
-        member : Membership
-        index : Index
-        rows : iterable of Row
-        doubts : Doubtful, optional
-            Is told of the keys whose files could not be seen to be gone.
-
-        Returns
-        -------
-        list of Dying
-            What is out of sight, to be released. Every other file stays counted, as a tombstone that no process owns:
-            the next recovery tries again.
+        Keys whose files may remain are added to `report`. Returns the tombstones of hidden files, for `unlink_deleted`.
+        The tombstones of all other files lose their owner, so that the next recovery retries them.
         """
         tombstones = []
         with self._freeing_tombstones(index):
@@ -264,7 +234,7 @@ class Space:
         return hidden
 
     def _is_hidden(self, item: Tombstone, report: HideReport) -> bool:
-        """Take a file out of sight; False where that cannot be done, or cannot be told."""
+        """Hide a file; False if it may still be visible."""
         for is_last in (False, True):
             try:
                 if self._hide(item) is Whose.GONE:
@@ -276,18 +246,14 @@ class Space:
         return False
 
     def _hide(self, item: Tombstone) -> Whose:
-        """Take a file out of sight; returns whose it was.
+        """Move a file to the trash; returns the kind of file that was found.
 
-        Raises
-        ------
-        OSError
-            It may still be there.
+        Raises `OSError` if it may still be visible.
         """
         relative = relative_path(item.entry, hashed=item.hashed)
         path = files.inside(self.session.root, relative)
         found = files.look(path, item.entry)
-        # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
-        # and the guard is held
+        # a foreign file may have replaced the entry; and unlinking a large file takes too long under the guard
         if found in (Whose.GONE, Whose.FOREIGN):
             return found
         try:
@@ -316,13 +282,9 @@ class Space:
                     report.add(key, error)
 
     def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
-        """Unlink, and only then give the bytes back.
+        """Unlink the files of tombstones, then free their bytes.
 
-        Parameters
-        ----------
-        dying : list of Dying
-        soon : bool
-            Whether a few bytes may be given back with the next transaction, which is about to follow.
+        With `soon`, a few bytes are freed by the next transaction.
         """
         tombstones, self._unreleased = tombstones + self._unreleased, []
         if not tombstones:
@@ -335,7 +297,7 @@ class Space:
 
     @contextmanager
     def _freeing_tombstones(self, index: Index) -> Iterator[None]:
-        """Give back, within a transaction that is committed inside, what was to be given back soon."""
+        """Free the postponed tombstones in a transaction that the caller commits."""
         erased: list[Tombstone] = []
         # other threads add to it
         while self._erased:
@@ -349,7 +311,7 @@ class Space:
             raise
 
     def erase(self, tombstones: list[Tombstone]) -> list[Tombstone]:
-        """Unlink condemned files; returns those of which nothing is left."""
+        """Unlink the files of tombstones; returns those whose files are gone."""
         erased = []
         for item in tombstones:
             try:
@@ -357,7 +319,7 @@ class Space:
                 erased.append(item)
             except OSError as error:
                 if error.errno == errno.ELOOP:
-                    # a link took the place of our directory: nothing of this cache is behind it
+                    # a link replaced the trash directory: no file of this cache is behind it
                     erased.append(item)
                 else:
                     self._unreleased.append(item)

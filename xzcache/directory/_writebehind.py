@@ -1,7 +1,7 @@
-"""Work that its caller does not wait for: storing what has been handed out already, and leaving directories.
+"""Write-behind: publishing after the read has returned, and leaving directories.
 
-One thread stores, in order; what has gathered meanwhile is stored together. How many bytes may be waiting is bounded:
-beyond, the caller has to wait after all.
+One thread publishes in order; entries that wait are published together. The number of waiting bytes is limited: beyond
+it, readers wait.
 """
 
 from __future__ import annotations
@@ -38,14 +38,10 @@ _LONGEST_PAUSE: Final = 1.0
 
 
 class WriteBehind:
-    """What is yet to be stored in one cache directory. Safe for threads and event loops; empty after a fork.
+    """The pending publishes of one cache directory. Safe for threads and event loops; empty after a fork.
 
-    Parameters
-    ----------
-    publish_all : callable
-        What stores several parcels together.
-    hangs : callable
-        Whether the disk hangs, and is not to be waited for, given whether the caller has waited for long already.
+    `publish_all` stores several entries together. `hangs` returns whether the disk hangs; its argument tells whether
+    the caller has waited for long already.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class WriteBehind:
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """The parent does what it has begun."""
+        """Start empty: the parent finishes its own work."""
         self._lock = threading.Lock()
         self._queue: deque[tuple[PendingEntry | Callable[[], None], Future[None]]] = deque()
         self._waiting: dict[Future[None], int] = {}
@@ -69,22 +65,22 @@ class WriteBehind:
         self._is_busy = False
 
     def begin_fetch(self) -> None:
-        """Somebody begins to fetch."""
+        """Count a fetch that begins."""
         with self._lock:
             self._readers += 1
 
     def end_fetch(self) -> None:
-        """Somebody is done with fetching."""
+        """Count a fetch that has ended."""
         with self._lock:
             self._readers -= 1
 
     def add(self, work: Callable[[], None]) -> None:
-        """Have something done."""
+        """Run some work in the background."""
         self._add(work, 0)
         self._begin()
 
     def publish(self, pending: PendingEntry) -> None:
-        """Have something stored, on a running loop; its bytes are held until it is."""
+        """Publish an entry in the background; requires a running loop."""
         self._add(pending, len(pending.data))
         # tasks that were woken with this one are about to bring theirs
         asyncio.get_running_loop().call_soon(self._begin)
@@ -103,7 +99,7 @@ class WriteBehind:
             self._go_on()
 
     def _may_begin(self) -> bool:
-        """Whether there is something to do that nobody does; it is the caller's then."""
+        """Whether there is work that no thread does; the caller must then do it."""
         with self._lock:
             mine = bool(self._queue) and not self._is_busy
             self._is_busy = self._is_busy or mine
@@ -119,7 +115,7 @@ class WriteBehind:
             finally:
                 with self._lock:
                     self._is_busy = False
-            # back to the end of the line, so that other directories have their turn
+            # requeue, so that other directories have their turn
             if not self._may_begin() or try_in_order(self._go_on):
                 return
 
@@ -165,12 +161,12 @@ class WriteBehind:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being fetched or waits to be stored."""
+        """Whether there are no fetches and no pending publishes."""
         with self._lock:
             return not self._readers and not self._waiting
 
     async def drain_if_last(self) -> None:
-        """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
+        """Wait for pending publishes if no other fetch is under way, or if too many bytes wait."""
         while True:
             with self._lock:
                 last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
@@ -185,7 +181,7 @@ class WriteBehind:
                 return
 
     async def stored(self, key: str) -> None:
-        """Wait until what was to be stored of an object is stored, or will not be; not for a disk that hangs."""
+        """Wait until no publish of an object is pending, unless the disk hangs."""
         with self._lock:
             last = self._last_of.get(key)
         if last is None or self._hangs(False):
@@ -207,22 +203,22 @@ class WriteBehind:
 
 
 class Departures:
-    """Leaves what nothing uses any more, in a thread that is there only as long as there is something to leave."""
+    """Leaves unused directories, in a thread that ends when there are none."""
 
     def __init__(self) -> None:
         self.after_fork_in_child()
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """What the parent was about to leave, the child has not joined."""
+        """Start empty: the child has not joined any directory."""
         self._queue: SimpleQueue[Callable[[], bool] | None] = SimpleQueue()
         self._is_running = threading.Lock()
 
     def add(self, leave: Callable[[], bool]) -> None:
-        """Have something left; `leave` tells whether that is done, or to be tried again.
+        """Add a function that leaves a directory; it returns whether that is done.
 
-        Finalizers call this, at any point of any thread. So it waits for no lock, and takes none that the thread may
-        have taken already: those of `threading` are such.
+        Finalizers call this at any point of any thread, so it takes no lock that the thread may hold already, such as
+        those of `threading`.
         """
         self._queue.put(leave)
         self._start()
