@@ -1,4 +1,4 @@
-"""Reading through a cache: from the cache if it may be, else once from the source, for all who wait."""
+"""Read-through: from the cache, else one fetch from the source for all waiting readers."""
 
 from __future__ import annotations
 
@@ -44,30 +44,24 @@ if TYPE_CHECKING:
     Outcome = list[tuple[int, Buffer | None]] | BaseException
 
 _READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
-"""Then whoever asks for a byte range may have read before where in the object it is."""
+"""Then a byte range may depend on an index that was read before."""
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
 
 
 Count = Callable[[int, float], None]
-"""Told of a hit: its bytes, and the seconds that it took."""
+"""Called for a hit with its bytes and its seconds."""
 
 
 class NotCached(Exception):
-    """What somebody wanted from the cache alone is to be read by `get`."""
+    """A read from the cache alone must fall back to `get`."""
 
 
 class ReadThrough:
     """Reads of one source through one backend.
 
-    Parameters
-    ----------
-    reading : Reading
-
-    Notes
-    -----
-    The leader of a fetch is found in two steps: among the tasks and threads of this process by a table of futures, then
-    among processes by a lock on a byte that stands for the entry, which is polled and never waited for on the loop.
+    Single-flight has two steps: a table of futures among the tasks and threads of this process, then a fetch lock among
+    processes, which is polled and never blocks the event loop.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -77,7 +71,7 @@ class ReadThrough:
         self._revalidation = Revalidation(reading)
 
     def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
-        """The value of a chunk, where it is cached and to be had without waiting; else None, and `get` tells."""
+        """The value of a cached chunk if it can be read without waiting; None means that `get` must be called."""
         if not self._may_serve(key):
             return None
         started = time.perf_counter()
@@ -88,7 +82,7 @@ class ReadThrough:
         return buffer_of(data, prototype)
 
     def readinto_nowait(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `get_nowait`, into bytes that somebody has; what is there after False is undefined."""
+        """Like `get_nowait`, into an array, which is undefined after False."""
         started = time.perf_counter()
         if not self._may_serve(key) or not self.backend.readinto_nowait(
             key, self.reading.max_age, place, patient=patient
@@ -98,7 +92,7 @@ class ReadThrough:
         return True
 
     def _may_serve(self, key: str) -> bool:
-        """Whether what is cached of a key may be served without another word."""
+        """Whether a cached value of a key may be served without revalidation."""
         if self.freshness.revalidate is True or self.reading.passes or is_document(key):
             return False
         return not self._revalidation.may_confirm or self._revalidation.is_confirmed(key)
@@ -106,13 +100,7 @@ class ReadThrough:
     def get_blocking(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, count: Count
     ) -> Buffer | None:
-        """As `get`, from the cache alone, by a thread that may wait for the disk; `count` is told of a hit.
-
-        Raises
-        ------
-        NotCached
-            `get` has to be asked.
-        """
+        """Like `get`, from the cache alone, for a thread that may wait for the disk; raises `NotCached`."""
         if byte_range is None and (value := self.get_nowait(key, prototype, count)) is not None:
             return value
         wanted = span(byte_range)
@@ -129,18 +117,10 @@ class ReadThrough:
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, anew: bool | None = False
     ) -> Buffer | None:
-        """The value of a key or a byte range of it, as `Store.get`.
+        """The value of a key or a byte range of it, like `Store.get`.
 
-        Parameters
-        ----------
-        anew : bool or None
-            Whether to ask the source for a chunk whatever the cache holds, as a write depends on it; None where that is
-            not known.
-
-        Raises
-        ------
-        Replaced
-            The rest of the object is another one than this byte range is of, and this Zarr reads shards by `get`.
+        With `anew`, a chunk is revalidated because a write depends on it; None if that is unknown. Raises `Replaced` if
+        the range belongs to a new object and this Zarr reads shards by `get`.
         """
         if not is_document(key):
             return await self._get(key, prototype, byte_range, anew=anew)
@@ -163,7 +143,7 @@ class ReadThrough:
         request = Request(key, entry, prototype, byte_range, started)
         may_write = anew is None
         if anew is None:
-            # what is not cached is fetched from the source in any case, once for all who began before it is asked
+            # a missing chunk is fetched in any case, once for all readers that began before the request
             anew = await self.backend.get(entry, "infinity") is not None or await self.reading.is_known_missing(key)
         if anew or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
@@ -178,13 +158,13 @@ class ReadThrough:
             raise
 
     async def get_ready(self, key: str) -> None:
-        """Before anything of a key is looked for in the cache."""
+        """Open the cache and confirm the metadata before a lookup."""
         await self.backend.prepare()
         if self._revalidation.may_confirm:
             await self._revalidation.confirm_metadata(key)
 
     async def _is_vouched_for(self, request: Request) -> bool:
-        """Whether a document is cached as the store that this one is a copy of has seen it."""
+        """Whether the cached document is the one that the original of this copy has seen."""
         key = request.key
         told = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
         if not told or self.freshness.inherited.state(key) is None:
@@ -202,7 +182,7 @@ class ReadThrough:
         return await self.backend.size(entry, self.reading.max_age)
 
     async def is_known_missing(self, key: str) -> bool:
-        """Whether the source is known not to have a key, and need not be asked."""
+        """Whether a key is known to be missing at the source, so that no request is needed."""
         if self.backend.entry(key, *whole()) is None or self.reading.passes or self.reading.must_ask(key):
             return False
         await self.get_ready(key)
@@ -220,17 +200,10 @@ class ReadThrough:
         self.reading.stats.miss(0 if value is None else len(value), time.perf_counter() - started)
         return value
 
-    # -- what is not cached
+    # -- misses
 
     async def fetch(self, request: Request, *, anew: bool = False) -> Buffer | None:
-        """Fetch what is not cached, once for all who want it.
-
-        Parameters
-        ----------
-        request : Request
-        anew : bool
-            Whether the source has to be asked after this read began.
-        """
+        """Fetch a missing entry once for all readers; `anew` joins no request from before this read."""
         entry = request.entry
         since = request.started if anew else -math.inf
         while True:
@@ -248,14 +221,14 @@ class ReadThrough:
                 if data is None:
                     continue
             except TimeoutError:
-                # whoever fetches may never come back, as when its event loop was stopped
+                # the leader may never finish, for example after its event loop was stopped
                 return await self._lead(Flight(), version, request, anew=anew)
             return self.reading.hit(request, data)
 
     async def _lead(
         self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
     ) -> Buffer | None:
-        """Fetch for all who wait in this process, unless another process does or has done so."""
+        """Fetch for all readers in this process, unless another process does so."""
         async with self.backend.fetching():
             return await self._fetch_and_publish(flight, version, request, anew=anew)
 
@@ -276,7 +249,7 @@ class ReadThrough:
         publishing = False
         try:
             if anew:
-                # what another process fetches it may have asked for before this read began
+                # another process may have sent its request before this read began
                 await asyncio.sleep(0)
                 flight.mark_sent()
                 answer, data = await self.reading.revalidate(request)
@@ -296,7 +269,7 @@ class ReadThrough:
             validator = answer.validator
             if data is not None and answer.exact:
                 version, validator = await self._agree(request, data, validator, version)
-            # those who wait need not wait for the disk
+            # readers need not wait for the disk
             flight.set_result(data)
             if data is not None and answer.exact:
                 publishing = True
@@ -310,14 +283,14 @@ class ReadThrough:
                 done()
 
     async def _agree(self, request: Request, data: memoryview, validator: str, version: Any) -> tuple[Any, str]:
-        """Forget parts of what the object was before; the ticket and the validator to publish with."""
+        """Invalidate parts of an older object; returns the version and the validator to publish with."""
         version, validator, replaced = await self.reading.agree(request.key, request.entry, validator, version, data)
         if replaced and _READS_SHARDS_BY_GET and request.entry.start > 0:
             raise Replaced(request.key)
         return version, validator
 
     async def _ask(self, request: Request) -> tuple[FetchResult, memoryview | None]:
-        """Ask the source; what is cached, where that is only too old and the source still has it."""
+        """Request an entry; returns the cached bytes if they were only too old and the source confirms them."""
         if request.entry.is_whole and not is_document(request.key):
             answer = await assembled(self.reading, request)
             if answer is not None:
@@ -327,16 +300,16 @@ class ReadThrough:
         return await self.reading.revalidate(request)
 
     async def _acquire_or_wait(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
-        """Become the one process that fetches, or get what another one fetched.
+        """Take the fetch lock, or wait for the entry that another process fetches.
 
-        Past the deadline, neither: the other process may be stopped, so this one fetches as well.
+        After the deadline neither is returned: the other process may be stopped, so this one fetches as well.
         """
         deadline = time.monotonic() + self.reading.timeout
         pause = _FIRST_POLL
         while True:
             unlock = self.backend.try_acquire(entry)
             try:
-                # looked at with the lock held: whoever had it before may just have published
+                # check with the lock held: the previous holder may just have published
                 data = await self.reading.get_cached(entry)
             except BaseException:
                 if unlock is not None:
@@ -348,7 +321,7 @@ class ReadThrough:
             pause = min(pause * 1.2, _LONGEST_POLL)
 
 
-# -- Reading many byte ranges of one object, as Zarr's sharding codec does: what is missing is asked for together.
+# -- Many byte ranges of one object, as Zarr's sharding codec reads them; missing ranges are requested together.
 
 _REMEMBERED: Final = 65536
 _TRIES: Final = 3
@@ -356,12 +329,7 @@ _TRIES: Final = 3
 
 
 class RangeReads:
-    """Reads of several byte ranges of an object of one source, through one backend.
-
-    Parameters
-    ----------
-    reads : ReadThrough
-    """
+    """Reads of several byte ranges of an object of one source, through one backend."""
 
     def __init__(self, reads: ReadThrough) -> None:
         self._reads = reads
@@ -373,12 +341,12 @@ class RangeReads:
     async def get(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int
     ) -> AsyncIterator[list[tuple[int, Buffer | None]]]:
-        """As `Store.get_ranges`; all of it is there before any of it is given.
+        """Like `Store.get_ranges`; nothing is yielded before all ranges are read.
 
         Raises
         ------
         BaseExceptionGroup
-            Of the source's own exceptions, of `FileNotFoundError` where it has no such object, or of `Replaced`.
+            Of exceptions of the source, of `FileNotFoundError` for a missing object, or of `Replaced`.
         """
         if self._reading.passes:
             async for group in self._past_the_cache(key, byte_ranges, prototype, limits):
@@ -410,7 +378,7 @@ class RangeReads:
         prototype: BufferPrototype,
         limits: dict[str, int],
     ) -> list[Outcome]:
-        """All ranges of a call, of one state as far as can be told; or the exceptions that came instead."""
+        """All ranges of a call, of one state as far as known; or the exceptions."""
         entry = self._backend.entry(key, 0, END)
         if entry is None:
             return await self._apart(key, byte_ranges, alone, prototype, limits)
@@ -419,10 +387,10 @@ class RangeReads:
         found, missing = await self._fetches.look(key, wanted)
         states = self._backend.states_of(key) if missing or alone else set()
         if missing and found and not all(map(is_from_source, states)):
-            # what nobody can compare with what is to be fetched is fetched with it
+            # cached ranges of an unknown state are fetched together with the missing ones
             found, missing = {}, list(wanted)
         if self._reading.must_ask(key):
-            # what is cached is asked about, each piece with its validator
+            # revalidate each cached range with its own validator
             alone = [*alone, *(place for entry in found for place in wanted[entry])]
             found = {}
         promoted = bool(missing) and self._is_worth_the_whole(key, missing)
@@ -435,7 +403,7 @@ class RangeReads:
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
         if alone or promoted:
-            # what was compared with these is gone: it may have been evicted, or was found to be of another state
+            # the compared ranges are gone: evicted, or found to be of another state
             is_clear &= from_source(states) <= self._backend.states_of(key)
         if not missing or (alone and len(byte_ranges) > 1):
             is_clear &= self._backend.write_version(entry) == since
@@ -453,13 +421,7 @@ class RangeReads:
         limits: dict[str, int],
         states: set[str],
     ) -> list[Outcome]:
-        """All ranges of a call in one go from the source, past the cache.
-
-        Parameters
-        ----------
-        states : set of str
-            What the source said of the state of what was cached.
-        """
+        """Fetch all ranges of a call together, past the cache; `states` are validators of the cached ranges."""
         began = time.perf_counter()
         ends = [(entry.start, entry.stop) for entry in wanted]
         spans = merged(ends, gap=limits["max_gap_bytes"], most=limits["max_coalesced_bytes"])
@@ -492,7 +454,7 @@ class RangeReads:
             await self._backend.invalidate(key, None)
             return [Replaced(key)]
         if not all(answer.exact for answer in answers[: len(spans)]):
-            # nothing can be cut out of such answers
+            # such answers cannot be cut into ranges
             return [group async for group in self._past_the_cache(key, byte_ranges, prototype, limits)]
         pairs: list[tuple[int, Buffer | None]] = []
         for (first, last), value in zip(spans, values, strict=False):
@@ -531,7 +493,7 @@ class RangeReads:
         prototype: BufferPrototype,
         limits: dict[str, int],
     ) -> list[Outcome]:
-        """What is asked for by itself, or the exceptions of that."""
+        """Read ranges one by one; returns exceptions in place of failed ones."""
         turn = asyncio.Semaphore(limits["max_concurrency"])
         calls = (self._one(key, byte_ranges[place], prototype, place, turn) for place in places)
         return await asyncio.gather(*calls, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Reading what the source has to be asked for whatever is cached, and making the cache agree with it."""
+"""Revalidation: reads that must ask the source, and updates of the cache."""
 
 from __future__ import annotations
 
@@ -32,12 +32,7 @@ _REMEMBERED: Final = 4096
 
 
 class Revalidation:
-    """Reads that ask.
-
-    Parameters
-    ----------
-    reading : Reading
-    """
+    """Reads of one source that revalidate."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
@@ -49,7 +44,7 @@ class Revalidation:
         self._confirmed: set[str] = set()
 
     async def read(self, request: Request) -> Buffer | None:
-        """Read from the source, and make the cache agree with it."""
+        """Read from the source, and update the cache."""
         if is_document(request.key):
             if await self._is_overridden(request):
                 return self._reading.hit(request, None)
@@ -64,10 +59,10 @@ class Revalidation:
         return answer.value
 
     async def _is_overridden(self, request: Request) -> bool:
-        """Whether a document is known to be missing from a node whose ruling document somebody is asking for now.
+        """Whether a missing document does not matter because the node's `zarr.json` overrides it.
 
-        Who opens a node of unknown format asks for the documents of both, all at once. If the one that comes first in
-        the order of formats is still there, those that were not there before do not matter.
+        Opening a node of unknown format requests the documents of both formats at once. If the `zarr.json` still
+        exists, the documents of format 2 that were missing before need no request.
         """
         rules = None if self._reading.writable else overriding_document(request.key)
         if rules is None or not self._freshness.is_asking(rules) or not await self._is_document_missing(request.key):
@@ -84,16 +79,11 @@ class Revalidation:
         return await self._backend.is_document_missing(key, self._reading.max_age)
 
     async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
-        """A metadata document from the source, asked for once by all tasks that want it now.
+        """A metadata document from the source, requested once for all tasks that want it now.
 
-        A request is shared by the tasks that began before it was sent. One that began later may know of a change that
-        the answer does not show: it joins only where the policy allows an answer as old as that.
-
-        Parameters
-        ----------
-        request : Request
-        unless_asked : bool
-            Whether an answer that another task got meanwhile will do.
+        Tasks that began before the request share it. A later task may know of a change that the answer lacks, so it
+        joins only if the policy accepts an answer of that age. With `unless_asked`, a validation by another task in the
+        meantime is enough.
         """
         key, entry = request.key, request.entry
         since = request.started - self._freshness.tolerance(writable=self._reading.writable)
@@ -116,7 +106,7 @@ class Revalidation:
             return data
         try:
             if unless_asked and not self._reading.must_ask(key):
-                # the flight of another task has landed between the look at what was asked for and the lead
+                # another task has validated the document between the check and the join
                 data = await self._reading.get_cached(entry)
                 if data is not None or await self._is_document_missing(key):
                     flight.set_result(data)
@@ -124,7 +114,7 @@ class Revalidation:
                     return data
             # tasks that were called together with this one share the request
             await asyncio.sleep(0)
-            # what they found of other documents meanwhile is no write since this one was asked for
+            # changes that these tasks found in other documents are no writes after this request
             version = self._backend.write_version(entry)
             flight.mark_sent()
             asked = time.monotonic()
@@ -134,7 +124,7 @@ class Revalidation:
             elif answer.value is not None:
                 data = contents(answer.value)
             if not answer.exact:
-                # it tells nothing of the document
+                # it shows nothing of the document
                 flight.set_result(data)
                 return data
             if data is None or await self._backend.get(entry, "infinity") != data:
@@ -147,14 +137,14 @@ class Revalidation:
         except BaseException as error:
             flight.set_exception(error)
             if isinstance(error, FileNotFoundError):
-                # there is not even a place where it could be
+                # the directory of the document is missing as well
                 await self._backend.apply_document(key, None, version)
             raise
         finally:
             self._backend.flights.finish((id(self._freshness), key, began), flight)
 
     async def _agree(self, request: Request, data: memoryview | None, version: Any, answer: FetchResult) -> None:
-        """Store what the source has now, where the cache has something else."""
+        """Store the answer of the source if the cache differs."""
         key, entry, validator = request.key, request.entry, answer.validator
         if data is not None and not answer.exact:
             return
@@ -171,18 +161,18 @@ class Revalidation:
         if data is not None and version is not None:
             await self._backend.publish(entry, data, version, self._reading.max_size, validator)
 
-    # -- what a copy was told by the store that it is a copy of
+    # -- metadata that the original of a copy has seen
 
     def is_confirmed(self, key: str) -> bool:
         """Whether `confirm_metadata` has nothing to do."""
-        # those above were settled with it
+        # the nodes above were confirmed with it
         return key.rpartition("/")[0] in self._confirmed
 
     async def confirm_metadata(self, key: str) -> None:
-        """See that what this machine has cached of an array was filled under the documents that the original has seen.
+        """Confirm that this machine's chunks of an array were cached under the documents that the original has seen.
 
-        Another machine may not have noticed a change that the one of the original has. Where it is in doubt, the source
-        is asked for the document, once in a process.
+        This machine may have missed a change that the original's machine has seen. Unconfirmed documents are
+        revalidated, once in a process.
         """
         nodes = [path for path in _nodes_above(key) if path not in self._confirmed]
         vouched = {
@@ -192,7 +182,7 @@ class Revalidation:
             if (state := self._seen.state(document))
         }
         if self._seen.more:
-            # there may have been no room to tell of its array
+            # the document of the array may not have fit into the table
             arrays = [path for path in arrays_of(key) if path in nodes]
             vouched = (
                 dict.fromkeys((document for path in arrays for document in array_documents(path)[:2]), b"") | vouched

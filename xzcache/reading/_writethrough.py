@@ -20,18 +20,8 @@ if TYPE_CHECKING:
 class WriteThrough:
     """Writes to one source through one backend.
 
-    Parameters
-    ----------
-    backend : Backend
-    freshness : Freshness
-    max_size : int or None
-        The bound of a backend that is not bounded by itself, in bytes.
-    passes : bool
-        Whether nothing of the source may be cached, so that writes are its own business.
-
-    Notes
-    -----
-    Whatever a write raises, what is cached of the key is forgotten: nobody knows how far the source got.
+    If a write raises, the key is invalidated: the state of the source is unknown. `max_size` is the bound in bytes for
+    a backend without a bound of its own; `passes` tells that nothing of the source may be cached.
     """
 
     def __init__(self, backend: Backend, freshness: Freshness, max_size: int | None, *, passes: bool) -> None:
@@ -50,15 +40,8 @@ class WriteThrough:
     ) -> None:
         """Write values to the source.
 
-        Parameters
-        ----------
-        pairs : list of (str, Buffer)
-        write : callable
-            What writes them.
-        keep : bool
-            Whether to store them in the cache, unless somebody else wrote them at the same time.
-        certain : bool
-            Whether the source has these values once `write` returns.
+        `keep` stores them in the cache unless another process wrote them at the same time. `certain` tells that the
+        source has these values once `write` returns.
         """
         if self._passes:
             await write()
@@ -87,7 +70,7 @@ class WriteThrough:
                 self._freshness.mark_validated(key, document)
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
-        """Delete a key, and what a store of files deletes with it: everything beneath."""
+        """Delete a key and everything beneath it, as a file store does."""
         if not self._is_cacheable(key):
             await delete()
             return
