@@ -1,7 +1,7 @@
-"""A cache in any Zarr store that can delete, with its books in this process: what Zarr's own cache does, done right.
+"""A cache in any Zarr store that supports deletes, with its index in this process.
 
-Keys are the source's keys as they are, so one such store serves one source. Byte ranges are kept in memory, in the same
-bound, as Zarr keeps them. Nothing is shared with other processes.
+The keys are those of the source, so one cache store serves one source. Byte ranges are kept in memory within the same
+bound, as in Zarr's own cache. Nothing is shared with other processes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from xzcache.model import Data, Span
 
 
-# -- What is simple where no other process shares a cache: nobody to wait for, and notes that one table holds.
+# -- Defaults for a cache that no other process shares.
 
 
 class SingleProcessDefaults:
-    """The part of a backend that is about other processes, and about what the source does not have."""
+    """Backend methods that are trivial without other processes, and the negative cache."""
 
     is_open = True
     _documents: KnownDocuments
@@ -46,14 +46,14 @@ class SingleProcessDefaults:
         self._written: Counter[str] = Counter()
 
     async def prepare(self) -> None:
-        """Nothing has to be opened."""
+        """Do nothing: there is nothing to open."""
 
     def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
-        """What the store that caches has to be asked for is never to be had at once."""
+        """Return None: reading from a cache store always waits."""
         return None
 
     def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """Nor into bytes that somebody has."""
+        """Return False: reading from a cache store always waits."""
         return False
 
     def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
@@ -80,22 +80,22 @@ class SingleProcessDefaults:
         )
 
     async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
-        """No other process shares these books, so there is nothing that it could not know of."""
+        """Return no document: no other process changes this cache."""
         return []
 
     async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
         """There were no doubts."""
 
     def fetching(self) -> AbstractAsyncContextManager[None]:
-        """While somebody fetches what is not cached."""
+        """A context around a fetch; publishes are awaited anyway."""
         return nullcontext()
 
     async def is_document_missing(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document of a node that it has."""
+        """Whether a document is known to be missing from a node that has other documents."""
         return self._documents.is_document_missing(key, max_age)
 
     def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a chunk."""
+        """Whether a chunk is known to be missing at the source."""
         return self._documents.is_known_missing(key, max_age)
 
     async def is_known_missing(self, key: str, max_age: Age) -> bool:
@@ -103,7 +103,7 @@ class SingleProcessDefaults:
         return self._documents.is_known_missing(key, max_age)
 
     async def record_missing(self, key: str, version: Any) -> None:
-        """Remember that the source does not have a chunk."""
+        """Record that a chunk is missing at the source."""
         self._documents.record_missing(key, version)
 
     async def record_document(self, key: str, document: bytes) -> None:
@@ -119,25 +119,17 @@ _RANGES_WITHOUT_BOUND: Final = 256 << 20  # bytes that byte ranges may take of m
 
 
 class StoreBackend(SingleProcessDefaults):
-    """A generic cache store and its books.
+    """A cache store and its index; `source` is the namespace of its only source.
 
-    Parameters
-    ----------
-    cache_store : Store
-    source : str
-        The namespace of the one source that it caches; its keys do not carry it.
-
-    Notes
-    -----
-    Safe for threads and event loops. Space is taken before a value is written, and given back after it is deleted.
+    Safe for threads and event loops. Space is taken before a value is written, and freed after it is deleted.
     """
 
     evicts = True
-    bound: int | None = None  # the store that caches here says how much it may
+    bound: int | None = None  # the cache store sets its own limit
 
     def __init__(self, cache_store: Store, source: str) -> None:
         self.cache_store = cache_store
-        # what makes a pickled copy of a store equal to it, where the cache is in memory
+        # a pickled copy with a cache in memory is equal if its token is
         self.token = uuid.uuid4().hex
         self.namespace = source
         super().__init__()
@@ -173,7 +165,7 @@ class StoreBackend(SingleProcessDefaults):
         return Listed(key, [(piece.start, piece.stop) for piece in self._index.pieces(key)])
 
     def states_of(self, key: str) -> set[str]:
-        """The validators of what is cached of an object; an empty one where the state of that is unknown."""
+        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
         return {self._index.validator(entry) for entry in self._index.of_key(key)}
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
@@ -202,36 +194,36 @@ class StoreBackend(SingleProcessDefaults):
             return None
 
     async def validator(self, entry: Entry) -> str:
-        """What tells the cached state of an entry from others; empty where nothing does."""
+        """The validator of a cached entry; empty if there is none."""
         return self._index.validator(entry)
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
-        """Let the age of an entry begin anew."""
+        """Restart the age of an entry."""
         self._index.mark_validated(entry)
 
     # -- fetching once, publishing
 
     def write_version(self, entry: Entry) -> WriteVersion | None:
-        """Take note of the writes so far, before a fetch begins."""
+        """The write version of an entry, read before its fetch begins."""
         return self._index.write_version(entry.key)
 
     async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
         """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
         if self._is_being_written(entry.key):
-            # nobody can tell whether it is of before or of after the write
+            # the entry may be from before or from after the write
             return False
         size, limit = len(data), max_size
         if limit is None and not entry.is_whole:
             limit = self._index.size - self._index.in_memory + _RANGES_WITHOUT_BOUND
         if (limit is not None and size > limit) or not self._index.arrive(entry.key):
             return False
-        # from here on no other thread stores anything of the object
+        # from here on no other thread stores an entry of the object
         others = [self._index.validator(other) for other in self._index.of_key(entry.key) if other != entry]
         if not all(are_compatible(validator, other) for other in others):
             # parts of two states of an object must not be mixed
             self._index.arrived(entry.key)
             return False
-        # once begun, it comes to its end: half a store would be taken for what an earlier process left
+        # finish even if cancelled: a half-written value would look like one of an earlier process
         stored, cancelled = await run_to_completion(self._publish(entry, data, version, limit, validator))
         if cancelled:
             raise asyncio.CancelledError
@@ -256,7 +248,7 @@ class StoreBackend(SingleProcessDefaults):
             await self._remove([entry])
             return await self._take(len(data), limit) and await self._put(entry, data, version, validator)
         except Exception as error:
-            # nobody knows what the cache store holds now
+            # the contents of the cache store are unknown now
             self._quarantined.add(entry.key)
             self._record_fault(error)
             return False
@@ -264,7 +256,7 @@ class StoreBackend(SingleProcessDefaults):
             self._index.arrived(entry.key)
 
     async def _put(self, entry: Entry, data: Data, version: WriteVersion, validator: str) -> bool:
-        """Write an entry whose space was taken, and record it."""
+        """Write and record an entry whose space was taken."""
         stored = False
         try:
             if entry.is_whole:
@@ -313,7 +305,7 @@ class StoreBackend(SingleProcessDefaults):
         return [(key, await self._invalidate(key)) for key in keys]
 
     async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
-        """After the source of some keys was written: forget what was filled meanwhile, and store the new values."""
+        """Invalidate keys again after the source was written, and store the new values."""
         self._write_ends(*(key for key, _ in writes))
         for (key, begun), value in zip(writes, values, strict=True):
             version = await self.invalidate(key, begun)
@@ -321,7 +313,7 @@ class StoreBackend(SingleProcessDefaults):
                 await self.publish(Entry(key), value, version, max_size)
 
     async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
-        """Forget a key whose value turned out to be another; a ticket to store it with."""
+        """Invalidate a key that changed at the source; returns the version to store it with."""
         alone = since is not None and since == self._index.write_version(key)
         version = await self._invalidate(key)
         return version if alone else None
@@ -345,11 +337,11 @@ class StoreBackend(SingleProcessDefaults):
         self._documents.forget_absence(key)
         try:
             await self._remove(self._index.of_key(key))
-            # an earlier process may have left it
+            # an earlier process may have left a value
             await self.cache_store.delete(key)
             self._quarantined.discard(key)
         except Exception as error:
-            # what cannot be deleted is not served any more
+            # a value that cannot be deleted is quarantined
             self._quarantined.add(key)
             self._record_fault(error)
             return None
@@ -372,16 +364,16 @@ class StoreBackend(SingleProcessDefaults):
             self._record_fault(error)
 
     async def apply_document(self, key: str, document: bytes | None, version: Any) -> WriteVersion | None:
-        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
         return await self._documents.apply_document(key, document, version, self.drop)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is nothing to close."""
 
     # -- looking
 
     def info(self, *, exact: bool = True) -> dict[str, Any]:
-        """What is cached; sizes in bytes. It is always exact."""
+        """The size and the number of entries, always exact; sizes in bytes."""
         size, count = self._index.size, len(self._index)
         return {
             "cache_store_type": type(self.cache_store).__name__,

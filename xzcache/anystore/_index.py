@@ -37,12 +37,9 @@ class Taken(NamedTuple):
 
 
 class MemoryIndex:
-    """What a cache holds, least recently used first. Safe for threads; every method is one step.
+    """The index of a cache in this process, least recently used entries first. Safe for threads; each method is atomic.
 
-    Attributes
-    ----------
-    size : int
-        Bytes that are held or promised.
+    `size` is the number of bytes stored or reserved.
     """
 
     def __init__(self) -> None:
@@ -55,7 +52,7 @@ class MemoryIndex:
         self._drops = 0
 
     def after_fork_in_child(self) -> None:
-        """Let go of a lock that a thread of the parent may hold, and of what only the parent's tasks would finish."""
+        """Start with a new lock, without the stores that only tasks of the parent would finish."""
         self._lock = threading.Lock()
         self._arriving: set[str] = set()
         self.size = sum(record.size for record in self._records.values())
@@ -69,7 +66,7 @@ class MemoryIndex:
     # -- writes
 
     def write_version(self, key: str) -> WriteVersion:
-        """What the counts of writes are now; they differ once the key, or something above it, is written."""
+        """The write version of a key; it changes with each write to the key or to a prefix of it."""
         return self._writes[key], self._drops
 
     def count_write(self, key: str) -> WriteVersion:
@@ -86,7 +83,7 @@ class MemoryIndex:
     # -- looking
 
     def may_serve(self, entry: Entry, max_age: Age) -> bool:
-        """Whether an entry is not too old, and not just being stored. Of what is not recorded, nobody knows the age."""
+        """Whether an entry is fresh and not being stored; an unrecorded entry has an unknown age."""
         with self._lock:
             if entry.key in self._arriving:
                 return False
@@ -100,19 +97,19 @@ class MemoryIndex:
             return None if record is None else record.data
 
     def validator(self, entry: Entry) -> str:
-        """What tells the state of an entry from others; empty where nothing does."""
+        """The validator of an entry; empty if there is none."""
         with self._lock:
             record = self._records.get(entry)
             return "" if record is None else record.validator
 
     def mark_validated(self, entry: Entry) -> None:
-        """Let the age of an entry begin now."""
+        """Restart the age of an entry."""
         with self._lock:
             if (record := self._records.get(entry)) is not None:
                 self._records[entry] = record._replace(inserted=time.time())
 
     def used(self, entry: Entry, size: int, version: WriteVersion) -> bool:
-        """Note a use, recording what an earlier process left; False if it was written since the ticket was taken."""
+        """Record a use, also of an entry of an earlier process; False if it was written since the version was read."""
         with self._lock:
             if version != self.write_version(entry.key) or entry.key in self._arriving:
                 return False
@@ -142,7 +139,7 @@ class MemoryIndex:
     # -- space
 
     def take(self, size: int, limit: int | None) -> Taken:
-        """Promise space, or say which entry has to go first."""
+        """Reserve space, or return the entry to evict first."""
         with self._lock:
             if limit is None or self.size + size <= limit:
                 self.size += size
@@ -150,14 +147,14 @@ class MemoryIndex:
             return Taken(False, next(iter(self._records), None))
 
     def give(self, size: int) -> None:
-        """Give space back, after what took it is gone."""
+        """Free space after its value was deleted."""
         with self._lock:
             self.size -= size
 
     def arrive(self, key: str) -> bool:
-        """From here to `arrived`, the cache may hold something for a key that is not to be served.
+        """Mark a key as being stored until `arrived`; False if another task is storing it.
 
-        False where somebody else is storing the key already.
+        Meanwhile, the cache store may hold a value that must not be served.
         """
         with self._lock:
             if key in self._arriving:
@@ -171,7 +168,7 @@ class MemoryIndex:
             self._arriving.discard(key)
 
     def record(self, entry: Entry, size: int, data: memoryview | None, version: WriteVersion, validator: str) -> bool:
-        """Record an entry whose space was taken; False if its key was written since the ticket was taken."""
+        """Record an entry whose space was taken; False if its key was written since the version was read."""
         with self._lock:
             if version != self.write_version(entry.key) or entry in self._records:
                 return False
@@ -204,18 +201,13 @@ class MemoryIndex:
             self._pieces.setdefault(entry.key, {})[entry] = None
 
 
-# -- What a cache whose books are kept in one process knows of the arrays of its source.
+# -- Metadata fingerprints and the negative cache.
 
 _REMEMBERED: Final = 65536
 
 
 class KnownDocuments:
-    """The documents under which entries were filled, and those that the source does not have.
-
-    Parameters
-    ----------
-    ledger : Ledger
-    """
+    """The metadata documents under which entries were cached, and the missing documents and chunks."""
 
     def __init__(self, index: MemoryIndex) -> None:
         self._index = index
@@ -226,7 +218,7 @@ class KnownDocuments:
     async def apply_document(
         self, key: str, document: bytes | None, version: WriteVersion | None, drop: Callable[[str], Awaitable[None]]
     ) -> WriteVersion | None:
-        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
 
         def known_beneath(path: str) -> list[str]:
             return [node for node in self._digests if node.startswith(f"{path}/" if path else "")]
@@ -235,14 +227,13 @@ class KnownDocuments:
         described = metadata.describe(key, document)
         gone = document is None and Entry(key) in self._index
         for path in metadata.changed_arrays(key, described, self._digests.get, known_beneath, gone=gone):
-            # what an earlier process left in the store is not in these books
-            # our own drop is not somebody else's write
+            # values of an earlier process are not in this index; and the own drop must not count as another writer's
             expected = None if expected is None else (expected[0], expected[1] + 1)
             names = metadata.of_array(path)
             kept = {node: self._digests[node] for node in names if node in self._digests}
             await drop(path)
             if any(node in described.arrays | described.attributes for node in names):
-                # one document tells of the array, another of its attributes
+                # an array and its attributes have separate documents
                 self._digests.update(kept)
         if expected is None or expected != self._index.write_version(key):
             return None
@@ -252,7 +243,7 @@ class KnownDocuments:
         return expected
 
     def is_document_missing(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document of a node that it has."""
+        """Whether a document is known to be missing from a node that has other documents."""
         noted = self._absent.get(key)
         return (
             noted is not None
@@ -261,12 +252,12 @@ class KnownDocuments:
         )
 
     def is_known_missing(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a chunk."""
+        """Whether a chunk is known to be missing at the source."""
         at, version = self._missing.get(key, (0.0, None))
         return version == self._index.write_version(key) and is_fresh(at, max_age)
 
     def record_missing(self, key: str, version: WriteVersion) -> None:
-        """Remember that the source does not have a chunk, until it is written."""
+        """Record that a chunk is missing at the source, until it is written."""
         if len(self._missing) >= _REMEMBERED:
             self._missing.clear()
         self._missing[key] = time.time(), version
@@ -280,7 +271,7 @@ class KnownDocuments:
         self._absent.pop(key, None)
 
     def forget(self, prefix: str) -> None:
-        """Forget what is at a path and beneath it; everything for an empty one."""
+        """Forget the fingerprints at a path and beneath it; all for an empty path."""
         for node in [n for n in self._digests if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
             del self._digests[node]
         self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}
