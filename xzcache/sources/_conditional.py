@@ -1,8 +1,7 @@
-"""Asking the source: for what it has, or only whether that is still what we have.
+"""Requests to a source, conditional where possible.
 
-The validator of an object comes with its bytes where the source says it unasked; else the object is looked at before
-and after a part of it is read, where a look can tell. A part of an object of which nothing tells the state gets a
-validator that no other answer has.
+The validator of an object comes with its bytes if the source sends it. Otherwise the object's metadata is requested
+before and after a read of a part, if the source supports that. A part without any validator gets a unique one.
 """
 
 from __future__ import annotations
@@ -38,32 +37,32 @@ T = TypeVar("T")
 _ABSENT: Final = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _OBSTORES: Final = (zarr.storage.ObjectStore, WebStore)
 _BY_CONTENT: Final = ("S3Store", "GCSStore", "AzureStore")
-"""Stores whose ETags are of the content, or of the version."""
+"""Stores whose ETags depend on the content or on the version."""
 _ETAG: Final = re.compile(r'"[^"]+"|[0-9A-Fa-fx-]{8,}')
 """A strong one: a weak one promises the same meaning, not the same bytes."""
 _SETTLED_SECONDS: Final = 60.0
-"""A time of modification tells states apart only once it is as old as this: clocks differ, and tick in seconds."""
+"""The age after which a time of modification identifies a state: clocks differ, and tick in seconds."""
 _SETTLED_HERE_SECONDS: Final = 2.0
-"""The same for files, which have a clock that we know, and another inode when they were replaced."""
+"""The same for local files: their clock is known, and a replaced file has another inode."""
 
 
 class FetchResult(NamedTuple):
-    """What the source said."""
+    """The answer of a source."""
 
     value: Buffer | None
-    """None where the source has nothing, or nothing new."""
+    """None if the object is missing, or unchanged."""
     validator: str = ""
-    """What tells this state from others; empty only for a whole object whose source tells nothing."""
+    """The validator; empty only for a whole object of a source without validators."""
     unchanged: bool = False
-    """Whether the source has what was known."""
+    """Whether the source confirmed the known validator."""
     exact: bool = True
-    """Whether the bytes are certainly those that were asked for, no more and no fewer."""
+    """Whether the bytes are certainly the requested ones."""
     size: int | None = None
-    """The size of the whole object, where the source tells it."""
+    """The size of the whole object, if the source reports it."""
 
 
 class _Head(NamedTuple):
-    """What an answer of the source, or a look at the object, tells beside the bytes."""
+    """The metadata of an answer, or of a metadata request."""
 
     validator: str = ""
     size: int | None = None
@@ -87,7 +86,7 @@ async def fetch(
     fixed: bool = False,
     states: Callable[[], set[str]] = set,
 ) -> FetchResult:
-    """Ask a source for the value of a key.
+    """Request the value of a key from a source.
 
     Parameters
     ----------
@@ -96,13 +95,13 @@ async def fetch(
     prototype : BufferPrototype
     byte_range : ByteRequest or None
     known : str
-        The validator of what is cached; empty to be sent the value whatever it is.
+        The validator of the cached entry; empty to get the value in any case.
     certain : bool
         Whether the validator of a whole object is worth a request of its own.
     fixed : bool
         Whether the source can never change.
     states : callable
-        Gives the validators of what is cached of the object: a look at it that was made before.
+        Returns the validators of the cached parts, which replace a metadata request before the read.
 
     Raises
     ------
@@ -113,7 +112,7 @@ async def fetch(
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
         return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
     look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
-    # where the state comes with the bytes, a look is worth a request only if it is likely to save them
+    # if the validator comes with the bytes, a metadata request pays only if it is likely to save them
     if look is not None and known and (twin is None or certain):
         if (seen := (await look(key)).validator) == known:
             return FetchResult(None, known, unchanged=True)
@@ -136,7 +135,7 @@ async def fetch(
 
 
 async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: FetchResult) -> FetchResult:
-    """An answer that may end where the object does, if that can be found out."""
+    """Check by the object's size whether a short answer is exact."""
     assert answer.value is not None
     length = len(answer.value)
     most = span(byte_range)
@@ -145,7 +144,7 @@ async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Fe
     if type(source).getsize is Store.getsize and not isinstance(source, MemoryStore):
         # it would be read as a whole
         return answer
-    # what cannot be told is not known, whatever the reason
+    # after any error the size is unknown
     with suppress(Exception):
         size = await source.getsize(key)
         return answer._replace(exact=_is_exact(length, byte_range, _Head(size=size)), size=size)
@@ -162,23 +161,10 @@ async def fetch_spans(
     states: Callable[[], set[str]] = set,
     **limits: int,
 ) -> list[FetchResult]:
-    """Ask a source for several spans of the value of a key, as many requests as there are spans.
+    """Request several spans of the value of a key, one request for each span.
 
-    Parameters
-    ----------
-    key : str
-    prototype : BufferPrototype
-    spans : sequence of (int, int)
-        Merged already as `limits` have it.
-    fixed, states
-        As for `fetch`.
-    **limits : int
-        ``max_concurrency``, ``max_gap_bytes`` and ``max_coalesced_bytes``, as for `Store.get_ranges`.
-
-    Raises
-    ------
-    Exception
-        The source's own.
+    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed` and `states` are as
+    for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
     one_by_one = type(source) in _OBSTORES or _Noting.twin_of(source) is not None
@@ -193,7 +179,7 @@ async def fetch_spans(
 
     async def read() -> list[Buffer | None]:
         values: list[Buffer | None] = [None] * len(ranges)
-        # what lies between them is left out on purpose, and an answer that is none is not to be cut up
+        # the gaps are left out on purpose, and an inexact answer must not be cut
         apart = limits | {"max_gap_bytes": 0, "max_coalesced_bytes": 0}
         try:
             async for group in source.get_ranges(key, ranges, prototype=prototype, **apart):
@@ -202,7 +188,7 @@ async def fetch_spans(
         except BaseExceptionGroup as failures:
             if (others := failures.split(FileNotFoundError)[1]) is not None:
                 raise _only(others) from None
-            # some may have been read before the object went
+            # the object was deleted between two of the requests
             return [None] * len(ranges)
         return values
 
@@ -212,7 +198,7 @@ async def fetch_spans(
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What several calls return; where one fails, the others are cancelled, and its exception is raised as it is."""
+    """The results of several calls; if one fails, cancel the others and raise its exception."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -242,7 +228,7 @@ async def _between_looks(
     states: Callable[[], set[str]],
     read: Callable[[], Awaitable[list[Buffer | None]]],
 ) -> list[FetchResult]:
-    """Read while the object stays what it is, where a look at it can tell."""
+    """Read between two metadata requests, to verify that the object did not change meanwhile."""
     head = _Head()
     if look is None:
         values = await read()
@@ -250,7 +236,7 @@ async def _between_looks(
         seen = states()
         before = min(seen) if len(seen) == 1 else ""
         if not is_from_source(before):
-            # else what is cached was looked at before, and is of use only if nothing has changed since
+            # the cached parts were verified before, and are valid only if the object is unchanged since
             before = (await look(key)).validator
         values = await read()
         if (after := await look(key)).validator == before:
@@ -270,7 +256,7 @@ def _labelled(answers: list[FetchResult], *, fixed: bool) -> list[FetchResult]:
 
 
 def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> FetchResult:
-    """An answer, and whether it is what was asked for."""
+    """The answer with its metadata, checked for exactness."""
     if value is None:
         return FetchResult(None)
     return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
@@ -320,21 +306,21 @@ async def _of_obstore(
         options["if_none_match"] = known.removeprefix("etag ")
     try:
         if known.startswith("time ") and await _time_of(source, key) == known:
-            # asked for anything newer, a server would not tell of something older
+            # a server that is asked for newer objects would not report an older one
             return FetchResult(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
-        # older versions let go of both with the bytes
+        # older versions of obstore release both with the bytes
         meta: dict[str, Any] = dict(got.meta)
         part = got.range
         if type(source) is WebStore and got.attributes.get("Content-Encoding"):
-            # what was stored compressed is unpacked by other clients of the web
+            # other HTTP clients decompress objects that are stored compressed
             value = await source.linked().get(key, prototype, byte_range)
             return _judged(value, byte_range, _Head(is_plain=False))
         data = await got.bytes_async()
     except obstore.exceptions.NotModifiedError:
         return FetchResult(None, known, unchanged=True)
     except obstore.exceptions.NotSupportedError:
-        # Azure knows no suffixes, and Zarr a way around
+        # Azure does not support suffixes, but Zarr has a workaround
         return _judged(await source.get(key, prototype, byte_range), byte_range, _Head())
     except _ABSENT:
         return FetchResult(None)
@@ -348,7 +334,7 @@ async def _time_of(source: Any, key: str) -> str:
     try:
         return _validator(source, dict(await obstore.head_async(source.store, key)))
     except Exception:
-        # not every server answers this; what it has to say, it says when it is asked for the object
+        # not every server supports HEAD; errors show at the request for the object
         return ""
 
 
@@ -364,7 +350,7 @@ def _of_content(etag: str) -> str:
 
 
 def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
-    # a time of the epoch is what obstore makes of none
+    # obstore replaces a missing time by the epoch
     if modified is not None and modified.timestamp() > 0:
         if (told := _of_content(etag)) and not _is_of_the_time(etag, modified):
             return told
@@ -375,9 +361,9 @@ def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
 
 
 def _is_of_the_time(etag: str, modified: datetime) -> bool:
-    """Whether an ETag says no more than a time and a size, and perhaps the number of a file.
+    """Whether an ETag is made of only a time, a size and perhaps an inode.
 
-    nginx makes such of seconds, Apache and obstore's local store of microseconds.
+    nginx uses seconds, Apache and obstore's local store microseconds.
     """
     seconds = modified.timestamp()
     for part in etag.strip('"').split("-"):
@@ -401,7 +387,7 @@ async def _of_file(path: str | os.PathLike[str]) -> _Head:
 
 
 def _look_at(source: Store) -> Callable[[str], Awaitable[_Head]] | None:
-    """What tells the state of an object without reading it; None where nothing does."""
+    """The function that requests the metadata of an object; None if the source has none."""
     if isinstance(source, LocalStore):
         root = source.root
         return lambda key: _of_file(root / key)
@@ -417,7 +403,7 @@ def _look_at(source: Store) -> Callable[[str], Awaitable[_Head]] | None:
 # -- fsspec
 
 _APART: Final = ("CachingFileSystem", "AbstractArchiveFileSystem", "ReferenceFileSystem", "DirFileSystem")
-"""File systems that may tell of something else than they read from."""
+"""File systems whose metadata may belong to other data than they read."""
 _BUCKETS: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"})
 _TIMED: Final = frozenset({"memory", "sftp", "ssh", "smb", "hdfs", "arrow_hdfs", "webhdfs"})
 """Protocols whose times of modification are those of the files."""
@@ -429,10 +415,10 @@ async def _of_fsspec(source: FsspecStore, inner: Any, key: str) -> _Head:
     names = {inner.protocol} if isinstance(inner.protocol, str) else set(inner.protocol)
     if type(inner).__name__ == "LocalFileSystem":
         return await _of_file(inner._strip_protocol(path))
-    # what it cannot tell is not known, whatever the reason
+    # after any error the state is unknown
     with suppress(Exception):
         if getattr(inner, "dircache", None):
-            # it would answer from what it listed before
+            # drop the listing cache, which may be outdated
             inner.invalidate_cache(inner._parent(path))
         return _of_info(await source.fs._info(path), names)
     return _Head()
@@ -469,14 +455,9 @@ def _is_s3fs(fs: Any) -> bool:
 
 
 class _Noting:
-    """A file system of fsspec's as it reads one value, which notes what the answers tell beside the bytes.
+    """An fsspec file system for one read that records the metadata of the responses.
 
-    fsspec gives the bytes alone. This has s3fs and its client of the web read in their own way, but listens to the
-    answers that they get.
-
-    Parameters
-    ----------
-    fs : AbstractFileSystem
+    fsspec returns bytes alone. This lets s3fs and fsspec's HTTP client read as usual, and records the headers.
     """
 
     def __init__(self, fs: Any) -> None:
@@ -513,7 +494,7 @@ class _Noting:
 
 
 class _Session:
-    """A session of aiohttp's that notes what its answers tell."""
+    """An aiohttp session that records the headers of its responses."""
 
     def __init__(self, session: Any, heads: list[_Head]) -> None:
         self._session = session

@@ -1,6 +1,6 @@
-"""Object stores by URL, read with obstore: options in fsspec's words, said in obstore's.
+"""Object stores by URL, read with obstore: translates fsspec's options to obstore's.
 
-An option that obstore has no word for is never left out: `Untranslatable` says so, and the caller reads with fsspec.
+An option without a translation is never dropped: `Untranslatable` is raised, and the caller reads with fsspec.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SECONDS: Final = 5.0
 
 
 def region_of(bucket: str, endpoint: str = _AMAZON) -> str | None:
-    """The region of a bucket, which Amazon tells anybody, whoever may read it; None where it cannot be asked.
+    """The region of a bucket, which Amazon reports without credentials; None if the request fails.
 
     One request for each bucket and process.
     """
@@ -133,11 +133,11 @@ _AZURE_PARTS: Final = {
 """Of a connection string."""
 
 SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
-"""What obstore can read by URL."""
+"""The URL schemes that obstore can read."""
 
 
 class Untranslatable(ValueError):
-    """A URL or an option that cannot be said in obstore's words."""
+    """A URL or an option that cannot be translated for obstore."""
 
     def __init__(self, reason: str) -> None:
         # the name of an option may be a URL
@@ -145,24 +145,11 @@ class Untranslatable(ValueError):
 
 
 def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
-    """An obstore store for a URL.
+    """An obstore store for a URL of one of `SCHEMES`, with options of fsspec or of obstore.
 
-    Parameters
-    ----------
-    url : str
-        Of one of `SCHEMES`.
-    options : mapping
-        In fsspec's words or obstore's.
-    sure : bool
-        Whether obstore was asked for: it finds credentials in fewer places than fsspec's clients do, so that it is only
-        taken unasked where they are in sight.
-
-    Raises
-    ------
-    Untranslatable
-        Naming the option.
-    ImportError
-        There is no obstore.
+    `sure` tells that the user chose obstore. It finds credentials in fewer places than fsspec's clients, so without
+    `sure` the credentials must be visible. Raises `Untranslatable` with the name of the option, or `ImportError`
+    without obstore.
     """
     import obstore.exceptions
 
@@ -237,7 +224,7 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
             elif not sure:
                 raise Untranslatable("without botocore, obstore may not find the credentials that s3fs finds")
         if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
-            # obstore would send it along with somebody else's key
+            # obstore would combine it with the given key
             raise Untranslatable("AWS_SESSION_TOKEN in the environment does not belong to the key that was given")
     if ambiguous := next((name for name in _AWS_TAKEN_IN_TWO_WAYS if os.environ.get(name)), None):
         raise Untranslatable(f"obstore and s3fs do not take {ambiguous} of the environment alike")
@@ -270,7 +257,7 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
 
 
 def _with_tools(profile: str | None) -> AwsCredentials | None:
-    """The AWS tools, where they are installed and configured for nothing that obstore has no word for."""
+    """The AWS tools, if they are installed and their configuration can be translated."""
     tools = AwsCredentials(profile)
     try:
         unsaid = tools.unsaid
@@ -315,7 +302,7 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _google_file_is_native() -> bool:
-    """Whether the environment names a file of credentials of a kind that obstore knows."""
+    """Whether the environment names a credentials file of a kind that obstore supports."""
     try:
         with open(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or "", "rb") as file:
             return json.load(file).get("type") in ("service_account", "authorized_user")
