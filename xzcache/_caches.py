@@ -79,7 +79,9 @@ def _of_platform() -> str | None:
 @cache
 def _warn_of(place: str, usual: str) -> None:
     logger.warning(
-        "no cache can be kept in %s: it is kept in %s instead; set XZCACHE_DIRECTORY to say where", usual, place
+        "no cache can be kept in %s: it is kept in %s instead; XZCACHE_DIRECTORY chooses another directory",
+        usual,
+        place,
     )
 
 

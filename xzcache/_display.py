@@ -50,7 +50,7 @@ class Display(NamedTuple):
 
     def _used(self) -> str:
         if "total_size" not in self.info:
-            return "cannot be told just now" if self.is_open else "not opened yet"
+            return "not known at the moment" if self.is_open else "not opened yet"
         bound = self.info["max_size"]
         limit = "without bound" if bound is None else f"of {_bytes(bound)}"
         return f"{_bytes(self.info['total_size'])} {limit}, {_bytes(self.info['current_size'])} by this source"

@@ -140,7 +140,7 @@ class _Cached:
 
 def _failed(error: Exception) -> NotCached:
     """Turn a failure of the cache into a miss."""
-    if not report_bug(error, "reading what is cached"):
+    if not report_bug(error, "reading a cached chunk"):
         logger.debug("a cached chunk could not be read", exc_info=error)
     return NotCached()
 

@@ -356,7 +356,7 @@ class CacheStore(ReadableView, WritableView):
         while (beneath := getattr(inner, "_store", None)) is not None:
             if isinstance(inner, CacheStore) and inner._reads.backend.is_same_cache(self._reads.backend):
                 if inner is not self._store:
-                    raise ValueError("store reads through the same cache already: give what lies beneath it")
+                    raise ValueError("store reads through the same cache already: give its source")
                 self._store, self.source = beneath, identify(beneath)
                 self._read_through(self._reads.freshness)
             inner = beneath

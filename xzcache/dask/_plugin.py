@@ -195,7 +195,7 @@ class CachePlugin(WorkerPlugin):
             _warned.add(place)
             _warn(
                 worker,
-                f"the cache directory {directory.root} is on a network file system: what it saves has to cross the "
+                f"the cache directory {directory.root} is on a network file system: every hit has to cross the "
                 "network again, and locks may not hold; give each node a directory on a disk of its own",
             )
         return directory

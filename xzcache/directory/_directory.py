@@ -161,7 +161,7 @@ class CacheDirectory:
             return False
         process = self.session.current
         if process is None or not process.waits_for_others(LONG):
-            self.health.record_slow("nothing was heard from its disk for a second")
+            self.health.record_slow("its disk has not answered for a second")
         return True
 
     async def promptly(self, otherwise: T, function: Callable[..., T], *args: object, patience: float = LONG) -> T:

@@ -99,7 +99,7 @@ class FaultBarrier:
         bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
         mended = recovery.rebuild(self.session, generation, bound)
         if mended and generation:
-            logger.warning("the index of the cache in %s was damaged and made anew", self.session.root)
+            logger.warning("the index of the cache in %s was damaged and has been rebuilt", self.session.root)
         return mended
 
     def apply_bound(self) -> None:
@@ -126,7 +126,7 @@ class FaultBarrier:
                 process.storing.readmit()
         self._must_revoke = lower and not alone
         if self._must_revoke:
-            raise Busy("somebody is writing, and may still use what was leased under the old bound")
+            raise Busy("another process is writing, and may still use a lease of the old bound")
         self._applied = self.bound
 
     def reapply_bound(self) -> None:

@@ -308,7 +308,7 @@ class PendingInvalidations:
     def _unlink(self, relative: str, entry: Entry) -> None:
         path = files.inside(self._session.root, relative)
         if files.discard_ours(path, entry) is Whose.UNMARKED:
-            raise Unusable(f"nobody can tell whether {path} is ours")
+            raise Unusable(f"it is unknown whether {path} belongs to the cache")
 
 
 def _append(results: list[T], action: Callable[[], T]) -> bool:

@@ -62,7 +62,7 @@ def recover(session: IndexSession) -> list[str]:
                     index.begin()
                     _remove_tree(session, f"tmp/{owner}")
                 except OSError as error:
-                    logger.debug("what process %d left cannot be finished yet: %s", owner, error)
+                    logger.debug("the work of process %d cannot be finished yet: %s", owner, error)
                     index.rollback()
                     index.begin()
                 finally:
@@ -103,7 +103,7 @@ def _see_to_restart(session: IndexSession, *, restarted: bool) -> None:
 
 def _drop_namespace(session: IndexSession, namespace: str) -> None:
     """Drop everything of a namespace, or of all: some of its entries may be of before a write that the source has."""
-    logger.info("what is cached of %s is dropped: it was written when the power went", namespace or "any source")
+    logger.info("invalidating all entries of %s, which was written when the power failed", namespace or "any source")
     with session.section() as (process, index):
         process.writes.increment(prefix_counter(namespace))
         index.tables.drop_nodes(namespace)
@@ -154,7 +154,7 @@ def _check_sums(session: IndexSession, process: Registration, index: Index) -> N
     state = process.generation, index.serial()
     if index.last_entry() <= _MANY or (session.checked != state and index.owners() == [process.owner]):
         if index.mend_totals():
-            logger.warning("the totals of the cache in %s were wrong and are right now", session.root)
+            logger.warning("the totals of the cache in %s were wrong and have been corrected", session.root)
         session.checked = state
     process.is_checked = True
 
@@ -338,7 +338,7 @@ def finish(session: IndexSession, index: Index, tombstones: Iterable[Tombstone])
                 _unlink_ours(session, item.entry, hashed=item.hashed, unmarked=True)
             done.append(item.id)
         except OSError as error:
-            logger.debug("a file of an entry that has left cannot be removed yet: %s", error)
+            logger.debug("the file of a deleted entry cannot be removed yet: %s", error)
             left.append(item.id)
     index.drop_tombstones(done)
     index.disown_tombstones(left)

@@ -110,8 +110,8 @@ class WriteBehind:
             try:
                 self._do_next()
             except Exception as error:
-                if not report_bug(error, "what was to be stored in a cache may not be"):
-                    logger.warning("what was to be stored in a cache may not be: %s", error)
+                if not report_bug(error, "storing an entry"):
+                    logger.warning("an entry may not have been stored: %s", error)
             finally:
                 with self._lock:
                     self._is_busy = False
@@ -259,7 +259,7 @@ class Departures:
         try:
             return leave()
         except Exception as error:
-            if not report_bug(error, "a cache directory was to be left"):
+            if not report_bug(error, "leaving a cache directory"):
                 logger.warning("a cache directory could not be left: %s", error)
             return True
 

@@ -297,14 +297,14 @@ class Adaptive:
         """The inverse of `to_bytes`; raises `ValueError` for other data."""
         self, file = cls(), io.BytesIO(data[_SUM.size :])
         if data[: _SUM.size] != _SUM.pack(crc32(file.getbuffer())):
-            raise ValueError("this is nothing that was learned")
+            raise ValueError("the bytes are not a learned state")
         try:
             numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(9))
             self._restore(numbers, [column.astype(np.int64) for column in columns])
         except (EOFError, OSError, TypeError, ValueError) as error:
-            raise ValueError("this is nothing that was learned") from error
+            raise ValueError("the bytes are not a learned state") from error
         if {uses.shape, waited.shape} != {(CLASSES, BUCKETS)} or len({column.shape for column in columns}) != 1:
-            raise ValueError("what was learned is not of this version")
+            raise ValueError("the learned state is of another version")
         self.reuse = Reuse(uses, waited)
         self._worth = self.reuse.worth()
         return self
@@ -312,7 +312,7 @@ class Adaptive:
     def _restore(self, numbers: NDArray[Any], columns: list[Ints]) -> None:
         version, now, refreshed, shift, prefers_recency, regret, hits, recency_hits = numbers.tolist()
         if version != _FORMAT:
-            raise ValueError("what was learned is not of this version")
+            raise ValueError("the learned state is of another version")
         self._now, self._refreshed, self._shift = int(now), int(refreshed), int(shift)
         self.prefers_recency = bool(prefers_recency)
         self._regret, self._hits, self._recency_hits = regret, hits, recency_hits

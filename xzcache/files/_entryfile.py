@@ -225,11 +225,11 @@ class Whose(Enum):
     """The file at the path of an entry. There is no value for "unknown": that is an `OSError`."""
 
     GONE = "nothing is there"
-    OURS = "the file that was written for the entry"
-    DISOWNED = "a file of ours that no entry has any more and that could not be unlinked"
-    MARKED = "a file with a mark of ours, which is damaged or of another entry"
-    UNMARKED = "a file on a file system that has no marks: the index has to tell"
-    FOREIGN = "something of somebody else's"
+    OURS = "the file of the entry"
+    DISOWNED = "a deleted file of the cache that could not be unlinked"
+    MARKED = "a file with a stamp that is damaged or of another entry"
+    UNMARKED = "a file on a file system without stamps: the index identifies it"
+    FOREIGN = "a file or directory that does not belong to the cache"
 
 
 def checksum(data: Data) -> int:

@@ -140,7 +140,7 @@ class Health:
                 is_done = self._retry_safely()
                 self._come_back(ends, count)
                 if not is_done:
-                    logger.debug("in the cache in %s something is still in doubt", self._root)
+                    logger.debug("the cache in %s still has pending invalidations", self._root)
                 return
             self._log_aside()
             pause = self._pause
@@ -152,7 +152,7 @@ class Health:
             self._probe()
         except Exception as error:
             if is_of_the_disk(error):
-                logger.debug("the disk of %s is not well: %s", self._root, error)
+                logger.debug("the disk of %s is not healthy: %s", self._root, error)
                 return False
             # other errors are reported by the operations that use the directory
             report_bug(error, f"the cache in {self._root}")

@@ -592,7 +592,7 @@ class Reader:
             self._is_damaged(found)
             return None
         if not self._lies_there(found):
-            self._on_fault(Unusable(f"{found.path} is reached through a link, so it is not taken for the cache's"))
+            self._on_fault(Unusable(f"{found.path} is reached through a link, so it is not read as an entry"))
             return None
         _remember(self._checked, found)
         return data[first:last]

@@ -153,7 +153,7 @@ class Guard:
     def _give_up(self, patient: bool) -> None:
         if patient:
             self._impatient_until = time.monotonic() + _IMPATIENCE * self.timeout
-        raise Busy(f"{self._path} is held by somebody else")
+        raise Busy(f"{self._path} is held by another process")
 
     def is_current(self) -> bool:
         """Whether the lock file is still the one at its path: the directory may have been removed. Raises `OSError`."""

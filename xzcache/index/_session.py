@@ -515,7 +515,7 @@ class IndexSession:
         if process is not None:
             return process
         if self.is_retired:
-            raise Unusable(f"the cache directory {self.root} was taken away")
+            raise Unusable(f"the cache directory {self.root} was removed")
         with self._opening:
             if self._process is None:
                 try:
@@ -533,7 +533,7 @@ class IndexSession:
         found = self.read_note("format")
         # garbage is damage and is repaired; a number belongs to a newer version
         if found and found.isdecimal() and found != str(FORMAT):
-            raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
+            raise Foreign(f"the cache directory {self.root} has format {found}, but this xzcache uses format {FORMAT}")
         files.make_private(self.root)
         for name in ("tmp", "trash", "odd", "ranges", "made", "written"):
             # a link there leads out of the cache: remove the link and leave its target alone
@@ -618,7 +618,7 @@ class IndexSession:
             The transaction did not happen.
         """
         if getattr(self._inside, "yes", False):
-            raise CacheFault("a section within a section")
+            raise CacheFault("a section is open already in this thread")
         with self.guarded(patience) as process:
             self._inside.yes = True
             index = None

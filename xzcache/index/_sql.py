@@ -327,7 +327,7 @@ class Index:
         if version not in UPGRADES:
             raise Damaged(f"the index is not of version {VERSION}")
         self.connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[version]} PRAGMA user_version={VERSION}; COMMIT;")
-        logger.info("an index of version %d is one of version %d now: %s", version, VERSION, self._log[:-4])
+        logger.info("an index was upgraded from version %d to %d: %s", version, VERSION, self._log[:-4])
 
     # -- transactions
 

@@ -82,7 +82,7 @@ class AwsCredentials:
 
     @property
     def unsaid(self) -> str | None:
-        """The name of a setting that changes requests and that obstore has no word for."""
+        """The name of a setting that changes requests and that obstore does not support."""
         scoped = self.session.get_scoped_config()
         section = scoped.get("s3")
         names = ["s3." + name for name in section] if isinstance(section, Mapping) else []

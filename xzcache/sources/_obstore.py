@@ -198,9 +198,9 @@ def _renamed(given: Iterable[tuple[str, Any]], names: Mapping[str, str], native:
         if value is None:
             continue
         if (word := names.get(name, name)) not in native:
-            raise Untranslatable(f"obstore has no word for the option {name!r}")
+            raise Untranslatable(f"obstore does not support the option {name!r}")
         if word in said:
-            raise Untranslatable(f"the option {name!r} says again what another one says")
+            raise Untranslatable(f"the option {name!r} duplicates another one")
         said[word] = value
     return said
 
@@ -210,11 +210,11 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
     if not isinstance(client, Mapping):
         raise Untranslatable("the option 'client_kwargs' is no mapping")
     if not given.pop("use_ssl", True):
-        raise Untranslatable("obstore has no word for the option 'use_ssl'")
+        raise Untranslatable("obstore does not support the option 'use_ssl'")
     profile = given.pop("profile", None)
     config = _renamed([*given.items(), *client.items()], _S3, _S3_NATIVE)
     if profile and _with_tools(profile) is None:
-        raise Untranslatable("without botocore, obstore has no word for the option 'profile'")
+        raise Untranslatable("without botocore, obstore does not support the option 'profile'")
     signed = not config.get("skip_signature", False)
     if signed:
         config.pop("skip_signature", None)
@@ -264,7 +264,7 @@ def _with_tools(profile: str | None) -> AwsCredentials | None:
     except ImportError:
         return None
     if unsaid is not None:
-        raise Untranslatable(f"obstore has no word for {unsaid!r} of the configuration of the AWS tools")
+        raise Untranslatable(f"obstore does not support {unsaid!r} of the configuration of the AWS tools")
     return tools
 
 
@@ -290,7 +290,7 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
     elif hasattr(token, "refresh"):
         yield "credential_provider", GoogleCredentials(token)
     elif token not in (None, "google_default"):
-        raise Untranslatable("obstore has no word for this kind of the option 'token'")
+        raise Untranslatable("obstore does not support this kind of the option 'token'")
     elif not (given.keys() & _GCS_NATIVE or _google_file_is_native()):
         try:
             (tools := GoogleCredentials()).provider  # noqa: B018
@@ -326,7 +326,7 @@ def _of_azure(place: str, given: dict[str, Any], *, sure: bool) -> Iterator[tupl
         config.pop("skip_signature", None)
         signs = config.keys() & {*_AZURE_CREDENTIALS} or any(os.environ.get(name) for name in _AZURE_SIGNS)
         if credential is not None and (signs or not hasattr(credential, "get_token")):
-            raise Untranslatable("obstore has no word for this kind of the option 'credential'")
+            raise Untranslatable("obstore does not support this kind of the option 'credential'")
         if not signs:
             try:
                 (tools := AzureCredentials(credential)).provider  # noqa: B018
@@ -349,12 +349,12 @@ def _without_connection_string(given: dict[str, Any]) -> dict[str, Any]:
     said = {word: parts.pop(name, None) for name, word in _AZURE_PARTS.items()}
     scheme, suffix = parts.pop("DefaultEndpointsProtocol", "https"), parts.pop("EndpointSuffix", "core.windows.net")
     if parts.keys() - {"QueueEndpoint", "TableEndpoint", "FileEndpoint"} or not said["account_name"]:
-        raise Untranslatable("obstore has no word for a part of the option 'connection_string'")
+        raise Untranslatable("obstore does not support a part of the option 'connection_string'")
     if not said["endpoint"] and (scheme, suffix) != ("https", "core.windows.net"):
         said["endpoint"] = f"{scheme}://{said['account_name']}.blob.{suffix}"
     for word, value in said.items():
         if value and given.setdefault(word, value) != value:
-            raise Untranslatable("the connection string and another option do not say the same")
+            raise Untranslatable("the connection string and another option differ")
     return given
 
 
@@ -366,5 +366,5 @@ def _of_web(parts: SplitResult, given: dict[str, Any]) -> dict[str, Any]:
     headers = client.get("headers") if isinstance(client, Mapping) else None
     if given or (client and (headers is None or len(client) > 1)):
         name = next(iter(given), "client_kwargs")
-        raise Untranslatable(f"obstore has no word for the option {name!r}")
+        raise Untranslatable(f"obstore does not support the option {name!r}")
     return {"allow_http": parts.scheme == "http"} | ({"default_headers": dict(headers)} if headers else {})

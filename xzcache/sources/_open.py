@@ -133,7 +133,7 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
         if _lacks_slashes(store):
             # never with its value, which may be a secret
-            raise ValueError(f"store is no URL, for want of slashes, and no path that there is: give {_ACCEPTED}")
+            raise ValueError(f"store is neither an existing path nor a URL (no slashes): give {_ACCEPTED}")
         return _local(store, read_only=read_only)
     if type(store).__name__ == "FSMap":
         _check_path(store.fs, store.root)
