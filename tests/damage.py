@@ -129,18 +129,18 @@ def audit(cache: Path, *, settled: bool = True) -> None:
     """
     directory = xzcache.LockedLocalStore(cache).directory
     assert directory.prepare()
-    with directory.books.section() as (_, index):
-        rows = {cache / relative_path(row.entry, odd=row.odd): row.size for row in index.rows()}
+    with directory.session.section() as (_, index):
+        rows = {cache / relative_path(row.entry, hashed=row.hashed): row.size for row in index.rows()}
         totals = index.totals()
     found = {path: path.stat().st_size for path in entry_files(cache)}
     passing = cache / META / "tmp", cache / META / "trash"
     left = {path: size for path, size in found.items() if any(path.is_relative_to(place) for place in passing)}
     assert rows == {path: size for path, size in found.items() if path not in left}
     assert (totals.entries, totals.size) == (len(rows), sum(rows.values()))
-    assert sum(left.values()) <= totals.dying + totals.lease
+    assert sum(left.values()) <= totals.tombstones + totals.lease
     if settled:
         assert left == {}
-        assert totals.dying == 0
+        assert totals.tombstones == 0
 
 
 def leave(cache: Path) -> None:

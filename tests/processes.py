@@ -33,7 +33,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
-from xzcache.directory._fetchlocks import Leaders
+from xzcache.directory._fetchlocks import FetchLocks
 from xzcache.files._paths import relative_path
 from xzcache.model.entry import META, Entry
 from xzcache.model.spans import Span
@@ -176,7 +176,7 @@ def barrier(link: Connection) -> None:
 
 def tell_when_waiting(link: Connection) -> None:
     """In a child: send "waiting" once for each entry, or object of which bytes are wanted, that another process has."""
-    lead, claim = Leaders.lead, Leaders.claim
+    lead, claim = FetchLocks.try_acquire, FetchLocks.claim
     told = set()
 
     def tell(what: Entry | str) -> None:
@@ -184,18 +184,18 @@ def tell_when_waiting(link: Connection) -> None:
             told.add(what)
             link.send("waiting")
 
-    def watched_lead(self: Leaders, entry: Entry) -> Any:
+    def watched_lead(self: FetchLocks, entry: Entry) -> Any:
         if (unlock := lead(self, entry)) is None:
             tell(entry)
         return unlock
 
-    def watched_claim(self: Leaders, key: str, span: Span) -> Any:
+    def watched_claim(self: FetchLocks, key: str, span: Span) -> Any:
         if isinstance(answer := claim(self, key, span), tuple):
             tell(key)
         return answer
 
     # so that a race can be an event
-    Leaders.lead, Leaders.claim = watched_lead, watched_claim  # type: ignore[method-assign]
+    FetchLocks.try_acquire, FetchLocks.claim = watched_lead, watched_claim  # type: ignore[method-assign]
 
 
 def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -537,7 +537,7 @@ def findings(root: str) -> list[str]:
         current = os.path.basename(index_path(root))
     if bound is not None and total[1] > bound:
         found.append(f"{total[1]} bytes are more than the bound of {bound}")
-    expected = {f"{root}/{relative_path(Entry(*row[:3]), odd=bool(row[3]))}": row for row in rows}
+    expected = {f"{root}/{relative_path(Entry(*row[:3]), hashed=bool(row[3]))}": row for row in rows}
     there = {item.path: item.stat().st_size for item in stored(root)}
     found += [f"a file without a row: {path}, {size} bytes" for path, size in there.items() if path not in expected]
     for path, row in expected.items():

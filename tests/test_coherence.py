@@ -487,14 +487,14 @@ async def test_a_range_of_two_answers_is_of_one_state(
     late = source.hold("get", KEY, after=False)
     all_of_it = asyncio.create_task(read(store, KEY, between((0, 6))))
     await late.arrived()
-    ended, may_end, end = asyncio.Event(), asyncio.Event(), store._reads.backend.end
+    ended, may_end, end = asyncio.Event(), asyncio.Event(), store._reads.backend.end_write
 
     async def held(*args: Any) -> None:
         ended.set()
         await may_end.wait()
         await end(*args)
 
-    monkeypatch.setattr(store._reads.backend, "end", held)
+    monkeypatch.setattr(store._reads.backend, "end_write", held)
     before.open()
     await asyncio.wait_for(ended.wait(), PATIENCE)
     early.open()
@@ -511,10 +511,10 @@ async def test_a_range_of_two_answers_is_of_one_state(
 
 def test_counts_of_before_are_those_of_the_file(tmp_path: Path) -> None:
     mine, other = (WriteCounters(str(tmp_path / "writes")) for _ in range(2))
-    slots = [3, 5 + WriteCounters.SLOTS, 7]
+    slots = [3, 5 + WriteCounters.COUNT, 7]
     assert mine.before(slots) == (0, 0, 0, 0)
-    for slot in (5, 5, 7 + WriteCounters.SLOTS):
-        other.bump(slot)
+    for slot in (5, 5, 7 + WriteCounters.COUNT):
+        other.increment(slot)
         # raised by somebody else, and seen at once
         assert mine.before(slots) == other.before(slots) == (0, *map(other.read, slots))
     assert mine.before(slots) == (0, 0, 2, 1)
@@ -522,7 +522,7 @@ def test_counts_of_before_are_those_of_the_file(tmp_path: Path) -> None:
     other._raise(3)
     assert mine.before(slots) == (0, 0, 2, 1)
     assert mine.before([11, *slots]) == (0, 0, 0, 2, 1)
-    other.bump(11)
+    other.increment(11)
     assert mine.before(slots) == (0, 1, 2, 1)
     for counters in (mine, other):
         counters.close()

@@ -25,7 +25,7 @@ from zarr.storage import LocalStore, WrapperStore
 import xzcache
 from xzcache import files as _files
 from xzcache.directory import _recovery
-from xzcache.directory._publish import Parcel, Publisher
+from xzcache.directory._publish import PendingEntry, Publisher
 from xzcache.directory._space import Space
 from xzcache.index._sql import Index
 from xzcache.model.entry import Entry
@@ -300,12 +300,12 @@ STEPS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "between-commit-and-rename": (Publisher, "_commit_and_reveal", between),
     "after-rename": (Publisher, "_commit_and_reveal", after),
     "before-a-later-commit": (Index, "commit", third),
-    "before-condemning": (Space, "condemn", before),
-    "after-condemning": (Space, "condemn", after),
+    "before-condemning": (Space, "mark_deleted", before),
+    "after-condemning": (Space, "mark_deleted", after),
     "before-erasing": (Space, "erase", before),
     "after-erasing": (Space, "erase", after),
-    "before-settling": (Space, "settle_in", before),
-    "after-settling": (Space, "settle_in", after),
+    "before-settling": (Space, "free_tombstones_in", before),
+    "after-settling": (Space, "free_tombstones_in", after),
 }
 
 
@@ -358,8 +358,8 @@ def publish_together(store: xzcache.LockedLocalStore, keys: Iterable[str]) -> li
     parcels = []
     for key in keys:
         entry = Entry(key)
-        ticket = directory.leaders.ticket(entry)
-        parcels.append(Parcel(entry, memoryview(made(entry.key, 0, VALUE)), ticket, "etag"))
+        ticket = directory.fetch_locks.write_version(entry)
+        parcels.append(PendingEntry(entry, memoryview(made(entry.key, 0, VALUE)), ticket, "etag"))
     directory.publisher.publish_all(parcels)
     return [parcel.is_stored for parcel in parcels]
 
@@ -445,10 +445,10 @@ def leave_work(link: Connection, root: str) -> None:
     store = xzcache.LockedLocalStore(root, max_size=BOUND)
     fill(store, range(6))
     space = store.directory.space
-    with store.directory.books.section() as (member, index):
-        space.condemn(member, index, index.by_rank(2))
-    with store.directory.books.section() as (member, index):
-        dying = space.condemn(member, index, index.by_rank(1))
+    with store.directory.session.section() as (member, index):
+        space.mark_deleted(member, index, index.by_rank(2))
+    with store.directory.session.section() as (member, index):
+        dying = space.mark_deleted(member, index, index.by_rank(1))
     space.erase(dying)
     Path(member.next_temporary()[1]).write_bytes(bytes(100))
     patch(*STEPS["between-commit-and-rename"])

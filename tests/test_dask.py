@@ -61,7 +61,7 @@ def configured() -> dict[str, Any]:
 
 def directories() -> dict[str, Any]:
     """The directories that a process has open: their reserves and timeouts."""
-    return {root: (it.space.min_free, it.books.timeout) for root, it in registry._directories.items()}
+    return {root: (it.space.min_free, it.session.timeout) for root, it in registry._directories.items()}
 
 
 # -- data

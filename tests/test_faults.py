@@ -739,7 +739,7 @@ def test_reads_at_the_end_of_the_process(cache: Path) -> None:
     assert done.stderr == ""
     assert done.stdout.split() == ["hits", "10", "errors", "0"]
     # signed off: no lease is left behind
-    books = xzcache.LockedLocalStore(cache).directory.books
+    books = xzcache.LockedLocalStore(cache).directory.session
     with books.section() as (_, index):
         assert len(index.owners()) == 1
         assert index.totals()[:4] == (8, 8 * 5000, 0, 0)

@@ -31,7 +31,7 @@ from processes import (
 from zarr.core.buffer import default_buffer_prototype
 
 import xzcache
-from xzcache.index._session import Membership
+from xzcache.index._session import Registration
 from xzcache.model.entry import Entry
 
 pytestmark = [
@@ -74,10 +74,10 @@ def has(store: xzcache.LockedLocalStore, key: str, version: int = 0) -> bool:
     return value is not None and version_of(key, value.to_bytes(), 1000) == version
 
 
-def opened(root: str) -> tuple[xzcache.LockedLocalStore, Membership]:
+def opened(root: str) -> tuple[xzcache.LockedLocalStore, Registration]:
     store = xzcache.LockedLocalStore(root, max_size=1 << 20)
     put(store, "from-parent")
-    member = store.directory.books.current
+    member = store.directory.session.current
     assert member is not None
     return store, member
 
@@ -110,13 +110,13 @@ class Prober:
 def probe(link: Connection, root: str) -> None:
     store = xzcache.LockedLocalStore(root)
     assert store.directory.prepare()
-    member = store.directory.books.current
+    member = store.directory.session.current
     assert member is not None
     link.send("ready")
     while question := link.recv():
         kind, what = question
         if kind == "key":
-            unlock = store.directory.leaders.lead(what)
+            unlock = store.directory.fetch_locks.try_acquire(what)
             if unlock is not None:
                 unlock()
             link.send(unlock is not None)
@@ -142,14 +142,14 @@ def host(link: Connection, root: str, scene: str) -> None:
 
 def key_lock_stays(root: str, is_free: Callable[[str, Any], bool]) -> None:
     store, _ = opened(root)
-    unlock = store.directory.leaders.lead(KEY)
+    unlock = store.directory.fetch_locks.try_acquire(KEY)
     assert unlock is not None
     assert not is_free("key", KEY)
 
     def child() -> None:
         # the parent leads, for the child as for anybody
         put(store, "from-child")
-        assert store.directory.leaders.lead(KEY) is None
+        assert store.directory.fetch_locks.try_acquire(KEY) is None
         store.directory.close()
 
     forked(child)()
@@ -164,9 +164,9 @@ def owner_byte_stays(root: str, is_free: Callable[[str, Any], bool]) -> None:
     owner = member.owner
 
     def child() -> None:
-        assert store.directory.books.current is None
+        assert store.directory.session.current is None
         put(store, "from-child")
-        mine = store.directory.books.current
+        mine = store.directory.session.current
         assert mine is not None
         assert mine.owner != owner
         assert not is_free("owner", mine.owner)
@@ -178,7 +178,7 @@ def owner_byte_stays(root: str, is_free: Callable[[str, Any], bool]) -> None:
     forked(lambda: None)()
     assert not is_free("owner", owner)
     # and nobody takes the parent for dead
-    assert store.directory.books.current is member
+    assert store.directory.session.current is member
     put(store, "from-parent-again")
     assert member.owner == owner
 
@@ -220,7 +220,7 @@ def fork_during_a_section(root: str, is_free: Callable[[str, Any], bool]) -> Non
     order = []
 
     def hold() -> None:
-        with store.directory.books.section() as (_, index):
+        with store.directory.session.section() as (_, index):
             inside.set()
             # the handlers that are registered last run first: the fork has begun, and waits for this section
             assert forking.wait(30)

@@ -175,9 +175,9 @@ async def test_a_key_that_is_another_ones_directory(home: Path, first: str, evic
             assert await get(store, key) == value_of(key)
     if evicted is not None:
         directory = xzcache.LockedLocalStore(home / "cache").directory
-        with directory.books.section() as (member, index):
-            dying = directory.space.condemn(member, index, index.of_key(f"{NAMESPACE}/{evicted}"))
-        directory.space.release(dying)
+        with directory.session.section() as (member, index):
+            dying = directory.space.mark_deleted(member, index, index.of_key(f"{NAMESPACE}/{evicted}"))
+        directory.space.unlink_deleted(dying)
     for most in (0 if evicted is None else 2, 0):
         source.forget()
         for key in reversed(order):

@@ -139,7 +139,7 @@ async def test_nothing_is_waited_for(tmp_path: Path) -> None:
         page = Page(store._repr_html_())
         taken_by_table = time.perf_counter() - begun - taken
     assert await reading == bytes(1000)
-    assert page.row("used") in (used_before, "cannot be told just now")
+    assert page.row("used") in (used_before, "not known at the moment")
     assert taken < 0.5
     # a lock is waited for for seconds
     assert taken_by_table < 1

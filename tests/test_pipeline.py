@@ -170,13 +170,13 @@ def read_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any
         assert (array[:] == values).all()
         store.cache_info()
     straight: list[bool] = []
-    into = SharedBackend.into
+    into = SharedBackend.readinto_nowait
 
     def watched(*args: Any, **options: Any) -> bool:
         straight.append(into(*args, **options))
         return straight[-1]
 
-    monkeypatch.setattr(SharedBackend, "into", watched)
+    monkeypatch.setattr(SharedBackend, "readinto_nowait", watched)
     return array, values, straight
 
 

@@ -298,7 +298,7 @@ def test_what_short_sessions_heard_is_learned_from(tmp_path: Path, monkeypatch: 
 def evict_one(link: Connection, root: str) -> int:
     directory = xzcache.LockedLocalStore(root, policy="adaptive").directory
     assert directory.space.evict(1) == VALUE
-    with directory.books.section() as (_, index):
+    with directory.session.section() as (_, index):
         return index.history.learned_serial()
 
 
@@ -349,7 +349,7 @@ def test_of_a_large_cache_a_part_is_looked_at(
     hits = 0
     for round_, number in itertools.product(range(30), range(500)):
         hits += read_through(store, f"k{number}") and round_ >= 20
-    assert store.directory.keeper.troubles == 0
+    assert store.directory.barrier.faults == 0
     best = 10 * 150
     assert hits > 0.75 * best if is_watched else hits < 0.6 * best
 
@@ -411,9 +411,9 @@ def test_a_directory_that_was_taken_away_is_not_told_of_uses(tmp_path: Path, cap
     store = xzcache.LockedLocalStore(tmp_path / "cache")
     assert [read_through(store, "k") for _ in range(2)] == [False, True]
     assert store.directory.remove_if_last()
-    store.directory.recency.note(Entry("k"))
+    store.directory.recency.record_use(Entry("k"))
     store.directory.flush()
-    assert store.directory.keeper.troubles == 0
+    assert store.directory.barrier.faults == 0
     assert not (tmp_path / "cache").exists()
     assert caplog.records == []
 
@@ -427,7 +427,7 @@ def test_ghosts_are_bounded_and_count_nowhere(tmp_path: Path, monkeypatch: pytes
     directory = store.directory
     for number in range(6000):
         store.set_sync(f"made/k{number}", put(f"made/k{number}"))
-    with directory.books.section() as (_, index):
+    with directory.session.section() as (_, index):
         ghosts, totals = index.history.ghosts(), index.totals()
     # those of two rounds of looking for old ones, at the most
     assert 100 < ghosts < 256 + 8 * 50 + 4 * 32 * 16
@@ -491,7 +491,7 @@ def test_what_is_lost_in_a_crash_costs_hints_only(tmp_path: Path, loss: str) -> 
     store = xzcache.LockedLocalStore(root, policy="adaptive")
     for number in range(900):
         read_through(store, f"k{number % 150}")
-    assert store.directory.keeper.troubles == 0
+    assert store.directory.barrier.faults == 0
     assert store.directory.space.evictions > 0
     store.directory.close()
     assert 50 <= audit(root) <= 100
@@ -599,7 +599,7 @@ def test_an_older_index_is_upgraded_in_place(
     store = xzcache.LockedLocalStore(root, policy=policy)
     assert sum(read_through(store, f"k{number}") for number in range(80)) == 80
     assert store.directory.prepare()
-    assert store.directory.keeper.troubles == 0
+    assert store.directory.barrier.faults == 0
     if policy != "none":
         for number in range(400):
             read_through(store, f"k{number % 200}")
@@ -621,7 +621,7 @@ def upgrade(link: Connection, root: str) -> int:
     store = xzcache.LockedLocalStore(root, policy="adaptive")
     found = sum(store.get_sync(f"k{number}") is not None for number in range(80))
     assert store.directory.prepare()
-    assert store.directory.keeper.troubles == 0
+    assert store.directory.barrier.faults == 0
     return found
 
 
@@ -684,6 +684,6 @@ def test_a_trace_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:
         store = xzcache.LockedLocalStore(tmp_path / "cache")
     assert [read_through(store, "k") for _ in range(2)] == [False, True]
     store.directory.flush()
-    assert store.directory.keeper.troubles == 0
+    assert store.directory.barrier.faults == 0
     with xzcache.config.set(trace=7), pytest.raises(TypeError, match="trace=7 is not accepted"):
         xzcache.LockedLocalStore(tmp_path / "other")

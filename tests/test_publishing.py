@@ -15,11 +15,11 @@ from processes import PATIENCE, audit
 
 import xzcache
 from xzcache import files as _files
-from xzcache.directory import _publish as parcels_
+from xzcache.directory import _publish as publishing
 from xzcache.directory._directory import CacheDirectory
-from xzcache.directory._publish import Parcel
+from xzcache.directory._publish import PendingEntry
 from xzcache.directory._space import Space
-from xzcache.directory._writebehind import Background
+from xzcache.directory._writebehind import WriteBehind
 from xzcache.index._sql import Index
 from xzcache.model.entry import END, Entry
 
@@ -37,18 +37,18 @@ def directory(tmp_path: Path) -> Iterator[CacheDirectory]:
     audit(directory.root)
 
 
-def parcel(directory: CacheDirectory, key: str, start: int = 0, stop: int = END, **options: Any) -> Parcel:
+def parcel(directory: CacheDirectory, key: str, start: int = 0, stop: int = END, **options: Any) -> PendingEntry:
     entry = Entry(key, start, stop)
-    return Parcel(entry, memoryview(os.urandom(SIZE)), directory.leaders.ticket(entry), **options)
+    return PendingEntry(entry, memoryview(os.urandom(SIZE)), directory.fetch_locks.write_version(entry), **options)
 
 
 def read(directory: CacheDirectory, entry: Entry) -> bytes | None:
-    found = directory.reader.find(entry)
+    found = directory.reader.open_entry(entry)
     data = None if found is None else directory.reader.read(found, 0, found.size)
     return None if data is None else bytes(data)
 
 
-def stored(directory: CacheDirectory, parcels: Sequence[Parcel]) -> list[bool]:
+def stored(directory: CacheDirectory, parcels: Sequence[PendingEntry]) -> list[bool]:
     """Publish parcels together; which of them were stored, and that no other is there."""
     directory.publisher.publish_all(parcels)
     for one in parcels:
@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_written_harms_no_other(
     directory.publisher.publish_all(batch)
     assert [one.is_stored for one in batch] == [True, True, False, True, True]
     # a full disk is no trouble; but something leaves for the next one
-    assert directory.keeper.troubles == (code == errno.EIO)
+    assert directory.barrier.faults == (code == errno.EIO)
     there = [read(directory, one.entry) == bytes(one.data) for one in batch]
     assert sum(there) == (4 if code == errno.EIO else 3)
 
@@ -111,18 +111,18 @@ def test_what_takes_the_place_of_another_of_them_is_stored_all_the_same(director
 
 def test_what_is_written_meanwhile_is_not_stored(directory: CacheDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [parcel(directory, f"a/c/{number}") for number in range(4)]
-    directory.writes.forget("a/c/0", None)
-    begun = directory.writes.begin(["a/c/1"])
+    directory.writes.invalidate("a/c/0", None)
+    begun = directory.writes.begin_write(["a/c/1"])
     write = _files.write
 
     def overtaken(path: str, data: Any, stamp: Any) -> None:
         write(path, data, stamp)
         if data is batch[2].data:
-            directory.writes.forget("a/c/2", None)
+            directory.writes.invalidate("a/c/2", None)
 
     monkeypatch.setattr(_files, "write", overtaken)
     assert stored(directory, batch) == [False, False, False, True]
-    directory.writes.end(begun, [None])
+    directory.writes.end_write(begun, [None])
 
 
 def test_what_somebody_writes_without_the_guard_leaves_again(
@@ -133,8 +133,8 @@ def test_what_somebody_writes_without_the_guard_leaves_again(
 
     def overtaken(source: str, target: str) -> None:
         move(source, target)
-        if target.endswith("a/c/1") and (member := directory.books.current) is not None:
-            member.writes.bump(Entry("a/c/1").lock_offset())
+        if target.endswith("a/c/1") and (member := directory.session.current) is not None:
+            member.writes.increment(Entry("a/c/1").lock_offset())
 
     monkeypatch.setattr(_files, "move", overtaken)
     assert stored(directory, batch) == [True, False, True, True]
@@ -185,7 +185,7 @@ class Recorder:
         self.error: Exception | None = None
         self.interrupt = False
 
-    def __call__(self, batch: Sequence[Parcel]) -> None:
+    def __call__(self, batch: Sequence[PendingEntry]) -> None:
         self.batches.append([one.entry.key for one in batch])
         self.begun.set()
         if self.interrupt:
@@ -196,16 +196,16 @@ class Recorder:
 
 
 async def given(
-    background: Background, keys: Sequence[str], size: int = 1, done: Callable[[], None] | None = None
+    background: WriteBehind, keys: Sequence[str], size: int = 1, done: Callable[[], None] | None = None
 ) -> None:
     for key in keys:
-        background.publish(Parcel(Entry(key), memoryview(bytes(size)), None, done=done))
+        background.publish(PendingEntry(Entry(key), memoryview(bytes(size)), None, done=done))
     await asyncio.sleep(0)
 
 
 async def test_what_gathers_is_published_together_and_in_order() -> None:
     recorder = Recorder()
-    background = Background(recorder)
+    background = WriteBehind(recorder)
     done: list[str] = []
     await given(background, ["a", "b"])
     assert await asyncio.to_thread(recorder.begun.wait, PATIENCE)
@@ -220,21 +220,21 @@ async def test_what_gathers_is_published_together_and_in_order() -> None:
 
 async def test_a_batch_is_bounded() -> None:
     recorder = Recorder()
-    background = Background(recorder)
+    background = WriteBehind(recorder)
     recorder.let.release(1000)
-    await given(background, [f"small {number}" for number in range(2 * parcels_.MOST)])
-    await given(background, ["large 0", "large 1", "large 2"], size=parcels_.MOST_BYTES // 2)
-    await given(background, ["larger"], size=2 * parcels_.MOST_BYTES)
+    await given(background, [f"small {number}" for number in range(2 * publishing.MOST)])
+    await given(background, ["large 0", "large 1", "large 2"], size=publishing.MOST_BYTES // 2)
+    await given(background, ["larger"], size=2 * publishing.MOST_BYTES)
     background.wait()
-    assert max(map(len, recorder.batches)) <= parcels_.MOST
+    assert max(map(len, recorder.batches)) <= publishing.MOST
     assert ["larger"] in recorder.batches
     assert not any({"large 0", "large 1", "large 2"} <= set(batch) for batch in recorder.batches)
-    assert sum(map(len, recorder.batches)) == 2 * parcels_.MOST + 4
+    assert sum(map(len, recorder.batches)) == 2 * publishing.MOST + 4
 
 
 async def test_everybody_is_told_whatever_happens() -> None:
     recorder = Recorder()
-    background = Background(recorder)
+    background = WriteBehind(recorder)
     recorder.error = RuntimeError("a publisher never raises, and if it did")
     told: list[None] = []
 
@@ -244,7 +244,7 @@ async def test_everybody_is_told_whatever_happens() -> None:
 
     recorder.let.release(10)
     await given(background, ["a", "b", "c"], done=tell)
-    await background.pause()
+    await background.drain_if_last()
     background.wait()
     assert len(told) == 3
     recorder.error = None
@@ -255,12 +255,12 @@ async def test_everybody_is_told_whatever_happens() -> None:
 
 async def test_what_was_left_by_a_loop_that_stopped_is_stored() -> None:
     recorder = Recorder()
-    background = Background(recorder)
+    background = WriteBehind(recorder)
     recorder.let.release(10)
 
     def in_a_loop_that_stops_at_once() -> None:
         loop = asyncio.new_event_loop()
-        loop.call_soon(lambda: (background.publish(Parcel(Entry("a"), b"", None)), loop.stop()))
+        loop.call_soon(lambda: (background.publish(PendingEntry(Entry("a"), b"", None)), loop.stop()))
         loop.run_forever()
         loop.close()
 
@@ -271,40 +271,40 @@ async def test_what_was_left_by_a_loop_that_stopped_is_stored() -> None:
 
 async def test_a_caller_who_is_alone_waits_for_what_is_stored() -> None:
     recorder = Recorder()
-    background = Background(recorder)
-    background.enter()
+    background = WriteBehind(recorder)
+    background.begin_fetch()
     await given(background, ["a", "b"])
-    waiting = asyncio.ensure_future(background.pause())
+    waiting = asyncio.ensure_future(background.drain_if_last())
     # it is being stored, and cannot end before it may
     assert await asyncio.to_thread(recorder.begun.wait, PATIENCE)
     assert not waiting.done()
     recorder.let.release(10)
     await waiting
     assert recorder.batches == [["a", "b"]]
-    background.leave()
+    background.end_fetch()
 
 
 async def test_where_no_thread_can_be_had_it_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    background = Background(recorder)
+    background = WriteBehind(recorder)
     recorder.let.release(1000)
     monkeypatch.setattr("xzcache.directory._writebehind.try_in_order", lambda function: False)
-    await given(background, [f"{number}" for number in range(3 * parcels_.MOST)])
+    await given(background, [f"{number}" for number in range(3 * publishing.MOST)])
     background.wait()
-    assert [len(batch) for batch in recorder.batches] == [parcels_.MOST] * 3
+    assert [len(batch) for batch in recorder.batches] == [publishing.MOST] * 3
 
 
 async def test_who_is_interrupted_leaves_the_rest_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    background = Background(recorder)
+    background = WriteBehind(recorder)
     recorder.let.release(1000)
     monkeypatch.setattr("xzcache.directory._writebehind.try_in_order", lambda function: False)
     for key in ("a", "b", "a"):
-        background._add(Parcel(Entry(key), b"", None), 0)
+        background._add(PendingEntry(Entry(key), b"", None), 0)
     recorder.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         background.wait()
     recorder.interrupt = False
-    background.enter()
-    await asyncio.wait_for(background.pause(), 10)
+    background.begin_fetch()
+    await asyncio.wait_for(background.drain_if_last(), 10)
     assert recorder.batches == [["a", "b"], ["a"]]

@@ -39,7 +39,7 @@ from zarr.storage import LocalStore, MemoryStore
 import xzcache
 from xzcache.model.entry import END
 from xzcache.model.metadata import is_document
-from xzcache.model.spans import Cover, Span
+from xzcache.model.spans import IntervalSet, Span
 
 __all__ = ["nobody", "tidy"]
 
@@ -65,12 +65,12 @@ class Tallying(LocalStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        return self._noted(key, byte_range, await super().get(key, prototype, byte_range))
+        return self._recorded(key, byte_range, await super().get(key, prototype, byte_range))
 
     def get_sync(self, key: str, **options: Any) -> Buffer | None:
-        return self._noted(key, options.get("byte_range"), super().get_sync(key, **options))
+        return self._recorded(key, options.get("byte_range"), super().get_sync(key, **options))
 
-    def _noted(self, key: str, byte_range: ByteRequest | None, value: Buffer | None) -> Buffer | None:
+    def _recorded(self, key: str, byte_range: ByteRequest | None, value: Buffer | None) -> Buffer | None:
         if not is_document(key):
             size = 0 if value is None else len(value)
             first = getattr(byte_range, "start", getattr(byte_range, "offset", 0))
@@ -90,7 +90,7 @@ class Tallying(LocalStore):
             first, size, key = line.split(" ", 2)
             of.setdefault(key, []).append((int(first), int(first) + int(size)))
         sizes = [last - first for spans in of.values() for first, last in spans]
-        distinct = sum(last - first for spans in of.values() for first, last in Cover(spans).spans)
+        distinct = sum(last - first for spans in of.values() for first, last in IntervalSet(spans).spans)
         return Asked(len(lines), sum(sizes), distinct)
 
 
@@ -711,7 +711,7 @@ async def test_parts_of_two_states_are_not_stored_side_by_side(
     one, other = (backend.entry(KEY, *part) for part in (first, second))
     assert one is not None
     assert other is not None
-    begun, late = backend.ticket(one), backend.ticket(other)
+    begun, late = backend.write_version(one), backend.write_version(other)
     assert await backend.publish(one, b"old", begun, None, "etag old")
     assert not await backend.publish(other, b"new", late, None, "etag new")
     assert backend.states_of(KEY) == {"etag old"}

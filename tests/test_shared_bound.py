@@ -68,7 +68,7 @@ def read_much(
 ) -> dict[str, int]:
     """Read random keys or ranges of them, several at a time, until told to stop."""
     if broken:
-        Space.release = give_back_too_early  # type: ignore[method-assign]  # that is the point
+        Space.unlink_deleted = give_back_too_early  # type: ignore[method-assign]  # that is the point
     sizes = shape.sizes()
     store = xzcache.CacheStore(Made(sizes), cache_store=root, max_size=bound_of(shape, asks), namespace="made")
     draw = random.Random(seed)
@@ -96,7 +96,7 @@ def write_much(
 ) -> dict[str, int]:
     """Set random keys, some of them again and again, until told to stop."""
     if broken:
-        Space.release = give_back_too_early  # type: ignore[method-assign]  # that is the point
+        Space.unlink_deleted = give_back_too_early  # type: ignore[method-assign]  # that is the point
     sizes = shape.sizes()
     store = xzcache.LockedLocalStore(root, max_size=bound_of(shape, asks))
     draw = random.Random(seed)
@@ -116,7 +116,7 @@ def write_much(
             refused += 1
         value = store.get_sync(name)
         assert value is None or version_of(name, value.to_bytes(), sizes[key]) == 0
-    return {"done": done, "refused": refused, "cache_errors": store.directory.keeper.troubles}
+    return {"done": done, "refused": refused, "cache_errors": store.directory.barrier.faults}
 
 
 def bound_of(shape: Shape, asks: bool) -> Any:
@@ -124,9 +124,9 @@ def bound_of(shape: Shape, asks: bool) -> Any:
 
 
 def give_back_too_early(self: Space, dying: list, *, soon: bool = False) -> None:
-    """The steps of `Space.release` in the wrong order, with time to see it."""
+    """The steps of `Space.unlink_deleted` in the wrong order, with time to see it."""
     if dying:
-        self.settle(dying)
+        self.free_tombstones(dying)
         time.sleep(0.05)
         self.erase(dying)
 

@@ -111,17 +111,17 @@ def fail_to_settle(link: Connection, root: str) -> None:
     """Delete a key, with the guard held by somebody else just when the space is to be given back; end in good order."""
     set_key(None, root, "k")
     store = xzcache.LockedLocalStore(root)
-    settle = Space.settle
+    settle = Space.free_tombstones
 
     def late(self: Space, dying: list) -> None:
-        Space.settle = settle  # type: ignore[method-assign]  # once is enough
+        Space.free_tombstones = settle  # type: ignore[method-assign]  # once is enough
         with open(f"{root}/.xzcache/lock", "r+b") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             settle(self, dying)
 
-    Space.settle = late  # type: ignore[method-assign]  # a failure at a step
+    Space.free_tombstones = late  # type: ignore[method-assign]  # a failure at a step
     store.delete_sync("k")
-    assert store.directory.keeper.troubles == 1
+    assert store.directory.barrier.faults == 1
 
 
 def test_space_that_could_not_be_given_back_is_given_back_later(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_what_is_cached_is_read_while_the_server_is_down(tmp_path: Path, data: P
         assert read(store, "a") == expected
 
 
-# -- options that obstore has no word for
+# -- options that obstore does not support
 
 UNTRANSLATABLE: list[dict[str, Any]] = [
     {"config_kwargs": {"user_agent": SECRET}},

@@ -22,7 +22,7 @@ def covered(*of: spans.Span) -> set[int]:
 
 @given(st.lists(SPANS, max_size=6), SPANS)
 def test_cover(of: list[spans.Span], span: spans.Span) -> None:
-    cover = spans.Cover(of)
+    cover = spans.IntervalSet(of)
     assert covered(*cover.spans) == covered(*of)
     assert all(a[1] < b[0] for a, b in pairwise(cover.spans))
     for parts, bytes_ in (
@@ -37,14 +37,14 @@ def test_cover(of: list[spans.Span], span: spans.Span) -> None:
 @given(st.integers(1, 90), st.lists(SPANS, max_size=8), st.lists(SPANS, min_size=1, max_size=4))
 def test_a_mosaic_is_what_was_put_into_it(size: int, tiles: list[spans.Span], wanted: list[spans.Span]) -> None:
     whole = bytes(range(size))
-    mosaic = spans.Mosaic()
+    buffer = spans.SparseBuffer()
     for first, last in tiles:
-        mosaic.add((first, last), memoryview(whole[first:last]))
+        buffer.add((first, last), memoryview(whole[first:last]))
     for span in wanted:
-        missing = mosaic.missing(span)
+        missing = buffer.missing(span)
         assert covered(*missing) == covered(span) - covered(*tiles)
-        for part in [span] if not missing else spans.Cover(missing).missing(span):
-            assert mosaic.of(part) == whole[slice(*part)]
+        for part in [span] if not missing else spans.IntervalSet(missing).missing(span):
+            assert buffer.of(part) == whole[slice(*part)]
 
 
 @given(st.lists(SPANS, min_size=1, max_size=8), st.integers(0, 15), st.integers(1, 60))
@@ -63,25 +63,27 @@ def test_merged_is_what_zarr_does(wanted: list[spans.Span], gap: int, most: int)
 
 
 @given(st.lists(SPANS, min_size=1, max_size=8), st.lists(SPANS, max_size=4))
-def test_what_is_worth_a_request_is_not_asked_for_again(wanted: list[spans.Span], walls: list[spans.Span]) -> None:
+def test_what_is_worth_a_request_is_not_asked_for_again(wanted: list[spans.Span], excluded: list[spans.Span]) -> None:
     large = spans.NEGLIGIBLE
-    wanted, walls = ([(large * a, large * b) for a, b in some] for some in (wanted, walls))
-    needs = [part for span in wanted for part in spans.Cover(walls).missing(span)]
-    merged = spans.merged(needs, gap=1 << 40, most=1 << 40, walls=spans.Cover(walls))
-    again = [b - a for span in merged for a, b in spans.Cover(walls).parts(span)]
+    wanted, excluded = ([(large * a, large * b) for a, b in some] for some in (wanted, excluded))
+    needs = [part for span in wanted for part in spans.IntervalSet(excluded).missing(span)]
+    merged = spans.merged(needs, gap=1 << 40, most=1 << 40, excluded=spans.IntervalSet(excluded))
+    again = [b - a for span in merged for a, b in spans.IntervalSet(excluded).parts(span)]
     assert all(size <= spans.NEGLIGIBLE for size in again)
-    assert all(not spans.Cover(merged).missing(span) for span in needs)
+    assert all(not spans.IntervalSet(merged).missing(span) for span in needs)
 
 
 @given(SPANS, st.lists(st.integers(0, 90), max_size=12), st.integers(1, 30))
-def test_cut(span: spans.Span, seams: list[int], most: int) -> None:
-    parts = spans.cut(span, seams, most)
+def test_cut(span: spans.Span, boundaries: list[int], most: int) -> None:
+    parts = spans.cut(span, boundaries, most)
     assert [part[0] for part in parts[1:]] == [part[1] for part in parts[:-1]]
     assert (parts[0][0], parts[-1][1]) == span
     inner = {part[1] for part in parts[:-1]}
-    assert inner <= set(seams)
+    assert inner <= set(boundaries)
     for first, last in parts:
-        assert last - first <= most or not [seam for seam in seams if first < seam < last and seam - first <= most]
+        assert last - first <= most or not [
+            boundary for boundary in boundaries if first < boundary < last and boundary - first <= most
+        ]
 
 
 PIECES = st.one_of(

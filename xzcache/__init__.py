@@ -41,7 +41,7 @@ _LATE: Final = {
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
 }
-"""What takes a large package to import, and where it is."""
+"""Names whose modules take long to import."""
 
 
 def __getattr__(name: str) -> Any:
@@ -55,5 +55,5 @@ def __dir__() -> list[str]:
 
 
 install(lambda *args, **kwargs: __getattr__("open_zarr")(*args, **kwargs))
-# so that Zarr knows its name
+# register the pipeline with Zarr
 import_module("xzcache.pipeline")

@@ -1,4 +1,4 @@
-"""Where a cache is: a store to keep it in, from whatever the user gave for one."""
+"""Resolution of caches: the store that holds a cache, from the user's argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zarr.storage import LocalStore
 
 from xzcache._config import UNSET, Unset, as_found, chosen_max_size, config, parse_root
 from xzcache.anystore import StoreBackend
-from xzcache.directory import SharedBackend, can_be_made, is_plain, private_name, settled, temporary
+from xzcache.directory import SharedBackend, can_be_made, is_plain, private_name, resolve_directory, temporary
 from xzcache.local import LockedLocalStore
 from xzcache.model import META, Backend
 from xzcache.sources import identify
@@ -37,10 +37,10 @@ def checked_namespace(namespace: str | None) -> str | None:
 
 
 def default_directory() -> str:
-    """Where this node's default cache is.
+    """The default cache directory of this node.
 
-    Where it is not configured, and nothing can be made where the platform has users' caches, it is a folder of this
-    user's among the temporary files: that is warned about, once a process.
+    If none is configured and the platform's user cache directory cannot be created, it is this user's folder among the
+    temporary files. Then a warning is logged once in a process.
     """
     configured = config.get("directory")
     if configured is not None and configured != "":
@@ -53,7 +53,7 @@ def default_directory() -> str:
     if usual is not None and can_be_made(usual):
         return usual
     if (parent := temporary()) is None:
-        # it cannot be made either: the first read tells
+        # neither can be created: the first read logs the error
         return usual or os.path.join(os.sep, private_name())
     place = os.path.join(parent, private_name())
     _warn_of(place, usual or "the home directory, which is not known")
@@ -61,7 +61,7 @@ def default_directory() -> str:
 
 
 def _of_platform() -> str | None:
-    """Where the platform has this user's caches; None where that is not known."""
+    """The user cache directory of the platform; None if it is unknown."""
     with suppress(RuntimeError):
         usual = user_cache_path("xzcache", appauthor=False)
         if usual.is_absolute():
@@ -79,14 +79,16 @@ def _of_platform() -> str | None:
 @cache
 def _warn_of(place: str, usual: str) -> None:
     logger.warning(
-        "no cache can be kept in %s: it is kept in %s instead; set XZCACHE_DIRECTORY to say where", usual, place
+        "no cache can be kept in %s: it is kept in %s instead; XZCACHE_DIRECTORY chooses another directory",
+        usual,
+        place,
     )
 
 
 def cache_store_of(
     given: Store | str | Path | None, max_size: int | Unset | None, policy: str | Unset = UNSET
 ) -> Store:
-    """The store that holds the cache, from whatever was given for it."""
+    """The store that holds the cache, from the user's argument."""
     accepted = "a Zarr store that supports deletes, a path, or None for the default cache"
     if isinstance(given, LockedLocalStore):
         for name, asked in {"max_size": max_size, "policy": policy}.items():
@@ -122,11 +124,11 @@ def cache_store_of(
 
 
 def _is_cache(root: Path) -> bool:
-    return os.path.isdir(os.path.join(settled(os.path.abspath(root)), META))
+    return os.path.isdir(os.path.join(resolve_directory(os.path.abspath(root)), META))
 
 
 def _located(name: str, path: str | Path, max_size: int | Unset | None, policy: str | Unset) -> LockedLocalStore:
-    """The store in a directory, which somebody gave under another name than `root`."""
+    """The store in a directory whose parameter has another name than `root`."""
     try:
         return LockedLocalStore(path, max_size=max_size, policy=policy)
     except (ValueError, TypeError) as error:
@@ -138,7 +140,7 @@ def label_of(cache: Store) -> str:
 
 
 class _Binding(NamedTuple):
-    """What a cache store is used for."""
+    """The source that a cache store serves, and its backend."""
 
     source: str
     backend: weakref.ref[StoreBackend]
@@ -155,12 +157,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def store_backend(cache_store: Store, source: str) -> StoreBackend:
-    """The books of a cache store: the same ones, for every store that caches in the same place.
+    """The backend of a cache store, shared by all stores that use the same cache store.
 
     Raises
     ------
     ValueError
-        It caches another source already: with bare keys, the two would be mixed.
+        The cache store serves another source: bare keys of two sources would be mixed.
     """
     place = identify(cache_store).namespace
     with _bindings_lock:
@@ -180,7 +182,7 @@ def store_backend(cache_store: Store, source: str) -> StoreBackend:
 
 
 def backend_of(cache: Store, namespace: str, policy: str, *, lasting: bool) -> Backend:
-    """What looks up and publishes in a cache store on behalf of one source."""
+    """The backend of one source in a cache store."""
     if isinstance(cache, LockedLocalStore):
         return SharedBackend(cache.directory, namespace, lasting=lasting)
     backend = store_backend(cache, namespace)

@@ -32,21 +32,21 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "directory": None,
     # the most that a cache directory holds, in bytes or as "10 GiB"; None: no bound but min_free
     "max_size": "10 GiB",
-    # what is left free of the file system: "5%", a fraction below 1, or a size
+    # free space to leave on the file system: "5%", a fraction below 1, or a size
     "min_free": "5%",
     # how long an entry is served, in seconds, or "infinity"
     "max_age_seconds": "infinity",
-    # how long a chunk that the source does not have is not asked for again, in seconds, or "infinity"
+    # how long a missing chunk is not requested again, in seconds, or "infinity"
     "missing_max_age_seconds": 60,
     # when metadata documents are asked for again: "open", True, False, or a number of seconds
     "revalidate": "open",
-    # whether what is written through the cache is cached
+    # whether values that are written through the cache are cached
     "cache_set_data": True,
-    # which entries leave first: "lru", "adaptive", or "none", which lets nothing leave
+    # which entries are evicted first: "lru", "adaptive", or "none", which evicts nothing
     "policy": "lru",
-    # a file to which the uses of what is cached are written, under hashes of their keys; None: nowhere
+    # a file for a trace of all uses, under hashes of their keys; None: no trace
     "trace": None,
-    # the library that reads URLs: "obstore", "fsspec", or "auto", obstore where it can
+    # the library that reads URLs: "obstore", "fsspec", or "auto", obstore if it can
     "upstream": "auto",
     # an object of which so many bytes were read in byte ranges is fetched whole at the next one; None: never
     "promote_above": None,
@@ -60,7 +60,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 def _of_dask() -> dict[str, Any]:
-    """What Dask's configuration says of us: clusters have ways to bring that to their workers."""
+    """The section ``xzcache`` of Dask's configuration, which clusters pass on to their workers."""
     section = dask.config.get("xzcache", None)
     return {name.replace("-", "_"): value for name, value in section.items()} if isinstance(section, dict) else {}
 
@@ -90,7 +90,7 @@ AS_ZARR: Final[Mapping[str, Any]] = {
     "policy": UNSET,
     "missing_max_age_seconds": UNSET,
 }
-"""The settings of a store that a pickle of it need not tell."""
+"""The settings that a pickle of a store omits."""
 
 Infinity = Literal["infinity"]
 Age = float | Infinity
@@ -107,7 +107,7 @@ def parse_size(name: str, value: Any) -> int | None:
     Raises
     ------
     TypeError, ValueError
-        Naming the parameter, the value and what is accepted.
+        Naming the parameter, the value and the accepted values.
     """
     accepted = 'a number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
     if value is None:
@@ -129,7 +129,7 @@ def parse_size(name: str, value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite or infinite float from anything numeric that is not a bool; None if it is no number."""
+    """A float from any number except bool, NaN and text; else None."""
     if isinstance(value, bool | str | bytes):
         return None
     try:
@@ -144,9 +144,9 @@ def _is_number(value: Any) -> bool:
 
 
 def is_fresh(since: float, max_age: Age) -> bool:
-    """Whether what is from a time, in seconds since the epoch, is not too old.
+    """Whether a time, in seconds since the epoch, is within the maximum age.
 
-    What seems to be from the future is from before the clock was set back, and nobody knows how old it is.
+    A time in the future is not fresh: the clock was set back, so its age is unknown.
     """
     return max_age == "infinity" or 0 <= time.time() - since < max_age
 
@@ -187,7 +187,7 @@ def parse_revalidate(name: str, value: Any) -> Revalidate:
 
 
 def parse_flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely looks like it."""
+    """True or False, and no other type."""
     if not isinstance(value, bool):
         raise _refuse(name, value, "True or False", TypeError)
     return value
@@ -253,10 +253,10 @@ _looks: Final[ContextVar[bool]] = ContextVar("_looks", default=True)
 
 @contextmanager
 def as_found() -> Iterator[None]:
-    """Meanwhile, a root is not refused for what lies at its path.
+    """A context in which `parse_root` does not check the path on the disk.
 
-    It was chosen elsewhere (a copy from another machine), or by nobody (the default): what is the matter with it here
-    is trouble with the cache, and reads go on.
+    For a root that was chosen on another machine (a copy) or by default: an error is then a fault of the cache, and
+    reads continue.
     """
     token = _looks.set(False)
     try:
@@ -266,13 +266,7 @@ def as_found() -> Iterator[None]:
 
 
 def parse_root(root: Any, name: str = "root") -> Path:
-    """The root as an absolute path, if it can be one.
-
-    Raises
-    ------
-    ValueError, TypeError
-        It is no path, or a file is in its place.
-    """
+    """The root as an absolute path; raises `ValueError` or `TypeError` for other values and for files."""
     accepted = "a directory of this user's, or a path where one can be made"
     text = os.fspath(root) if isinstance(root, str | os.PathLike) else root
     if not isinstance(text, str):
@@ -296,13 +290,13 @@ def parse_root(root: Any, name: str = "root") -> Path:
     except UnicodeEncodeError:
         raise _refuse(name, root, accepted) from None
     except OSError:
-        # it is not there, or something is the matter with it: reads have to work
+        # the path is missing or inaccessible: reads must still work
         pass
     return path
 
 
 def expanded(path: str) -> str:
-    """A path with its ``~`` replaced; where no home is known, one at the top, which nobody but root can make."""
+    """A path with its ``~`` expanded; without a home, a path at the root, which only the superuser can create."""
     path = os.path.expanduser(path)
     return os.path.join(os.sep, path) if path.startswith("~") else path
 
@@ -311,7 +305,7 @@ _FLAGS: Final = {"true": True, "false": False}
 
 
 def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
-    """What was given for a setting, or else configured, as `parse` reads it."""
+    """The given or configured value of a setting, parsed."""
     if isinstance(value, Unset):
         value = config.get(name)
         if isinstance(value, str) and value.lower() in _FLAGS:
@@ -321,9 +315,9 @@ def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
 
 
 def chosen_max_size() -> int | Unset | None:
-    """The bound that somebody configured, or `UNSET` where the configuration still says the default.
+    """The configured bound, or `UNSET` if it is the default.
 
-    A directory remembers its bound; the mere default must not shrink one that was given more.
+    A directory keeps its bound; the default must not lower it.
     """
     value = config.get("max_size")
     return UNSET if value == DEFAULTS["max_size"] else parse_size("max_size", value)

@@ -1,4 +1,4 @@
-"""What people see of a store: one line in a console and in messages, a table in a notebook."""
+"""Displays of a store: one line for consoles and messages, a table for notebooks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _GROOVE: Final = "background:color-mix(in srgb,currentColor 15%,transparent);bor
 
 
 def one_line(text: str) -> str:
-    """A text on one line, whatever characters a path may have in it."""
+    """A text on one line, with control characters escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-class Looks(NamedTuple):
-    """What a table shows."""
+class Display(NamedTuple):
+    """The contents of a table."""
 
     name: str
     source: str
@@ -34,7 +34,7 @@ class Looks(NamedTuple):
     is_open: bool
     """Whether this process has opened the cache already."""
     info: Mapping[str, Any]
-    """As `CacheStore.cache_info`; without its sizes where these cannot be told at once."""
+    """The result of `CacheStore.cache_info`, without sizes if they are not available at once."""
     stats: Mapping[str, Any]
     """As `CacheStore.cache_stats`."""
 
@@ -50,13 +50,13 @@ class Looks(NamedTuple):
 
     def _used(self) -> str:
         if "total_size" not in self.info:
-            return "cannot be told just now" if self.is_open else "not opened yet"
+            return "not known at the moment" if self.is_open else "not opened yet"
         bound = self.info["max_size"]
         limit = "without bound" if bound is None else f"of {_bytes(bound)}"
         return f"{_bytes(self.info['total_size'])} {limit}, {_bytes(self.info['current_size'])} by this source"
 
     def html(self) -> str:
-        """A table for notebooks, in whatever colours they have."""
+        """An HTML table for notebooks, in their colours."""
         rows = self._rows()
         bound = self.info["max_size"] if "total_size" in self.info else None
         share = min(1.0, self.info["total_size"] / bound) if bound else 0.0

@@ -1,4 +1,4 @@
-"""What starts anew in a forked child: locks that another thread held, threads that are not there, futures of no one."""
+"""State that is reset in a forked child: locks of other threads, missing threads, pending futures."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final, Protocol
 
 
 class Renewable(Protocol):
-    """Something with state that a fork must not carry over."""
+    """An object with state that a fork must not carry over."""
 
     def after_fork_in_child(self) -> None:
-        """Drop what belongs to the parent."""
+        """Reset the state of the parent."""
 
 
 _all: Final[weakref.WeakSet[Renewable]] = weakref.WeakSet()
 
 
 def renew_after_fork(what: Renewable) -> None:
-    """Have `after_fork_in_child` called in every forked child, for as long as the object lives."""
+    """Call `after_fork_in_child` in every forked child while the object lives."""
     _all.add(what)
 
 

@@ -1,7 +1,7 @@
-"""The threads that do what blocks.
+"""Threads for blocking work.
 
-Ours alone: Zarr's few default threads belong to the stores, and waiting in them starves the very fetch that is waited
-for.
+They are separate from Zarr's few default threads, which belong to the stores: blocking those could starve the fetch
+that is waited for.
 """
 
 from __future__ import annotations
@@ -28,18 +28,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _IDLE: Final = 1.0
-"""Seconds for which a thread waits for something to do."""
+"""Seconds after which an idle thread ends."""
 
 
 class _Pool:
-    """Threads that are started as they are needed, and end when there has been nothing to do for a while.
+    """Threads that start on demand and end when idle; at most `threads`, or the configured number.
 
-    (The standard library's executors keep theirs for the life of the process, which test suites take for a leak.)
-
-    Parameters
-    ----------
-    threads : int or None
-        The most that there may be; None for as many as are configured.
+    The executors of the standard library keep their threads for the life of the process, which test suites report as a
+    leak.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -60,18 +56,12 @@ class _Pool:
         return self._allowed
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Have something done.
-
-        Raises
-        ------
-        RuntimeError
-            There is no thread to do it, as at the end of the process.
-        """
+        """Queue some work; raises `RuntimeError` if no thread can be started, as at the end of the process."""
         with self._lock:
             if self._idle > 0:
                 self._idle -= 1
             elif len(self._threads) < self._limit():
-                # at the end of the process nobody waits for it but `stop`
+                # at the end of the process, only `stop` waits for the thread
                 thread = threading.Thread(target=self._work, name="xzcache", daemon=True)
                 self._threads.add(thread)
                 try:
@@ -94,7 +84,7 @@ class _Pool:
             try:
                 work = queue.get_nowait()
             except Empty:
-                # never more than those that wait: `submit` starts no thread where one does
+                # at most as many as wait, because `submit` starts no thread if one is idle
                 is_idle = True
                 self._idle += 1
         if is_idle:
@@ -121,7 +111,7 @@ class _Pool:
         return True
 
     def stop(self, timeout: float) -> None:
-        """Let the threads finish what there is to do and end. The next use starts new ones."""
+        """Let the threads finish their work and end; the next use starts new ones."""
         with self._lock:
             threads = self._threads - {threading.current_thread()}
             self._idle = 0
@@ -137,7 +127,7 @@ _queue: Final = _Pool(threads=1)
 
 
 def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Run a function in a thread of ours; where there are none to be had, as at the end of the process, right here."""
+    """Run a function in a thread, or in the caller if no thread can be started, as at the end of the process."""
     future: Future[T] = Future()
 
     def call() -> None:
@@ -154,7 +144,7 @@ def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Futur
 
 
 def spawn(function: Callable[[], object]) -> None:
-    """As `submit`, for what nobody waits for."""
+    """Like `submit`, for work without a result."""
 
     def call() -> None:
         try:
@@ -167,7 +157,7 @@ def spawn(function: Callable[[], object]) -> None:
 
 
 def try_in_order(function: Callable[[], None]) -> bool:
-    """Run a function in one thread of ours, after all that was submitted in this way before; False if there is none."""
+    """Run a function in the one thread that keeps the order of submission; False if it cannot be started."""
     try:
         _queue.submit(function)
     except RuntimeError:
@@ -176,13 +166,13 @@ def try_in_order(function: Callable[[], None]) -> bool:
 
 
 def stop(timeout: float) -> None:
-    """Let all threads of ours finish what there is to do and end. The next use starts new ones."""
+    """Let all threads of the package finish their work and end; the next use starts new ones."""
     for each in (_queue, _pool):
         each.stop(timeout)
 
 
 async def outcome(future: Future[T]) -> T:
-    """Await what a thread does. Cancelling the await does not stop it."""
+    """Await the result of a thread; cancelling the await does not stop the thread."""
     return await asyncio.shield(asyncio.wrap_future(future))
 
 

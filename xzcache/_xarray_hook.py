@@ -1,8 +1,8 @@
-"""`xarray.open_zarr(..., engine="zcache")`: one more keyword for a function that takes no engine.
+"""`xarray.open_zarr(..., engine="zcache")`: adds a keyword to a function that has no engine parameter.
 
-xarray's engines are chosen in `xarray.open_dataset`; its `open_zarr` has the engine ``"zarr"`` built in. So the name
-`xarray.open_zarr` is given a function that knows one engine more, and hands everything else to the one that was there.
-A version of xarray whose `open_zarr` takes an engine itself is left alone.
+`xarray.open_dataset` selects engines; `xarray.open_zarr` always uses the engine ``"zarr"``. So `xarray.open_zarr` is
+replaced by a function that adds one engine and passes all other calls on. A version of xarray whose `open_zarr` has an
+engine parameter is not changed.
 """
 
 from __future__ import annotations
@@ -43,25 +43,22 @@ def original() -> Callable[..., Any]:
     return function
 
 
-def transparent(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
-    """Have xarray take a function for one of its own: its warnings are for whoever called that, by file and line."""
+def attribute_warnings_to(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+    """Make warnings of a function name the line of the user's call, as for a function of xarray."""
     function.__code__ = function.__code__.replace(co_filename=theirs.__code__.co_filename)
 
 
 def install(cached: Callable[..., Any]) -> None:
-    """Teach `xarray.open_zarr` the engine, now or as soon as xarray is imported. Once is as good as twice.
+    """Add the engine to `xarray.open_zarr`, now or when xarray is imported; a second call has no effect.
 
-    Parameters
-    ----------
-    cached : callable
-        What opens a dataset through the cache, with the parameters of `xarray.open_zarr`.
+    `cached` opens a dataset through the cache, with the parameters of `xarray.open_zarr`.
     """
     _opener["zcache"] = cached
     home = sys.modules.get(_HOME)
     if home is not None and hasattr(home, "open_zarr"):
         _teach(home)
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        # xarray takes longer to import than everything here together: those who do not use it need not wait for it
+        # importing xarray takes longer than importing this package, so do not import it here
         sys.meta_path.insert(0, _Watch())
 
 
@@ -92,7 +89,7 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
     parameters = (*positional, *(() if keywords else (last,)), engine, *keywords)
     vars(open_zarr).update({"__signature__": signature.replace(parameters=parameters), _ORIGINAL: theirs})
     for function in (open_zarr, _opener["zcache"]):
-        transparent(function, theirs)
+        attribute_warnings_to(function, theirs)
     # pickled by this name, a function that was sent to a worker brings the engine along
     open_zarr.__module__ = __name__
     before, returns, after = inspect.cleandoc(theirs.__doc__ or "").partition("\n\nReturns\n")
@@ -135,6 +132,6 @@ class _Teaching(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         if module.__spec__ is not None:
-            # what asks a module for its source asks its loader
+            # the module's source is read through its loader
             module.__spec__.loader = module.__loader__ = self._loader
         _teach(module)

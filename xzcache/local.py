@@ -41,38 +41,38 @@ if TYPE_CHECKING:
 class LockedLocalStore(LocalStore):
     """A `zarr.storage.LocalStore` whose entries, sizes, recency and locks are shared by every process that opens it.
 
-    It is a complete Zarr store, made to hold what can be fetched again: it never grows beyond its bound, and lets
-    entries go for new ones. `CacheStore` keeps its entries in one.
+    It is a complete Zarr store, made for data that can be fetched again: it never grows beyond its bound, and evicts
+    entries for new ones. `CacheStore` keeps its entries in one.
 
     Parameters
     ----------
     root : str or Path
-        The directory. It is made, for this user only, where it does not exist; it may hold files of the user's, which
-        are neither counted nor evicted. All of xzcache's own state lies in its folder ``.xzcache``. In a directory that
-        belongs to another user, or that others may write, a folder of this user's (``xzcache-<uid>``) is the root.
+        The directory. It is created, for this user only, if it does not exist. It may hold other files, which are
+        neither counted nor evicted. All state of xzcache is in its folder ``.xzcache``. If the directory belongs to
+        another user or if others may write it, this user's folder in it (``xzcache-<uid>``) is the root.
     read_only : bool
         Whether this object refuses writes.
     max_size : int, str or None, optional
-        The bound for all processes together, in bytes or as ``"20 GB"``; None for no bound. Where it is not given, the
-        directory keeps the bound that it has; a new one gets the configured one (10 GiB). What was asked for last
-        holds, in every process; a smaller bound evicts at once.
+        The bound for all processes together, in bytes or as ``"20 GB"``; None for no bound. By default a directory
+        keeps its bound, and a new one gets the configured bound (10 GiB). The latest request holds for every process; a
+        smaller bound evicts at once.
     min_free : float, int or str, optional
-        What to leave free of the file system: ``"5%"``, a fraction below 1, or a size. Configured: 5 %.
+        The free space to leave on the file system: ``"5%"``, a fraction below 1, or a size. Configured: 5 %.
     policy : str, optional
-        Which entries leave first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be used
-        soon; ``"none"``, nothing leaves. Else what was asked for last in this process, or the configured one. Whoever
-        makes room does so by its own.
+        Which entries are evicted first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be
+        used soon; ``"none"``, no eviction. Default is the latest request in this process, or the configured policy.
+        Each process evicts by its own policy.
 
     Raises
     ------
     ValueError, TypeError
-        The root is a file, or a parameter makes no sense.
+        The root is a file, or a parameter is invalid.
 
     Notes
     -----
     Safe for threads, event loops and processes, and after a fork. `set` returns when every process sees the new value.
-    A file that is not what was stored (its CRC-32C is checked the first time a process reads it) counts as missing.
-    Pickling carries the root and the settings.
+    A file with other bytes than were stored counts as missing: its CRC-32C is checked the first time a process reads
+    it. Pickling carries the root and the settings.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class LockedLocalStore(LocalStore):
         return f"{type(self).__name__}({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        # the bound and the policy are the directory's: whoever asked last has set them for all
+        # the bound and the policy belong to the directory: the latest request sets them for all stores
         return (
             isinstance(other, type(self)) and self._directory is other._directory and self.read_only == other.read_only
         )
@@ -161,18 +161,18 @@ class LockedLocalStore(LocalStore):
         reader = self._directory.reader
         if wanted is None or not is_cacheable(key) or not self._may_read():
             return None
-        found = reader.find(Entry(key), anyones=True)
+        found = reader.open_entry(Entry(key), anyones=True)
         if found is None:
             return None
         first, last = clip(*wanted, found.size)
-        # a file that somebody else put here is part of the store, if not of the cache
+        # a foreign file is part of the store, but not of the cache
         data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
-        if self._directory.recency.note(found.entry) and not self.read_only:
+        if self._directory.recency.record_use(found.entry) and not self.read_only:
             pool.spawn(self._directory.flush)
         return None if data is None else prototype.buffer.from_bytes(data)
 
     def _may_read(self) -> bool:
-        """Whether files are as they were last written: after a loss of power, when that was seen to."""
+        """Whether files are valid: after a loss of power, only once it was handled."""
         return self._directory.may_serve or (self._directory.prepare() and self._directory.may_serve)
 
     async def get(
@@ -202,10 +202,10 @@ class LockedLocalStore(LocalStore):
 
     def _size_of(self, key: str) -> int | None:
         reader = self._directory.reader
-        found = reader.find(Entry(key), anyones=True) if is_cacheable(key) and self._may_read() else None
+        found = reader.open_entry(Entry(key), anyones=True) if is_cacheable(key) and self._may_read() else None
         if found is None:
             return None
-        # what pretends to be an entry, and belongs to another user, is not read either
+        # a file that looks like an entry but belongs to another user is not read either
         there = found.opened.is_ours or reader.is_foreign(found)
         reader.close(found)
         return found.size if there else None
@@ -244,12 +244,12 @@ class LockedLocalStore(LocalStore):
         await pool.run(self._store, key, value, exclusive=True)
 
     def delete_sync(self, key: str) -> None:
-        """Remove a key, and, where it is a directory, everything beneath it.
+        """Remove a key and, if it is a directory, everything beneath it.
 
         Raises
         ------
         OSError
-            It may still be there.
+            It may still exist.
         """
         self._check_writable()
         if is_cacheable(key):
@@ -267,18 +267,18 @@ class LockedLocalStore(LocalStore):
         Raises
         ------
         OSError
-            Something may still be there.
+            A key may still exist.
         """
         self._check_writable()
         await pool.run(self._delete_beneath, prefix.rstrip("/"))
 
     async def clear(self) -> None:
-        """Remove everything, other people's files included: that is what clearing a store means.
+        """Remove everything, also files that do not belong to the cache, as clearing a store requires.
 
         Raises
         ------
         OSError
-            Something may still be there.
+            A key may still exist.
         """
         await self.delete_dir("")
 
@@ -289,8 +289,8 @@ class LockedLocalStore(LocalStore):
             return
         root = self._directory.root
         try:
-            # what is deleted through the store goes, whoever wrote it, but not what lies behind a link;
-            # the cache's own files are the index's business
+            # a deletion through the store includes foreign files, but nothing behind a link; the index deletes the
+            # cache's own files
             top = files.inside(root, f"{prefix}/.").removesuffix("/.") if prefix else root
             paths = [top] if prefix and files.exists(top) and not os.path.isdir(top) else files.walk(top)
             for path in paths:
@@ -308,8 +308,8 @@ class LockedLocalStore(LocalStore):
         top = os.path.join(root, prefix) if prefix else root
         found = files.walk(top) if not prefix or is_plain(prefix) else ()
         plain = [os.path.relpath(path, root).replace(os.sep, "/") for path in found]
-        has_odd = os.path.isdir(os.path.join(root, META, "odd"))
-        return plain + (self._directory.odd_keys(prefix) if has_odd else [])
+        has_hashed = os.path.isdir(os.path.join(root, META, "odd"))
+        return plain + (self._directory.hashed_keys(prefix) if has_hashed else [])
 
     async def list(self) -> AsyncIterator[str]:
         """All keys."""
@@ -331,29 +331,30 @@ class LockedLocalStore(LocalStore):
     # -- the audit
 
     def check(self, *, repair: bool = False) -> Audit:
-        """Compare the index with the files, the files with their checksums, and look for what was left behind.
+        """Compare the index with the files and the files with their checksums, and look for leftovers.
 
-        Reads every entry of the directory. Other processes may use it meanwhile: what they store and evict is no
-        finding. Files of the user's are neither read nor touched.
+        Reads every entry of the directory. Other processes may use it meanwhile: entries that they store or evict are
+        no findings. Files that do not belong to the cache are neither read nor changed.
 
         Parameters
         ----------
         repair : bool
-            Whether to repair what is found: damaged entries, and files that no row counts, leave the cache; sums are
-            made right; what dead processes left is taken away.
+            Whether to repair the findings: remove damaged entries, uncounted files and the leftovers of dead processes,
+            and correct the totals.
 
         Returns
         -------
         Audit
-            ``ok``, ``findings``, ``entries``, ``size`` (bytes), ``repaired``; printed, a line for each finding. Of a
-            directory that is not there: no entries, no findings.
+            ``ok``, ``findings``, ``entries``, ``size`` (bytes), ``repaired``; printed, a line for each finding. A
+            missing directory has no entries and no findings.
 
         Raises
         ------
         OSError
-            The directory cannot be used: another user's, made by a newer version, or locked for too long.
+            The directory cannot be used: it belongs to another user, was made by a newer version, or is locked for too
+            long.
         ValueError
-            `repair` of a store that is read-only.
+            `repair` of a read-only store.
         """
         if parse_flag("repair", repair):
             self._check_writable()
@@ -380,13 +381,13 @@ class LockedLocalStore(LocalStore):
             self._use = self._directory.used_by(self)
 
     def close(self) -> None:
-        """Tell the other processes of the latest uses, and let go of the directory. The store can be used again."""
+        """Write the latest uses to the index, and release the directory. The store can be used again."""
         self._directory.flush()
         self.let_go()
         super().close()
 
     def let_go(self) -> None:
-        """Have this process leave the directory soon, unless another store uses it, and until the next use."""
+        """Leave the directory soon, unless another store uses it; the next use joins again."""
         self._use()
 
     async def move(self, dest_root: Path | str) -> None:

@@ -1,7 +1,7 @@
-"""A codec pipeline for arrays that are read through a cache: cached chunks are read and decoded without an event loop.
+"""A codec pipeline for arrays in a cache: reads and decodes cached chunks without an event loop.
 
-``zarr.config.set({"codec_pipeline.path": "xzcache.pipeline.CachePipeline"})`` chooses it for the arrays that are opened
-from then on. The engine ``"zcache"`` gives it to each array that it opens, and leaves Zarr's configuration alone.
+``zarr.config.set({"codec_pipeline.path": "xzcache.pipeline.CachePipeline"})`` selects it for arrays that are opened
+later. The engine ``"zcache"`` sets it on each array that it opens, without changing Zarr's configuration.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from xzcache.reading import ReadThrough
 
 
-# -- Chunks whose bytes are the values themselves: they may be read straight into the array that somebody asked for.
+# -- The raw layout: chunks whose bytes are the values, which can be read into the result without a copy.
 
 _KINDS = frozenset("biufc")
-"""Of data types whose every value is as many bytes as the next, and nothing else."""
+"""Kinds of data types with a fixed number of bytes for each value and no references."""
 
 
-def stores_values(codecs: tuple[Codec, ...]) -> bool:
+def is_raw_layout(codecs: tuple[Codec, ...]) -> bool:
     """Whether an array is stored as its values lie in memory: uncompressed, and in the byte order of this machine."""
     if len(codecs) != 1 or type(codecs[0]) is not BytesCodec:
         return False
@@ -56,19 +56,12 @@ def stores_values(codecs: tuple[Codec, ...]) -> bool:
     return endian is None or getattr(endian, "value", endian) == sys.byteorder
 
 
-def place_of(spec: ArraySpec, chunk_selection: Any, out: NDBuffer, out_selection: Any) -> np.ndarray[Any, Any] | None:
-    """Where in a result the bytes of a chunk are to lie; None where they are not all there, and in order.
+def output_slice(
+    spec: ArraySpec, chunk_selection: Any, out: NDBuffer, out_selection: Any
+) -> np.ndarray[Any, Any] | None:
+    """The slice of a result that the bytes of a chunk fill as they are.
 
-    Parameters
-    ----------
-    spec : ArraySpec
-        Of the chunk.
-    chunk_selection : selection
-        What is wanted of the chunk.
-    out : NDBuffer
-        The result.
-    out_selection : selection
-        Where in the result that is.
+    None if the chunk is not used whole and in order.
     """
     values: Any = out.as_ndarray_like()
     if type(values) is not np.ndarray or not (_is_plain(chunk_selection) and _is_plain(out_selection)):
@@ -98,7 +91,7 @@ logger = logging.getLogger("xzcache.pipeline")
 _SMALL: Final = 256 << 10
 """Decoded bytes of a chunk up to which another thread takes longer to wake than the decoding takes."""
 
-_TELLS: Final = hasattr(codec, "GetResult")
+_RETURNS_RESULTS: Final = hasattr(codec, "GetResult")
 """Whether this Zarr expects a result for each chunk that was read."""
 
 Item = tuple[Any, Any, Any, Any, bool]
@@ -107,7 +100,7 @@ Decode = Callable[[list[Item], "NDBuffer", tuple[int, ...]], Any]
 
 @dataclass(eq=False, slots=True)
 class _Cached:
-    """Reads one key from the cache alone, as a codec asks for it."""
+    """Reads one key from the cache alone, with the interface that a codec needs."""
 
     reads: ReadThrough
     key: str
@@ -115,19 +108,19 @@ class _Cached:
     """Whether the disk may be waited for."""
     hits: list[tuple[int, float]] = field(default_factory=list)
 
-    def into(self, place: np.ndarray[Any, Any]) -> bool:
+    def readinto_nowait(self, place: np.ndarray[Any, Any]) -> bool:
         """Whether the bytes of the chunk lie in `place` now."""
         try:
-            return self.reads.into(self.key, place, patient=self.patient)
+            return self.reads.readinto_nowait(self.key, place, patient=self.patient)
         except Exception as error:
             raise _failed(error) from error
 
     def get_sync(self, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The bytes of the chunk, or a range of them; None where the source is known not to have it."""
+        """The bytes of the chunk, or a range of them; None if the chunk is known to be missing."""
         try:
             if self.patient:
-                return self.reads.cached(self.key, prototype, byte_range, self._count)
-            value = self.reads.at_once(self.key, prototype, self._count) if byte_range is None else None
+                return self.reads.get_blocking(self.key, prototype, byte_range, self._count)
+            value = self.reads.get_nowait(self.key, prototype, self._count) if byte_range is None else None
         except NotCached:
             raise
         except Exception as error:
@@ -139,41 +132,41 @@ class _Cached:
     def _count(self, size: int, seconds: float) -> None:
         self.hits.append((size, seconds))
 
-    def tell(self) -> None:
+    def count_hits(self) -> None:
         """Count the hits, once it is certain that they were not in vain."""
         for size, seconds in self.hits:
             self.reads.reading.stats.hit(size, seconds)
 
 
 def _failed(error: Exception) -> NotCached:
-    """What a failure of the cache is for a reader: the chunk is read as if it were not cached."""
-    if not report_bug(error, "reading what is cached"):
+    """Turn a failure of the cache into a miss."""
+    if not report_bug(error, "reading a cached chunk"):
         logger.debug("a cached chunk could not be read", exc_info=error)
     return NotCached()
 
 
 class CachePipeline(CodecPipeline):
-    """A codec pipeline that reads cached chunks of a `CacheStore` itself, and leaves all else to another pipeline.
+    """A codec pipeline that reads cached chunks of a `CacheStore`, and passes all other work to another pipeline.
 
-    A cached chunk is read and decoded synchronously, in this package's threads. Missing chunks, arrays of other stores
-    and everything that is written go through the pipeline behind this one, unchanged; so does a cached chunk that this
-    pipeline cannot read or decode. A missing chunk is never waited for in a thread: the source may need that very
-    thread. A shard that was replaced at the source while it was read in parts is read again, once.
+    A cached chunk is read and decoded synchronously, in this package's threads. The inner pipeline handles missing
+    chunks, arrays of other stores, all writes, and cached chunks that cannot be read or decoded here. Threads never
+    wait for a missing chunk, because the source may need the same thread. A shard that was replaced at the source while
+    it was read in parts is read again, once.
 
     Parameters
     ----------
     inner : CodecPipeline
-        The pipeline behind this one. Its attributes are attributes of this one too.
+        The inner pipeline. Its attributes are attributes of this pipeline too.
 
     Attributes
     ----------
     behind : type of CodecPipeline
-        Makes the pipeline behind this one where Zarr makes this one from codecs: Zarr's default. A subclass may name
-        another.
+        The class of the inner pipeline when Zarr creates this pipeline from codecs: Zarr's default. A subclass may set
+        another one.
 
     Notes
     -----
-    A Zarr without the `FusedCodecPipeline` cannot decode synchronously: there, only uncompressed chunks are read here.
+    A Zarr without the `FusedCodecPipeline` cannot decode synchronously: only uncompressed chunks are then read here.
     """
 
     behind: ClassVar[type[Any]] = BatchedCodecPipeline
@@ -248,7 +241,7 @@ class CachePipeline(CodecPipeline):
     async def write(self, batch_info: Iterable[Item], value: NDBuffer, drop_axes: tuple[int, ...] = ()) -> None:
         await self.inner.write(batch_info, value, drop_axes)
 
-    # -- what is cached
+    # -- cached chunks
 
     async def read(self, batch_info: Iterable[Item], out: NDBuffer, drop_axes: tuple[int, ...] = ()) -> Any:
         """Read a batch of chunks into `out`; as in Zarr."""
@@ -266,14 +259,14 @@ class CachePipeline(CodecPipeline):
                 if not _is_replaced(error):
                     raise
                 fetched = await self.inner.read(rest, out, drop_axes)
-            for place, result in zip(missing, fetched or (), strict=_TELLS):
+            for place, result in zip(missing, fetched or (), strict=_RETURNS_RESULTS):
                 results[place] = result
-        return tuple(results) if _TELLS else None
+        return tuple(results) if _RETURNS_RESULTS else None
 
     @cached_property
-    def _is_straight(self) -> bool:
+    def _is_raw(self) -> bool:
         """Whether chunks are stored as their values lie in memory."""
-        return stores_values(_codecs_of(self.inner))
+        return is_raw_layout(_codecs_of(self.inner))
 
     @cached_property
     def _decode(self) -> Decode | None:
@@ -283,8 +276,8 @@ class CachePipeline(CodecPipeline):
     async def _cached(
         self, reads: ReadThrough, batch: list[Item], out: NDBuffer, drop_axes: tuple[int, ...]
     ) -> list[Any]:
-        """The results of what is cached; None for the rest."""
-        if self._decode is None and not self._is_straight:
+        """The results of cached chunks; None for the others."""
+        if self._decode is None and not self._is_raw:
             return [None] * len(batch)
         size = _decoded_size(batch[0][1])
         if len(batch) == 1 and size <= _SMALL:
@@ -310,7 +303,7 @@ class CachePipeline(CodecPipeline):
             except NotCached:
                 results.append(None)
             except Exception:
-                # it cannot be decoded: the pipeline behind this one reads it again, and raises what there is to raise
+                # a chunk that cannot be decoded is read again by the inner pipeline, which raises the error
                 results.append(None)
         return results
 
@@ -319,13 +312,13 @@ class CachePipeline(CodecPipeline):
     ) -> Any:
         byte_getter, spec, chunk_selection, out_selection, is_complete = item
         cached = _Cached(reads, byte_getter.path, patient)
-        place = place_of(spec, chunk_selection, out, out_selection) if self._is_straight else None
-        if place is not None and cached.into(place):
+        place = output_slice(spec, chunk_selection, out, out_selection) if self._is_raw else None
+        if place is not None and cached.readinto_nowait(place):
             return {"status": "present"}
         if self._decode is None:
             raise NotCached
         (result,) = self._decode([(cached, spec, chunk_selection, out_selection, is_complete)], out, drop_axes)
-        cached.tell()
+        cached.count_hits()
         return result
 
 
@@ -336,7 +329,7 @@ def _restored(
 
 
 def _codecs_of(pipeline: Any) -> tuple[Codec, ...]:
-    """The codecs of a pipeline, in order; none where it does not tell."""
+    """The codecs of a pipeline, in order; none if it cannot be iterated."""
     try:
         return tuple(pipeline)
     except TypeError:
@@ -344,7 +337,7 @@ def _codecs_of(pipeline: Any) -> tuple[Codec, ...]:
 
 
 def _synchronous(codecs: tuple[Codec, ...]) -> Decode | None:
-    """What reads and decodes chunks synchronously, as Zarr's `FusedCodecPipeline` does."""
+    """The function that reads and decodes chunks synchronously, as in Zarr's `FusedCodecPipeline`; None without one."""
     try:
         from zarr.core.chunk_utils import ChunkTransform
         from zarr.core.codec_pipeline import FusedCodecPipeline
@@ -365,7 +358,7 @@ def _synchronous(codecs: tuple[Codec, ...]) -> Decode | None:
 
 
 def _reads_of(batch: Sequence[Item]) -> ReadThrough | None:
-    """What reads the chunks of a batch, if that is a cache."""
+    """The reads of the cache that holds the chunks of a batch, if any."""
     if not batch or not isinstance(batch[0][0], StorePath):
         return None
     store = batch[0][0].store
@@ -392,9 +385,9 @@ register_pipeline(CachePipeline)
 
 
 def give(array: zarr.Array[Any]) -> None:
-    """Have one array, of a `CacheStore`, read what is cached by this pipeline, unless the user chose one of his own.
+    """Set this pipeline on an array of a `CacheStore`, unless the user has chosen another one.
 
-    Arrays that Zarr makes anew from this one's metadata have the configured pipeline again: right, but slower.
+    Arrays that Zarr derives from this one's metadata use the configured pipeline again, which is right but slower.
     """
     holder = array.async_array
     configured = holder.codec_pipeline

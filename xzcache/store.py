@@ -17,7 +17,7 @@ from xzcache import _config as settings
 from xzcache import _threads as pool
 from xzcache._caches import backend_of, cache_store_of, checked_namespace, label_of
 from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
-from xzcache._display import Looks, one_line
+from xzcache._display import Display, one_line
 from xzcache.anystore import StoreBackend
 from xzcache.local import LockedLocalStore
 from xzcache.reading import (
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
 
-# -- What only the source can say of a store.
+# -- Listings and abilities, which only the source has.
 
 
 class SourceView(Store):
-    """A store whose listings and abilities are those of another one.
+    """A store with the listings and abilities of another store.
 
-    Derived from `Store` and not from Zarr's `WrapperStore`: a member that is forgotten here ends in `get`, `set` and
-    `delete`, where the cache is, instead of at the source behind the cache's back.
+    It derives from `Store` and not from `WrapperStore`: a method that is not overridden here ends in `get`, `set` and
+    `delete`, which go through the cache, and not at the source behind it.
     """
 
     _store: Store
@@ -66,7 +66,7 @@ class SourceView(Store):
 
     @property
     def path(self) -> str | None:
-        """The URL or path of the source, as it was given but without credentials; None where it has none."""
+        """The URL or path of the source, as the user gave it but without credentials; None if it has none."""
         return self._given_path
 
     @property
@@ -103,13 +103,13 @@ class SourceView(Store):
     async def _open(self) -> None:
         if self._is_open:
             raise ValueError("store is already open")
-        # a source that cannot be opened now says so at the first read that needs it: what is cached does not
+        # a source that cannot be opened raises at the first read that needs it; cached reads work
         with suppress(OSError):
             await self._store._ensure_open()
         self._is_open = True
 
     def close(self) -> None:
-        """Close the source. What is cached stays, and the store can be used again."""
+        """Close the source. The cache stays, and the store can be used again."""
         self._store.close()
         self._is_open = False
 
@@ -118,7 +118,7 @@ class SourceView(Store):
 
 
 class ReadableView(SourceView):
-    """A view of a source that is asked for nothing that is cached."""
+    """A view of a source that requests only misses."""
 
     _reads: ReadThrough
     _ranges: RangeReads
@@ -129,7 +129,7 @@ class ReadableView(SourceView):
         """The value of a key, or a byte range of it; None where the source has none."""
         prototype = prototype or default_buffer_prototype()
         anew = False if self.read_only else is_read_for_a_write()
-        if anew is False and byte_range is None and (value := self._reads.at_once(key, prototype)) is not None:
+        if anew is False and byte_range is None and (value := self._reads.get_nowait(key, prototype)) is not None:
             return value
         return await self._reads.get(key, prototype, byte_range, anew=anew)
 
@@ -149,7 +149,7 @@ class ReadableView(SourceView):
         max_gap_bytes: int = 1 << 20,
         max_coalesced_bytes: int = 16 << 20,
     ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
-        """Many byte ranges of a value: what is cached, then what is missing, in as few requests as Zarr makes.
+        """Many byte ranges of a value: hits first, then the misses in as few requests as Zarr sends.
 
         Parameters
         ----------
@@ -157,15 +157,15 @@ class ReadableView(SourceView):
         byte_ranges : sequence of ByteRequest or None
         prototype : BufferPrototype
         max_concurrency : int
-            Requests to the source at a time.
+            The number of concurrent requests to the source.
         max_gap_bytes, max_coalesced_bytes : int
-            Bytes that may lie between two ranges that are asked for as one, and of such a one.
+            The most bytes between two ranges that are merged into one request, and the most bytes of such a request.
 
         Raises
         ------
         BaseExceptionGroup
-            Of exceptions of the source, or of `FileNotFoundError` where it has no such key; or of `OSError` with
-            ``errno.ESTALE`` where the object was replaced while parts of it were read.
+            Of exceptions of the source, of `FileNotFoundError` for a missing key, or of `OSError` with ``errno.ESTALE``
+            if the object was replaced while it was read.
         """
         async for group in self._ranges.get(
             key,
@@ -178,15 +178,15 @@ class ReadableView(SourceView):
             yield group
 
     async def exists(self, key: str) -> bool:
-        """Whether a key has a value: as the cache knows, or else by the source's own means."""
+        """Whether a key has a value, from the cache or else from the source."""
         if await self._reads.cached_size(key) is not None:
             return True
-        return not await self._reads.is_known_absent(key) and await self._store.exists(key)
+        return not await self._reads.is_known_missing(key) and await self._store.exists(key)
 
     async def getsize(self, key: str) -> int:
-        """The size of a value, in bytes: as the cache knows it, or else by the source's own means."""
+        """The size of a value in bytes, from the cache or else from the source."""
         size = await self._reads.cached_size(key)
-        if size is None and await self._reads.is_known_absent(key):
+        if size is None and await self._reads.is_known_missing(key):
             raise FileNotFoundError(key)
         return await self._store.getsize(key) if size is None else size
 
@@ -228,7 +228,7 @@ class WritableView(SourceView):
         await self._writes.deletion_beneath(prefix, lambda: self._store.delete_dir(prefix))
 
     async def clear(self) -> None:
-        """Delete everything at the source, and what is cached of it."""
+        """Delete everything at the source, and its cached entries."""
         self._check_writable()
         await self._writes.deletion_beneath("", self._store.clear)
 
@@ -240,61 +240,61 @@ _LONGEST_LOOK: Final = 0.2
 
 
 class CacheStore(ReadableView, WritableView):
-    """A Zarr store that keeps what it reads from another one, for every process on this machine.
+    """A Zarr store that caches the reads from another store, for every process on this machine.
 
     Code written for `zarr.experimental.cache_store.CacheStore` runs unchanged.
 
     Parameters
     ----------
     store : Store, str, Path, UPath or FSMap
-        What is read: a Zarr store, a path or a URL.
+        The source: a Zarr store, a path or a URL.
     cache_store : Store, str or Path, optional
-        Where it is kept. A path, or a `zarr.storage.LocalStore`, becomes a `LockedLocalStore` there, which all
-        processes share. None is this user's default cache on this machine. Any other store that supports deletes keeps
-        its books in this process, and serves one source.
+        The cache. A path, or a `zarr.storage.LocalStore`, becomes a `LockedLocalStore` there, which all processes
+        share. None is this user's default cache on this machine. Any other store that supports deletes keeps its index
+        in this process, and serves one source.
     max_age_seconds : float or "infinity", optional
-        For how long an entry is served, in seconds.
+        The time for which an entry is served, in seconds.
     max_size : int, str or None, optional
-        The bound of the whole cache, in bytes or as ``"20 GB"``; None for no bound. Where it is not given, a directory
-        keeps the bound it has, and a new one gets the configured one (10 GiB); a Zarr store given as `cache_store` is
-        not bounded, as with Zarr. Values larger than the bound are not cached.
+        The bound of the whole cache, in bytes or as ``"20 GB"``; None for no bound. By default a directory keeps its
+        bound, and a new one gets the configured bound (10 GiB); a Zarr store given as `cache_store` has no bound, as
+        with Zarr. Values larger than the bound are not cached.
     cache_set_data : bool, optional
-        Whether what is written through this store is cached.
+        Whether values that are written through this store are cached.
     read_only : bool, optional
         Whether this object refuses writes.
     namespace : str, optional
-        The name, one path component, under which the entries of this source are kept, instead of one made of what it
-        is. Stores that are given the same name are taken for the same source.
+        The name, one path component, of the entries of this source. Default is a name made from its identity. Stores
+        with the same name are treated as the same source.
     revalidate : {"open", True, False} or float, optional
-        When the source is asked for metadata documents again: at their first use by a newly opened store, and at each
-        use of a store that is not read-only, so that writes are based on what the source has; at each read, chunks
-        included; never; or after so many seconds. Where an array's document changed, what is cached of the array is
-        dropped. A chunk that Zarr changes in part is asked for in any case.
+        When metadata documents are revalidated at the source. ``"open"``: at their first use by a newly opened store,
+        and at each use by a writable store, so that writes are based on the current documents. True: at each read,
+        chunks included. False: never. A number: after so many seconds. If the document of an array has changed, the
+        cached entries of the array are invalidated. A chunk that Zarr changes in part is revalidated in any case.
     missing_max_age_seconds : float or "infinity", optional
-        For how long a chunk that the source does not have is not asked for again, in seconds; 0 to always ask.
-        Configured: 60, and with ``revalidate=False`` as long as `max_age_seconds`; a local directory and memory are
-        always asked, unless it is given here.
+        The time for which a missing chunk is not requested again, in seconds; 0 to always request it. Configured: 60,
+        and with ``revalidate=False`` at least `max_age_seconds`. A local directory or memory is always asked by
+        default.
     policy : str, optional
-        Which entries leave first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be used
-        soon; ``"none"``, nothing leaves for anything new. A cache store that is no directory takes ``"adaptive"`` for
+        Which entries are evicted first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be
+        used soon; ``"none"``, no eviction for new entries. A cache store that is no directory treats ``"adaptive"`` as
         ``"lru"``.
     storage_options : mapping, optional
-        Options for a `store` that is a URL, in the words of fsspec's clients or of obstore.
+        Options for a `store` that is a URL, as for fsspec's clients or for obstore.
     upstream : {"auto", "obstore", "fsspec"}, optional
-        The library that reads a `store` that is a URL: obstore where scheme and options can be said in its words, else
-        fsspec; or the one that is named.
+        The library that reads a `store` that is a URL. ``"auto"`` is obstore if it supports the scheme and all options,
+        else fsspec.
 
     Raises
     ------
     ValueError, TypeError
-        A parameter makes no sense; the message names it, its value and what is accepted.
+        A parameter is invalid; the message names it, its value and the accepted values.
 
     Notes
     -----
-    Safe for threads, event loops, processes and after a fork. However many of them want an object that is not cached,
-    the source is asked once. Trouble with the cache never fails a read; an exception of the source is raised as it is.
-    After a write through any `CacheStore` over the same directory, no process reads the old value. A pickled copy
-    carries the settings, and does not ask again for documents.
+    Safe for threads, event loops and processes, and after a fork. An object that is not cached is requested once for
+    all readers. A failure of the cache never fails a read; an exception of the source is raised unchanged. After a
+    write through any `CacheStore` over the same directory, no process reads the old value. A pickled copy carries the
+    settings, and does not revalidate documents that its original has validated.
 
     Examples
     --------
@@ -335,7 +335,7 @@ class CacheStore(ReadableView, WritableView):
         self._given_cache = cache_store
         chosen = settings.chosen("upstream", upstream, settings.parse_upstream)
         self._store = open_source(store, storage_options, read_only=read_only, upstream=chosen)
-        # of what is at hand, the chunks that are not there need not be remembered
+        # requests to a local source are cheap, so missing chunks need not be remembered
         given = not isinstance(missing_max_age_seconds, Unset)
         self._asked_missing: Age | Unset = self.missing_max_age_seconds if given else UNSET
         self._asks_always = not given and is_at_hand(self._store)
@@ -356,7 +356,7 @@ class CacheStore(ReadableView, WritableView):
         while (beneath := getattr(inner, "_store", None)) is not None:
             if isinstance(inner, CacheStore) and inner._reads.backend.is_same_cache(self._reads.backend):
                 if inner is not self._store:
-                    raise ValueError("store reads through the same cache already: give what lies beneath it")
+                    raise ValueError("store reads through the same cache already: give its source")
                 self._store, self.source = beneath, identify(beneath)
                 self._read_through(self._reads.freshness)
             inner = beneath
@@ -387,12 +387,12 @@ class CacheStore(ReadableView, WritableView):
         self._writes = WriteThrough(backend, freshness, reading.max_size, passes=reading.passes)
 
     def _missing_max_age(self, freshness: Freshness) -> Age:
-        """For how long a chunk that the source does not have is not asked for again, in seconds."""
+        """The time for which a missing chunk is not requested again, in seconds."""
         configured = self.missing_max_age_seconds
         if self._asks_always or configured == 0:
             return 0
         if freshness.revalidate is False and isinstance(self._asked_missing, Unset):
-            # what is known to be absent is served for as long as what is cached
+            # missing chunks are served for as long as cached ones
             return max(self.max_age_seconds, configured, key=float)
         return configured
 
@@ -407,7 +407,7 @@ class CacheStore(ReadableView, WritableView):
         return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._reads.backend.bound
 
     def close(self) -> None:
-        """Close the source, and let go of the cache: what is cached stays, and the store can be used again."""
+        """Close the source, and release the cache. The entries stay, and the store can be used again."""
         super().close()
         self._reads.backend.close()
         if isinstance(self._cache, LockedLocalStore) and self._cache is not self._given_cache:
@@ -428,7 +428,7 @@ class CacheStore(ReadableView, WritableView):
         }
 
     def with_read_only(self, read_only: bool = False) -> Self:
-        """The same source and cache, sharing counters and what was asked for, with another `read_only`."""
+        """The same source and cache with another `read_only`; counters and validated documents are shared."""
         source = self._store
         if not read_only and source.read_only:
             source = source.with_read_only(False)
@@ -440,12 +440,12 @@ class CacheStore(ReadableView, WritableView):
         return copy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # few objects: a graph refers to each of them, and a pickle says a reference to one of the first 256 shortly
+        # few objects: a graph refers to each of them, and pickle encodes references to the first 256 in fewer bytes
         kind = None if type(self) is CacheStore else type(self)
         changed = {name: value for name, value in self._settings().items() if value != AS_ZARR.get(name, value)}
         cache, token = self._given_cache, None
         if isinstance(cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
-            # a copy gets a cache of its own: what is in this one stays here
+            # a copy gets an empty cache of its own
             cache, token = type(cache)(), self._reads.backend.token
         known: Identity | str | None = self._origin
         if self.source.lasting:
@@ -466,12 +466,12 @@ class CacheStore(ReadableView, WritableView):
         )
 
     def _is_copy_with_same_contents(self, other: CacheStore) -> bool:
-        """Whether one was pickled with its source in memory, and neither was written since: as Zarr compares those."""
+        """Whether one was pickled with its source in memory and neither source has changed, as Zarr compares them."""
         return self._origin == other._origin and bool(self._store == other._store)
 
     __hash__ = None  # type: ignore[assignment]  # as all Zarr stores
 
-    # Zarr puts both into its messages: one line that never changes, and for which nothing is opened or waited for
+    # Zarr puts both into its messages: use one constant line that opens nothing and waits for nothing
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r})"
@@ -483,27 +483,27 @@ class CacheStore(ReadableView, WritableView):
         is_open = self._reads.backend.is_open
         info: dict[str, Any] = {}
         if is_open:
-            # a notebook runs an event loop: it does not wait for what is being stored, nor for other processes
+            # a notebook runs an event loop, so do not wait for publishes or for other processes
             with suppress(TimeoutError):
                 info = pool.submit(partial(self._info, exact=False)).result(_LONGEST_LOOK)
         where = self.source.label, label_of(self._cache)
-        return Looks(type(self).__name__, *where, is_open, info, self.cache_stats()).html()
+        return Display(type(self).__name__, *where, is_open, info, self.cache_stats()).html()
 
     # -- the cache
 
     def cache_info(self) -> dict[str, Any]:
-        """The state of the cache, under Zarr's names and ours.
+        """The state of the cache, under Zarr's names and those of xzcache.
 
         Returns
         -------
         dict
             ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; of this source ``current_size``
-            (bytes), ``tracked_keys``, ``cached_keys``; of the whole, which `max_size` bounds, ``total_size`` and
+            (bytes), ``tracked_keys``, ``cached_keys``; of the whole cache, which `max_size` bounds, ``total_size`` and
             ``total_keys``; ``cache_directory``.
 
         Notes
         -----
-        Waits until what was read so far is stored, so that the figures are exact.
+        Waits until all reads so far are stored, so that the figures are exact.
         """
         return self._info(exact=True)
 
@@ -514,20 +514,20 @@ class CacheStore(ReadableView, WritableView):
         return info | {"max_age_seconds": self.max_age_seconds, "cache_set_data": self.cache_set_data}
 
     def cache_stats(self) -> dict[str, Any]:
-        """What this store, with its `with_read_only` copies, read in this process.
+        """The reads of this store, and of its `with_read_only` copies, in this process.
 
         Returns
         -------
         dict
             ``hits``, ``misses``, ``evictions`` (by this process, of any source), ``total_requests``, ``hit_rate``;
             ``bytes_from_cache``, ``bytes_from_source``, ``seconds_from_cache``, ``seconds_from_source``;
-            ``cache_errors``: how often the cache itself failed and the source answered.
+            ``cache_errors``: how often the cache failed and the source answered.
         """
         backend = self._reads.backend
-        return {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.troubles}
+        return {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
 
     async def clear_cache(self) -> None:
-        """Forget what is cached of this source, for every process."""
+        """Invalidate the cached entries of this source, for every process."""
         await self._reads.backend.clear()
 
 
@@ -541,7 +541,7 @@ def _restore(
     seen: bytes,
     token: str | None,
 ) -> CacheStore:
-    """A copy in another process: what the store that it is a copy of has asked for, it need not ask for again."""
+    """A copy in another process, with the documents that its original has validated."""
     if isinstance(known, Identity):
         remember(source, known)
     with settings.as_found():

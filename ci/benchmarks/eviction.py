@@ -66,7 +66,7 @@ class Cache:
                 await asyncio.gather(*(self.store.get(key, _PROTOTYPE) for key in keys[begin : begin + AT_ONCE]))
 
         sync(read())
-        self.directory.background.wait()
+        self.directory.write_behind.wait()
 
     def miss(self, number: int = CALLS) -> None:
         """Read what is not here, and wait until it is stored."""
@@ -87,7 +87,7 @@ class Cache:
 
     def choose(self) -> None:
         """Some of those that are here, for the next hits."""
-        with self.directory.books.section() as (_, index):
+        with self.directory.session.section() as (_, index):
             here = [row.entry.key for row in index.rows()]
         keys = [key.removeprefix(f"{NAMESPACE}/") for key in here if key.startswith(f"{NAMESPACE}/")]
         self.chosen = self._random.sample(keys, CALLS)
@@ -95,7 +95,7 @@ class Cache:
     def fill(self, entries: int) -> None:
         for _ in track(range(0, entries, CALLS), self.directory.recency.policy.name):
             self.miss()
-        with self.directory.books.section() as (_, index):
+        with self.directory.session.section() as (_, index):
             index.connection.execute(
                 "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?) "
                 "INSERT OR IGNORE INTO ghost SELECT random() >> 1 & (1 << 62) - 1, i % ?, 0 FROM n",

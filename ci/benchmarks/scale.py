@@ -76,10 +76,10 @@ class Cache:
         sync(read())
 
     def insert(self, number: int = INSERTS) -> None:
-        publisher, leaders = self.directory.publisher, self.directory.leaders
+        publisher, fetch_locks = self.directory.publisher, self.directory.fetch_locks
         for _ in range(number):
             entry = Entry(f"{NAMESPACE}/new/c/{next(self._new)}")
-            assert publisher.publish(entry, VALUE, leaders.ticket(entry))
+            assert publisher.publish(entry, VALUE, fetch_locks.write_version(entry))
 
     def evict(self, number: int = EVICTIONS) -> None:
         assert self.directory.space.evict(number * len(VALUE)) == number * len(VALUE)

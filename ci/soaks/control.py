@@ -47,8 +47,9 @@ CONTROLS = {
         (
             (
                 "directory/_space.py",
-                "        erased = self.erase(dying)\n",
-                "        self.settle(dying)\n        time.sleep(0.2)\n        erased = self.erase(dying)\n",
+                "        erased = self.erase(tombstones)\n",
+                "        self.free_tombstones(tombstones)\n        time.sleep(0.2)\n"
+                "        erased = self.erase(tombstones)\n",
             ),
         ),
         ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
@@ -88,8 +89,8 @@ CONTROLS = {
     "deaf-fill": Control(
         "a fill that began before a write is stored all the same",
         (
-            ("directory/_publish.py", "parcel.ticket != tickets.of(key)", "False"),
-            ("directory/_publish.py", "ticket == tickets.of(entry.key)", "True"),
+            ("directory/_publish.py", "pending.version != versions.of(key)", "False"),
+            ("directory/_publish.py", "version == versions.of(entry.key)", "True"),
         ),
         ("storm --seconds 40 --seed 3",),
     ),

@@ -1,4 +1,4 @@
-"""What the caches of a cluster hold and have saved: one row a node."""
+"""Caches of a cluster: their contents and savings, one row for each node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Node(NamedTuple):
     """One node: all workers that share a cache directory. Sizes in bytes, times in seconds."""
 
     node: str
-    """The uuid of the cache directory; empty where it cannot be used."""
+    """The uuid of the cache directory; empty if it is unusable."""
     hosts: tuple[str, ...]
     workers: tuple[str, ...]
     """Addresses."""
@@ -38,8 +38,10 @@ class Node(NamedTuple):
     saved_bytes: int
     """Bytes that the workers that run now read from the cache instead of from the source."""
     saved_seconds: float
-    """What the same reads would have taken at the source, by the mean of its misses, less what they did take; of reads
-    that were made in parallel, each counts."""
+    """The time that the same reads would have taken at the source, by the mean of its misses, less the time they took.
+
+    Each of several parallel reads counts.
+    """
 
     def _cells(self) -> list[str]:
         bound = "-" if self.bound is None else format_bytes(self.bound)
@@ -77,12 +79,12 @@ class ClusterInfo(Sequence[Node]):
         return f"<table class='xzcache'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Bars of what each node read from its cache and from the source, and of how full it is.
+        """Bars of each node's reads from the cache and from the source, and of the used space.
 
         Parameters
         ----------
         ax : matplotlib.axes.Axes, optional
-            Where to draw; else on a new figure.
+            The axes to draw on; default is a new figure.
 
         Returns
         -------
@@ -110,18 +112,18 @@ class ClusterInfo(Sequence[Node]):
 
 
 def cluster_info(client: Client) -> ClusterInfo:
-    """What the caches of all nodes of a cluster hold, and what they have saved.
+    """The contents and savings of the caches of all nodes of a cluster.
 
     Parameters
     ----------
     client : distributed.Client
-        Of a cluster whose workers have xzcache installed; with `CachePlugin`, or without. What an asynchronous client
-        gives is to be awaited.
+        The client of a cluster whose workers have xzcache installed, with or without `CachePlugin`. The result of an
+        asynchronous client must be awaited.
 
     Returns
     -------
     ClusterInfo
-        One `Node` for each cache directory, whatever the number of workers that share it.
+        One `Node` for each cache directory, for any number of workers that share it.
     """
     if client.asynchronous:
         return _asked(client)  # type: ignore[return-value]

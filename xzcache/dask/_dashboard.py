@@ -1,7 +1,7 @@
-"""A page of the scheduler's dashboard: hit rate, bytes a second, how full the cache of each node is.
+"""A page of the scheduler's dashboard: hit rate, bytes a second, and used space of each node's cache.
 
-What it shows comes with the workers' heartbeats. It is built on parts of Dask's dashboard that may change: who adds it
-has to do without where they did.
+The data come with the workers' heartbeats. The page uses parts of Dask's dashboard that may change, so callers must
+handle its failure.
 """
 
 from __future__ import annotations
@@ -27,20 +27,13 @@ _INTERVAL: Final = 500
 """Milliseconds."""
 _KEPT: Final = 600
 _RATED: Final = 10
-"""Points that a hit rate is made of: workers tell only now and then."""
+"""The points of one hit rate, because workers report only from time to time."""
 _COUNTERS: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source")
 _CACHE, _SOURCE = "#2a7f62", "#c8553d"
 
 
 class Xzcache(DashboardComponent):
-    """Three plots, one under the other.
-
-    Parameters
-    ----------
-    scheduler : distributed.Scheduler
-    **kwargs
-        What Dask hands to bokeh.
-    """
+    """Three plots, one below the other; `kwargs` are passed to bokeh."""
 
     def __init__(self, scheduler: Scheduler, **kwargs: Any) -> None:
         self.scheduler = scheduler
@@ -72,7 +65,7 @@ class Xzcache(DashboardComponent):
         self.root = column(rate, flow, fill, name="xzcache", **kwargs)
 
     def update(self, messages: object = None) -> None:
-        """Add a point, from what the workers said last."""
+        """Add a point from the latest reports of the workers."""
         workers = [w.metrics for w in self.scheduler.workers.values() if "xzcache_process" in w.metrics]
         hits, misses, cached, fetched = self._counted(workers)
         self._reads.append((hits, misses))
@@ -96,10 +89,10 @@ class Xzcache(DashboardComponent):
         }
 
     def _counted(self, workers: list[dict[str, Any]]) -> list[float]:
-        """What was counted since this was last asked."""
+        """The increase of each counter since the last call."""
         counted = [0.0] * len(_COUNTERS)
         for metrics in workers:
-            # each worker tells of its whole process, at a time of its own; what a new one did before is not known
+            # each worker reports the counters of its process at a different time; those of a new process start now
             (name,) = metrics["xzcache_process"]
             now = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
             before = self._counts.get(name, now)

@@ -1,4 +1,4 @@
-"""Dask's ways in: one cache a node for all workers, and what it does where Dask shows such things.
+"""Dask integration: one cache for all workers of a node, and its figures in Dask's displays.
 
 ``client.register_plugin(xzcache.CachePlugin(...))``, or ``dask worker --preload xzcache.dask`` and ``dask scheduler
 --preload xzcache.dask``.
@@ -51,7 +51,7 @@ _SHOWN: Final = ("node", "hits", "misses", "bytes_from_cache", "bytes_from_sourc
 
 
 class _Setup(NamedTuple):
-    """What a plugin has done to one worker."""
+    """The settings that a plugin has applied to one worker."""
 
     place: str
     settings: dict[str, Any]
@@ -59,27 +59,27 @@ class _Setup(NamedTuple):
 
 
 class _Process:
-    """What the plugins of a process's workers have in common: its configuration, and one exporter."""
+    """The configuration and the exporter that all plugins of a process share."""
 
     def __init__(self) -> None:
         self._setups: list[_Setup] = []
         self._before: dict[str, Any] = {}
         self._exporter: Exporter | None = None
 
-    def enter(self, setup: _Setup) -> None:
+    def add(self, setup: _Setup) -> None:
         if not self._setups:
             self._before = {name: config.get(name) for name in DEFAULTS}
         self._setups.append(setup)
         metering.begin()
         self._apply()
 
-    def leave(self, setup: _Setup) -> None:
+    def remove(self, setup: _Setup) -> None:
         self._setups.remove(setup)
         metering.end()
         self._apply()
 
     def configured(self) -> dict[str, Any]:
-        """What somebody configured, and not a plugin of a worker in this process."""
+        """The configuration without the settings of the plugins in this process."""
         found = {name: config.get(name) for name in DEFAULTS}
         if self._setups:
             latest = self._setups[-1]
@@ -109,29 +109,27 @@ _warned: Final[set[str]] = set()
 class CachePlugin(WorkerPlugin):
     """Gives every worker of a cluster the cache of its node as the default cache.
 
-    Workers that join later get it as well, and so do those that are restarted. Registered a second time, it takes the
-    place of the first.
+    Workers that join or restart later get it as well. A second registration replaces the first.
 
     Parameters
     ----------
     directory : str or Path, optional
-        Where the cache of a node is. Else as configured for the client, or the worker; else a folder of this user's in
-        Dask's ``temporary-directory``, or the system's.
+        The cache directory of a node. Default is the configured one of the client, else of the worker, else this user's
+        folder in Dask's ``temporary-directory`` or in the system's.
     max_size : int or str, optional
-        The bound of the whole cache of a node, in bytes or as ``"200 GB"``. Where it is neither given nor configured, a
-        directory keeps the bound it has.
+        The bound of the whole cache of a node, in bytes or as ``"200 GB"``. If it is neither given nor configured, a
+        directory keeps its bound.
     min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, promote_above,
     fetch_timeout, lock_timeout, threads
-        As in `xzcache.config`. What is not given is as configured for the client: nothing depends on the environment of
-        the workers.
+        As in `xzcache.config`. The default is the configuration of the client, never the environment of the workers.
     remove_on_close : bool, optional
-        Whether the last worker of a node that is closed in an orderly way takes the cache away, if no other process
-        uses it; as it is when all workers are restarted.
+        Whether the last worker of a node that closes normally deletes the cache, if no other process uses it. A restart
+        of all workers deletes it too.
 
     Raises
     ------
     ValueError, TypeError
-        A parameter makes no sense; the message names it, its value and what is accepted.
+        A parameter is invalid; the message names it, its value and the accepted values.
 
     Examples
     --------
@@ -160,7 +158,7 @@ class CachePlugin(WorkerPlugin):
             del self.settings["max_size"]
         self._setups: dict[str, _Setup] = {}
         place = configured["directory"] if directory is None else directory
-        # what somebody configured is for machines, of which this need not be one
+        # the configured directory is meant for the machines of workers, so do not check it here
         with nullcontext() if directory is not None else settings.as_found():
             self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
 
@@ -169,14 +167,14 @@ class CachePlugin(WorkerPlugin):
         return f"CachePlugin({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
 
     def setup(self, worker: Worker) -> None:
-        """Make the cache of this node the default one of a worker's process."""
+        """Make the cache of this node the default cache of the worker's process."""
         place = self.directory or _place_of_worker()
         # where a bound is not given, one that another worker of this process was given does not count
         with config.set(_process.configured()):
             directory = self._open(place, worker)
         setup = _Setup(place, self.settings, Gauge(directory))
         self._setups[worker.id] = setup
-        _process.enter(setup)
+        _process.add(setup)
         for name in _SHOWN:
             worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
         latest = setup.gauge.read()
@@ -190,14 +188,14 @@ class CachePlugin(WorkerPlugin):
         directory = open_directory(place, **asked)
         directory.set_lock_timeout(self.settings["lock_timeout"])
         if not directory.prepare():
-            cause = directory.keeper.latest_trouble
+            cause = directory.barrier.latest_fault
         if cause is not None:
             _warn(worker, f"{worker.address} has no cache, and reads from the source: {cause}")
         if place not in _warned and is_on_network(directory.root):
             _warned.add(place)
             _warn(
                 worker,
-                f"the cache directory {directory.root} is on a network file system: what it saves has to cross the "
+                f"the cache directory {directory.root} is on a network file system: every hit has to cross the "
                 "network again, and locks may not hold; give each node a directory on a disk of its own",
             )
         return directory
@@ -209,7 +207,7 @@ class CachePlugin(WorkerPlugin):
         for name in (*_SHOWN, "process"):
             worker.metrics.pop(f"xzcache_{name}", None)
         setup.gauge.close()
-        _process.leave(setup)
+        _process.remove(setup)
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if self.remove_on_close and leaving and not _process.uses(setup.place):
             setup.gauge.directory.remove_if_last()
@@ -219,14 +217,14 @@ class CachePlugin(WorkerPlugin):
 
 
 def _place_of_worker() -> str:
-    """Where the cache is if the client does not say."""
-    # a nanny sets the environment of its worker after it has imported what the main module imports
+    """The cache directory if the client gives none."""
+    # a nanny sets the environment of its worker after the imports of the main module
     configured = config.get("directory") or os.environ.get("XZCACHE_DIRECTORY")
     if configured:
         with settings.as_found():
             return str(settings.parse_root(configured, "directory"))
     parent = dask.config.get("temporary-directory", None) or temporary()
-    # where there are no temporary files, the default tells where else
+    # without a temporary directory, use the default directory
     return default_directory() if parent is None else os.path.join(os.path.abspath(parent), private_name())
 
 
@@ -261,18 +259,18 @@ class CacheDashboard(SchedulerPlugin):
     idempotent = True
 
     async def start(self, scheduler: Scheduler) -> None:
-        """Add the page; where the dashboard is not as it is known here, there is none."""
+        """Add the page, unless the dashboard of this Dask is unknown."""
         try:
             from xzcache.dask._dashboard import add_page
 
             add_page(scheduler)
         except Exception as error:
-            # another release of Dask or Bokeh may have no more what the page is made of: that is no error of the cache
+            # another release of Dask or Bokeh may lack parts of the page, which is no error of the cache
             logger.debug("no page on the dashboard: %s", error, exc_info=error)
 
 
 async def dask_setup(server: Worker | Scheduler) -> None:
-    """What ``--preload xzcache.dask`` does: the plugin with the settings of the process's own configuration."""
+    """Set up ``--preload xzcache.dask``: register the plugin with the configuration of this process."""
     if isinstance(server, Scheduler):
         plugin = CacheDashboard()
         server.add_plugin(plugin)

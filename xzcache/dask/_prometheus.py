@@ -30,12 +30,7 @@ _GAUGES: Final = {
 
 
 class Exporter:
-    """What this process and the cache of its node have done, for whoever collects it.
-
-    Parameters
-    ----------
-    gauge : Gauge
-    """
+    """Exports the figures of this process and of its node's cache to Prometheus."""
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
@@ -56,9 +51,9 @@ class Exporter:
                 yield family
 
     def describe(self) -> list[Metric]:
-        """Nothing in advance: to be asked, the cache has to be there."""
+        """No metrics in advance: asking for them would need the cache."""
         return []
 
     def close(self) -> None:
-        """Export nothing more."""
+        """Stop exporting."""
         REGISTRY.unregister(self)

@@ -1,4 +1,4 @@
-"""What this process, and the cache that it uses by default, have done so far."""
+"""Usage of this process and of its default cache."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Usage(NamedTuple):
     """One process's view of a cache directory. Sizes in bytes, times in seconds."""
 
     process: str
-    """What no other process on any host has."""
+    """An id that is unique among all processes on all hosts."""
     node: str
-    """The uuid of the directory: whoever shares it has the same one."""
+    """The uuid of the directory, which all processes that share it have in common."""
     directory: str
     used: int
     bound: int | None
@@ -42,10 +42,10 @@ class Usage(NamedTuple):
 
 
 def usage(directory: CacheDirectory) -> Usage:
-    """Look now; may wait for the lock of the index, and makes nothing where there is no cache yet."""
+    """The current usage; may wait for the lock of the index, and creates no cache."""
     node = ""
     if directory.is_made and directory.prepare():
-        node = directory.keeper.attempt(directory.books.node_id, "")
+        node = directory.barrier.try_or(directory.session.node_id, "")
     return _usage(directory, node, directory.totals())
 
 
@@ -59,18 +59,13 @@ def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
         bound=totals.max_size,
         entries=totals.entries,
         evictions=directory.space.evictions,
-        troubles=directory.keeper.troubles,
+        troubles=directory.barrier.faults,
         **{name: counts[name] for name in Usage._fields if name in counts},
     )
 
 
 class Gauge:
-    """The usage of a directory, looked at in the background, for those who must not wait.
-
-    Parameters
-    ----------
-    directory : CacheDirectory
-    """
+    """The usage of a directory, updated in the background for callers that must not wait."""
 
     def __init__(self, directory: CacheDirectory) -> None:
         self.directory = directory
@@ -79,11 +74,11 @@ class Gauge:
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._closed = False
-        # a worker uses its cache also while it reads nothing: the last worker to leave may take the cache away
+        # a worker uses its cache even without reads: the last worker to leave may delete the cache
         self._end_use = directory.used_by(self)
 
     def read(self) -> Usage:
-        """What is known, no older than a second or so; counters are those of now."""
+        """The latest usage, about a second old at most; the counters are current."""
         with self._lock:
             due = time.monotonic() - self._looked >= _SECONDS
             if due:
@@ -105,10 +100,10 @@ class Gauge:
         self._end_use()
 
 
-# -- Telling Dask what a task read from the cache and from its source: for Fine Performance Metrics and spans.
+# -- Reporting the reads of a task to Dask, for Fine Performance Metrics and spans.
 #
-# Seconds are those of the clock on the wall: what is read in parallel is not counted twice, so that they add up with
-# the task's other activities.
+# Seconds are wall-clock time: parallel reads are not counted twice, so that they add up with the task's other
+# activities.
 
 _MOST: Final = 1024
 
@@ -118,12 +113,12 @@ _covered: Final[dict[int, float]] = {}
 
 
 def begin() -> None:
-    """Tell of reads from now on."""
+    """Start to report reads."""
     global _users
     with _lock:
         _users += 1
-        if _tell not in observers:
-            observers.append(_tell)
+        if _record_read not in observers:
+            observers.append(_record_read)
 
 
 def end() -> None:
@@ -131,11 +126,11 @@ def end() -> None:
     global _users
     with _lock:
         _users = max(0, _users - 1)
-        if not _users and _tell in observers:
-            observers.remove(_tell)
+        if not _users and _record_read in observers:
+            observers.remove(_record_read)
 
 
-def _tell(where: str, size: int, seconds: float) -> None:
+def _record_read(where: str, size: int, seconds: float) -> None:
     context_meter.digest_metric(f"xzcache-{where}", size, "bytes")
     context_meter.digest_metric(f"xzcache-{where}", 1, "count")
     if (task := _task()) is not None:
@@ -150,7 +145,7 @@ def _tell(where: str, size: int, seconds: float) -> None:
 
 
 def _task() -> int | None:
-    """What stands for the task that reads; None where Dask does not show it."""
+    """An id of the task that reads; None if Dask does not show it."""
     callbacks = getattr(context_meter, "_callbacks", None)
     try:
         return None if callbacks is None else id(callbacks.get())

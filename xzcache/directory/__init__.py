@@ -11,7 +11,7 @@ from xzcache.directory._audit import Audit, audit
 from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._namespace import SharedBackend
 from xzcache.directory._registry import cleanup_resources, open_directory
-from xzcache.files import can_be_made, is_on_network, is_plain, private_name, settled, temporary
+from xzcache.files import can_be_made, is_on_network, is_plain, private_name, resolve_directory, temporary
 from xzcache.index import Totals
 
 __all__ = [
@@ -26,6 +26,6 @@ __all__ = [
     "is_plain",
     "open_directory",
     "private_name",
-    "settled",
+    "resolve_directory",
     "temporary",
 ]

@@ -1,7 +1,7 @@
-"""The audit of a cache directory: the index against the files, the files against their checksums, what was left over.
+"""The audit of a cache directory: the index against the files, the files against their checksums, and leftovers.
 
-Other processes may use the directory meanwhile. What looks wrong is looked at a second time under the guard, where no
-entry is on its way in or out, before it becomes a finding.
+Other processes may use the directory meanwhile. A suspected problem is checked again under the guard, where no entry is
+being published or deleted, before it becomes a finding.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _BATCH: Final = 256
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it should be.
+    """One problem that an audit found.
 
     Attributes
     ----------
     kind : str
         ``"index"`` (SQLite's own check finds damage), ``"totals"`` (a sum differs from its rows), ``"bound"`` (more
-        bytes are counted than the bound allows), ``"missing"`` (an entry without its file), ``"damaged"`` (a file that
-        is not the one that was stored), ``"orphan"`` (an entry file that the index does not count), ``"lease"``,
-        ``"tombstone"``, ``"write"`` and ``"temporary"`` (left by a process that is gone), ``"unknown"`` (the file
-        system did not answer).
+        bytes are counted than the bound allows), ``"missing"`` (an entry without its file), ``"damaged"`` (a file with
+        other bytes than were stored), ``"orphan"`` (an entry file that the index does not count), ``"lease"``,
+        ``"tombstone"``, ``"write"`` and ``"temporary"`` (left by a dead process), ``"unknown"`` (the file system
+        did not answer).
     where : str
-        The path below the cache directory, or the name of what is wrong.
+        The path below the cache directory, or the name of the checked item.
     detail : str
-        What is wrong, in a few words.
+        A short description of the problem.
     """
 
     kind: str
@@ -53,18 +53,18 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What an audit of a cache directory found.
+    """The result of an audit of a cache directory.
 
     Attributes
     ----------
     root : str
         The cache directory.
     entries, size : int
-        Entries whose files are as they were stored, and the bytes of these files.
+        The number of intact entries, and the bytes of their files.
     findings : tuple of Finding
-        What was wrong when the audit began; empty where nothing was.
+        The problems when the audit began.
     repaired : bool
-        Whether a second audit, after the repair, found nothing.
+        Whether a second audit, after the repair, found no problem.
     """
 
     root: str
@@ -75,7 +75,7 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was wrong, or all of it was repaired."""
+        """Whether there was no problem, or all problems were repaired."""
         return self.repaired or not self.findings
 
     def __str__(self) -> str:
@@ -87,42 +87,26 @@ class Audit:
 
 
 def audit(directory: CacheDirectory, *, repair: bool) -> Audit:
-    """Audit a directory; with `repair`, repair it.
-
-    Raises
-    ------
-    CacheFault, OSError
-        The directory cannot be used at all.
-    """
+    """Audit a directory and, with `repair`, repair it; raises `CacheFault` or `OSError` if it is unusable."""
     if not directory.is_made:
-        # an audit makes no directory
+        # an audit creates no directory
         return Audit(directory.root)
-    insist = directory.keeper.insist
-    first = insist(lambda: _Pass(directory))
+    with_rebuild = directory.barrier.with_rebuild
+    first = with_rebuild(lambda: _Pass(directory))
     report = Audit(directory.root, first.entries, first.size, tuple(first.findings))
     if not repair or not first.findings:
         return report
-    insist(lambda: _repair(directory, first))
-    second = insist(lambda: _Pass(directory))
+    with_rebuild(lambda: _repair(directory, first))
+    second = with_rebuild(lambda: _Pass(directory))
     return Audit(directory.root, second.entries, second.size, report.findings, repaired=not second.findings)
 
 
 class _Pass:
-    """One look at everything.
-
-    Attributes
-    ----------
-    findings : list of Finding
-    entries, size : int
-    rows : list of Row
-        Entries whose files are missing or damaged.
-    orphans : list of str
-        Paths of entry files that the index does not count.
-    """
+    """One audit pass; `rows` have missing or damaged files, and `orphans` are paths of files that no row counts."""
 
     def __init__(self, directory: CacheDirectory) -> None:
         self._root = directory.root
-        self._books = directory.books
+        self._session = directory.session
         self.findings: list[Finding] = []
         self.rows: list[Row] = []
         self.orphans: list[str] = []
@@ -136,27 +120,27 @@ class _Pass:
     def _add(self, kind: str, where: str, detail: str) -> None:
         self.findings.append(Finding(kind, where, detail))
 
-    # -- what processes left that are gone
+    # -- leftovers of dead processes
 
     def _check_leftovers(self) -> None:
-        meta = self._books.meta
-        with self._books.section() as (member, index):
+        meta = self._session.meta
+        with self._session.section() as (process, index):
             dead = []
             for owner in index.owners():
-                if owner != member.owner and member.owners.try_lock(owner):
-                    member.owners.unlock(owner)
+                if owner != process.owner and process.owners.try_lock(owner):
+                    process.owners.unlock(owner)
                     dead.append(owner)
                     if lease := index.lease_of(owner):
                         self._add("lease", f"owner {owner}", f"{lease} bytes are leased to a process that is gone")
-                    for _, key, _ in index.notes.writing_of(owner):
+                    for _, key, _ in index.tables.writing_of(owner):
                         self._add("write", key, "a process that is gone was writing it")
-            left = index.left_dying() + index.dying_of_nobody()
-            for item in left + [item for owner in dead for item in index.dying_of(owner)]:
-                where = relative_path(item.entry, odd=item.odd)
+            left = index.unowned_tombstones() + index.orphaned_tombstones()
+            for item in left + [item for owner in dead for item in index.tombstones_of(owner)]:
+                where = relative_path(item.entry, hashed=item.hashed)
                 self._add("tombstone", where, f"{item.size} bytes could not be given back yet")
-            for key in index.notes.writings_of_nobody():
+            for key in index.tables.writings_of_nobody():
                 self._add("write", key, "a process that has left was writing it")
-            known = index.dying_ids()
+            known = index.tombstone_ids()
             for name in _names(f"{meta}/trash"):
                 if not name.isdecimal() or int(name) not in known:
                     self._add("temporary", f"{META}/trash/{name}", "no tombstone speaks of it")
@@ -168,7 +152,7 @@ class _Pass:
     # -- the index by itself
 
     def _check_index(self) -> None:
-        with self._books.section() as (_, index):
+        with self._session.section() as (_, index):
             for problem in index.problems():
                 self._add("index", "index", problem)
             for name, says, true in index.wrong_totals():
@@ -182,29 +166,29 @@ class _Pass:
     def _check_rows(self) -> None:
         after = 0
         while True:
-            with self._books.section() as (_, index):
+            with self._session.section() as (_, index):
                 rows = index.rows_after(after, _BATCH)
             if not rows:
                 return
             after = rows[-1].id
             doubtful = [row for row in rows if self._fault_of(row) is not None]
             if doubtful:
-                with self._books.section() as (_, index):
+                with self._session.section() as (_, index):
                     self._recheck(index, doubtful)
 
     def _recheck(self, index: Index, rows: Iterable[Row]) -> None:
         for row in rows:
             current = index.find(row.entry)
             if current is not None and current.id == row.id and (fault := self._fault_of(row)) is not None:
-                self._add(fault[0], relative_path(row.entry, odd=row.odd), fault[1])
+                self._add(fault[0], relative_path(row.entry, hashed=row.hashed), fault[1])
                 self.rows.append(row)
 
     def _fault_of(self, row: Row) -> tuple[str, str] | None:
-        """What is wrong with the file of a row, as kind and detail. Files that are right are counted."""
-        path = f"{self._root}/{relative_path(row.entry, odd=row.odd)}"
-        troubles: list[BaseException] = []
+        """The problem with the file of a row, as kind and detail; intact files are counted."""
+        path = f"{self._root}/{relative_path(row.entry, hashed=row.hashed)}"
+        faults: list[BaseException] = []
         try:
-            opened = files.open_file(path, troubles.append)
+            opened = files.open_file(path, faults.append)
             if opened is None:
                 return "missing", f"{row.size} bytes are counted for no file"
             try:
@@ -218,11 +202,11 @@ class _Pass:
             return "unknown", str(error)
         if data is None or opened.size != row.size or files.checksum(data) != row.crc:
             return "damaged", f"{opened.size} bytes that are not the {row.size} that were stored"
-        if stamp is None and self._books.has_stamps:
+        if stamp is None and self._session.has_stamps:
             return "damaged", "its stamp is gone"
         if stamp is not None:
             # the stamp of a file that does not lie at its own key names the key as well
-            named = stamp.entry if row.odd or not row.entry.is_whole else row.entry
+            named = stamp.entry if row.hashed or not row.entry.is_whole else row.entry
             if stamp.digest != row.entry.digest() or named != row.entry:
                 return "damaged", "its stamp is not that of the entry"
         if not opened.is_ours:
@@ -243,7 +227,7 @@ class _Pass:
         self._check_orphans(batch)
 
     def _entry_files(self) -> Iterator[tuple[str, Entry]]:
-        """Files that the cache wrote, where entries lie, each with the entry that it says it is."""
+        """Entry files on the disk, each with the entry that its path or stamp names."""
         for path in files.walk(self._root):
             entry = Entry(os.path.relpath(path, self._root).replace(os.sep, "/"))
             try:
@@ -252,17 +236,17 @@ class _Pass:
             except OSError as error:
                 self._add("unknown", entry.key, str(error))
         for place in ("odd", "ranges"):
-            for path in files.walk(f"{self._books.meta}/{place}"):
+            for path in files.walk(f"{self._session.meta}/{place}"):
                 # only the cache writes here, so a file that does not name its entry is an orphan
                 stamp = files.read_stamp(path)
                 yield path, stamp.entry if stamp is not None and stamp.key else Entry("")
 
     def _check_orphans(self, batch: list[tuple[str, Entry]]) -> None:
-        with self._books.section() as (_, index):
+        with self._session.section() as (_, index):
             for path, entry in batch:
                 row = index.find(entry)
-                lies_right = row is not None and path == f"{self._root}/{relative_path(entry, odd=row.odd)}"
-                if not lies_right and os.path.lexists(path) and not index.is_dying(entry):
+                lies_right = row is not None and path == f"{self._root}/{relative_path(entry, hashed=row.hashed)}"
+                if not lies_right and os.path.lexists(path) and not index.has_tombstone(entry):
                     self._add("orphan", os.path.relpath(path, self._root), "an entry file that no row counts")
                     self.orphans.append(path)
 
@@ -275,22 +259,22 @@ def _names(directory: str) -> list[str]:
 
 
 def _repair(directory: CacheDirectory, found: _Pass) -> None:
-    """Repair what an audit found: what is wrong leaves the cache, and the source still has it."""
-    books, space = directory.books, directory.space
-    recovery.recover(books)
-    with books.section() as (_, index):
-        index.notes.drop_writings_of_nobody()
+    """Repair the findings of an audit: broken entries are removed, and the source still has them."""
+    session, space = directory.session, directory.space
+    recovery.recover(session)
+    with session.section() as (_, index):
+        index.tables.drop_writings_of_nobody()
         index.mend_totals()
     for start in range(0, len(found.rows), _BATCH):
-        with books.section() as (member, index):
-            # what was told of its use meanwhile is the same entry; what was stored anew is not
+        with session.section() as (process, index):
+            # an entry whose last use was updated meanwhile is still the same; one that was stored again has another id
             there = index.of_ids([row.id for row in found.rows[start : start + _BATCH]])
-            dying = space.condemn(member, index, list(there.values()))
-        space.release(dying)
+            tombstones = space.mark_deleted(process, index, list(there.values()))
+        space.unlink_deleted(tombstones)
     for path in found.orphans:
-        with books.section():
+        with session.section():
             # under the guard, where no publisher is about to give this file a row
-            relative = os.path.relpath(path, books.root)
-            files.discard(files.inside(books.root, relative))
-            files.prune(path, books.root)
-    space.fit()
+            relative = os.path.relpath(path, session.root)
+            files.discard(files.inside(session.root, relative))
+            files.prune(path, session.root)
+    space.enforce_bound()

@@ -1,6 +1,6 @@
-"""A cache directory, as every process on the machine shares it: the blocking whole, made of its parts.
+"""A cache directory that all processes of a machine share: the blocking parts, put together.
 
-Nothing here raises for the cache's own sake: trouble is counted, logged once, and answered with "not here" or "not
+No method raises because the cache fails: faults are counted, logged once, and answered with "not cached" or "not
 stored".
 """
 
@@ -20,41 +20,41 @@ from xzcache import _threads as pool
 from xzcache import files
 from xzcache._config import Unset
 from xzcache.directory import _recovery as recovery
-from xzcache.directory._absent import Absences
-from xzcache.directory._faults import Keeper
-from xzcache.directory._fetchlocks import Leaders
-from xzcache.directory._invalidation import Doubts, Writes
-from xzcache.directory._metadata import Arrays
+from xzcache.directory._absent import NegativeCache
+from xzcache.directory._faults import FaultBarrier
+from xzcache.directory._fetchlocks import FetchLocks
+from xzcache.directory._invalidation import PendingInvalidations, Writes
+from xzcache.directory._metadata import MetadataTracker
 from xzcache.directory._publish import Publisher
 from xzcache.directory._space import Space
-from xzcache.directory._writebehind import Background, departures
+from xzcache.directory._writebehind import WriteBehind, departures
 from xzcache.eviction import POLICIES, recency_for
 from xzcache.files import LONG, Health, Quarantine, Reader
-from xzcache.index import Books, Totals
+from xzcache.index import IndexSession, Totals
 from xzcache.model import META, Busy, CacheFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from xzcache.directory._publish import Parcel
-    from xzcache.index import Membership
+    from xzcache.directory._publish import PendingEntry
+    from xzcache.index import Registration
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
-"""Seconds for which a directory that could not be opened is left alone by reads."""
+"""Seconds for which reads skip a directory that could not be opened."""
 
 _GLANCE: Final = 0.02
-"""Seconds that somebody who only looks waits for the index."""
+"""Seconds that a display waits for the index."""
 _PROBED: Final = 1 << 16
 _PATIENCE_OF_A_PROBE: Final = 0.2
 _users: Final = itertools.count()
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
-"""Seconds between attempts to make up for what could not be made invisible."""
+"""Seconds between retries of pending invalidations."""
 
 
 class CacheDirectory:
@@ -63,22 +63,22 @@ class CacheDirectory:
     Parameters
     ----------
     root : str
-        The real path of the directory. Nothing is made before it is needed.
+        The real path of the directory, which is created at its first use.
     max_size : int, None or UNSET
-        The bound in bytes, None for none; UNSET keeps the one that the directory has.
+        The bound in bytes, None for none; UNSET keeps the current bound of the directory.
     default_max_size : int or None
-        The bound of a directory that is new.
+        The bound of a new directory.
     min_free : float or int
-        What to leave free of the file system: a fraction or bytes.
+        The free space to leave on the file system: a fraction or bytes.
     lock_timeout : float
         Seconds to wait for the lock of the index.
     policy : str
-        Which entries leave first, as far as this process decides it.
+        The eviction policy of this process.
 
     Attributes
     ----------
-    reader, leaders, publisher, writes, absences, arrays, space
-        The parts: what they do with the directory they do for all processes.
+    reader, fetch_locks, publisher, writes, negative_cache, metadata, space
+        The parts of the directory.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class CacheDirectory:
     ) -> None:
         self.root = root
         self._users: set[int] = set()
-        self.books = Books(root, lock_timeout, self._see_whether_used)
-        self.health = Health(root, self._probe, self._make_up)
-        self.background = Background(self._publish_all, self._hangs)
+        self.session = IndexSession(root, lock_timeout, self._see_whether_used)
+        self.health = Health(root, self._probe, self._retry_pending)
+        self.write_behind = WriteBehind(self._publish_all, self._hangs)
         self._min_free = min_free
         self._policy = policy
         self._quarantine = Quarantine()
@@ -103,23 +103,23 @@ class CacheDirectory:
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
         self.recency = recency_for(POLICIES[self._policy]())
-        self.keeper = Keeper(self.books, max_size, default_max_size, self.health)
-        self.books.when_used = self.health.note_progress
-        self.space = Space(self.books, self.recency, self._min_free)
-        folds = files.folds_case(self.books.meta)
+        self.barrier = FaultBarrier(self.session, max_size, default_max_size, self.health)
+        self.session.when_used = self.health.record_progress
+        self.space = Space(self.session, self.recency, self._min_free)
+        folds = files.folds_case(self.session.meta)
         before, self._quarantine = self._quarantine, Quarantine(self._quarantine)
-        self.reader = Reader(self.keeper, folds=folds, quarantine=self._quarantine)
-        self.books.when_refused, self.books.when_joined = self.reader.distrust_all, self.reader.trust_again
-        self.leaders = Leaders(self.keeper)
-        self.publisher = Publisher(self.keeper, self.space, folds=folds)
-        self.doubts = Doubts(self.keeper, self.reader)
-        self.writes = Writes(self.doubts, self.space, self.publisher)
+        self.reader = Reader(self.barrier, folds=folds, quarantine=self._quarantine)
+        self.session.when_refused, self.session.when_joined = self.reader.quarantine_all, self.reader.lift_quarantine
+        self.fetch_locks = FetchLocks(self.barrier)
+        self.publisher = Publisher(self.barrier, self.space, folds=folds)
+        self.pending = PendingInvalidations(self.barrier, self.reader)
+        self.writes = Writes(self.pending, self.space, self.publisher)
         if before.held:
             self.writes.adopt(before.held)
-        self.absences = Absences(self.keeper)
-        self.arrays = Arrays(self.keeper, self.writes, self.doubts)
+        self.negative_cache = NegativeCache(self.barrier)
+        self.metadata = MetadataTracker(self.barrier, self.writes, self.pending)
         self._seen: dict[str, tuple[Totals, tuple[int, int]]] = {}
-        self._prepared: tuple[Membership | None, int | Unset | None] | None = None
+        self._prepared: tuple[Registration | None, int | Unset | None] | None = None
         self._preparing = threading.Lock()
         self._prepare_after = 0.0
         self._is_trusted = False
@@ -131,8 +131,8 @@ class CacheDirectory:
         """Do a little of everything on the disk."""
         try:
             os.stat(self.root)
-            os.listdir(self.books.meta)
-            fd = os.open(f"{self.books.meta}/lock", os.O_RDONLY | os.O_CLOEXEC)
+            os.listdir(self.session.meta)
+            fd = os.open(f"{self.session.meta}/lock", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             # there is no cache, which is no fault of the disk
             return
@@ -145,13 +145,13 @@ class CacheDirectory:
             # other files may be as well as ever
             with suppress(OSError), open(path, "rb", buffering=0) as file:
                 file.read(_PROBED)
-        with self.books.section(_PATIENCE_OF_A_PROBE):
+        with self.session.section(_PATIENCE_OF_A_PROBE):
             pass
 
-    def _make_up(self) -> bool:
+    def _retry_pending(self) -> bool:
         self._prepare_after = 0.0
-        self.doubts.make_up()
-        return not self.doubts.owes
+        self.pending.retry_pending()
+        return not self.pending.has_pending
 
     def _hangs(self, waited: bool = True) -> bool:
         """Whether a read goes on without the disk; asked when it has waited for long, or is about to wait."""
@@ -159,13 +159,13 @@ class CacheDirectory:
             return True
         if not waited or self.health.makes_progress:
             return False
-        member = self.books.current
-        if member is None or not member.waits_for_others(LONG):
-            self.health.note_slow("nothing was heard from its disk for a second")
+        process = self.session.current
+        if process is None or not process.waits_for_others(LONG):
+            self.health.record_slow("its disk has not answered for a second")
         return True
 
     async def promptly(self, otherwise: T, function: Callable[..., T], *args: object, patience: float = LONG) -> T:
-        """Await a blocking function of a read; `otherwise` where the disk lets it hang, or is to be left alone."""
+        """Await a blocking function of a read; returns `otherwise` if the disk hangs or is put aside."""
         if self.health.is_aside:
             return otherwise
         return await self._unless_it_hangs(otherwise, pool.submit(self._with_progress, function, args), patience)
@@ -174,7 +174,7 @@ class CacheDirectory:
         try:
             return function(*args)
         finally:
-            self.health.note_progress()
+            self.health.record_progress()
 
     async def _unless_it_hangs(self, otherwise: T, future: Future[T], patience: float = LONG) -> T:
         while True:
@@ -189,7 +189,7 @@ class CacheDirectory:
                 patience = LONG
 
     async def to_the_end(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `promptly`, of what must not be left undone: what hangs is waited for, but others need not learn it."""
+        """Like `promptly`, for work that must not be skipped: it is awaited even if the disk hangs."""
         future = pool.submit(function, *args, **kwargs)
         try:
             return await asyncio.wait_for(pool.outcome(future), LONG)
@@ -199,20 +199,21 @@ class CacheDirectory:
             return await pool.outcome(future)
 
     async def prepare_promptly(self) -> None:
-        """As `prepare`, which goes on where it takes long: all who want it wait for the same."""
+        """Like `prepare`, limited in time: concurrent callers wait for the same call."""
         if self.health.is_aside:
-            self.health.tell_if_long()
+            self.health.log_if_long()
             return
         if (future := self._under_way) is None or future.done():
             future = self._under_way = pool.submit(self.prepare)
         await self._unless_it_hangs(False, future)
 
-    # -- who uses it
+    # -- users
 
     def used_by(self, user: object) -> weakref.finalize[[int], object]:
-        """Take note of a user: without any, this process leaves the directory. What ends the use, if nothing else does.
+        """Register a user of the directory; returns a function that ends the use.
 
-        Everything can be used without: the process joins, and leaves soon.
+        Without users, this process leaves the directory soon. Every method works without a user: the process joins for
+        it.
         """
         number = next(_users)
         self._users.add(number)
@@ -232,238 +233,238 @@ class CacheDirectory:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything uses the directory, or this process has not left it yet."""
-        return bool(self._users) or self.books.current is not None
+        """Whether the directory has users, or this process has not left it yet."""
+        return bool(self._users) or self.session.current is not None
 
     def _leave(self) -> bool:
-        """Leave, if nothing uses the directory; False where it is about to be left."""
+        """Leave the directory if it has no users; False if that must be tried again."""
         if self._users:
             return True
-        if self.books.current is None:
-            # another process may do what this one could not
-            self.doubts.leave_note()
+        if self.session.current is None:
+            # another process may finish the pending invalidations
+            self.pending.leave_note()
             return True
-        if self.health.is_aside or not self.background.is_idle or self.books.was_just_used:
+        if self.health.is_aside or not self.write_behind.is_idle or self.session.was_just_used:
             return False
-        if self.doubts.owes:
-            self.doubts.make_up()
+        if self.pending.has_pending:
+            self.pending.retry_pending()
         left = self._close(unless_writing=True)
-        if not left and not self.books.writing:
-            # the index speaks of writes that are over
-            self.keeper.attempt(lambda: recovery.recover(self.books), None)
+        if not left and not self.session.writing:
+            # the index still has rows of writes that have ended
+            self.barrier.try_or(lambda: recovery.recover(self.session), None)
         return left
 
-    def _publish_all(self, parcels: Sequence[Parcel]) -> None:
-        self.publisher.publish_all(parcels)
+    def _publish_all(self, batch: Sequence[PendingEntry]) -> None:
+        self.publisher.publish_all(batch)
 
     @property
     def is_prepared(self) -> bool:
         """Whether `prepare` has nothing to do; never waits."""
-        return self._prepared is not None and self._prepared == (self.books.current, self.keeper.bound)
+        return self._prepared is not None and self._prepared == (self.session.current, self.barrier.bound)
 
     @property
     def is_ready(self) -> bool:
-        """As `is_prepared`; what a hit asks. Which keys are in doubt, the reader knows."""
+        """Like `is_prepared`, for a hit: the reader checks for quarantined keys itself."""
         prepared = self._prepared
-        return prepared is not None and prepared[0] is self.books.current and prepared[1] == self.keeper.bound
+        return prepared is not None and prepared[0] is self.session.current and prepared[1] == self.barrier.bound
 
     @property
     def may_serve(self) -> bool:
-        """Whether entries may be read by their paths, though this process may not have joined: no hit has to ask.
+        """Whether entries may be served before this process has joined.
 
-        Before somebody has seen to a loss of power, entries may be of before a write that the source has.
+        After a loss of power, until the recovery, entries may be older than a write that the source has.
         """
         if not self._is_trusted:
-            self._is_trusted = self.is_ready or not recovery.may_be_stale(self.books)
+            self._is_trusted = self.is_ready or not recovery.may_be_stale(self.session)
         return self._is_trusted
 
     @property
     def wants_preparing(self) -> bool:
         """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
         if self.health.is_aside:
-            # what is wrong is told there
+            # `prepare` logs the reason
             return True
-        return (not self.is_prepared or self.doubts.owes) and time.monotonic() >= self._prepare_after
+        return (not self.is_prepared or self.pending.has_pending) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
-        """Join the directory, clean up after dead processes and see to the bound; False where that cannot be done."""
+        """Join the directory, recover from dead processes and enforce the bound; False if that fails."""
         if self.health.is_aside:
             return False
         with self._preparing:
-            if self.books.lost and not self.books.is_stand_in():
+            if self.session.lost and not self.session.is_stand_in():
                 # the directory that was away may be back
                 self._prepared = None
-            if not self.is_prepared and not self.keeper.attempt(self._prepare, False):
+            if not self.is_prepared and not self.barrier.try_or(self._prepare, False):
                 self._prepare_after = time.monotonic() + _PAUSE_AFTER_FAILURE
                 return False
             if self._quarantine.has_returned:
                 self.writes.adopt(self._quarantine.take_returned())
-            self.doubts.make_up()
-            if self.doubts.owes:
+            self.pending.retry_pending()
+            if self.pending.has_pending:
                 self._prepare_after = time.monotonic() + _PAUSE_WHILE_IN_DOUBT
             return True
 
     def _prepare(self) -> bool:
-        bound = self.keeper.bound
-        left = recovery.recover(self.books)
-        self.writes.make_up_for_return()
+        bound = self.barrier.bound
+        left = recovery.recover(self.session)
+        self.writes.invalidate_returned()
         self.writes.adopt(left)
-        self.keeper.apply_bound()
-        self.space.fit()
-        if not left and recovery.has_dead_notes(self.books):
+        self.barrier.apply_bound()
+        self.space.enforce_bound()
+        if not left and recovery.has_dead_notes(self.session):
             # that waits for the disk
-            pool.spawn(self._settle_notes)
-        self._prepared = self.books.current, bound
+            pool.spawn(self._remove_dead_notes)
+        self._prepared = self.session.current, bound
         return True
 
-    def _settle_notes(self) -> None:
-        self.keeper.attempt(lambda: recovery.settle_notes(self.books), None)
+    def _remove_dead_notes(self) -> None:
+        self.barrier.try_or(lambda: recovery.remove_dead_notes(self.session), None)
 
     def set_bound(self, max_size: int | None) -> None:
         """Ask for another bound, for all processes; a smaller one evicts at the next use."""
-        if self.keeper.bound != max_size:
-            self.keeper.bound = max_size
+        if self.barrier.bound != max_size:
+            self.barrier.bound = max_size
             self._prepare_after = 0.0
-        if self.books.current is None:
-            self.keeper.ask_again()
+        if self.session.current is None:
+            self.barrier.reapply_bound()
 
     def set_min_free(self, min_free: float | int) -> None:
         """Ask for another reserve of free disk, in this process."""
         self._min_free = self.space.min_free = min_free
 
     def set_policy(self, policy: str) -> None:
-        """Ask for another policy, in this process: whoever makes room does so by its own."""
+        """Set the eviction policy of this process."""
         if policy != self._policy:
             self._policy = policy
             self.recency.policy = POLICIES[policy]()
 
     def set_lock_timeout(self, seconds: float) -> None:
         """Ask for another time to wait for the lock of the index, in this process."""
-        self.books.timeout = seconds
-        if (member := self.books.current) is not None:
-            member.guard.timeout = seconds
+        self.session.timeout = seconds
+        if (process := self.session.current) is not None:
+            process.guard.timeout = seconds
 
     def reopen(self) -> None:
-        """Have a directory that was taken away be made again at its next use."""
-        if self.books.is_retired:
-            self.books.is_retired = False
+        """Allow a directory that was removed by `remove_if_last` to be created again."""
+        if self.session.is_retired:
+            self.session.is_retired = False
             self._prepare_after = 0.0
 
     def flush(self) -> None:
-        """Tell the index of the latest uses."""
-        if self.books.is_retired:
-            # taken away meanwhile: there is nobody to tell
+        """Write the latest uses to the index."""
+        if self.session.is_retired:
+            # the directory was removed meanwhile, so there is no index
             return
-        # who has only read so far has not joined yet
-        if self.recency and (self.books.current is not None or (self.wants_preparing and self.prepare())):
-            self.keeper.attempt(self._flush, None)
+        # a process that has only served hits has not joined yet
+        if self.recency and (self.session.current is not None or (self.wants_preparing and self.prepare())):
+            self.barrier.try_or(self._flush, None)
 
     def _flush(self) -> None:
-        with self.books.section() as (_, index):
-            self.recency.tell(index)
-            left = {item.entry.key for item in index.left_dying()}
+        with self.session.section() as (_, index):
+            self.recency.flush_to(index)
+            left = {item.entry.key for item in index.unowned_tombstones()}
         if left:
             self.writes.adopt(list(left))
 
     @property
     def is_made(self) -> bool:
-        """Whether there is a cache to look at: what only looks makes none."""
-        # even where this process has joined it may have been taken away since
-        return os.path.isdir(self.books.meta)
+        """Whether there is a cache directory; calls that only inspect it do not create it."""
+        # the directory may have been removed after this process joined
+        return os.path.isdir(self.session.meta)
 
     def totals(self) -> Totals:
-        """What the directory holds; zeros where it is not there, or cannot be asked."""
+        """The totals of the directory; zeros if there is none, or if the index fails."""
         if not self.is_made:
-            bound = self.keeper.bound
-            return Totals(0, 0, 0, 0, self.keeper.default_bound if isinstance(bound, Unset) else bound)
-        return self.keeper.attempt(self._totals, Totals(0, 0, 0, 0, None))
+            bound = self.barrier.bound
+            return Totals(0, 0, 0, 0, self.barrier.default_bound if isinstance(bound, Unset) else bound)
+        return self.barrier.try_or(self._totals, Totals(0, 0, 0, 0, None))
 
     def _totals(self) -> Totals:
-        with self.books.section() as (_, index):
+        with self.session.section() as (_, index):
             return index.totals()
 
     def share(self, namespace: str) -> tuple[int, int]:
         """Number and bytes of the entries of one source."""
         if not self.is_made:
             return 0, 0
-        return self.keeper.attempt(lambda: self._share(namespace), (0, 0))
+        return self.barrier.try_or(lambda: self._share(namespace), (0, 0))
 
     def _share(self, namespace: str) -> tuple[int, int]:
-        with self.books.section() as (_, index):
+        with self.session.section() as (_, index):
             return index.share(namespace)
 
     def glance(self, namespace: str) -> tuple[Totals, tuple[int, int]]:
-        """As `totals` and `share`, for show: as they were seen last, where they are not to be had at once."""
+        """Like `totals` and `share`, for a display: the latest known values if the index is busy."""
         if not self.is_made:
             return self.totals(), (0, 0)
         try:
             if self.health.is_aside:
                 raise Busy("the disk is to be left alone")
-            with self.books.section(_GLANCE) as (_, index):
+            with self.session.section(_GLANCE) as (_, index):
                 self._seen[namespace] = index.totals(), index.share(namespace)
         except Busy:
             pass
         except (CacheFault, OSError) as error:
-            self.keeper.trouble(error)
+            self.barrier.record_fault(error)
         return self._seen.get(namespace, (Totals(0, 0, 0, 0, None), (0, 0)))
 
-    def odd_keys(self, prefix: str) -> list[str]:
-        """Keys beneath a prefix whose files do not lie at the key."""
+    def hashed_keys(self, prefix: str) -> list[str]:
+        """Keys beneath a prefix whose files lie under their digests."""
         if not self.is_made:
             return []
-        return self.keeper.attempt(lambda: self._odd_keys(prefix), [])
+        return self.barrier.try_or(lambda: self._hashed_keys(prefix), [])
 
-    def _odd_keys(self, prefix: str) -> list[str]:
-        with self.books.section() as (_, index):
-            return index.odd_keys(prefix)
+    def _hashed_keys(self, prefix: str) -> list[str]:
+        with self.session.section() as (_, index):
+            return index.hashed_keys(prefix)
 
     def close(self) -> None:
-        """Finish what is being stored, note the latest uses, give the lease back. The next use joins again."""
+        """Finish pending publishes, write the latest uses and return the lease; the next use joins again."""
         if not self.health.comes_back(LONG):
-            # whoever comes next finds that this process is gone
+            # the next process to recover treats this one as dead
             self.health.rest()
             return
-        self.background.wait()
-        if self.books.current is not None:
-            # what was taken away and is back would be served by those who come after
+        self.write_behind.wait()
+        if self.session.current is not None:
+            # suspected files must be removed now: later processes would serve them
             self.writes.adopt(self._quarantine.suspected)
-            self.doubts.make_up()
+            self.pending.retry_pending()
         self._close()
-        self.doubts.leave_note()
+        self.pending.leave_note()
 
     def _close(self, *, unless_writing: bool = False) -> bool:
-        last_words = self.recency.tell if self.recency else None
-        left = self.books.close(last_words, unless_writing=unless_writing, owes=self.doubts.owes)
-        if (prepared := self._prepared) is not None and prepared[0] is not self.books.current:
+        last_words = self.recency.flush_to if self.recency else None
+        left = self.session.close(last_words, unless_writing=unless_writing, has_pending=self.pending.has_pending)
+        if (prepared := self._prepared) is not None and prepared[0] is not self.session.current:
             self._prepared = None
         return left
 
     def remove_if_last(self) -> bool:
-        """Leave, and take away what the cache made, if no other process uses it; whether it did."""
-        return self.keeper.attempt(self._remove_if_last, False)
+        """Leave, and delete the cache if no other process uses it; returns whether it was deleted."""
+        return self.barrier.try_or(self._remove_if_last, False)
 
     def _remove_if_last(self) -> bool:
-        self.background.wait()
-        if not recovery.is_last_to_leave(self.books):
-            # what is still open here joins again at its next use
+        self.write_behind.wait()
+        if not recovery.is_last_to_leave(self.session):
+            # stores that are still open join again at their next use
             self.close()
             return False
         self.writes.drop_now("")
-        # what still runs here must not make it again
-        self.books.is_retired = True
-        self.books.close()
+        # work that still runs in this process must not create the directory again
+        self.session.is_retired = True
+        self.session.close()
         self._prepared = None
         with suppress(OSError):
             shutil.rmtree(files.inside(self.root, META))
         with suppress(OSError):
-            # unless somebody keeps something else there
+            # unless the directory holds other files
             os.rmdir(self.root)
         return True
 
     def after_fork_in_child(self) -> None:
-        """Start anew, with the settings of the parent and nothing else of it."""
-        self.books.after_fork_in_child()
-        self.health = Health(self.root, self._probe, self._make_up)
-        self.doubts.let_go_of_note()
+        """Start anew with only the settings of the parent."""
+        self.session.after_fork_in_child()
+        self.health = Health(self.root, self._probe, self._retry_pending)
+        self.pending.let_go_of_note()
         # the users are there in the child, too
-        self._start(self.keeper.bound, self.keeper.default_bound)
+        self._start(self.barrier.bound, self.barrier.default_bound)

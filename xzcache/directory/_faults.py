@@ -1,4 +1,4 @@
-"""Keeps the books usable: repairs a damaged index, counts what goes wrong, says it once, and never raises it."""
+"""The fault barrier: repairs a damaged index, counts and logs faults, and never lets them reach a read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from xzcache.files import Health
-    from xzcache.index import Books
+    from xzcache.index import IndexSession
 
 
 logger = logging.getLogger("xzcache.directory")
@@ -28,58 +28,40 @@ _SHARE: Final = 2.0
 _MOST_REPAIRS: Final = 5
 
 
-class Keeper:
-    """Does things with the shared books on behalf of reads that must not fail.
+class FaultBarrier:
+    """Runs actions on the index session for reads that must not fail.
 
-    Parameters
-    ----------
-    books : Books
-    bound : int, None or UNSET
-        The bound in bytes that was asked for, None for none.
-    default_bound : int or None
-        The bound of a directory that does not know one yet.
-    health : Health
-        The state of the disk.
-
-    Attributes
-    ----------
-    troubles : int
-        How often the cache itself failed, in this process.
-    latest_trouble : BaseException or None
-        How it failed last.
+    `bound` is the requested bound in bytes, None for none, or UNSET. `default_bound` is for a directory without a bound
+    of its own. `faults` counts the failures of the cache in this process; `latest_fault` is the last one.
     """
 
-    def __init__(self, books: Books, bound: int | Unset | None, default_bound: int | None, health: Health) -> None:
-        self.books = books
+    def __init__(
+        self, session: IndexSession, bound: int | Unset | None, default_bound: int | None, health: Health
+    ) -> None:
+        self.session = session
         self.health = health
         self.bound = bound
         self.default_bound = default_bound
-        self.troubles = 0
-        self.latest_trouble: BaseException | None = None
+        self.faults = 0
+        self.latest_fault: BaseException | None = None
         self._rebuild_after = 0.0
         self._doubt_after = 0.0
-        self._owes_revocation = False
+        self._must_revoke = False
         self._applied: int | Unset | None = UNSET
-        self._told: set[tuple[type[BaseException], int | None]] = set()
+        self._logged_kinds: set[tuple[type[BaseException], int | None]] = set()
 
-    def attempt(self, action: Callable[[], T], otherwise: T) -> T:
-        """Do something with the books; `otherwise` where it cannot be done, or the disk is to be left alone."""
+    def try_or(self, action: Callable[[], T], otherwise: T) -> T:
+        """Run an action; returns `otherwise` if it fails or if the disk is put aside."""
         if self.health.is_aside:
             return otherwise
         try:
-            return self.insist(action)
+            return self.with_rebuild(action)
         except Exception as error:
-            self.trouble(error)
+            self.record_fault(error)
             return otherwise
 
-    def insist(self, action: Callable[[], T]) -> T:
-        """Do something with the books, rebuilding a damaged index.
-
-        Raises
-        ------
-        CacheFault, OSError
-            It cannot be done.
-        """
+    def with_rebuild(self, action: Callable[[], T]) -> T:
+        """Run an action, rebuilding a damaged index; raises `CacheFault` or `OSError` if it fails."""
         mended, tries = False, 0
         while True:
             try:
@@ -101,7 +83,7 @@ class Keeper:
                         self._pause(time.monotonic() - began)
                     raise
                 if mended and not damage.is_certain:
-                    # a disk that fails now and then makes a new index no better than the old one
+                    # on a disk that fails now and then, a new index is no better than the old one
                     self._doubt_after = self._after(time.monotonic() - began)
 
     def _pause(self, took: float) -> None:
@@ -113,66 +95,69 @@ class Keeper:
         return time.monotonic() + _PAUSE_AFTER_FAILURE * max(1.0, _SHARE * took)
 
     def _rebuild(self, damage: Damaged) -> bool:
-        generation = self.books.member().generation if damage.generation is None else damage.generation
+        generation = self.session.process().generation if damage.generation is None else damage.generation
         bound = self.default_bound if isinstance(self.bound, Unset) else self.bound
-        mended = recovery.rebuild(self.books, generation, bound)
+        mended = recovery.rebuild(self.session, generation, bound)
         if mended and generation:
-            logger.warning("the index of the cache in %s was damaged and made anew", self.books.root)
+            logger.warning("the index of the cache in %s was damaged and has been rebuilt", self.session.root)
         return mended
 
     def apply_bound(self) -> None:
-        """Make the bound that was asked for the bound of the directory; a lower one takes all leases back."""
-        if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._owes_revocation):
-            # what another process has asked for since holds, also when this one comes back
+        """Apply the requested bound to the directory; a lower bound revokes all leases."""
+        if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._must_revoke):
+            # a bound that another process requested later holds, even when this process joins again
             return
-        with self.books.section() as (member, index):
+        with self.session.section() as (process, index):
             old = index.totals().max_size
-        if old == self.bound and not self._owes_revocation:
+        if old == self.bound and not self._must_revoke:
             self._applied = self.bound
             return
         lower = self.bound is not None and (old is None or self.bound <= old)
-        alone = lower and member.storing.exclude(self.books.timeout)
+        alone = lower and process.storing.exclude(self.session.timeout)
         try:
-            with self.books.section() as (current, index):
+            with self.session.section() as (current, index):
                 index.set_max_size(self.bound)
-                if alone and current is member:
-                    member.revoke_leases(index)
-                # what is remembered is what was asked for, whatever becomes of the index
-                recovery.remember_bound(self.books, self.bound)
+                if alone and current is process:
+                    process.revoke_leases(index)
+                # the file keeps the requested bound even if the index is lost
+                recovery.remember_bound(self.session, self.bound)
         finally:
             if alone:
-                member.storing.readmit()
-        self._owes_revocation = lower and not alone
-        if self._owes_revocation:
-            raise Busy("somebody is writing, and may still use what was leased under the old bound")
+                process.storing.readmit()
+        self._must_revoke = lower and not alone
+        if self._must_revoke:
+            raise Busy("another process is writing, and may still use a lease of the old bound")
         self._applied = self.bound
 
-    def ask_again(self) -> None:
-        """Have the bound be asked for again at the next `apply_bound`."""
+    def reapply_bound(self) -> None:
+        """Apply the requested bound again at the next `apply_bound`."""
         self._applied = UNSET
 
-    def trouble(self, error: BaseException) -> None:
-        """Count what went wrong with the cache, and say so once a kind; a lack of room is nothing wrong.
+    def record_fault(self, error: BaseException) -> None:
+        """Count a fault, and log it once for each kind; a lack of room is no fault.
 
-        What the cache does not expect to go wrong is an error of its own, which is logged with its traceback.
+        An unexpected exception is a bug, which is logged with its traceback.
         """
         if isinstance(error, NoRoom):
             logger.debug("nothing is stored for want of room: %s", error)
             return
-        self.troubles += 1
-        self.health.note_fault(error)
+        self.faults += 1
+        self.health.record_fault(error)
         kind = (type(error), getattr(error, "errno", None))
-        if not report_bug(error, f"the cache in {self.books.root}; reads go to the source") and kind not in self._told:
-            self._told.add(kind)
+        if (
+            not report_bug(error, f"the cache in {self.session.root}; reads go to the source")
+            and kind not in self._logged_kinds
+        ):
+            self._logged_kinds.add(kind)
             if isinstance(cause := error.__cause__, OSError):
-                # the same will be met again, by whoever reads a file there
-                self._told.add((type(cause), cause.errno))
-            logger.warning("trouble with the cache in %s, reads go to the source: %s", self.books.root, error)
-        self.latest_trouble = without_frames(error)
+                # reads of a file there will fail with the same error
+                self._logged_kinds.add((type(cause), cause.errno))
+            logger.warning("trouble with the cache in %s, reads go to the source: %s", self.session.root, error)
+        self.latest_fault = without_frames(error)
 
 
 def _lacks_descriptors(error: BaseException) -> bool:
-    """Whether nothing but a file could not be opened, which costs little to try again."""
+    """Whether the process was only out of descriptors, so that a retry is cheap."""
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) in (errno.EMFILE, errno.ENFILE):

@@ -14,222 +14,204 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import files
-from xzcache.directory._fetchlocks import Ticket, current_ticket
+from xzcache.directory._fetchlocks import WriteVersion, current_version
 from xzcache.directory._recovery import UNDONE
-from xzcache.directory._space import Doubtful
+from xzcache.directory._space import HideReport
 from xzcache.files import Whose, beneath, is_plain, range_directory, relative_path
-from xzcache.index import WriteCounters, prefix_slot, write_slot
+from xzcache.index import WriteCounters, prefix_counter, write_counter
 from xzcache.model import META, Entry, NoRoom, Unusable, namespace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from xzcache.directory._faults import Keeper
+    from xzcache.directory._faults import FaultBarrier
     from xzcache.directory._publish import Publisher
     from xzcache.directory._space import Space
     from xzcache.files import Quarantine, Reader
-    from xzcache.index import Dying, Index, Membership, Row
+    from xzcache.index import Index, Registration, Row, Tombstone
     from xzcache.model import Data
 
 
 logger = logging.getLogger("xzcache.directory")
 
-# -- What to do about what must not be left undone, when the index cannot be used or a file cannot be removed.
+# -- Pending invalidations: the index cannot be used, or a file cannot be removed.
 
 T = TypeVar("T")
 
 
-class Owed(NamedTuple):
+class PendingInvalidation(NamedTuple):
     """An invalidation that is still to be done."""
 
     names: list[str]
-    """What is in doubt until then, as a `Quarantine` names it; empty where nothing is but the index is to be told."""
+    """The quarantined names; empty if only the index must still be updated."""
     again: Callable[[], bool]
-    """Does it; whether all files are seen to be gone."""
+    """Retries the invalidation; returns whether all files are gone."""
     tag: str = ""
-    """What makes an older one of the same tag unnecessary."""
+    """A newer invalidation with the same tag replaces this one."""
 
 
-class Doubts:
-    """Makes entries invisible come what may: by the index, else by hand, else by not reading them any more.
+class PendingInvalidations:
+    """Guarantees invalidation: through the index, else without it, else by quarantine and retries.
 
-    Parameters
-    ----------
-    keeper : Keeper
-    reader : Reader
-
-    Notes
-    -----
-    An invalidation that is pending holds its own keys in quarantine until its own files are seen to be gone. Other
-    processes hear of it by a tombstone in the index, or by a note that is locked for as long as this process lives:
-    whoever joins afterwards, or recovers, tries again.
+    A pending invalidation quarantines its keys until its files are gone. Other processes learn of it by a tombstone in
+    the index, or by a note that is locked while this process lives: the next process to join or to recover retries it.
     """
 
-    def __init__(self, keeper: Keeper, reader: Reader) -> None:
-        self._keeper = keeper
-        self._books = keeper.books
+    def __init__(self, barrier: FaultBarrier, reader: Reader) -> None:
+        self._barrier = barrier
+        self._session = barrier.session
         self._quarantine: Quarantine = reader.quarantine
         self._lock = threading.Lock()
-        self._owed: list[Owed] = []
+        self._pending: list[PendingInvalidation] = []
         self._note = -1
         self._note_path = ""
 
-    def surely(
+    def must_invalidate(
         self,
         names: Collection[str],
         action: Callable[[], T],
         by_hand: Callable[[], None] | None,
         again: Callable[[], bool],
     ) -> T | None:
-        """Do something that must not be left undone: by the index, else by hand, else later and in doubt until then.
+        """Invalidate keys through the index, else `by_hand` without it, else later, in quarantine until then.
 
-        Parameters
-        ----------
-        names : collection of str
-            The keys, and the prefixes that end in a slash, that are in doubt if it fails.
-        action, by_hand : callable
-            What to do, and how without the index.
-        again : callable
-            Does it later; whether that made an end of it.
+        `names` are the keys, and the prefixes with a trailing slash, to quarantine if both fail. `again` retries later
+        and returns whether all files are gone.
         """
         done: list[T] = []
         try:
-            done.append(self._keeper.insist(action))
+            done.append(self._barrier.with_rebuild(action))
         except Exception as error:
-            self._keeper.trouble(error)
+            self._barrier.record_fault(error)
             is_full = isinstance(error, NoRoom) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         else:
-            self._note_away(names)
-            self.make_up()
+            self._record_away(names)
+            self.retry_pending()
             return done[-1]
         if self._quarantine.holds_everything:
-            # the directory is not of our making: nothing in it is read, and nothing touched
+            # the directory belongs to another user: nothing in it is read or changed
             return None
-        self._note_away(names)
+        self._record_away(names)
         if by_hand is None:
-            self.pend(names, again)
+            self.defer(names, again)
             return None
         self._write_note(names)
         try:
             by_hand()
         except Exception as error:
-            self._keeper.trouble(error)
-            self.pend(names, again)
+            self._barrier.record_fault(error)
+            self.defer(names, again)
             return None
-        # what was unlinked from a full disk may have made the room that was missing
-        if is_full and self._keeper.attempt(partial(_into, done, action), False):
+        # unlinking files on a full disk may have freed enough space for the index
+        if is_full and self._barrier.try_or(partial(_append, done, action), False):
             return done[-1]
         # no file is left, but the index counts them still
-        self._owe(Owed([], again))
+        self._add(PendingInvalidation([], again))
         return None
 
-    def strictly(self, action: Callable[[], T], by_hand: Callable[[], None]) -> None:
-        """Do something by the index, or by hand.
-
-        Raises
-        ------
-        OSError
-            It was not done.
-        """
+    def must_remove(self, action: Callable[[], T], by_hand: Callable[[], None]) -> None:
+        """Invalidate through the index, else without it; raises `OSError` if both fail."""
         try:
-            self._keeper.insist(action)
+            self._barrier.with_rebuild(action)
         except Exception as error:
-            self._keeper.trouble(error)
+            self._barrier.record_fault(error)
             try:
                 by_hand()
             except Exception as reason:
                 number = getattr(reason, "errno", None) or errno.EIO
-                raise OSError(number, f"it was not deleted: {reason}", self._books.root) from error
+                raise OSError(number, f"it was not deleted: {reason}", self._session.root) from error
         else:
-            self.make_up()
+            self.retry_pending()
 
-    def pend(self, names: Collection[str], again: Callable[[], bool]) -> None:
-        """Serve nothing of some keys until something has been done again, and made an end of it."""
+    def defer(self, names: Collection[str], again: Callable[[], bool]) -> None:
+        """Quarantine names until a retry succeeds."""
         if names:
             self._quarantine.hold(names)
-            self._owe(Owed(list(names), again))
+            self._add(PendingInvalidation(list(names), again))
 
-    def pend_latest(self, tag: str, names: Collection[str], again: Callable[[], bool]) -> None:
-        """As `pend`, in place of what was pending under the same tag."""
+    def defer_latest(self, tag: str, names: Collection[str], again: Callable[[], bool]) -> None:
+        """Like `defer`, replacing the pending invalidation with the same tag."""
         self._quarantine.hold(names)
         with self._lock:
-            older = [owed for owed in self._owed if owed.tag == tag]
-            self._owed = [owed for owed in self._owed if owed.tag != tag] + [Owed(list(names), again, tag)]
-        for owed in older:
-            self._quarantine.free(owed.names)
+            older = [pending for pending in self._pending if pending.tag == tag]
+            self._pending = [pending for pending in self._pending if pending.tag != tag] + [
+                PendingInvalidation(list(names), again, tag)
+            ]
+        for pending in older:
+            self._quarantine.free(pending.names)
 
-    def tell(self, error: BaseException) -> None:
-        """Say what went wrong with a file."""
-        self._keeper.trouble(error)
+    def record_fault(self, error: BaseException) -> None:
+        """Record a fault with a file."""
+        self._barrier.record_fault(error)
 
     def adopt(self, names: Iterable[str], again: Callable[[list[str]], bool]) -> None:
-        """As `pend`, of what another process has left: each name once."""
+        """Like `defer`, for the leftovers of another process; names that are pending already are skipped."""
         with self._lock:
-            known = {name for owed in self._owed for name in owed.names}
+            known = {name for pending in self._pending for name in pending.names}
         new = [name for name in names if name not in known]
-        self.pend(new, lambda: again(new))
+        self.defer(new, lambda: again(new))
 
-    def _owe(self, owed: Owed) -> None:
+    def _add(self, pending: PendingInvalidation) -> None:
         with self._lock:
-            self._owed.append(owed)
+            self._pending.append(pending)
 
     @property
-    def owes(self) -> bool:
-        """Whether something is in doubt that could be made up for."""
-        away = bool(self._books.lost) and bool(self._quarantine.written_while_away())
-        return away or bool(self._owed) or self._quarantine.has_returned
+    def has_pending(self) -> bool:
+        """Whether invalidations are pending."""
+        away = bool(self._session.lost) and bool(self._quarantine.written_while_away())
+        return away or bool(self._pending) or self._quarantine.has_returned
 
-    def make_up(self) -> None:
-        """Do what could not be done before, each for itself."""
+    def retry_pending(self) -> None:
+        """Retry all pending invalidations."""
         with self._lock:
-            owed, self._owed = self._owed, []
+            pending, self._pending = self._pending, []
         left = []
-        for number, item in enumerate(owed):
+        for number, item in enumerate(pending):
             try:
-                is_done = self._keeper.insist(item.again)
+                is_done = self._barrier.with_rebuild(item.again)
             except Exception as error:
                 # the index cannot be used: the others would wait for it as well
-                self._keeper.trouble(error)
-                left += owed[number:]
+                self._barrier.record_fault(error)
+                left += pending[number:]
                 break
             if is_done:
                 self._quarantine.free(item.names)
             else:
                 left.append(item)
         with self._lock:
-            self._owed = left + self._owed
-            if not self._owed:
+            self._pending = left + self._pending
+            if not self._pending:
                 self._drop_note()
 
     def has_returned(self) -> list[str]:
-        """What was written while the directory that is there now was away; empty where it was not."""
-        member = self._books.current
-        if member is None or member.identity not in self._books.lost:
+        """The names that were written while the current directory was missing from its path."""
+        process = self._session.current
+        if process is None or process.identity not in self._session.lost:
             return []
         return self._quarantine.written_while_away()
 
     def forget_returned(self) -> None:
         """The directory that was away is true again."""
-        if (member := self._books.current) is not None:
-            self._books.lost.discard(member.identity)
-        if not self._books.lost:
+        if (process := self._session.current) is not None:
+            self._session.lost.discard(process.identity)
+        if not self._session.lost:
             self._quarantine.forget_away()
 
     def suspect(self, names: Iterable[str]) -> None:
-        """Have some keys served only where the index vouches for the file: theirs were not where they had to be."""
+        """Serve some keys only after the index has confirmed the file, because their files were missing."""
         self._quarantine.suspect(names)
 
-    def _note_away(self, names: Collection[str]) -> None:
-        if self._books.lost:
-            self._quarantine.note_away(names)
+    def _record_away(self, names: Collection[str]) -> None:
+        if self._session.lost:
+            self._quarantine.record_away(names)
 
-    # -- a note for those who come after this process
+    # -- the note for later processes
 
     def _write_note(self, names: Collection[str]) -> None:
-        """Write down what is not done yet; the note stays locked until it is, or this process is dead."""
+        """Append names to the note of pending invalidations, which stays locked while this process lives."""
         with self._lock, suppress(OSError):
             if self._note < 0:
-                path = files.inside(self._books.root, f"{META}/tmp/{UNDONE}{secrets.token_hex(8)}")
+                path = files.inside(self._session.root, f"{META}/tmp/{UNDONE}{secrets.token_hex(8)}")
                 self._note = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 self._note_path = path
                 fcntl.flock(self._note, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,76 +229,64 @@ class Doubts:
             self.let_go_of_note()
 
     def let_go_of_note(self) -> None:
-        """Close the note, if there is one: a forked child is not who wrote it."""
+        """Close the note; a forked child must not keep the lock of its parent."""
         if self._note >= 0:
             os.close(self._note)
             self._note = -1
 
     # -- by hand
 
-    def _bump_by_hand(self, number: int, failures: list[OSError]) -> None:
-        """Count a write without the guard: two such counts may become one, which is still a change.
+    def _increment_by_hand(self, number: int, failures: list[OSError]) -> None:
+        """Increment a counter without the guard: two concurrent increments may merge, which is still a change.
 
-        Where it cannot be counted, what is there has to go all the same; then somebody may still publish what he
-        fetched before.
+        Even if that fails, the files must go; then a fetch from before the write may still be published.
         """
         try:
-            member = self._books.current
-            if member is not None:
-                member.writes.bump(number)
-            if member is None or not member.guard.is_current():
+            process = self._session.current
+            if process is not None:
+                process.writes.increment(number)
+            if process is None or not process.guard.is_current():
                 try:
-                    counters = WriteCounters(f"{self._books.meta}/writes")
+                    counters = WriteCounters(f"{self._session.meta}/writes")
                 except FileNotFoundError:
                     # there is no cache
                     return
                 try:
-                    counters.bump(number)
+                    counters.increment(number)
                 finally:
                     counters.close()
         except OSError as error:
             failures.append(error)
 
     def unlink_keys(self, keys: Sequence[str]) -> None:
-        """Make keys invisible without the index, and without the guard.
+        """Invalidate keys without the index and without the guard.
 
-        Whoever has the guard may be stopped anywhere, and go on at any time. So a write is counted first: files that
-        are written from now on get no name, as the counters are compared under the guard before. Then what is in flight
-        goes, so that a publisher, or a recovery, that has compared already finds nothing to give a name to. What has
-        got its name before that goes last.
-
-        Raises
-        ------
-        OSError, Unusable
-            Something may be left.
+        The process that holds the guard may be stopped at any point, and continue at any time. So the write counters
+        are incremented first: a later publish compares them under the guard before a file gets its name. Then temporary
+        files are unlinked, so that a publish or a recovery that has compared already has no file to rename. Files that
+        got their names before that are unlinked last. Raises `OSError` or `Unusable` if a file may be left.
         """
         failures: list[OSError] = []
         for key in keys:
-            self._bump_by_hand(write_slot(key), failures)
+            self._increment_by_hand(write_counter(key), failures)
         wanted, digests = set(keys), {Entry(key).digest() for key in keys}
         self._unlink_in_flight(lambda stamp: stamp.digest in digests or stamp.key in wanted)
         for key in keys:
             entry = Entry(key)
             if is_plain(key):
                 self._unlink(key, entry)
-            self._unlink(relative_path(entry, odd=True), entry)
-            files.remove_tree(files.inside(self._books.root, range_directory(key)))
+            self._unlink(relative_path(entry, hashed=True), entry)
+            files.remove_tree(files.inside(self._session.root, range_directory(key)))
         if failures:
             raise failures[0]
 
     def unlink_beneath(self, prefix: str) -> None:
-        """Make everything beneath a prefix invisible without the index, and without the guard.
-
-        Raises
-        ------
-        OSError, Unusable
-            Something may be left.
-        """
+        """Invalidate everything beneath a prefix without the index and without the guard; raises as `unlink_keys`."""
         failures: list[OSError] = []
-        self._bump_by_hand(prefix_slot(prefix), failures)
-        # the stamp of a file at its own key does not tell the key
+        self._increment_by_hand(prefix_counter(prefix), failures)
+        # the stamp of a file at its own key does not hold the key
         self._unlink_in_flight(lambda stamp: True)
-        root = self._books.root
+        root = self._session.root
         if not prefix or is_plain(prefix):
             for path in files.walk(files.inside(root, f"{prefix}/").rstrip("/")):
                 key = os.path.relpath(path, root).replace(os.sep, "/")
@@ -330,8 +300,8 @@ class Doubts:
             raise failures[0]
 
     def _unlink_in_flight(self, concerns: Callable[[files.Stamp], bool]) -> None:
-        """Unlink files in flight that somebody may be about to give a name."""
-        for path in files.walk(files.inside(self._books.root, f"{META}/tmp/").rstrip("/")):
+        """Unlink temporary files that another process may be about to rename."""
+        for path in files.walk(files.inside(self._session.root, f"{META}/tmp/").rstrip("/")):
             if os.path.basename(path).startswith(UNDONE):
                 continue
             stamp = files.read_stamp(path)
@@ -339,12 +309,12 @@ class Doubts:
                 files.discard(path)
 
     def _unlink(self, relative: str, entry: Entry) -> None:
-        path = files.inside(self._books.root, relative)
+        path = files.inside(self._session.root, relative)
         if files.discard_ours(path, entry) is Whose.UNMARKED:
-            raise Unusable(f"nobody can tell whether {path} is ours")
+            raise Unusable(f"it is unknown whether {path} belongs to the cache")
 
 
-def _into(results: list[T], action: Callable[[], T]) -> bool:
+def _append(results: list[T], action: Callable[[], T]) -> bool:
     results.append(action())
     return True
 
@@ -355,17 +325,17 @@ _BATCH: Final = 128
 
 
 class Begun(NamedTuple):
-    """A write that has begun: the row that says so in the index, and what the counters said then.
+    """A write that has begun: its row in the index, and the write version at its begin.
 
-    Without a ticket, the index could not be told, or may not have been.
+    Without a version, the index was not updated, or may not have been.
     """
 
     key: str
     row: int
-    ticket: Ticket | None = None
+    version: WriteVersion | None = None
 
 
-class Drop(NamedTuple):
+class Deletion(NamedTuple):
     """A deletion that has begun: of everything beneath a key, and perhaps of the key itself."""
 
     beneath: Begun
@@ -381,325 +351,316 @@ class Drop(NamedTuple):
 
 
 class Writes:
-    """Makes what is no longer true invisible to every process.
+    """Invalidates entries for every process when the source is written or changes.
 
-    A write has two ends. `begin` makes the old value invisible before the source changes, and says in the index that
-    the key is being written: until `end`, nobody stores anything for it, and if this process dies before, the next one
-    forgets the key. `end` stores the new value if nobody else was writing the key. Each end counts the write, so that
-    no fill that began before it publishes after it.
+    `begin_write` invalidates the old value before the source changes and adds a row to the index: the key is being
+    written. Until `end_write`, no process stores the key. If this process dies in between, the next process to recover
+    invalidates the key. `end_write` stores the new value unless another process wrote the key at the same time. Both
+    increment the write counters, so that no fetch that began before the write is published after it.
 
-    Notes
-    -----
-    Where the index cannot be used, files are unlinked by their paths; where even that fails, this process serves
-    nothing of that key from the cache until its files are seen to be gone.
+    If the index cannot be used, files are unlinked by their paths. If that fails as well, this process serves nothing
+    of the key from the cache until its files are known to be gone.
     """
 
-    def __init__(self, doubts: Doubts, space: Space, publisher: Publisher) -> None:
-        self._doubts = doubts
-        self._books = space.books
+    def __init__(self, pending: PendingInvalidations, space: Space, publisher: Publisher) -> None:
+        self._pending = pending
+        self._session = space.session
         self._space = space
         self._publisher = publisher
 
     # -- keys
 
-    def begin(self, keys: Sequence[str]) -> list[Begun]:
-        """Before the source is written: forget the keys, and say that they are being written."""
+    def begin_write(self, keys: Sequence[str]) -> list[Begun]:
+        """Invalidate keys before the source is written, and record in the index that they are being written."""
         return [begun for batch in _batches(keys) for begun in self._begin(batch)]
 
     def _begin(self, keys: Sequence[str]) -> list[Begun]:
-        doubts = Doubtful()
+        report = HideReport()
         begun = [self._started(key) for key in keys]
 
         def act() -> list[Begun]:
-            with self._books.section() as (member, index):
-                self._note(keys, member)
-                tickets = [self._count(member, index, key) for key in keys]
+            with self._session.section() as (process, index):
+                self._record_written(keys, process)
+                versions = [self._count(process, index, key) for key in keys]
                 for write in begun:
-                    index.notes.add_writing(write.row, write.key, member.owner, beneath=False)
-                dying = self._condemn_keys(member, index, keys, doubts)
+                    index.tables.add_writing(write.row, write.key, process.owner, beneath=False)
+                tombstones = self._mark_keys_deleted(process, index, keys, report)
             # the bytes are given back when the write ends
-            self._release(dying, soon=True)
-            return [write._replace(ticket=ticket) for write, ticket in zip(begun, tickets, strict=True)]
+            self._unlink_deleted(tombstones, soon=True)
+            return [write._replace(version=version) for write, version in zip(begun, versions, strict=True)]
 
-        return self._surely(keys, act, doubts, "a write begins") or begun
+        return self._must_invalidate(keys, act, report, "a write begins") or begun
 
     def _started(self, key: str) -> Begun:
         # no number is drawn twice, so that a row is never taken for that of another write
         begun = Begun(key, secrets.randbits(62))
-        self._books.writing.add(begun.row)
+        self._session.writing.add(begun.row)
         return begun
 
-    def _surely(
-        self, keys: Sequence[str], act: Callable[[], T], doubts: Doubtful, why: str, ended: Sequence[Begun] = ()
+    def _must_invalidate(
+        self, keys: Sequence[str], act: Callable[[], T], report: HideReport, why: str, ended: Sequence[Begun] = ()
     ) -> T | None:
-        """Do something about some keys, and see to those of which a file may be left.
+        """Invalidate keys, and quarantine those whose files may remain.
 
-        Where that is done by hand, it is done again by the index later, which is told then which writes have ended.
+        After an invalidation without the index, the retry through the index also deletes the rows of the ended writes.
         """
-        self._note(keys)
-        done = self._doubts.surely(
+        self._record_written(keys)
+        done = self._pending.must_invalidate(
             keys,
             act,
-            lambda: self._doubts.unlink_keys(keys),
-            lambda: self.forget_now(keys, Doubtful(), ended),
+            lambda: self._pending.unlink_keys(keys),
+            lambda: self.invalidate_now(keys, HideReport(), ended),
         )
-        self._see_to(doubts)
+        self._see_to(report)
         _log(keys, why)
         return done
 
-    def _note(self, keys: Sequence[str], member: Membership | None = None) -> None:
-        """Say that the namespaces of some keys are being written: the power may go before the entries are gone.
+    def _record_written(self, keys: Sequence[str], process: Registration | None = None) -> None:
+        """Write a note for the namespaces of some keys, in case the power fails before their entries are gone.
 
-        Where that cannot be said, what is cached is right for as long as the machine runs.
+        If the note fails, the invalidation still holds until the machine stops.
         """
         for namespace in set(map(namespace_of, keys)):
             try:
-                (self._books if member is None else member).note_written(namespace)
+                (self._session if process is None else process).record_written(namespace)
             except Exception as error:
-                self._doubts.tell(error)
+                self._pending.record_fault(error)
 
-    def _release(self, dying: list[Dying], *, soon: bool = False) -> None:
-        """Unlink what is out of sight; what cannot be settled now is settled later, and fails no write."""
+    def _unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
+        """Unlink deleted files; a failure is retried later and fails no write."""
         try:
-            self._space.release(dying, soon=soon)
+            self._space.unlink_deleted(tombstones, soon=soon)
         except Exception as error:
-            self._doubts.tell(error)
+            self._pending.record_fault(error)
 
-    def _see_to(self, doubts: Doubtful) -> None:
-        """Serve nothing of the keys of which a file may be left."""
-        self._doubts.suspect(doubts.missing)
-        if left := list(doubts.left):
-            if doubts.error is not None:
-                self._doubts.tell(doubts.error)
-            self._doubts.pend(left, lambda: self.forget_now(left, Doubtful()))
+    def _see_to(self, report: HideReport) -> None:
+        """Quarantine the keys whose files may remain."""
+        self._pending.suspect(report.missing)
+        if left := list(report.left):
+            if report.error is not None:
+                self._pending.record_fault(report.error)
+            self._pending.defer(left, lambda: self.invalidate_now(left, HideReport()))
 
-    def forget_now(self, keys: Sequence[str], doubts: Doubtful, ended: Sequence[Begun] = ()) -> bool:
-        """Forget keys, where trouble is the caller's; whether all their files are seen to be gone."""
+    def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
+        """Invalidate keys, raising faults; returns whether all their files are gone."""
         for batch in _batches(keys):
-            with self._books.section() as (member, index):
+            with self._session.section() as (process, index):
                 for key in batch:
-                    self._count(member, index, key)
-                index.notes.drop_writings(write.row for write in ended)
-                dying = self._condemn_keys(member, index, batch, doubts)
-            self._release(dying)
-        return not doubts.left
+                    self._count(process, index, key)
+                index.tables.drop_writings(write.row for write in ended)
+                tombstones = self._mark_keys_deleted(process, index, batch, report)
+            self._unlink_deleted(tombstones)
+        return not report.left
 
     def adopt(self, names: Sequence[str]) -> None:
-        """See to what other processes have left: serve nothing of it until its files are seen to be gone."""
-        self._doubts.adopt(names, self._again)
+        """Quarantine the leftovers of other processes until their files are gone."""
+        self._pending.adopt(names, self._again)
 
-    def make_up_for_return(self) -> None:
-        """Forget what was written while the directory that is there now was away."""
-        names = self._doubts.has_returned()
+    def invalidate_returned(self) -> None:
+        """Invalidate the names that were written while the current directory was missing from its path."""
+        names = self._pending.has_returned()
         if names and not self._again(names):
-            self._doubts.pend(names, lambda: self._again(names))
-        self._doubts.forget_returned()
+            self._pending.defer(names, lambda: self._again(names))
+        self._pending.forget_returned()
 
     def _again(self, names: Sequence[str]) -> bool:
-        doubts = Doubtful()
-        self.forget_now([name for name in names if not name.endswith("/")], doubts)
+        report = HideReport()
+        self.invalidate_now([name for name in names if not name.endswith("/")], report)
         for name in names:
             if name.endswith("/"):
-                self._drop_now(name.rstrip("/"), doubts)
+                self._drop_now(name.rstrip("/"), report)
         _log(names, "it was pending")
-        return not doubts.left
+        return not report.left
 
-    def end(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
-        """After the source was written: forget what was filled meanwhile, and store the new values."""
-        tickets = [ticket for batch in _batches(writes) for ticket in self._end(batch)]
-        for write, ticket, value in zip(writes, tickets, values, strict=True):
-            if value is not None and ticket is not None:
-                self._publisher.publish(Entry(write.key), value, ticket)
+    def end_write(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
+        """Invalidate the keys again after the source was written, and store the new values."""
+        versions = [version for batch in _batches(writes) for version in self._end(batch)]
+        for write, version, value in zip(writes, versions, values, strict=True):
+            if value is not None and version is not None:
+                self._publisher.publish(Entry(write.key), value, version)
 
-    def _end(self, writes: Sequence[Begun]) -> list[Ticket | None]:
+    def _end(self, writes: Sequence[Begun]) -> list[WriteVersion | None]:
         keys = [write.key for write in writes]
-        doubts = Doubtful()
+        report = HideReport()
 
-        def act() -> list[Ticket | None]:
-            tickets: list[Ticket | None] = []
-            with self._books.section() as (member, index):
+        def act() -> list[WriteVersion | None]:
+            versions: list[WriteVersion | None] = []
+            with self._session.section() as (process, index):
                 for write in writes:
-                    # a write whose beginning could not be told may have met others that nobody knows of
-                    alone = write.ticket is not None and write.ticket == current_ticket(member, write.key)
-                    ticket = self._count(member, index, write.key)
-                    tickets.append(ticket if alone else None)
-                index.notes.drop_writings(write.row for write in writes)
-                dying = self._condemn_keys(member, index, keys, doubts)
-            self._release(dying)
-            return tickets
+                    # if the begin was not recorded, concurrent writes may have been missed
+                    alone = write.version is not None and write.version == current_version(process, write.key)
+                    version = self._count(process, index, write.key)
+                    versions.append(version if alone else None)
+                index.tables.drop_writings(write.row for write in writes)
+                tombstones = self._mark_keys_deleted(process, index, keys, report)
+            self._unlink_deleted(tombstones)
+            return versions
 
         try:
-            return self._surely(keys, act, doubts, "a write has ended", writes) or [None] * len(writes)
+            return self._must_invalidate(keys, act, report, "a write has ended", writes) or [None] * len(writes)
         finally:
-            # a row that is left is nobody's from here on: the next recovery forgets its key
-            self._books.writing.difference_update(write.row for write in writes)
+            # a row that remains belongs to no write from here on: the next recovery invalidates its key
+            self._session.writing.difference_update(write.row for write in writes)
 
-    def forget(self, key: str, since: Ticket | None) -> Ticket | None:
-        """Forget a key whose value turned out to be another; a ticket to store that, None if it was written since."""
-        doubts = Doubtful()
+    def invalidate(self, key: str, since: WriteVersion | None) -> WriteVersion | None:
+        """Invalidate a key that changed at the source.
 
-        def act() -> Ticket | None:
-            with self._books.section() as (member, index):
-                alone = since is not None and since == current_ticket(member, key)
-                ticket = self._count(member, index, key)
-                dying = self._condemn_keys(member, index, [key], doubts)
-            self._release(dying)
-            return ticket if alone else None
+        Returns the version to store it with, None if it was written since.
+        """
+        report = HideReport()
 
-        return self._surely([key], act, doubts, "the source has another state")
+        def act() -> WriteVersion | None:
+            with self._session.section() as (process, index):
+                alone = since is not None and since == current_version(process, key)
+                version = self._count(process, index, key)
+                tombstones = self._mark_keys_deleted(process, index, [key], report)
+            self._unlink_deleted(tombstones)
+            return version if alone else None
+
+        return self._must_invalidate([key], act, report, "the source has another state")
 
     def remove(self, key: str) -> None:
-        """Remove a key that has no source, and that may have been written as well as not.
-
-        Raises
-        ------
-        OSError
-            It may still be there.
-        """
-        doubts = Doubtful()
-        self._note([key])
-        self._doubts.strictly(lambda: self.forget_now([key], doubts), lambda: self._doubts.unlink_keys([key]))
-        if doubts.error is not None:
-            raise doubts.error
+        """Remove a key that has no source; raises `OSError` if it may still exist."""
+        report = HideReport()
+        self._record_written([key])
+        self._pending.must_remove(lambda: self.invalidate_now([key], report), lambda: self._pending.unlink_keys([key]))
+        if report.error is not None:
+            raise report.error
         _log([key], "it was deleted")
 
     def remove_beneath(self, prefix: str) -> None:
         """As `remove`, of everything beneath a prefix."""
-        doubts = Doubtful()
-        self._note([f"{prefix}/"] if prefix else [""])
-        self._doubts.strictly(lambda: self._drop_now(prefix, doubts), lambda: self._doubts.unlink_beneath(prefix))
-        if doubts.error is not None:
-            raise doubts.error
+        report = HideReport()
+        self._record_written([f"{prefix}/"] if prefix else [""])
+        self._pending.must_remove(lambda: self._drop_now(prefix, report), lambda: self._pending.unlink_beneath(prefix))
+        if report.error is not None:
+            raise report.error
         _log([f"{prefix}/"], "it was deleted")
 
     @staticmethod
-    def _count(member: Membership, index: Index, key: str) -> Ticket:
-        """Count a write; returns what the counters say now."""
-        member.writes.bump(write_slot(key))
-        index.notes.drop_absent([key])
-        return current_ticket(member, key)
+    def _count(process: Registration, index: Index, key: str) -> WriteVersion:
+        """Increment the counter of a key; returns the new write version."""
+        process.writes.increment(write_counter(key))
+        index.tables.drop_absent([key])
+        return current_version(process, key)
 
-    def _condemn_keys(
-        self, member: Membership, index: Index, keys: Sequence[str], doubts: Doubtful, others: Sequence[Row] = ()
-    ) -> list[Dying]:
+    def _mark_keys_deleted(
+        self, process: Registration, index: Index, keys: Sequence[str], report: HideReport, others: Sequence[Row] = ()
+    ) -> list[Tombstone]:
         """Take keys, and other entries, out of the index and out of sight; within a section, which is committed."""
         rows = [*(row for key in keys for row in index.of_key(key)), *others]
-        dying = self._space.condemn(member, index, rows, doubts)
+        tombstones = self._space.mark_deleted(process, index, rows, report)
         for key in keys:
-            if key not in doubts.left:
-                self._space.clear_paths(index, key, doubts)
-        return dying
+            if key not in report.left:
+                self._space.clear_paths(index, key, report)
+        return tombstones
 
     # -- everything beneath a prefix
 
-    def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
-        """Before all beneath a prefix is deleted at the source: forget it, and say that it is being written.
+    def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
+        """Invalidate everything beneath a prefix before it is deleted at the source, and record the write.
 
-        Parameters
-        ----------
-        prefix : str
-        itself : bool
-            Whether the prefix is a key as well, which is deleted with what is beneath it.
+        With `itself`, the prefix is a key as well and is deleted too.
         """
-        drop = Drop(self._started(prefix), self._started(prefix) if itself else None)
-        self._surely_drop(prefix, drop, begins=True)
+        drop = Deletion(self._started(prefix), self._started(prefix) if itself else None)
+        self._must_drop(prefix, drop, begins=True)
         return drop
 
-    def end_drop(self, drop: Drop) -> None:
+    def end_delete(self, drop: Deletion) -> None:
         """After it was deleted at the source."""
         try:
-            self._surely_drop(drop.beneath.key, drop)
+            self._must_drop(drop.beneath.key, drop)
         finally:
-            self._books.writing.difference_update(write.row for write in drop.writes)
+            self._session.writing.difference_update(write.row for write in drop.writes)
 
-    def _surely_drop(self, prefix: str, drop: Drop | None = None, *, begins: bool = False) -> None:
-        self._note([f"{prefix}/"] if prefix else [""])
+    def _must_drop(self, prefix: str, drop: Deletion | None = None, *, begins: bool = False) -> None:
+        self._record_written([f"{prefix}/"] if prefix else [""])
         keys = [] if drop is None else drop.keys
         ended = None if begins else drop
 
         def act() -> None:
-            doubts = Doubtful()
-            self._drop_now(prefix, doubts, keys=keys, begun=drop if begins else None, ended=ended)
-            self._see_to(doubts)
+            report = HideReport()
+            self._drop_now(prefix, report, keys=keys, begun=drop if begins else None, ended=ended)
+            self._see_to(report)
 
         def by_hand() -> None:
             if keys:
-                self._doubts.unlink_keys(keys)
-            self._doubts.unlink_beneath(prefix)
+                self._pending.unlink_keys(keys)
+            self._pending.unlink_beneath(prefix)
 
         def again() -> bool:
-            return self._drop_now(prefix, Doubtful(), keys=keys, ended=ended)
+            return self._drop_now(prefix, HideReport(), keys=keys, ended=ended)
 
-        self._doubts.surely([beneath(prefix), *keys], act, by_hand, again)
+        self._pending.must_invalidate([beneath(prefix), *keys], act, by_hand, again)
         why = "it is cleared" if drop is None else "a deletion begins" if begins else "a deletion has ended"
         _log([f"{prefix}/", *keys], why)
 
     def drop(self, prefix: str) -> None:
-        """Forget all entries whose key begins with ``prefix + "/"``, and the arrays there."""
-        self._surely_drop(prefix)
+        """Invalidate all entries beneath a prefix, and the fingerprints of the arrays there."""
+        self._must_drop(prefix)
 
     def drop_now(self, prefix: str, *, counted: bool = False) -> None:
         """As `drop`, where trouble is the caller's; `counted` if the counter of writes was raised already."""
-        doubts = Doubtful()
-        self._drop_now(prefix, doubts, counted=counted)
-        self._see_to(doubts)
+        report = HideReport()
+        self._drop_now(prefix, report, counted=counted)
+        self._see_to(report)
         _log([f"{prefix}/"], "its metadata document has changed" if counted else "it is cleared")
 
     def _drop_now(
         self,
         prefix: str,
-        doubts: Doubtful,
+        report: HideReport,
         *,
         counted: bool = False,
         keys: Sequence[str] = (),
-        begun: Drop | None = None,
-        ended: Drop | None = None,
+        begun: Deletion | None = None,
+        ended: Deletion | None = None,
     ) -> bool:
-        """As `drop_now`, of some keys as well; whether all files are seen to be gone."""
-        with self._books.section() as (member, index):
+        """Like `drop_now`, with some keys as well; returns whether all files are gone."""
+        with self._session.section() as (process, index):
             if begun is not None:
-                self._note([f"{prefix}/"], member)
+                self._record_written([f"{prefix}/"], process)
                 for write in begun.writes:
-                    index.notes.add_writing(write.row, write.key, member.owner, beneath=write is begun.beneath)
+                    index.tables.add_writing(write.row, write.key, process.owner, beneath=write is begun.beneath)
             for key in keys:
-                self._count(member, index, key)
+                self._count(process, index, key)
             if not counted:
-                member.writes.bump(prefix_slot(prefix))
-            index.notes.drop_nodes(prefix, documents=not counted)
-            index.notes.drop_absent_beneath(prefix)
-            tombstones = {item.entry.key for item in index.left_dying() if _is_beneath(item.entry.key, prefix)}
+                process.writes.increment(prefix_counter(prefix))
+            index.tables.drop_nodes(prefix, documents=not counted)
+            index.tables.drop_absent_beneath(prefix)
+            leftover = {item.entry.key for item in index.unowned_tombstones() if _is_beneath(item.entry.key, prefix)}
             rows = index.beneath(prefix, _BATCH)
             is_last = len(rows) < _BATCH
             if ended is not None and is_last:
-                index.notes.drop_writings(write.row for write in ended.writes)
-            dying = self._condemn_keys(member, index, keys, doubts, rows)
-        self._release(dying, soon=begun is not None)
+                index.tables.drop_writings(write.row for write in ended.writes)
+            tombstones = self._mark_keys_deleted(process, index, keys, report, rows)
+        self._unlink_deleted(tombstones, soon=begun is not None)
         while not is_last:
-            with self._books.section() as (member, index):
+            with self._session.section() as (process, index):
                 rows = index.beneath(prefix, _BATCH)
                 is_last = len(rows) < _BATCH
                 if ended is not None and is_last:
-                    index.notes.drop_writings(write.row for write in ended.writes)
-                dying = self._space.condemn(member, index, rows, doubts)
-            self._release(dying, soon=begun is not None)
-        self._drop_orphans(prefix, tombstones, doubts)
-        return not doubts.left
+                    index.tables.drop_writings(write.row for write in ended.writes)
+                tombstones = self._space.mark_deleted(process, index, rows, report)
+            self._unlink_deleted(tombstones, soon=begun is not None)
+        self._drop_orphans(prefix, leftover, report)
+        return not report.left
 
-    def _drop_orphans(self, prefix: str, tombstones: set[str], doubts: Doubtful) -> None:
-        """Drop files of ours beneath a prefix that have no row: what an earlier failure, or a crash, has left."""
-        keys = set(tombstones)
+    def _drop_orphans(self, prefix: str, leftover: set[str], report: HideReport) -> None:
+        """Remove entry files beneath a prefix that have no row: leftovers of a failure or a crash."""
+        keys = set(leftover)
         try:
             if not prefix or is_plain(prefix):
-                for path in files.walk(files.inside(self._books.root, f"{prefix}/").rstrip("/")):
-                    keys.add(os.path.relpath(path, self._books.root).replace(os.sep, "/"))
+                for path in files.walk(files.inside(self._session.root, f"{prefix}/").rstrip("/")):
+                    keys.add(os.path.relpath(path, self._session.root).replace(os.sep, "/"))
         except OSError as error:
-            doubts.note(beneath(prefix), error)
-        for batch in _batches(sorted(keys - doubts.left)):
-            with self._books.section() as (_, index):
+            report.add(beneath(prefix), error)
+        for batch in _batches(sorted(keys - report.left)):
+            with self._session.section() as (_, index):
                 for key in batch:
-                    # what has a row by now was stored after the drop
+                    # a key that has a row by now was stored after the drop
                     if not index.knows(key):
-                        self._space.clear_paths(index, key, doubts)
+                        self._space.clear_paths(index, key, report)
 
 
 def _log(names: Iterable[str], why: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xzcache import _threads as pool
 from xzcache._config import is_fresh
 from xzcache._fork import renew_after_fork
-from xzcache.directory._publish import Parcel
+from xzcache.directory._publish import PendingEntry
 from xzcache.files import allowance
 from xzcache.model import Claims, Entry, Flights, Listed, is_cacheable, within
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from xzcache._config import Age
     from xzcache.directory._directory import CacheDirectory
-    from xzcache.directory._fetchlocks import Ticket
-    from xzcache.directory._invalidation import Begun, Drop
+    from xzcache.directory._fetchlocks import WriteVersion
+    from xzcache.directory._invalidation import Begun, Deletion
     from xzcache.files import Found
     from xzcache.model import Data, Span
 
@@ -36,13 +36,7 @@ _claims: Final = Claims()
 class SharedBackend:
     """The entries of one namespace of a cache directory.
 
-    Parameters
-    ----------
-    directory : CacheDirectory
-    namespace : str
-        The one path component under which the entries of this source lie.
-    lasting : bool
-        Whether the source is the same one in another process.
+    `namespace` is the path component of the source. `lasting` tells that the source is the same one in other processes.
     """
 
     flights = _flights
@@ -56,7 +50,7 @@ class SharedBackend:
             renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """A source in memory is another one in the child: what either writes, the other does not have."""
+        """Change the namespace: a source in memory differs between parent and child."""
         self.namespace = f"{self.namespace}-{os.getpid()}"
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
@@ -66,7 +60,7 @@ class SharedBackend:
 
     @property
     def is_aside(self) -> bool:
-        """Whether the disk is to be left alone, so that nothing is cached as far as a read can see."""
+        """Whether the disk is put aside, so that reads find no entry."""
         return self.directory.health.is_aside
 
     async def prepare(self) -> None:
@@ -76,64 +70,64 @@ class SharedBackend:
             await self.directory.prepare_promptly()
 
     def close(self) -> None:
-        """Leave the directory, if nothing else uses it; not at once, and only until the next use."""
+        """Leave the directory soon unless it has other users; the next use joins again."""
         self._use()
 
     def _use_again(self) -> None:
         if not self._use.alive:
             self._use = self.directory.used_by(self)
 
-    def at_once(self, key: str, max_age: Age) -> memoryview | None:
-        """The value of a key, where it is to be had without waiting or doubt; else None, and `find` tells."""
+    def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
+        """The value of a key if it can be read without waiting; None means that `get` must be called."""
         directory = self.directory
         if directory.health.is_aside or not directory.is_ready:
             return None
         entry = Entry(f"{self.namespace}/{key}")
-        data = directory.reader.at_once(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
-        if data is not None and directory.recency.note(entry):
+        data = directory.reader.get_nowait(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
+        if data is not None and directory.recency.record_use(entry):
             pool.spawn(directory.flush)
         return data
 
-    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+    def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """Like `get_nowait`, into an array, which is undefined after False."""
         directory = self.directory
         if directory.health.is_aside or not directory.is_ready:
             return False
         entry = Entry(f"{self.namespace}/{key}")
         max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
-        if not directory.reader.into(entry, max_age_ns, place, patient=patient):
+        if not directory.reader.readinto_nowait(entry, max_age_ns, place, patient=patient):
             return False
-        if directory.recency.note(entry):
+        if directory.recency.record_use(entry):
             pool.spawn(directory.flush)
         return True
 
-    def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """As `find`, where waiting for the disk is no harm."""
+    def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """As `get`, where waiting for the disk is no harm."""
         if self.directory.health.is_aside or not self.directory.is_ready:
             return None
         reader = self.directory.reader
-        for found in reader.candidates(entry):
+        for found in reader.open_covering(entry):
             if not _is_fresh(found, max_age):
                 reader.close(found)
                 continue
             span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
             if (data := reader.read(found, *span)) is not None:
-                if self.directory.recency.note(found.entry):
+                if self.directory.recency.record_use(found.entry):
                     pool.spawn(self.directory.flush)
                 return data
         return None
 
-    async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
+    async def get(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         reader = self.directory.reader
         if self.is_aside or not self.directory.may_serve:
             return None
-        for found in reader.candidates(entry):
+        for found in reader.open_covering(entry):
             if not _is_fresh(found, max_age):
                 # another file that holds it may be younger
                 reader.close(found)
             elif (data := await self._read(found, entry)) is not None:
-                if self.directory.recency.note(found.entry):
+                if self.directory.recency.record_use(found.entry):
                     pool.spawn(self.directory.flush)
                 return data
         return None
@@ -149,15 +143,15 @@ class SharedBackend:
         return await self.directory.promptly(None, reader.read, found, first, last, patience=patience)
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of a whole object that `find` would find, in bytes; its file is read only where it has no stamp."""
+        """The size in bytes of a whole object that `get` would find; the file is read only if it has no stamp."""
         reader = self.directory.reader
-        if self.is_aside or not self.directory.may_serve or (found := reader.find(entry)) is None:
+        if self.is_aside or not self.directory.may_serve or (found := reader.open_entry(entry)) is None:
             return None
         if not _is_fresh(found, max_age):
             reader.close(found)
             return None
         if (size := reader.size(found)) is None:
-            data = await self.find(entry, max_age)
+            data = await self.get(entry, max_age)
             return None if data is None else len(data)
         return size
 
@@ -167,135 +161,139 @@ class SharedBackend:
         return Listed(full, ()) if self.is_aside else self.directory.reader.listed(full)
 
     def states_of(self, key: str) -> set[str]:
-        """The validators of what is cached of an object; an empty one where the state of that is unknown."""
+        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
         return set() if self.is_aside else self.directory.reader.states_of(f"{self.namespace}/{key}")
 
-    def lead(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to become the only process that fetches an entry; what gives that up again, or None."""
-        return _nothing if self.is_aside else self.directory.leaders.lead(entry)
+    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
+        """Try to take the fetch lock of an entry; returns the function that releases it, or None."""
+        return _nothing if self.is_aside else self.directory.fetch_locks.try_acquire(entry)
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """Try to become the only process that fetches some bytes of an object; what gives that up, or who is before."""
-        return _nothing if self.is_aside else self.directory.leaders.claim(f"{self.namespace}/{key}", span)
+        """Try to lock a span of an object; returns a function to release it, or a part that another process holds."""
+        return _nothing if self.is_aside else self.directory.fetch_locks.claim(f"{self.namespace}/{key}", span)
 
-    def ticket(self, entry: Entry) -> Ticket | None:
-        """Take note of the writes so far, before a fetch begins."""
-        return None if self.is_aside else self.directory.leaders.ticket(entry)
+    def write_version(self, entry: Entry) -> WriteVersion | None:
+        """The write version of an entry, read before its fetch begins."""
+        return None if self.is_aside else self.directory.fetch_locks.write_version(entry)
 
-    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
-        """Store an entry, and what tells its state from others, unless it was written since the ticket was taken."""
+    async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
+        """Store an entry with its validator, unless its key was written since the version was read."""
         if self.is_aside:
             return False
-        return await self.directory.promptly(False, self.directory.publisher.publish, entry, data, ticket, validator)
+        return await self.directory.promptly(False, self.directory.publisher.publish, entry, data, version, validator)
 
     async def publish_soon(
-        self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
+        self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
         """As `publish`, but without waiting for it: the last to leave `fetching` does."""
         if self.is_aside:
             done()
         else:
-            self.directory.background.publish(Parcel(entry, data, ticket, validator, done=done))
+            self.directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
 
     async def stored(self, key: str) -> None:
-        """Wait until what this process was to store of an object is cached, or will not be."""
+        """Wait until no publish of an object by this process is pending."""
         if not self.is_aside:
-            await self.directory.background.stored(f"{self.namespace}/{key}")
+            await self.directory.write_behind.stored(f"{self.namespace}/{key}")
 
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
-        """While somebody fetches what is not cached."""
+        """A context around a fetch; the last one to exit waits for pending publishes."""
         self._use_again()
-        self.directory.background.enter()
+        self.directory.write_behind.begin_fetch()
         try:
             yield
-            await self.directory.background.pause()
+            await self.directory.write_behind.drain_if_last()
         finally:
-            self.directory.background.leave()
+            self.directory.write_behind.end_fetch()
 
     async def validator(self, entry: Entry) -> str:
-        """What tells the cached state of an entry from others; empty where nothing does."""
+        """The validator of a cached entry; empty if there is none."""
         return "" if self.is_aside else self.directory.reader.validator(entry)
 
-    async def renew(self, entry: Entry, max_age: Age) -> None:
-        """Let the age of an entry begin anew, where ages matter."""
+    async def mark_validated(self, entry: Entry, max_age: Age) -> None:
+        """Restart the age of an entry, if ages matter."""
         if max_age != "infinity" and not self.is_aside:
-            self.directory.reader.renew(entry)
+            self.directory.reader.mark_validated(entry)
 
-    async def begin(self, keys: Sequence[str]) -> list[Begun]:
+    async def begin_write(self, keys: Sequence[str]) -> list[Begun]:
         """Before the source of some keys is written."""
-        return await self.directory.to_the_end(self.directory.writes.begin, [f"{self.namespace}/{key}" for key in keys])
+        return await self.directory.to_the_end(
+            self.directory.writes.begin_write, [f"{self.namespace}/{key}" for key in keys]
+        )
 
-    async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+    async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """After the source of some keys was written."""
-        await self.directory.to_the_end(self.directory.writes.end, writes, values)
+        await self.directory.to_the_end(self.directory.writes.end_write, writes, values)
 
-    async def forget(self, key: str, since: Any) -> Ticket | None:
-        """Forget a key whose value turned out to be another; a ticket to store it with."""
-        return await self.directory.to_the_end(self.directory.writes.forget, f"{self.namespace}/{key}", since)
+    async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
+        """Invalidate a key that changed at the source; returns the version to store it with."""
+        return await self.directory.to_the_end(self.directory.writes.invalidate, f"{self.namespace}/{key}", since)
 
-    async def begin_drop(self, prefix: str, *, itself: bool = False) -> Drop:
+    async def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
         """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
         full = f"{self.namespace}/{prefix}".rstrip("/")
-        return await self.directory.to_the_end(self.directory.writes.begin_drop, full, itself=itself)
+        return await self.directory.to_the_end(self.directory.writes.begin_delete, full, itself=itself)
 
-    async def end_drop(self, begun: Any) -> None:
+    async def end_delete(self, begun: Any) -> None:
         """After all keys beneath a prefix were deleted at the source."""
-        await self.directory.to_the_end(self.directory.writes.end_drop, begun)
+        await self.directory.to_the_end(self.directory.writes.end_delete, begun)
 
-    async def compare(self, key: str, document: bytes | None, ticket: Any) -> Ticket | None:
-        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+    async def apply_document(self, key: str, document: bytes | None, version: Any) -> WriteVersion | None:
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
         if self.is_aside:
-            self.directory.arrays.compare_later(self.namespace, key, document)
+            self.directory.metadata.apply_document_later(self.namespace, key, document)
             return None
-        compare = self.directory.arrays.compare
-        return await self.directory.to_the_end(compare, self.namespace, key, document, ticket)
+        apply = self.directory.metadata.apply_document
+        return await self.directory.to_the_end(apply, self.namespace, key, document, version)
 
-    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
-        """Documents whose state, as somebody has seen it, may not be the one that this machine's entries are of."""
-        return await self.directory.promptly(list(seen), self.directory.arrays.doubtful, self.namespace, seen)
+    async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
+        """Documents whose state elsewhere may differ from the state under which entries were cached here."""
+        return await self.directory.promptly(list(seen), self.directory.metadata.unconfirmed, self.namespace, seen)
 
-    async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
+    async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
         """Remember, in this process, of which documents the source was asked in doubt."""
-        await self.directory.promptly(None, self.directory.arrays.settled, self.namespace, seen, asked)
+        await self.directory.promptly(None, self.directory.metadata.confirm, self.namespace, seen, asked)
 
-    async def is_absent(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document of a node that it has."""
-        return await self.directory.promptly(False, self.directory.arrays.is_absent, self.namespace, key, max_age)
+    async def is_document_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a document is known to be missing from a node that has other documents."""
+        return await self.directory.promptly(
+            False, self.directory.metadata.is_document_missing, self.namespace, key, max_age
+        )
 
-    def lacks_now(self, key: str, max_age: Age) -> bool:
-        """As `lacks`, as far as this process knows."""
-        return not self.is_aside and self.directory.absences.knows(f"{self.namespace}/{key}", max_age) is True
+    def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
+        """Like `is_known_missing`, without asking the index."""
+        return not self.is_aside and self.directory.negative_cache.knows(f"{self.namespace}/{key}", max_age) is True
 
-    async def lacks(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a chunk."""
-        absences = self.directory.absences
+    async def is_known_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a chunk is known to be missing at the source."""
+        negative_cache = self.directory.negative_cache
         if self.is_aside or not self.directory.may_serve:
             return False
-        known = absences.knows(full := f"{self.namespace}/{key}", max_age)
-        return await self.directory.promptly(False, absences.look, full, max_age) if known is None else known
+        known = negative_cache.knows(full := f"{self.namespace}/{key}", max_age)
+        return await self.directory.promptly(False, negative_cache.look, full, max_age) if known is None else known
 
-    async def note_lack(self, key: str, ticket: Ticket) -> None:
-        """Remember that the source does not have a chunk."""
-        if self.directory.absences.note(f"{self.namespace}/{key}", ticket):
-            self.directory.background.add(self.directory.absences.flush)
+    async def record_missing(self, key: str, version: WriteVersion) -> None:
+        """Record that a chunk is missing at the source."""
+        if self.directory.negative_cache.record_missing(f"{self.namespace}/{key}", version):
+            self.directory.write_behind.add(self.directory.negative_cache.flush)
 
-    async def note(self, key: str, document: bytes) -> None:
+    async def record_document(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
-        await self.directory.promptly(None, self.directory.arrays.note, self.namespace, key, document)
+        await self.directory.promptly(None, self.directory.metadata.record_document, self.namespace, key, document)
 
     async def clear(self) -> None:
         """Forget all entries of this source, and no other's."""
         await self.directory.to_the_end(self.directory.writes.drop, self.namespace)
 
     def info(self, *, exact: bool = True) -> dict[str, Any]:
-        """What is cached of this source, and in all; sizes in bytes.
+        """The size and the number of entries of this source and of the whole cache; sizes in bytes.
 
-        Exact is what comes after all that is being stored. Else nothing is waited for, and a moment ago is good enough.
+        With `exact`, pending publishes are awaited. Otherwise nothing is awaited, and the figures may be slightly old.
         """
         if exact:
             if not self.is_aside:
-                self.directory.background.wait()
+                self.directory.write_behind.wait()
             if self.directory.is_made:
                 self.directory.prepare()
                 self.directory.flush()
@@ -316,7 +314,7 @@ class SharedBackend:
 
     @property
     def is_open(self) -> bool:
-        """Whether the directory was opened already, so that it can be looked at without making it."""
+        """Whether the directory is open, so that inspecting it creates nothing."""
         return self.directory.is_prepared
 
     @property
@@ -329,8 +327,8 @@ class SharedBackend:
         return self.directory.space.evictions
 
     @property
-    def troubles(self) -> int:
-        return self.directory.keeper.troubles
+    def faults(self) -> int:
+        return self.directory.barrier.faults
 
     def is_same_cache(self, other: object) -> bool:
         """Whether another backend keeps its entries in the same place."""

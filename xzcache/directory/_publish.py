@@ -1,7 +1,7 @@
-"""Publishing entries: when one may be stored, and the order of the steps that survives a crash.
+"""Publishing: which entries may be stored, in steps whose order survives a crash.
 
-Several that wait are published together. Each has its own file and its own checks; they have one wait for the guard and
-one transaction in common.
+Entries that wait are published together. Each has its own file and its own checks; all share one wait for the guard and
+one transaction.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import files, model
 from xzcache.directory import _recovery as recovery
-from xzcache.directory._fetchlocks import Tickets
+from xzcache.directory._fetchlocks import WriteVersions
 from xzcache.directory._space import recovery_due
 from xzcache.files import Whose, is_plain, relative_path
-from xzcache.model import META, Damaged, NoRoom, fits, namespace_of
+from xzcache.model import META, Damaged, NoRoom, are_compatible, namespace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from xzcache.directory._faults import Keeper
-    from xzcache.directory._fetchlocks import Ticket
+    from xzcache.directory._faults import FaultBarrier
+    from xzcache.directory._fetchlocks import WriteVersion
     from xzcache.directory._space import Space
     from xzcache.files import Stamp
-    from xzcache.index import Dying, Index, Membership, Row
+    from xzcache.index import Index, Registration, Row, Tombstone
     from xzcache.model import Data, Entry
 
 
 logger = logging.getLogger("xzcache.directory")
 
-# -- What is on its way into the cache: an entry and its bytes, and how far it has come.
+# -- Entries on their way into the cache.
 
 MOST: Final = 32
 """Parcels that are published together: it bounds for how long others wait for the guard."""
 
 MOST_BYTES: Final = 4 << 20
-"""Bytes of several parcels that are published together, and so may have to be made room for at once."""
+"""The most bytes of entries that are published together, which may need room at once."""
 
 _OVERTAKEN: Final = "it was written meanwhile, or something else is in its place"
 
 
 @dataclass(eq=False, slots=True)
-class Parcel:
-    """An entry that somebody wants to be stored.
+class PendingEntry:
+    """An entry that waits to be stored.
 
     Attributes
     ----------
-    ticket : Ticket or None
-        From before the bytes were fetched; None for what has no source.
+    version : WriteVersion or None
+        From before the fetch; None for an entry without a source.
     validator : str
-        What tells this state of the object from others, as its source has it.
+        The validator of the object.
     exclusive : bool
-        Store nothing where the entry is there already.
+        Whether to store nothing if the entry exists.
     done : callable or None
-        To be called when it is stored, or will not be.
+        Called when the entry is stored, or will not be.
     is_stored : bool
     """
 
     entry: Entry
     data: Data
-    ticket: Ticket | None
+    version: WriteVersion | None
     validator: str = ""
     exclusive: bool = False
     done: Callable[[], None] | None = None
@@ -75,30 +75,30 @@ class Parcel:
 
 
 @dataclass(eq=False, slots=True)
-class InFlight:
-    """A parcel whose bytes were taken from the lease, and the file that they are written to.
+class StagedEntry:
+    """A pending entry whose bytes were taken from the lease, and its temporary file.
 
     Attributes
     ----------
-    old, replaced : Row or None, Dying or None
-        What the index had of the entry before, and what has become of that.
+    old, replaced : Row or None, Tombstone or None
+        The previous row of the entry, and its tombstone.
     has_others : bool
         Whether the index may have other entries of the same object.
     damaged : list of Row
-        Those of them whose files do not tell of which state they are.
+        Other entries of the object whose files are damaged, so that their state is unknown.
     is_spent : bool
-        Whether the bytes are the index's to count now.
+        Whether the index counts the bytes now.
     failure : OSError, NoRoom or None
-        Why it cannot be stored.
+        The reason why the entry cannot be stored.
     """
 
-    parcel: Parcel
+    pending: PendingEntry
     sequence: int
     temporary: str
     stamp: Stamp
-    odd: bool = False
+    hashed: bool = False
     old: Row | None = None
-    replaced: Dying | None = None
+    replaced: Tombstone | None = None
     has_others: bool = False
     damaged: list[Row] = field(default_factory=list)
     is_spent: bool = False
@@ -106,74 +106,70 @@ class InFlight:
 
     @property
     def stamp_in_place(self) -> Stamp:
-        """The stamp of the file where it is to lie: only one that does not lie at its own key has to carry that."""
-        entry = self.parcel.entry
-        return self.stamp._replace(key=entry.key) if self.odd or not entry.is_whole else self.stamp
+        """The stamp of the file at its final path; it holds the key unless the path does."""
+        entry = self.pending.entry
+        return self.stamp._replace(key=entry.key) if self.hashed or not entry.is_whole else self.stamp
 
 
 # -- Which entries may be stored, and where the file of each is to lie: decided under the guard.
 
 
-class Admission:
-    """Lets entries into one cache directory, or not.
-
-    Parameters
-    ----------
-    root : str
-        The cache directory.
-    folds : bool
-        Whether the file system takes names that differ in case for the same.
-    """
+class PublishCheck:
+    """Checks whether entries may be published; `folds` tells that the file system folds case."""
 
     def __init__(self, root: str, *, folds: bool) -> None:
         self._root = root
         self._folds = folds
 
-    def of(self, member: Membership, index: Index, items: Sequence[InFlight], seen: set[str]) -> list[InFlight]:
-        """Those that may enter; what the index has of each, and whether it is to lie at an odd place, is noted.
+    def of(
+        self, process: Registration, index: Index, items: Sequence[StagedEntry], seen: set[str]
+    ) -> list[StagedEntry]:
+        """The entries that may be published; sets their old rows and whether their paths are hashed.
 
-        Directories that were looked at are added to `seen`.
+        Checked directories are added to `seen`.
         """
-        tickets, writings = Tickets(member), index.notes.writings()
+        versions, writings = WriteVersions(process), index.tables.writings()
         states: dict[str, str] = {}
         admitted = []
         for item in items:
-            parcel = item.parcel
-            key, state = parcel.entry.key, parcel.validator
+            pending = item.pending
+            key, state = pending.entry.key, pending.validator
             if item.failure is not None or (
-                # somebody has written the key since the ticket was taken, or is writing it now
-                parcel.ticket is not None and (parcel.ticket != tickets.of(key) or writings.concern(key))
+                # the key was written since the version was read, or is being written now
+                pending.version is not None and (pending.version != versions.of(key) or writings.concern(key))
             ):
                 continue
             try:
-                if parcel.exclusive and self._is_there(parcel.entry):
+                if pending.exclusive and self._is_there(pending.entry):
                     continue
             except OSError as error:
                 item.failure = error
                 continue
             item.has_others = known = index.knows(key)
-            item.old = index.find(parcel.entry) if known else None
-            apart = (key in states and not fits(state, states[key])) or (known and not self._agrees(index, item))
-            if apart and parcel.ticket is not None:
+            item.old = index.find(pending.entry) if known else None
+            apart = (key in states and not are_compatible(state, states[key])) or (
+                known and not self._agrees(index, item)
+            )
+            if apart and pending.version is not None:
                 continue
             if self._finds_place(item, seen):
                 admitted.append(item)
                 states[key] = state
         return admitted
 
-    def is_odd(self, entry: Entry) -> bool:
+    def is_hashed(self, entry: Entry) -> bool:
         """Whether the key of an entry cannot be a path."""
         return entry.is_whole and not is_plain(entry.key, folds=self._folds)
 
-    def _agrees(self, index: Index, item: InFlight) -> bool:
-        """Whether what is cached of an object is of the state that an entry is of: parts of two must not be mixed."""
-        parcel, entry = item.parcel, item.parcel.entry
+    def _agrees(self, index: Index, item: StagedEntry) -> bool:
+        """Whether all cached parts of an object are of the state of an entry: two states must not be mixed."""
+        pending, entry = item.pending, item.pending.entry
         for row in (index.find(entry.whole), index.piece_of(entry.key)):
             if row is not None and row.entry != entry:
-                path = self._path(row.entry, odd=row.odd)
+                path = self._path(row.entry, hashed=row.hashed)
                 stamp = files.read_stamp(path)
                 if stamp is None:
-                    # where it cannot be told, it may be of another state
+                    # if the state cannot be read, it may be another one
                     with suppress(OSError):
                         found = files.look(path, row.entry)
                         if found in (Whose.MARKED, Whose.FOREIGN):
@@ -182,33 +178,33 @@ class Admission:
                         if found is not Whose.OURS:
                             continue
                     return False
-                if not fits(parcel.validator, stamp.validator):
+                if not are_compatible(pending.validator, stamp.validator):
                     return False
         return True
 
     def _is_there(self, entry: Entry) -> bool:
-        places = (True,) if self.is_odd(entry) else (False, True)
-        return any(files.exists(self._path(entry, odd=odd)) for odd in places)
+        places = (True,) if self.is_hashed(entry) else (False, True)
+        return any(files.exists(self._path(entry, hashed=hashed)) for hashed in places)
 
-    def _finds_place(self, item: InFlight, seen: set[str]) -> bool:
-        """Have an entry lie elsewhere where something of somebody else's is at its key; False if that cannot be."""
-        entry = item.parcel.entry
-        if item.odd or not entry.is_whole:
+    def _finds_place(self, item: StagedEntry, seen: set[str]) -> bool:
+        """Use a hashed path if a foreign file has the key of an entry; False if that fails."""
+        entry = item.pending.entry
+        if item.hashed or not entry.is_whole:
             return True
         try:
-            item.odd = self._is_blocked(item, seen)
-            if item.odd:
+            item.hashed = self._is_blocked(item, seen)
+            if item.hashed:
                 files.attach(item.temporary, item.stamp_in_place)
         except OSError as error:
-            # what lies there cannot be told: it is neither renamed over, nor passed by
+            # an unknown file is neither replaced nor avoided
             item.failure = error
         return item.failure is None
 
-    def _is_blocked(self, item: InFlight, seen: set[str]) -> bool:
-        """Whether something of somebody else's keeps an entry from lying at its key."""
-        entry = item.parcel.entry
+    def _is_blocked(self, item: StagedEntry, seen: set[str]) -> bool:
+        """Whether a foreign file or directory is at the path of an entry."""
+        entry = item.pending.entry
         try:
-            path = files.inside(self._root, relative_path(entry, odd=False), seen)
+            path = files.inside(self._root, relative_path(entry, hashed=False), seen)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return True
@@ -219,155 +215,123 @@ class Admission:
             return False
         except NotADirectoryError:
             return True
-        if item.parcel.ticket is None or not is_regular:
+        if item.pending.version is None or not is_regular:
             return not is_regular
         found = files.look(path, entry)
-        if item.old is not None and not item.old.odd:
-            # whatever has a mark of ours is in its place, however damaged
+        if item.old is not None and not item.old.hashed:
+            # a stamped file is replaced, even if it is damaged
             return found is Whose.FOREIGN
         return found in (Whose.FOREIGN, Whose.MARKED, Whose.UNMARKED)
 
-    def _path(self, entry: Entry, *, odd: bool) -> str:
-        return f"{self._root}/{relative_path(entry, odd=odd)}"
+    def _path(self, entry: Entry, *, hashed: bool) -> str:
+        return f"{self._root}/{relative_path(entry, hashed=hashed)}"
 
 
 # -- Publishing.
 
 
 class Publisher:
-    """Stores entries of one cache directory.
+    """Stores the entries of one cache directory; `folds` tells that the file system folds case."""
 
-    Parameters
-    ----------
-    keeper : Keeper
-    space : Space
-    folds : bool
-        Whether the file system takes names that differ in case for the same.
-    """
-
-    def __init__(self, keeper: Keeper, space: Space, *, folds: bool) -> None:
-        self._keeper = keeper
-        self._books = keeper.books
-        self._root = keeper.books.root
+    def __init__(self, barrier: FaultBarrier, space: Space, *, folds: bool) -> None:
+        self._barrier = barrier
+        self._session = barrier.session
+        self._root = barrier.session.root
         self._space = space
-        self._admission = Admission(self._root, folds=folds)
+        self._check = PublishCheck(self._root, folds=folds)
 
-    def publish(self, entry: Entry, data: model.Data, ticket: Ticket | None, validator: str = "") -> bool:
-        """Store an entry for every process, unless it was written since the ticket was taken.
+    def publish(self, entry: Entry, data: model.Data, version: WriteVersion | None, validator: str = "") -> bool:
+        """Store an entry for every process, unless its key was written since `version` was read.
 
-        Parameters
-        ----------
-        entry : Entry
-        data : bytes-like
-        ticket : Ticket or None
-            From before the bytes were fetched; None stores nothing.
-        validator : str
-            What tells this state of the object from others, as its source has it.
+        Returns whether it was.
 
-        Returns
-        -------
-        bool
-            Whether it was stored.
+        `version` is from before the fetch; None stores nothing. `validator` identifies the state of the object.
         """
-        parcel = Parcel(entry, data, ticket, validator)
-        self.publish_all([parcel])
-        return parcel.is_stored
+        pending = PendingEntry(entry, data, version, validator)
+        self.publish_all([pending])
+        return pending.is_stored
 
-    def publish_all(self, parcels: Sequence[Parcel]) -> None:
-        """As `publish`, of several together, no two of them the same entry; each tells whether it was stored."""
-        todo = [parcel for parcel in parcels if parcel.ticket is not None and not self._keeper.health.is_aside]
+    def publish_all(self, batch: Sequence[PendingEntry]) -> None:
+        """Like `publish`, for several different entries; each records whether it was stored."""
+        todo = [pending for pending in batch if pending.version is not None and not self._barrier.health.is_aside]
         if len(todo) > 1:
-            # what one of them lacks must not harm the others
-            todo = self._keeper.attempt(lambda: self._together(todo), [])
-        for parcel in todo:
-            self._keeper.attempt(partial(self._alone, parcel), None)
+            # the failure of one entry must not harm the others
+            todo = self._barrier.try_or(lambda: self._publish_together(todo), [])
+        for pending in todo:
+            self._barrier.try_or(partial(self._publish_one, pending), None)
 
     def store(self, entry: Entry, data: model.Data, *, exclusive: bool = False) -> bool:
-        """Store an entry that has no source, over whatever file lies at its key.
+        """Store an entry without a source, replacing any file at its key; returns whether it was stored.
 
-        Parameters
-        ----------
-        entry : Entry
-        data : bytes-like
-        exclusive : bool
-            Store nothing where the entry is there already.
-
-        Returns
-        -------
-        bool
-            Whether it was stored.
-
-        Raises
-        ------
-        CacheFault, OSError
-            It could not be.
+        `exclusive` stores nothing if the entry exists. Raises `CacheFault` or `OSError` if it cannot be stored.
         """
         for is_last in (False, False, True):
-            parcel = Parcel(entry, data, None, exclusive=exclusive)
+            pending = PendingEntry(entry, data, None, exclusive=exclusive)
             try:
-                self._keeper.insist(partial(self._alone, parcel))
+                self._barrier.with_rebuild(partial(self._publish_one, pending))
                 break
             except FileNotFoundError:
-                # somebody deleted the key by hand, and what was in flight of it: this comes after that
+                # another process unlinked the key and its temporary files without the index: this write comes after
+                # that
                 if is_last:
                     raise
-        return parcel.is_stored
+        return pending.is_stored
 
-    def _alone(self, parcel: Parcel) -> None:
-        for item in self._publish([parcel]):
+    def _publish_one(self, pending: PendingEntry) -> None:
+        for item in self._publish([pending]):
             if item.failure is not None:
                 raise item.failure
 
-    def _together(self, parcels: list[Parcel]) -> list[Parcel]:
-        """Publish several; returns those that are to be tried alone."""
+    def _publish_together(self, batch: list[PendingEntry]) -> list[PendingEntry]:
+        """Publish several entries; returns those to retry one by one."""
         try:
-            return [item.parcel for item in self._publish(parcels) if item.failure is not None]
+            return [item.pending for item in self._publish(batch) if item.failure is not None]
         except NoRoom:
-            return parcels
+            return batch
 
-    def _publish(self, parcels: list[Parcel]) -> list[InFlight]:
-        overtaken: list[Dying] = []
-        with self._books.storing() as member:
-            self._space.take(member, sum(len(parcel.data) for parcel in parcels))
-            items: list[InFlight] = []
+    def _publish(self, batch: list[PendingEntry]) -> list[StagedEntry]:
+        overtaken: list[Tombstone] = []
+        with self._session.storing() as process:
+            self._space.take(process, sum(len(pending.data) for pending in batch))
+            items: list[StagedEntry] = []
             try:
-                for parcel in parcels:
-                    stamp = files.stamp_of(parcel.entry, parcel.data, parcel.validator)
-                    items.append(InFlight(parcel, *member.next_temporary(), stamp))
+                for pending in batch:
+                    stamp = files.stamp_of(pending.entry, pending.data, pending.validator)
+                    items.append(StagedEntry(pending, *process.next_temporary(), stamp))
                 # no file is written through a link
-                files.inside(self._root, f"{META}/tmp/{member.owner}/.")
+                files.inside(self._root, f"{META}/tmp/{process.owner}/.")
                 for item in items:
                     self._write(item)
-                with self._books.section() as (current, index):
-                    if current is member:
-                        overtaken = self._enter(member, index, items)
+                with self._session.section() as (current, index):
+                    if current is process:
+                        overtaken = self._enter(process, index, items)
             finally:
-                self._give_back(member, items, parcels)
-        self._space.release(overtaken)
+                self._give_back(process, items, batch)
+        self._space.unlink_deleted(overtaken)
         _log(items)
-        if recovery_due(member):
-            # whatever comes of that, these entries are stored
-            self._keeper.attempt(lambda: recovery.recover(self._books), None)
+        if recovery_due(process):
+            # the entries are stored even if the recovery fails
+            self._barrier.try_or(lambda: recovery.recover(self._session), None)
         return items
 
     @staticmethod
-    def _give_back(member: Membership, items: Sequence[InFlight], parcels: Sequence[Parcel]) -> None:
-        """Give back what was leased and not spent, once nothing of it is on disk."""
-        member.give_back(sum(len(parcel.data) for parcel in parcels[len(items) :]))
+    def _give_back(process: Registration, items: Sequence[StagedEntry], batch: Sequence[PendingEntry]) -> None:
+        """Return the unspent part of a lease after the temporary files are gone."""
+        process.give_back(sum(len(pending.data) for pending in batch[len(items) :]))
         for item in items:
             if not item.is_spent:
                 try:
                     files.discard(item.temporary)
                 except OSError as error:
-                    # what cannot be unlinked stays counted
+                    # a file that cannot be unlinked stays counted
                     item.failure = item.failure or error
                 else:
-                    member.give_back(item.stamp.size)
+                    process.give_back(item.stamp.size)
 
-    def _write(self, item: InFlight) -> None:
-        item.odd = self._admission.is_odd(item.parcel.entry)
+    def _write(self, item: StagedEntry) -> None:
+        item.hashed = self._check.is_hashed(item.pending.entry)
         try:
-            files.write(item.temporary, item.parcel.data, item.stamp_in_place)
+            files.write(item.temporary, item.pending.data, item.stamp_in_place)
         except OSError as error:
             item.failure = error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -377,28 +341,33 @@ class Publisher:
 
     # -- under the guard
 
-    def _enter(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
-        """Give entries their rows, then their files their names; returns what somebody wrote in the meantime."""
-        # a directory that many of them have in common is looked at once
+    def _enter(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> list[Tombstone]:
+        """Add the rows of entries, then rename their files.
+
+        Returns tombstones of entries that were overtaken by a write.
+        """
+        # a directory that several entries share is checked once
         seen: set[str] = set()
-        entering = self._admission.of(member, index, items, seen)
+        entering = self._check.of(process, index, items, seen)
         if not entering:
             return []
-        keys = {item.parcel.entry.key for item in entering}
+        keys = {item.pending.entry.key for item in entering}
         used = time.time_ns()
         for item in entering:
-            entry, stamp, number = item.parcel.entry, item.stamp, item.sequence
+            entry, stamp, number = item.pending.entry, item.stamp, item.sequence
             if (old := item.old) is not None:
-                item.replaced = index.add_dying(old, member.owner)
+                item.replaced = index.add_tombstone(old, process.owner)
                 index.remove(old.id)
-            index.add(entry, odd=item.odd, size=stamp.size, crc=stamp.crc, used=used, owner=member.owner, seq=number)
-        index.notes.drop_absent(keys)
-        index.change_lease(member.owner, -sum(item.stamp.size for item in entering))
-        self._space.trim_lease(member, index)
-        self._space.recency.tell(index, [item.parcel.entry for item in entering])
+            index.add(
+                entry, hashed=item.hashed, size=stamp.size, crc=stamp.crc, used=used, owner=process.owner, seq=number
+            )
+        index.tables.drop_absent(keys)
+        index.change_lease(process.owner, -sum(item.stamp.size for item in entering))
+        self._space.return_surplus(process, index)
+        self._space.recency.flush_to(index, [item.pending.entry for item in entering])
         for namespace in set(map(namespace_of, keys)):
-            self._books.note_made(namespace)
-        # whatever interrupts us from here on, it may be after the commit
+            self._session.record_made(namespace)
+        # an interrupt from here on may come after the commit
         for item in entering:
             item.is_spent = True
         moves = []
@@ -413,14 +382,14 @@ class Publisher:
             for item in entering:
                 item.is_spent = False
             raise
-        self._undo(member, index, [item for item in entering if item.failure is not None])
+        self._undo(process, index, [item for item in entering if item.failure is not None])
         if any(item.replaced for item in entering):
             index.begin()
-            self._bury(index, entering)
-        return self._superseded(member, index, [item for item in entering if item.failure is None])
+            self._drop_replaced(index, entering)
+        return self._superseded(process, index, [item for item in entering if item.failure is None])
 
     @staticmethod
-    def _commit_and_reveal(index: Index, moves: Iterable[tuple[InFlight, str]]) -> None:
+    def _commit_and_reveal(index: Index, moves: Iterable[tuple[StagedEntry, str]]) -> None:
         """In this order: a row without a named file is finished by the next process, a file without a row is lost."""
         index.commit()
         for item, path in moves:
@@ -429,22 +398,22 @@ class Publisher:
             except OSError as error:
                 item.failure = error
 
-    def _undo(self, member: Membership, index: Index, failed: Sequence[InFlight]) -> None:
-        """Take rows back whose files could not be given their names."""
+    def _undo(self, process: Registration, index: Index, failed: Sequence[StagedEntry]) -> None:
+        """Delete the rows of entries whose files could not be renamed."""
         if not failed:
             return
         try:
             index.begin()
             tombstones = []
             for item in failed:
-                if (row := index.find(item.parcel.entry)) is not None:
+                if (row := index.find(item.pending.entry)) is not None:
                     index.remove(row.id)
-                    # a rename that failed may have happened all the same, as far as can be told
-                    tombstones.append(index.add_dying(row, member.owner))
-                index.change_lease(member.owner, item.stamp.size)
+                    # a failed rename may have happened nevertheless
+                    tombstones.append(index.add_tombstone(row, process.owner))
+                index.change_lease(process.owner, item.stamp.size)
             index.commit()
             index.begin()
-            recovery.finish(self._books, index, tombstones)
+            recovery.finish(self._session, index, tombstones)
             index.commit()
         except sqlite3.Error as error:
             # the index counts bytes that are not there: only a new one is right again
@@ -452,42 +421,42 @@ class Publisher:
         for item in failed:
             item.is_spent = False
 
-    def _bury(self, index: Index, items: Iterable[InFlight]) -> None:
-        """Give back the bytes of what was replaced: its place was renamed over, or it is unlinked."""
+    def _drop_replaced(self, index: Index, items: Iterable[StagedEntry]) -> None:
+        """Free the bytes of replaced entries, whose files were renamed over or are unlinked here."""
         for item in items:
             if (old := item.replaced) is not None:
-                if item.failure is not None or old.odd != item.odd:
-                    recovery.finish(self._books, index, [old])
+                if item.failure is not None or old.hashed != item.hashed:
+                    recovery.finish(self._session, index, [old])
                 else:
-                    index.drop_dying([old.id])
+                    index.drop_tombstones([old.id])
 
-    def _superseded(self, member: Membership, index: Index, items: Sequence[InFlight]) -> list[Dying]:
-        """Condemn what somebody wrote who could not wait for the guard, see `Writes`, and pieces of what is whole."""
-        tickets = Tickets(member)
+    def _superseded(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> list[Tombstone]:
+        """Delete entries that a writer without the guard overtook (see `Writes`), and ranges of whole objects."""
+        versions = WriteVersions(process)
         rows = {}
         for item in items:
-            ticket, entry = item.parcel.ticket, item.parcel.entry
-            item.parcel.is_stored = ticket is None or ticket == tickets.of(entry.key)
+            version, entry = item.pending.version, item.pending.entry
+            item.pending.is_stored = version is None or version == versions.of(entry.key)
             rows.update({row.id: row for row in item.damaged})
-            if not item.parcel.is_stored or (item.has_others and entry.is_whole):
+            if not item.pending.is_stored or (item.has_others and entry.is_whole):
                 for row in index.of_key(entry.key):
-                    if not item.parcel.is_stored or not row.entry.is_whole:
+                    if not item.pending.is_stored or not row.entry.is_whole:
                         rows[row.id] = row
         if not rows:
             return []
         index.commit()
         index.begin()
-        return self._space.condemn(member, index, rows.values())
+        return self._space.mark_deleted(process, index, rows.values())
 
-    def _path(self, item: InFlight, seen: set[str]) -> str:
-        return files.inside(self._root, relative_path(item.parcel.entry, odd=item.odd), seen)
+    def _path(self, item: StagedEntry, seen: set[str]) -> str:
+        return files.inside(self._root, relative_path(item.pending.entry, hashed=item.hashed), seen)
 
 
-def _log(items: Iterable[InFlight]) -> None:
-    """Log what has become of entries; never under the guard, which a handler would keep others from."""
+def _log(items: Iterable[StagedEntry]) -> None:
+    """Log the outcome of publishing; never under the guard, because a slow handler would hold other processes up."""
     if logger.isEnabledFor(logging.DEBUG):
         for item in items:
-            if item.parcel.is_stored:
-                logger.debug("published %s: %d bytes", item.parcel.entry, item.stamp.size)
+            if item.pending.is_stored:
+                logger.debug("published %s: %d bytes", item.pending.entry, item.stamp.size)
             else:
-                logger.debug("not published %s: %s", item.parcel.entry, item.failure or _OVERTAKEN)
+                logger.debug("not published %s: %s", item.pending.entry, item.failure or _OVERTAKEN)

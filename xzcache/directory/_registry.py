@@ -1,4 +1,4 @@
-"""The cache directories of this process, one object for each: they are closed at exit and begun anew after a fork."""
+"""The cache directories of this process: closed at exit, and started anew after a fork."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xzcache import _threads as pool
 from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
 from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._writebehind import departures
-from xzcache.files import settled
+from xzcache.files import resolve_directory
 
 _directories: Final[dict[str, CacheDirectory]] = {}
 _lock = threading.Lock()
@@ -23,20 +23,20 @@ def open_directory(
     min_free: float | int | Unset = UNSET,
     policy: str | Unset = UNSET,
 ) -> CacheDirectory:
-    """The object of a cache directory: the same one, however many stores use it and whatever path leads there.
+    """The object of a cache directory, which all stores of this process share.
 
     Parameters
     ----------
     root : str
-        An absolute path. The cache is there, or in a folder of this user's in it, as `settled` has it.
+        An absolute path. The cache is there, or in this user's folder in it; see `resolve_directory`.
     max_size : int, None or UNSET
-        A bound that somebody asks for, in bytes.
+        The requested bound in bytes.
     min_free : float, int or UNSET
-        A reserve of free disk that somebody asks for; else the configured one.
+        The requested reserve of free disk; else the configured one.
     policy : str or UNSET
-        A policy that somebody asks for; else the configured one.
+        The requested policy; else the configured one.
     """
-    path = settled(root)
+    path = resolve_directory(root)
     with _lock:
         directory = _directories.get(path)
         if directory is None:
@@ -62,7 +62,7 @@ def open_directory(
 
 
 def _forget_removed() -> None:
-    """Forget directories that are gone and not used, now and then: test suites make thousands of them."""
+    """Forget removed and unused directories from time to time: test suites create thousands of them."""
     if len(_directories) % 64 == 63:
         for path, directory in list(_directories.items()):
             if not directory.is_used and not os.path.lexists(path):
@@ -70,14 +70,14 @@ def _forget_removed() -> None:
 
 
 def cleanup_resources(timeout: float = 30.0) -> None:
-    """Leave all cache directories and end all threads of this package; what is used again, is opened again.
+    """Leave all cache directories and end all threads of this package; the next use opens them again.
 
-    For those who count descriptors or threads, as test suites do. The end of the process does the same.
+    For programs that count descriptors or threads, as test suites do. The end of the process does the same.
 
     Parameters
     ----------
     timeout : float, optional
-        Seconds to wait for what the threads are doing.
+        Seconds to wait for the threads to finish their work.
     """
     with _lock:
         directories = list(_directories.values())
@@ -86,8 +86,8 @@ def cleanup_resources(timeout: float = 30.0) -> None:
             directory.close()
         departures.wait(timeout)
         pool.stop(timeout)
-        # a thread that was at work may have joined a directory after it was closed
-        directories = [directory for directory in directories if directory.books.current is not None]
+        # a busy thread may have joined a directory after it was closed
+        directories = [directory for directory in directories if directory.session.current is not None]
         if not directories:
             break
 
@@ -95,12 +95,12 @@ def cleanup_resources(timeout: float = 30.0) -> None:
 def _before_fork() -> None:
     _lock.acquire()
     for directory in _directories.values():
-        directory.books.before_fork()
+        directory.session.before_fork()
 
 
 def _after_fork_in_parent() -> None:
     for directory in _directories.values():
-        directory.books.after_fork_in_parent()
+        directory.session.after_fork_in_parent()
     _lock.release()
 
 

@@ -1,7 +1,7 @@
-"""The bound: who may write how many bytes, and what leaves to make room.
+"""The bound: leases of space, and eviction to make room.
 
-At any instant ``bytes + leases + dying <= max_size`` in the index, and no byte is on disk that is not in that sum: a
-file is written only out of a lease, and its bytes are given back only after it is unlinked.
+At any time ``bytes + leases + tombstones <= max_size`` in the index, and every byte on the disk is part of that sum: a
+file is written only out of a lease, and its bytes are freed only after it is unlinked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from xzcache.eviction import Policy, Recency
-    from xzcache.index import Books, Dying, Index, Membership, Row, Totals
+    from xzcache.index import Index, IndexSession, Registration, Row, Tombstone, Totals
 
 
 logger = logging.getLogger("xzcache.directory")
@@ -31,20 +31,20 @@ _LARGEST_LEASE: Final = 4 << 20
 _INDEX_RESERVE: Final = 4 << 20
 _ATTEMPTS: Final = 8
 _PAUSE_WHILE_FULL: Final = 1.0
-"""Seconds for which a directory that was full, and from which nothing leaves, is not asked again."""
+"""Seconds for which a full directory without evictions is not asked for room again."""
 
 
-class Doubtful:
-    """What became of keys whose files were to be taken out of sight.
+class HideReport:
+    """The keys whose files could not be hidden.
 
     Attributes
     ----------
     left : set of str
-        Keys of which a file may still be there.
+        Keys of which a file may still exist.
     missing : set of str
-        Keys of which a file that the index knew was not where it had to be.
+        Keys of which a file in the index was missing from its path.
     error : OSError or None
-        Why one of `left` is.
+        The reason for one of `left`.
     """
 
     def __init__(self) -> None:
@@ -52,106 +52,87 @@ class Doubtful:
         self.missing: set[str] = set()
         self.error: OSError | None = None
 
-    def note(self, key: str, error: OSError) -> None:
-        """Take note of a key of which a file may still be there."""
+    def add(self, key: str, error: OSError) -> None:
+        """Add a key of which a file may still exist."""
         self.left.add(key)
         self.error = error
 
 
 class Space:
-    """Takes and gives back the space of one cache directory.
+    """Leases and frees the space of one cache directory; `min_free` is a fraction of the file system, or bytes."""
 
-    Parameters
-    ----------
-    books : Books
-    recency : Recency
-    min_free : float or int
-        What is left free of the file system: a fraction of it, or bytes.
-    """
-
-    def __init__(self, books: Books, recency: Recency, min_free: float | int) -> None:
-        self.books = books
+    def __init__(self, session: IndexSession, recency: Recency, min_free: float | int) -> None:
+        self.session = session
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
-        self._has_told = False
+        self._has_logged = False
         self._full_until = 0.0
         self._full_for = 0
-        self._unreleased: list[Dying] = []
-        self._erased: list[Dying] = []
+        self._unreleased: list[Tombstone] = []
+        self._erased: list[Tombstone] = []
 
     @property
     def policy(self) -> Policy:
-        """Who decides what leaves."""
+        """The eviction policy."""
         return self.recency.policy
 
     # -- taking
 
-    def take(self, member: Membership, size: int) -> None:
-        """Take bytes from this process's lease, enlarging it, and evicting for that, where needed.
+    def take(self, process: Registration, size: int) -> None:
+        """Take bytes from this process's lease, enlarging it and evicting if needed.
 
-        Raises
-        ------
-        NoRoom
-            Nothing was taken.
+        Raises `NoRoom` without taking any.
         """
-        with member.lease_lock:
-            # other threads take from the same lease: what there is is taken first, and only the rest asked for
-            had = min(member.free, size)
-            member.free -= had
+        with process.lease_lock:
+            # other threads share the lease: take the free part first, and request only the rest
+            had = min(process.free, size)
+            process.free -= had
         if had == size:
             return
         try:
-            self._take_more(member, size - had, size)
+            self._take_more(process, size - had, size)
         except BaseException:
-            member.give_back(had)
+            process.give_back(had)
             raise
 
-    def _take_more(self, member: Membership, size: int, whole: int) -> None:
+    def _take_more(self, process: Registration, size: int, whole: int) -> None:
         for attempt in range(_ATTEMPTS):
             if not self.policy.evicts and whole >= self._full_for and time.monotonic() < self._full_until:
                 break
-            short, dying = self._enlarge(member, size, whole)
+            short, tombstones = self._enlarge(process, size, whole)
             if short <= 0:
                 return
-            self.release(dying, soon=True)
-            self._count_evicted(dying)
-            freed = sum(item.size for item in dying)
+            self.unlink_deleted(tombstones, soon=True)
+            self._count_evicted(tombstones)
+            freed = sum(item.size for item in tombstones)
             if freed < short:
                 freed += self.make_room(short - freed)
             if freed == 0:
-                if attempt and not recovery_due(member):
-                    # what is smaller may still have room
+                if attempt and not recovery_due(process):
+                    # a smaller entry may still find room
                     self._full_until, self._full_for = time.monotonic() + _PAUSE_WHILE_FULL, whole
                     break
-                recovery.recover(self.books)
-        raise NoRoom(f"no room for {size} bytes in {self.books.root}")
+                recovery.recover(self.session)
+        raise NoRoom(f"no room for {size} bytes in {self.session.root}")
 
-    def _enlarge(self, member: Membership, size: int, whole: int) -> tuple[int, list[Dying]]:
-        """Lease `size` bytes more, for a file of `whole` bytes.
-
-        Returns
-        -------
-        int
-            How many are missing, 0 if they were taken.
-        list of Dying
-            What has to leave for them, and is out of sight.
-        """
-        with self.books.section() as (current, index):
-            if current is not member:
+    def _enlarge(self, process: Registration, size: int, whole: int) -> tuple[int, list[Tombstone]]:
+        """Lease `size` bytes more, for a file of `whole` bytes; returns the missing bytes and the evicted entries."""
+        with self.session.section() as (current, index):
+            if current is not process:
                 raise NoRoom("the directory was removed meanwhile")
-            with self._settling(index):
+            with self._freeing_tombstones(index):
                 totals = index.totals()
-                short = self._grant(member, index, totals, size, whole)
+                short = self._grant(process, index, totals, size, whole)
                 index.commit()
             if short <= 0 or not self.policy.evicts or totals.room is None or totals.room >= size:
                 return short, []
-            # others may take what is freed: more goes if they have
+            # another process may take the freed bytes: the caller then evicts more
             index.begin()
-            self.recency.tell(index)
-            return short, self.condemn(member, index, self.policy.choose(index, short))
+            self.recency.flush_to(index)
+            return short, self.mark_deleted(process, index, self.policy.choose(index, short))
 
-    def _grant(self, member: Membership, index: Index, totals: Totals, size: int, whole: int) -> int:
+    def _grant(self, process: Registration, index: Index, totals: Totals, size: int, whole: int) -> int:
         """Lease `size` bytes more, and some in advance; returns how many are missing, 0 if they were taken."""
         if totals.max_size is not None and whole > totals.max_size:
             raise NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
@@ -161,20 +142,20 @@ class Space:
             return size - room + chunk
         grant = size + chunk if room is None else min(size + chunk, room)
         if (short := self._short_of_disk(grant)) > 0:
-            # what is leased in advance must not cost an entry
+            # leasing in advance must not evict an entry
             grant, short = size, self._short_of_disk(size)
         if short > totals.size:
-            error = NoRoom(f"the disk of {self.books.root} has less free than min_free={self.min_free} asks for")
-            if not self._has_told:
-                # what is asked for by default may be news to somebody
-                self._has_told = True
+            error = NoRoom(f"the disk of {self.session.root} has less free than min_free={self.min_free} asks for")
+            if not self._has_logged:
+                # warn once, because the default may surprise users
+                self._has_logged = True
                 logger.warning("%s: nothing new is cached until there is more", error)
             raise error
         if short > 0:
             return short
-        index.change_lease(member.owner, grant)
+        index.change_lease(process.owner, grant)
         index.commit()
-        member.give_back(grant - size)
+        process.give_back(grant - size)
         return 0
 
     @staticmethod
@@ -185,119 +166,104 @@ class Space:
         return min(_LARGEST_LEASE, totals.max_size // max(256, 32 * owners))
 
     def _short_of_disk(self, grant: int) -> int:
-        free, total = files.free_bytes(self.books.root)
+        free, total = files.free_bytes(self.session.root)
         if total == 0:
-            # some file systems do not say
+            # some file systems do not report it
             return 0
         reserve = int(self.min_free * total) if isinstance(self.min_free, float) else self.min_free
-        # without any room for itself, the index could not even record what leaves
+        # the index needs some space to record evictions
         return max(reserve, min(_INDEX_RESERVE, total // 8)) + grant - free
 
-    def trim_lease(self, member: Membership, index: Index) -> None:
-        """Return what a failed write left over; within a section."""
-        with member.lease_lock:
-            surplus = member.free - 2 * _LARGEST_LEASE
+    def return_surplus(self, process: Registration, index: Index) -> None:
+        """Return the surplus of the lease after failed writes; within a section."""
+        with process.lease_lock:
+            surplus = process.free - 2 * _LARGEST_LEASE
             if surplus <= 0:
                 return
-            member.free -= surplus
-        index.change_lease(member.owner, -surplus)
+            process.free -= surplus
+        index.change_lease(process.owner, -surplus)
 
     # -- giving back
 
     def make_room(self, want: int) -> int:
-        """Let entries go for new ones, if the policy lets any; returns the bytes freed."""
+        """Evict entries if the policy allows it; returns the bytes freed."""
         return self.evict(want) if self.policy.evicts else 0
 
     def evict(self, want: int) -> int:
-        """Let entries go until `want` bytes are free, those that the policy chooses; returns the bytes freed."""
+        """Evict the entries that the policy chooses until `want` bytes are free; returns the bytes freed."""
         freed = 0
         while freed < want:
-            with self.books.section() as (member, index):
-                self.recency.tell(index)
+            with self.session.section() as (process, index):
+                self.recency.flush_to(index)
                 victims = self.policy.choose(index, want - freed)
-                dying = self.condemn(member, index, victims)
-            self.release(dying)
-            self._count_evicted(dying)
-            freed += sum(item.size for item in dying)
-            if not dying:
+                tombstones = self.mark_deleted(process, index, victims)
+            self.unlink_deleted(tombstones)
+            self._count_evicted(tombstones)
+            freed += sum(item.size for item in tombstones)
+            if not tombstones:
                 break
         return freed
 
-    def _count_evicted(self, dying: Sequence[Dying]) -> None:
-        self.evictions += len(dying)
+    def _count_evicted(self, tombstones: Sequence[Tombstone]) -> None:
+        self.evictions += len(tombstones)
         if logger.isEnabledFor(logging.DEBUG):
-            for item in dying:
+            for item in tombstones:
                 logger.debug("evicted %s: %d bytes", item.entry, item.size)
 
-    def fit(self) -> None:
-        """Evict until the directory is within its bound, which may have been lowered."""
-        with self.books.section() as (_, index):
+    def enforce_bound(self) -> None:
+        """Evict until the directory is within its bound."""
+        with self.session.section() as (_, index):
             room = index.totals().room
         if room is not None and room < 0:
             self.evict(-room)
 
-    def condemn(
-        self, member: Membership, index: Index, rows: Iterable[Row], doubts: Doubtful | None = None
-    ) -> list[Dying]:
-        """Take entries out of the index, then their files out of sight; within a section, which is committed.
+    def mark_deleted(
+        self, process: Registration, index: Index, rows: Iterable[Row], report: HideReport | None = None
+    ) -> list[Tombstone]:
+        """Move entries from the index to tombstones, then hide their files; within a section, which is committed.
 
-        Parameters
-        ----------
-        member : Membership
-        index : Index
-        rows : iterable of Row
-        doubts : Doubtful, optional
-            Is told of the keys whose files could not be seen to be gone.
-
-        Returns
-        -------
-        list of Dying
-            What is out of sight, to be released. Every other file stays counted, as a tombstone that no process owns:
-            the next recovery tries again.
+        Keys whose files may remain are added to `report`. Returns the tombstones of hidden files, for `unlink_deleted`.
+        The tombstones of all other files lose their owner, so that the next recovery retries them.
         """
-        dying = []
-        with self._settling(index):
+        tombstones = []
+        with self._freeing_tombstones(index):
             for row in rows:
                 index.remove(row.id)
-                dying.append(index.add_dying(row, member.owner))
+                tombstones.append(index.add_tombstone(row, process.owner))
             index.commit()
-        doubts = Doubtful() if doubts is None else doubts
-        hidden = [item for item in dying if self._is_hidden(item, doubts)]
-        if len(hidden) < len(dying):
+        report = HideReport() if report is None else report
+        hidden = [item for item in tombstones if self._is_hidden(item, report)]
+        if len(hidden) < len(tombstones):
             index.begin()
-            index.disown_dying({item.id for item in dying} - {item.id for item in hidden})
+            index.disown_tombstones({item.id for item in tombstones} - {item.id for item in hidden})
             index.commit()
         return hidden
 
-    def _is_hidden(self, item: Dying, doubts: Doubtful) -> bool:
-        """Take a file out of sight; False where that cannot be done, or cannot be told."""
+    def _is_hidden(self, item: Tombstone, report: HideReport) -> bool:
+        """Hide a file; False if it may still be visible."""
         for is_last in (False, True):
             try:
                 if self._hide(item) is Whose.GONE:
-                    doubts.missing.add(item.entry.key)
+                    report.missing.add(item.entry.key)
                 return True
             except OSError as error:
                 if is_last:
-                    doubts.note(item.entry.key, error)
+                    report.add(item.entry.key, error)
         return False
 
-    def _hide(self, item: Dying) -> Whose:
-        """Take a file out of sight; returns whose it was.
+    def _hide(self, item: Tombstone) -> Whose:
+        """Move a file to the trash; returns the kind of file that was found.
 
-        Raises
-        ------
-        OSError
-            It may still be there.
+        Raises `OSError` if it may still be visible.
         """
-        relative = relative_path(item.entry, odd=item.odd)
-        path = files.inside(self.books.root, relative)
+        relative = relative_path(item.entry, hashed=item.hashed)
+        path = files.inside(self.session.root, relative)
         found = files.look(path, item.entry)
-        # a foreign file may have taken the place of ours; and none is unlinked here: that takes long for a large one,
-        # and the guard is held
+        # a foreign file may have replaced the entry; and unlinking a large file takes too long under the guard
         if found in (Whose.GONE, Whose.FOREIGN):
             return found
         try:
-            files.move(path, files.inside(self.books.root, f"{META}/trash/{item.id}"))
+            files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}"))
         except FileNotFoundError:
             pass
         except OSError:
@@ -308,86 +274,82 @@ class Space:
             except OSError:
                 files.disown(path)
                 raise
-        files.prune(path, self.books.root)
+        files.prune(path, self.session.root)
         return found
 
-    def clear_paths(self, index: Index, key: str, doubts: Doubtful) -> None:
+    def clear_paths(self, index: Index, key: str, report: HideReport) -> None:
         """Unlink files of a key that has no row any more; within a section."""
         for is_last in (False, True):
             try:
-                recovery.clear_paths(self.books, index, key)
+                recovery.clear_paths(self.session, index, key)
                 return
             except OSError as error:
                 if is_last:
-                    doubts.note(key, error)
+                    report.add(key, error)
 
-    def release(self, dying: list[Dying], *, soon: bool = False) -> None:
-        """Unlink, and only then give the bytes back.
+    def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
+        """Unlink the files of tombstones, then free their bytes.
 
-        Parameters
-        ----------
-        dying : list of Dying
-        soon : bool
-            Whether a few bytes may be given back with the next transaction, which is about to follow.
+        With `soon`, a few bytes are freed by the next transaction.
         """
-        dying, self._unreleased = dying + self._unreleased, []
-        if not dying:
+        tombstones, self._unreleased = tombstones + self._unreleased, []
+        if not tombstones:
             return
-        erased = self.erase(dying)
+        erased = self.erase(tombstones)
         if soon and sum(item.size for item in erased) <= _LARGEST_LEASE:
             self._erased.extend(erased)
         else:
-            self.settle(erased)
+            self.free_tombstones(erased)
 
     @contextmanager
-    def _settling(self, index: Index) -> Iterator[None]:
-        """Give back, within a transaction that is committed inside, what was to be given back soon."""
-        erased: list[Dying] = []
+    def _freeing_tombstones(self, index: Index) -> Iterator[None]:
+        """Free the postponed tombstones in a transaction that the caller commits."""
+        erased: list[Tombstone] = []
         # other threads add to it
         while self._erased:
             erased.append(self._erased.pop())
         try:
             if erased:
-                self.settle_in(index, erased)
+                self.free_tombstones_in(index, erased)
             yield
         except BaseException:
             self._erased.extend(erased)
             raise
 
-    def erase(self, dying: list[Dying]) -> list[Dying]:
-        """Unlink condemned files; returns those of which nothing is left."""
+    def erase(self, tombstones: list[Tombstone]) -> list[Tombstone]:
+        """Unlink the files of tombstones; returns those whose files are gone."""
         erased = []
-        for item in dying:
+        for item in tombstones:
             try:
-                files.discard(files.inside(self.books.root, f"{META}/trash/{item.id}"))
+                files.discard(files.inside(self.session.root, f"{META}/trash/{item.id}"))
                 erased.append(item)
             except OSError as error:
                 if error.errno == errno.ELOOP:
-                    # a link took the place of our directory: nothing of this cache is behind it
+                    # a link replaced the trash directory: no file of this cache is behind it
                     erased.append(item)
                 else:
                     self._unreleased.append(item)
         return erased
 
-    def settle(self, dying: list[Dying]) -> None:
+    def free_tombstones(self, tombstones: list[Tombstone]) -> None:
         """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""
         try:
-            with self.books.section() as (_, index):
-                self.settle_in(index, dying)
+            with self.session.section() as (_, index):
+                self.free_tombstones_in(index, tombstones)
         except BaseException:
-            self._unreleased += dying
+            self._unreleased += tombstones
             raise
 
     @staticmethod
-    def settle_in(index: Index, dying: list[Dying]) -> None:
+    def free_tombstones_in(index: Index, tombstones: list[Tombstone]) -> None:
         """Give back, within a transaction, the bytes of files that were unlinked."""
-        index.drop_dying(item.id for item in dying)
+        index.drop_tombstones(item.id for item in tombstones)
 
 
-def recovery_due(member: Membership) -> bool:
+def recovery_due(process: Registration) -> bool:
     """Whether it is time to look for dead processes again."""
     now = time.monotonic()
-    if now < member.next_recovery:
+    if now < process.next_recovery:
         return False
-    member.next_recovery = now + 1.0
+    process.next_recovery = now + 1.0
     return True

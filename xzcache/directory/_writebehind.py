@@ -1,7 +1,7 @@
-"""Work that its caller does not wait for: storing what has been handed out already, and leaving directories.
+"""Write-behind: publishing after the read has returned, and leaving directories.
 
-One thread stores, in order; what has gathered meanwhile is stored together. How many bytes may be waiting is bounded:
-beyond, the caller has to wait after all.
+One thread publishes in order; entries that wait are published together. The number of waiting bytes is limited: beyond
+it, readers wait.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache._fork import renew_after_fork
 from xzcache._threads import try_in_order
-from xzcache.directory import _publish as parcels
+from xzcache.directory import _publish as publishing
 from xzcache.files import LONG
 from xzcache.model import report_bug
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from xzcache.directory._publish import Parcel
+    from xzcache.directory._publish import PendingEntry
 
 
 logger = logging.getLogger("xzcache.directory")
@@ -37,19 +37,17 @@ _LINGER: Final = 0.1
 _LONGEST_PAUSE: Final = 1.0
 
 
-class Background:
-    """What is yet to be stored in one cache directory. Safe for threads and event loops; empty after a fork.
+class WriteBehind:
+    """The pending publishes of one cache directory. Safe for threads and event loops; empty after a fork.
 
-    Parameters
-    ----------
-    publish_all : callable
-        What stores several parcels together.
-    hangs : callable
-        Whether the disk hangs, and is not to be waited for, given whether the caller has waited for long already.
+    `publish_all` stores several entries together. `hangs` returns whether the disk hangs; its argument tells whether
+    the caller has waited for long already.
     """
 
     def __init__(
-        self, publish_all: Callable[[Sequence[Parcel]], None], hangs: Callable[[bool], bool] = lambda waited: False
+        self,
+        publish_all: Callable[[Sequence[PendingEntry]], None],
+        hangs: Callable[[bool], bool] = lambda waited: False,
     ) -> None:
         self._publish_all = publish_all
         self._hangs = hangs
@@ -57,37 +55,37 @@ class Background:
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """The parent does what it has begun."""
+        """Start empty: the parent finishes its own work."""
         self._lock = threading.Lock()
-        self._queue: deque[tuple[Parcel | Callable[[], None], Future[None]]] = deque()
+        self._queue: deque[tuple[PendingEntry | Callable[[], None], Future[None]]] = deque()
         self._waiting: dict[Future[None], int] = {}
         self._last_of: dict[str, Future[None]] = {}
         self._bytes = 0
         self._readers = 0
         self._is_busy = False
 
-    def enter(self) -> None:
-        """Somebody begins to fetch."""
+    def begin_fetch(self) -> None:
+        """Count a fetch that begins."""
         with self._lock:
             self._readers += 1
 
-    def leave(self) -> None:
-        """Somebody is done with fetching."""
+    def end_fetch(self) -> None:
+        """Count a fetch that has ended."""
         with self._lock:
             self._readers -= 1
 
     def add(self, work: Callable[[], None]) -> None:
-        """Have something done."""
+        """Run some work in the background."""
         self._add(work, 0)
         self._begin()
 
-    def publish(self, parcel: Parcel) -> None:
-        """Have something stored, on a running loop; its bytes are held until it is."""
-        self._add(parcel, len(parcel.data))
+    def publish(self, pending: PendingEntry) -> None:
+        """Publish an entry in the background; requires a running loop."""
+        self._add(pending, len(pending.data))
         # tasks that were woken with this one are about to bring theirs
         asyncio.get_running_loop().call_soon(self._begin)
 
-    def _add(self, what: Parcel | Callable[[], None], size: int) -> None:
+    def _add(self, what: PendingEntry | Callable[[], None], size: int) -> None:
         future: Future[None] = Future()
         with self._lock:
             self._bytes += size
@@ -101,7 +99,7 @@ class Background:
             self._go_on()
 
     def _may_begin(self) -> bool:
-        """Whether there is something to do that nobody does; it is the caller's then."""
+        """Whether there is work that no thread does; the caller must then do it."""
         with self._lock:
             mine = bool(self._queue) and not self._is_busy
             self._is_busy = self._is_busy or mine
@@ -112,12 +110,12 @@ class Background:
             try:
                 self._do_next()
             except Exception as error:
-                if not report_bug(error, "what was to be stored in a cache may not be"):
-                    logger.warning("what was to be stored in a cache may not be: %s", error)
+                if not report_bug(error, "storing an entry"):
+                    logger.warning("an entry may not have been stored: %s", error)
             finally:
                 with self._lock:
                     self._is_busy = False
-            # back to the end of the line, so that other directories have their turn
+            # requeue, so that other directories have their turn
             if not self._may_begin() or try_in_order(self._go_on):
                 return
 
@@ -135,22 +133,22 @@ class Background:
                 for what, future in reversed(batch):
                     stack.callback(self._finish, what, future)
 
-    def _take(self) -> list[tuple[Parcel | Callable[[], None], Future[None]]]:
+    def _take(self) -> list[tuple[PendingEntry | Callable[[], None], Future[None]]]:
         """The next piece of work, or as many of the next parcels as may be published together."""
-        batch: list[tuple[Parcel | Callable[[], None], Future[None]]] = []
+        batch: list[tuple[PendingEntry | Callable[[], None], Future[None]]] = []
         size, entries = 0, set()
-        while self._queue and len(batch) < parcels.MOST:
+        while self._queue and len(batch) < publishing.MOST:
             what, _ = self._queue[0]
             if callable(what):
                 return batch or [self._queue.popleft()]
             size += len(what.data)
-            if batch and (size > parcels.MOST_BYTES or what.entry in entries):
+            if batch and (size > publishing.MOST_BYTES or what.entry in entries):
                 break
             entries.add(what.entry)
             batch.append(self._queue.popleft())
         return batch
 
-    def _finish(self, what: Parcel | Callable[[], None], future: Future[None]) -> None:
+    def _finish(self, what: PendingEntry | Callable[[], None], future: Future[None]) -> None:
         try:
             if not callable(what) and what.done is not None:
                 what.done()
@@ -163,12 +161,12 @@ class Background:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being fetched or waits to be stored."""
+        """Whether there are no fetches and no pending publishes."""
         with self._lock:
             return not self._readers and not self._waiting
 
-    async def pause(self) -> None:
-        """Wait where somebody has to: nobody else is fetching, so that a caller may go and look, or too much waits."""
+    async def drain_if_last(self) -> None:
+        """Wait for pending publishes if no other fetch is under way, or if too many bytes wait."""
         while True:
             with self._lock:
                 last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
@@ -183,7 +181,7 @@ class Background:
                 return
 
     async def stored(self, key: str) -> None:
-        """Wait until what was to be stored of an object is stored, or will not be; not for a disk that hangs."""
+        """Wait until no publish of an object is pending, unless the disk hangs."""
         with self._lock:
             last = self._last_of.get(key)
         if last is None or self._hangs(False):
@@ -205,22 +203,22 @@ class Background:
 
 
 class Departures:
-    """Leaves what nothing uses any more, in a thread that is there only as long as there is something to leave."""
+    """Leaves unused directories, in a thread that ends when there are none."""
 
     def __init__(self) -> None:
         self.after_fork_in_child()
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """What the parent was about to leave, the child has not joined."""
+        """Start empty: the child has not joined any directory."""
         self._queue: SimpleQueue[Callable[[], bool] | None] = SimpleQueue()
         self._is_running = threading.Lock()
 
     def add(self, leave: Callable[[], bool]) -> None:
-        """Have something left; `leave` tells whether that is done, or to be tried again.
+        """Add a function that leaves a directory; it returns whether that is done.
 
-        Finalizers call this, at any point of any thread. So it waits for no lock, and takes none that the thread may
-        have taken already: those of `threading` are such.
+        Finalizers call this at any point of any thread, so it takes no lock that the thread may hold already, such as
+        those of `threading`.
         """
         self._queue.put(leave)
         self._start()
@@ -261,7 +259,7 @@ class Departures:
         try:
             return leave()
         except Exception as error:
-            if not report_bug(error, "a cache directory was to be left"):
+            if not report_bug(error, "leaving a cache directory"):
                 logger.warning("a cache directory could not be left: %s", error)
             return True
 

@@ -1,10 +1,10 @@
-"""The policy ``adaptive``: what leaves first is what is least likely to be used soon, as far as the past can tell.
+"""The policy ``adaptive``: evict the entries that are least likely to be used soon.
 
-It watches a sample of all keys, chosen by their hashes, cached or not: of each it remembers when it was used and how
-long its uses are apart, so that it learns of times longer than the cache holds anything. On the sample it also plays
-through what the cache would do, by its own order and by least recent use, and follows whichever has been doing better.
+It watches a sample of all keys by their hashes, cached or not, and records when each was used and how far apart its
+uses are. So it learns intervals that are longer than the lifetime of a cached entry. On the sample it simulates both
+its own order and least recent use, and follows the one with more hits.
 
-No disk, no clock, no SQL: uses in, an order out. Time is counted in uses of anything.
+No disk, no clock, no SQL: uses in, an order out. Time is counted in uses of any entry.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-# -- How likely an entry is used again, by how often it was used and how long ago: learned from what was.
+# -- The probability that an entry is used again, learned by class and age.
 #
-# The idea is that of EVA (Beckmann and Sanchez, 2017) and LHD (Beckmann, Chen and Cidon, 2018): an entry is worth the
-# uses to be expected of it for each unit of time that it would stay. Time is counted in uses of anything.
+# The idea is that of EVA (Beckmann and Sanchez, 2017) and LHD (Beckmann, Chen and Cidon, 2018): the worth of an entry
+# is the expected number of its uses for each unit of time that it stays. Time is counted in uses of any entry.
 
 Ints = NDArray[np.int64]
 Reals = NDArray[np.float64]
@@ -38,11 +38,11 @@ _MOST_IN_A_BUCKET: Final = 20.0
 
 
 def class_of(gaps: Ints) -> Ints:
-    """0 for what was never used again, else by the octave of the time between its uses."""
+    """0 for entries that were used once, else the octave of the time between uses."""
     return np.where(gaps > 0, np.minimum(CLASSES - 1, 1 + np.log2(np.maximum(gaps, 0) / 16 + 1).astype(np.int64)), 0)
 
 
-def place_of(ages: Ints) -> Reals:
+def bucket_of(ages: Ints) -> Reals:
     """Four buckets each time that an age doubles."""
     return np.asarray(np.minimum(BUCKETS - 1.0, _STEPS * np.log2(np.maximum(ages, 0) / 16 + 1)))
 
@@ -54,38 +54,31 @@ def next_gap(gaps: Ints, intervals: Ints) -> Ints:
 
 def cells(gaps: Ints, ages: Ints) -> Reals:
     """How many there are of each class and bucket."""
-    flat = np.bincount(class_of(gaps) * BUCKETS + place_of(ages).astype(np.int64), minlength=CLASSES * BUCKETS)
+    flat = np.bincount(class_of(gaps) * BUCKETS + bucket_of(ages).astype(np.int64), minlength=CLASSES * BUCKETS)
     return flat.reshape(CLASSES, BUCKETS).astype(np.float64)
 
 
 class Reuse:
-    """What was learned: uses, and the time that entries waited for one, by class and age.
-
-    Attributes
-    ----------
-    uses, waited : array of float
-        By class and bucket of age; older observations count for less.
-    """
+    """The learned uses and waiting times, by class and bucket of age; older observations have less weight."""
 
     def __init__(self, uses: Reals | None = None, waited: Reals | None = None) -> None:
         self.uses = np.zeros((CLASSES, BUCKETS)) if uses is None else uses
         self.waited = np.zeros((CLASSES, BUCKETS)) if waited is None else waited
 
     def used(self, gaps: Ints, ages: Ints) -> None:
-        """Learn of uses of entries that had been used so often, so long ago."""
+        """Add uses of entries, given their classes and ages."""
         self.uses += cells(gaps, ages)
 
     def wait(self, gaps: Ints, ages: Ints, passed: int, keep: float) -> None:
-        """Learn that all these entries waited for some time; what was learned before counts `keep` of what it did."""
+        """Add waiting time of all entries; older observations are weighted by `keep`."""
         self.uses *= keep
         self.waited *= keep
         self.waited += passed * cells(gaps, ages)
 
     def hazards(self) -> Reals:
-        """Uses to be expected of one entry in one unit of time, by class and bucket.
+        """The expected uses of one entry in one unit of time, by class and bucket.
 
-        Where little was seen of a class, all classes speak for it, and where little was seen at all, a prior by which
-        what was used last is used first.
+        With few observations of a class, all classes are used; with few at all, a prior that prefers recent use.
         """
         every = (self.uses.sum(0) + _WEIGHT) / (self.waited.sum(0) + _WEIGHT / _PRIOR)
         general = (self.uses + _WEIGHT) / (self.waited + _WEIGHT / every)
@@ -94,7 +87,7 @@ class Reuse:
         return mine
 
     def worth(self) -> Reals:
-        """Uses for each unit of time that an entry stays, until the best time to let it go, by class and bucket."""
+        """The expected uses per unit of time until the best eviction time, by class and bucket."""
         hazards = np.minimum(self.hazards(), _MOST_IN_A_BUCKET / _WIDTHS)
         within = hazards * _WIDTHS
         stays = np.exp(-within)
@@ -114,7 +107,7 @@ class Reuse:
 
 def rate(worth: Reals, gaps: Ints, ages: Ints) -> Reals:
     """The worth of entries, between that of the buckets around their age."""
-    places = place_of(ages)
+    places = bucket_of(ages)
     lower = places.astype(np.int64)
     upper = np.minimum(lower + 1, BUCKETS - 1)
     rows, part = class_of(gaps), places - lower
@@ -131,7 +124,7 @@ _REMEMBERED: Final = 10 * _WATCHED
 _SPARE: Final = 0.98
 _REFRESH: Final = (200, 2000)
 _PATIENCE: Final = 1.5
-"""Hits that have to be lost to follow the other order, in entries of the cache, where both have been as good."""
+"""The lost hits, in entries of the cache, after which the other order is followed, if both were equally good."""
 _FEWEST: Final = 64
 _AGES: Final = 1 << 60
 _FORMAT: Final = 2
@@ -153,17 +146,14 @@ class Uses(NamedTuple):
 
 
 class Adaptive:
-    """What was learned from the uses of the watched keys.
+    """The state that is learned from the uses of the watched keys.
 
-    Attributes
-    ----------
-    prefers_recency : bool
-        Whether entries had better leave by least recent use than by `worth_of`.
+    `prefers_recency` tells that least recent use is the better order.
     """
 
     def __init__(self) -> None:
         self.reuse = Reuse()
-        # most reads that a cache is too small for are passes, of which recency keeps nothing
+        # most reads that do not fit into a cache are scans, of which least recent use keeps nothing
         self.prefers_recency = False
         self._now = self._refreshed = self._shift = 0
         self._regret = self._hits = self._recency_hits = 0.0
@@ -182,16 +172,7 @@ class Adaptive:
     # -- learning
 
     def learn(self, uses: Uses, entries: int, room: float) -> None:
-        """Learn from uses.
-
-        Parameters
-        ----------
-        uses : Uses
-        entries : int
-            How many the cache holds.
-        room : float
-            How many bytes it may hold.
-        """
+        """Learn from uses; `entries` and `room` (bytes) are the current count and the capacity of the cache."""
         self._watch(entries)
         watched = uses.keys < limit_for(entries)
         uses = Uses(*(column[watched] for column in uses))
@@ -210,7 +191,7 @@ class Adaptive:
             self._select(self._keys < limit)
 
     def _use(self, uses: Uses, room: float) -> None:
-        """Note uses, of which a key may have several; then each round notes one of each."""
+        """Record uses; keys with several uses take several rounds."""
         oldest = self._age_of_recency(room)
         while len(uses.keys):
             first = np.unique(uses.keys, return_index=True)[1]
@@ -241,13 +222,13 @@ class Adaptive:
         self._now = max(self._now, int(np.max(uses.ticks)))
 
     def _age_of_recency(self, room: float) -> int:
-        """How old what a cache of least recent use holds is at the most."""
+        """The largest age in a cache of the same size that evicts by least recent use."""
         order = np.argsort(-self._last)
         count = int((np.cumsum(self._sizes[order]) <= room).sum())
         return _AGES if count == len(order) else self._now - int(self._last[order[count]]) - 1
 
     def _evict(self, room: float) -> None:
-        """Play through what the cache would do by the order that was learned."""
+        """Simulate the evictions by the learned order."""
         held = float(self._sizes[self._kept].sum())
         if held <= room:
             return
@@ -275,7 +256,7 @@ class Adaptive:
     # -- which order to follow
 
     def _compare(self, ours: float, recency: float) -> None:
-        """Count the hits of both orders, and those that the one not followed had more."""
+        """Count the hits of both orders, and the hits that the followed order missed."""
         self._hits += ours
         self._recency_hits += recency
         self._regret = max(0.0, self._regret + (ours - recency if self.prefers_recency else recency - ours))
@@ -291,17 +272,11 @@ class Adaptive:
             self._regret = 0.0
 
     def worth_of(self, gaps: Ints, ages: Ints) -> Reals:
-        """What entries are worth: who has the least leaves first.
-
-        Parameters
-        ----------
-        gaps, ages : array of int
-            Of each entry, in ticks: the time between its uses, or 0, and since its last one.
-        """
+        """The worth of entries by gap and age, in ticks; the lowest is evicted first."""
         return rate(self._worth, gaps, ages)
 
     def some_ids(self, random: np.random.Generator, most: int) -> Ints:
-        """The ids that some of the watched keys had when they were used last, whether or not they are still here."""
+        """The last known ids of some watched keys; their entries may be gone."""
         return random.choice(self._ids, min(most, len(self)), replace=False)
 
     # -- remembering
@@ -319,23 +294,17 @@ class Adaptive:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """What `to_bytes` gave.
-
-        Raises
-        ------
-        ValueError
-            It is something else.
-        """
+        """The inverse of `to_bytes`; raises `ValueError` for other data."""
         self, file = cls(), io.BytesIO(data[_SUM.size :])
         if data[: _SUM.size] != _SUM.pack(crc32(file.getbuffer())):
-            raise ValueError("this is nothing that was learned")
+            raise ValueError("the bytes are not a learned state")
         try:
             numbers, uses, waited, *columns = (np.load(file, allow_pickle=False) for _ in range(9))
             self._restore(numbers, [column.astype(np.int64) for column in columns])
         except (EOFError, OSError, TypeError, ValueError) as error:
-            raise ValueError("this is nothing that was learned") from error
+            raise ValueError("the bytes are not a learned state") from error
         if {uses.shape, waited.shape} != {(CLASSES, BUCKETS)} or len({column.shape for column in columns}) != 1:
-            raise ValueError("what was learned is not of this version")
+            raise ValueError("the learned state is of another version")
         self.reuse = Reuse(uses, waited)
         self._worth = self.reuse.worth()
         return self
@@ -343,7 +312,7 @@ class Adaptive:
     def _restore(self, numbers: NDArray[Any], columns: list[Ints]) -> None:
         version, now, refreshed, shift, prefers_recency, regret, hits, recency_hits = numbers.tolist()
         if version != _FORMAT:
-            raise ValueError("what was learned is not of this version")
+            raise ValueError("the learned state is of another version")
         self._now, self._refreshed, self._shift = int(now), int(refreshed), int(shift)
         self.prefers_recency = bool(prefers_recency)
         self._regret, self._hits, self._recency_hits = regret, hits, recency_hits

@@ -1,7 +1,6 @@
-"""Who leaves to make room: policies, which are told of uses, and choose, from the index that they are given.
+"""Eviction policies: they record uses in the index, and choose entries to evict.
 
-Policies of several processes may differ: whoever makes room does so by its own, and nothing that one writes into the
-index keeps another from working.
+Processes may have different policies: each evicts by its own, and none writes data that breaks another.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Candidate(Protocol):
-    """What a policy sees of an entry: sizes in bytes, times in any unit that grows."""
+    """The attributes of an entry that a policy uses: sizes in bytes, times in any unit that grows."""
 
     @property
     def id(self) -> int: ...
@@ -42,27 +41,15 @@ C = TypeVar("C", bound=Candidate)
 
 
 def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C], list[tuple[int, int]]]:
-    """Choose victims by exact least-recent use, from rows whose ranks may lag behind.
+    """Choose victims by exact least recent use, from rows whose ranks may lag behind.
 
-    A hit updates `used` only; the index is ordered by `rank`, which is never above `used`. So an entry of lowest rank
-    that was used since is given its true rank and passed over, and one whose rank is true is the oldest of all: the
-    update of a hit needs no ordered index.
+    A hit updates `used` only; the index is ordered by `rank`, which is never above `used`. An entry of lowest rank that
+    was used since gets its true rank and is skipped. An entry whose rank is true is the oldest of all. So a hit needs
+    no update of an ordered index.
 
-    Parameters
-    ----------
-    rows : sequence of Candidate
-        The entries of lowest rank, lowest first.
-    want : int
-        Bytes to free.
-    most : int
-        How many victims at the most.
-
-    Returns
-    -------
-    victims : list of Candidate
-    ranks : list of (int, int)
-        `(rank, id)` of the entries that were passed over. Where there are any, victims stop at the first whose rank
-        is not below theirs; call again for more.
+    `rows` are ordered by rank. At least `want` bytes and at most `most` entries are chosen. Returns the victims, and
+    `(rank, id)` of the skipped entries. If there are any, victims stop at the first rank above theirs; call again for
+    more.
     """
     victims: list[C] = []
     ranks: list[tuple[int, int]] = []
@@ -84,75 +71,68 @@ def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C
 
 _BATCH: Final = 128
 _HEARD: Final = 4096
-"""How many uses of watched keys may wait until somebody learns from them."""
+"""The uses of watched keys that may wait before they are learned from."""
 _MOST_HEARD: Final = 4 * _HEARD
 """How many uses are learned from at once: of more, the latest."""
 _LOOKED_AT: Final = 4096
 _RUNS: Final = 64
 _LEAVING: Final = 32
-"""Where all entries are looked at, one in so many leaves, the least worth first."""
+"""When scanning all entries, evict the lowest-scored 1/32."""
 _LEAVING_OF_SOME: Final = 16
 _FEWEST: Final = 16
 _CANDIDATES: Final = 900
 """Of how many watched keys it is asked whether they are here, to find some that are."""
 _ANYWHERE: Final = 0.125
 _EVERY: Final = 32
-"""What was heard is learned from once so many uses have passed: one in so many of the entries."""
+"""Learn when the number of uses since the last time is 1/32 of the number of entries."""
 _GHOSTS: Final = 16
 """For how many uses ghosts are kept, in entries of the cache: there are never more of them."""
 _FEWEST_GHOSTS: Final = 50_000
 
 
-class Told(NamedTuple):
-    """Uses of entries, in ns since the epoch, and entries that have come."""
+class UseBatch(NamedTuple):
+    """Uses of entries, in ns since the epoch, and new entries."""
 
     uses: Mapping[Entry, int]
     arrived: Sequence[Entry]
 
 
 class Policy(Protocol):
-    """Decides who leaves. All its methods are called within a section.
-
-    Attributes
-    ----------
-    name : str
-    evicts : bool
-        Whether entries leave for new ones.
-    """
+    """An eviction policy, called within a section; `evicts` tells whether new entries replace old ones."""
 
     name: str
     evicts: bool
 
-    def tell(self, index: Index, told: Told) -> None:
-        """Write down what was used, and what has come."""
+    def record(self, index: Index, batch: UseBatch) -> None:
+        """Record uses and new entries."""
 
     def choose(self, index: Index, want: int) -> list[Row]:
-        """Who leaves next for `want` bytes: some, as long as there are any."""
+        """Choose entries to evict for `want` bytes; at least one if there is any."""
 
 
 class LeastRecentlyUsed:
-    """What was not used for the longest time leaves first."""
+    """Evicts the least recently used entries."""
 
     name = "lru"
     evicts = True
 
-    def tell(self, index: Index, told: Told) -> None:
-        if told.uses:
-            index.touch(told.uses)
+    def record(self, index: Index, batch: UseBatch) -> None:
+        if batch.uses:
+            index.touch(batch.uses)
 
     def choose(self, index: Index, want: int) -> list[Row]:
         return _oldest(index, want)
 
 
-class Admitting(LeastRecentlyUsed):
-    """Nothing leaves for anything new; where the bound was lowered, what was not used for the longest time."""
+class NoEviction(LeastRecentlyUsed):
+    """Evicts nothing for new entries; after the bound was lowered, the least recently used entries."""
 
     name = "none"
     evicts = False
 
 
 class Learning:
-    """What is least likely to be used soon leaves first, as `Adaptive` has learned from the uses."""
+    """Evicts the entries that `Adaptive` expects to be used the least."""
 
     name = "adaptive"
     evicts = True
@@ -166,18 +146,18 @@ class Learning:
         self._found_at = 0
         self._random = np.random.default_rng()
 
-    def tell(self, index: Index, told: Told) -> None:
+    def record(self, index: Index, batch: UseBatch) -> None:
         history = index.history
         if self._heard < 0:
-            # others may have left before there was enough
+            # other processes may have queued uses and left
             self._heard = history.heard(_HEARD + 1)
-        self._entries += len(told.arrived)
-        self._hear(history, told.arrived)
-        if told.uses:
-            before, self._entries = history.pass_time(len(told.uses))
-            latest = sorted(told.uses.items(), key=lambda use: use[1])
+        self._entries += len(batch.arrived)
+        self._hear(history, batch.arrived)
+        if batch.uses:
+            before, self._entries = history.pass_time(len(batch.uses))
+            latest = sorted(batch.uses.items(), key=lambda use: use[1])
             history.touch((tick, entry, used) for tick, (entry, used) in enumerate(latest, before + 1))
-            self._hear(history, told.uses)
+            self._hear(history, batch.uses)
         if self._heard > _HEARD:
             self._learn(index, is_full=False)
 
@@ -196,11 +176,11 @@ class Learning:
                 self._look(index)
                 victims = self._next(index, want)
         victims = victims or _oldest(index, want)
-        index.history.bury((row.entry, row.id) for row in victims)
+        index.history.add_ghosts((row.entry, row.id) for row in victims)
         return victims
 
     def _next(self, index: Index, want: int) -> list[Row]:
-        """The next of those who were to leave, without those who were used since."""
+        """The next entries of the eviction list that were not used since."""
         totals = index.totals()
         self._entries = totals.entries
         if not 0 <= index.history.now() - self._found_at <= totals.entries:
@@ -234,7 +214,7 @@ class Learning:
             share = _LEAVING_OF_SOME
         if rows:
             ids, ticks, gaps = _columns(rows, 3)
-            # runs may have met
+            # the runs may overlap
             ids, first = np.unique(ids, return_index=True)
             ticks, gaps, now = ticks[first], gaps[first], history.now()
             order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
@@ -243,11 +223,10 @@ class Learning:
             self._found_at = now
 
     def _places(self, history: History) -> list[tuple[int, int]]:
-        """From where to look at entries, so that it is as likely for each of them: ids, and how many to pass over.
+        """Random places to scan entries from, uniform over all entries: ids, and how many entries to skip.
 
-        They are those of watched entries, of which there are as many among any so many, and of those that follow upon
-        them before the next watched one. Now and then one is any number instead: where entries are that nobody has used
-        for longer than anything is remembered, none is watched.
+        A place is a watched entry and the entries up to the next watched one. One place in some scans is random: among
+        entries that were unused for longer than the memory, none is watched.
         """
         places = history.present(self._adaptive.some_ids(self._random, _CANDIDATES).tolist())
         self._random.shuffle(places)
@@ -258,7 +237,7 @@ class Learning:
         return list(zip([*places, *others.tolist()], self._random.integers(0, apart, _RUNS).tolist(), strict=True))
 
     def _learn(self, index: Index, *, is_full: bool) -> None:
-        """Learn from what all processes have heard, on top of what any of them has learned, if there is enough."""
+        """Learn from the queued uses of all processes, on top of the stored state, if there are enough."""
         history, totals = index.history, index.totals()
         now, self._entries = history.now(), totals.entries
         if self._has_learned(now):
@@ -267,7 +246,7 @@ class Learning:
             self._adaptive, self._serial = _restored(index), serial
             self._heard, self._learned_at = 0, self._adaptive.now
             if self._has_learned(now):
-                # somebody else has done it
+                # another process has learned meanwhile
                 return
         heard = _columns(history.take_heard(_MOST_HEARD), 4)
         # without a bound, it is the disk that is full
@@ -281,15 +260,15 @@ class Learning:
         return self._heard <= _HEARD and 0 <= now - self._learned_at < self._entries // _EVERY
 
 
-POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | Admitting | Learning]]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, Admitting, Learning)
+POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] = {
+    policy.name: policy for policy in (LeastRecentlyUsed, NoEviction, Learning)
 }
 
 
 def _oldest(index: Index, want: int) -> list[Row]:
     """Victims by least recent use; ranks that lag behind are put right on the way."""
     totals = index.totals()
-    # so many leave, if they are as large as most; as many again may have been used meanwhile
+    # the expected number of victims, twice, because some may have been used meanwhile
     expected = want * totals.entries // max(1, totals.size) + 1
     while rows := index.by_rank(2 * min(_BATCH, expected)):
         victims, ranks = least_recently_used(rows, want, _BATCH)
@@ -300,7 +279,7 @@ def _oldest(index: Index, want: int) -> list[Row]:
 
 
 def _restored(index: Index) -> Adaptive:
-    """What was learned; from nothing, where that cannot be read."""
+    """The stored state; a new one if it cannot be read."""
     learned = index.history.learned()
     try:
         return Adaptive() if learned is None else Adaptive.from_bytes(learned.state)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from xzcache._config import config
-from xzcache.eviction._policies import Told
+from xzcache.eviction._policies import UseBatch
 from xzcache.index import hash_of
 
 if TYPE_CHECKING:
@@ -29,44 +29,40 @@ class Recency:
         self._longest = longest
         self._lock = threading.Lock()
         self._uses: dict[Entry, int] = {}
-        self._tell_after = 0.0
+        self._flush_after = 0.0
 
-    def note(self, entry: Entry) -> bool:
-        """Remember a use; True when it is time to tell the index."""
+    def record_use(self, entry: Entry) -> bool:
+        """Record a use; True if `flush_to` is due."""
         uses = self._uses
         if not uses:
-            self._tell_after = time.monotonic() + self._longest
+            self._flush_after = time.monotonic() + self._longest
         uses[entry] = time.time_ns()
-        if len(uses) < self._most and time.monotonic() < self._tell_after:
+        if len(uses) < self._most and time.monotonic() < self._flush_after:
             return False
         if len(uses) > 64 * self._most:
-            # the index cannot be told: better to forget than to grow
+            # the index cannot be used: drop the uses to limit the memory
             uses.clear()
-        # whoever is told to tell has a second for it
-        due = time.monotonic() >= self._tell_after or len(uses) == self._most
-        self._tell_after = max(self._tell_after, time.monotonic() + 1.0) if due else self._tell_after
+        # the caller has a second for the flush
+        due = time.monotonic() >= self._flush_after or len(uses) == self._most
+        self._flush_after = max(self._flush_after, time.monotonic() + 1.0) if due else self._flush_after
         return due
 
-    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
-        """Write what was remembered into the index, and that entries have arrived."""
+    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+        """Write the recorded uses and the new entries to the index."""
         with self._lock:
             uses, self._uses = self._uses, {}
         if uses or arrived:
             # a copy: a hit that began before may still add to it
-            self.policy.tell(index, Told(dict(uses), arrived))
+            self.policy.record(index, UseBatch(dict(uses), arrived))
 
     def __bool__(self) -> bool:
         return bool(self._uses)
 
 
 class Traced(Recency):
-    """Writes all uses to a file as well: when (ns since the epoch), what (a hash of its key), and its size in bytes.
+    """Also writes all uses to a file: time (ns since the epoch), hash of the key, and size in bytes.
 
-    Parameters
-    ----------
-    policy : Policy
-    path : str
-        The file; several processes may append to one.
+    Several processes may append to one file.
     """
 
     def __init__(self, policy: Policy, path: str) -> None:
@@ -74,33 +70,33 @@ class Traced(Recency):
         self._path = path
         self._noted: list[tuple[int, Entry]] = []
 
-    def note(self, entry: Entry) -> bool:
-        """Remember a use; True when it is time to tell the index."""
+    def record_use(self, entry: Entry) -> bool:
+        """Record a use; True if `flush_to` is due."""
         self._noted.append((time.time_ns(), entry))
         if len(self._noted) > 64 * self._most:
             self._noted.clear()
-        return super().note(entry)
+        return super().record_use(entry)
 
-    def tell(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
-        """Write what was remembered into the index, and all uses into the file."""
+    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+        """Write the recorded uses to the index and to the file."""
         noted, self._noted = self._noted, []
         noted += ((time.time_ns(), entry) for entry in arrived)
         rows = {entry: row for _, entry in noted if (row := index.find(entry)) is not None}
         lines = (
             f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in noted if (row := rows.get(entry)) is not None
         )
-        # a trace that cannot be written is no reason for anything else to fail
+        # a failure to write the trace must not fail other work
         with suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.write(descriptor, "".join(lines).encode())
             finally:
                 os.close(descriptor)
-        super().tell(index, arrived)
+        super().flush_to(index, arrived)
 
 
 def recency_for(policy: Policy) -> Recency:
-    """What remembers uses, and writes a trace of them where one is configured."""
+    """The recency of a policy, with a trace if one is configured."""
     path = config.get("trace")
     if path in (None, ""):
         return Recency(policy)

@@ -1,8 +1,8 @@
-"""Entry files: writing, stamping, checking and moving them. Plain blocking functions that know no index and no lock.
+"""Entry files: write, stamp, check and move them. Blocking functions without index and locks.
 
-An entry file holds exactly the bytes of its object. What else there is to know of it (that it is ours, which entry it
-is, its checksum) is its *stamp*, an extended attribute set before the file gets its name. Where the file system has no
-extended attributes, the index answers instead.
+An entry file holds exactly the bytes of its object. Its *stamp*, an extended attribute that is set before the file gets
+its name, identifies the entry and holds the checksum. On file systems without extended attributes, the index replaces
+the stamp.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-# -- What a file system and a directory on it are like: whose, how full, how names compare.
+# -- Properties of a file system and of a directory: owner, free space, case folding.
 
 _NUMBER: Final = re.compile(r"\\([0-7]{3})")
 _NETWORK: Final = frozenset(
@@ -46,12 +46,12 @@ def folds_case(directory: str) -> bool:
 
 
 def user() -> int:
-    """The number of the user whose files this process makes; -1 where the platform has none."""
+    """The user id under which this process creates files; -1 if the platform has none."""
     return os.geteuid() if hasattr(os, "geteuid") else -1
 
 
 def private_name() -> str:
-    """What the folder of this user's is called in a directory that other users share."""
+    """The name of this user's folder in a directory that other users share."""
     return f"xzcache-{user() if hasattr(os, 'geteuid') else os.environ.get('USERNAME', 'user')}"
 
 
@@ -62,22 +62,13 @@ def temporary() -> str | None:
     return None
 
 
-def settled(path: str) -> str:
-    """Where the cache lies that is to be at a path: there, or in a folder of this user's in what is shared there.
+def resolve_directory(path: str) -> str:
+    """The directory of the cache for a path: the path itself, or this user's folder in it if the path is shared.
 
-    A directory is shared if it belongs to another user or others may write it, as volumes of containers are. Of those
-    that others may write, an empty one of this user's is made private before it is used, and one that is a cache
-    already is refused until its mode is right: a second cache in it would leave the first one's files to nobody.
-
-    Parameters
-    ----------
-    path : str
-        An absolute path.
-
-    Returns
-    -------
-    str
-        A path without links, but for its last component where that is the folder of this user's.
+    A directory is shared if it belongs to another user or if others may write it, as container volumes are. An empty
+    directory of this user that others may write is made private before its use. One that holds a cache already is
+    refused until its mode is fixed: a second cache in it would leave the files of the first uncounted. The result has
+    no links, except that the user's folder itself may be one.
     """
     parent, name = os.path.split(path)
     if name == private_name():
@@ -86,7 +77,7 @@ def settled(path: str) -> str:
     try:
         return os.path.join(real, private_name()) if os.path.isdir(real) and _is_shared(real) else real
     except OSError:
-        # what is the matter with it shows when it is used
+        # the error is reported when the directory is used
         return real
 
 
@@ -101,21 +92,17 @@ def _is_shared(path: str) -> bool:
 
 
 def can_be_made(path: str) -> bool:
-    """Whether a directory is there that this user may write, or can be made, as far as can be told without trying."""
+    """Whether this user may write a directory, or can create it, as far as can be checked without trying."""
     while not os.path.lexists(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     return os.path.isdir(path) and os.access(path, os.R_OK | os.W_OK | os.X_OK)
 
 
 def make_private(path: str) -> None:
-    """Make a directory that only this user can enter; what is missing above it, nobody else can write.
+    """Create a directory that only this user can enter; no other user can write the parents that are created.
 
-    An existing directory is left as it is, unless it is empty: then nobody relies on its mode yet.
-
-    Raises
-    ------
-    OSError
-        It cannot be made.
+    An existing directory is left alone unless it is empty: no program relies on the mode of an empty directory. Raises
+    `OSError` if it cannot be created.
     """
     parent = os.path.dirname(path)
     if parent != path and not os.path.isdir(parent):
@@ -139,12 +126,9 @@ def _make_above(path: str) -> None:
 
 
 def unsafe(path: str) -> str | None:
-    """Why nothing may be read from a directory, nor written to it; None where it is this user's and only this user's.
+    """The reason why a directory must not be used; None if it belongs to this user and no other user may write it.
 
-    Raises
-    ------
-    OSError
-        Nobody can tell, or it is not there.
+    Raises `OSError` if the directory is missing or cannot be checked.
     """
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
@@ -163,7 +147,7 @@ def _is_another(status: os.stat_result) -> bool:
 
 
 def _others_may_write(status: os.stat_result) -> bool:
-    # with an access control list, the bits of the group are the most that it gives to anybody
+    # with an access control list, the group bits are the upper limit for every other user
     return hasattr(os, "geteuid") and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
@@ -174,13 +158,7 @@ def free_bytes(path: str) -> tuple[int, int]:
 
 
 def sync(path: str) -> None:
-    """Have a file, or the names in a directory, be on the disk.
-
-    Raises
-    ------
-    OSError
-        They may not be.
-    """
+    """Sync a file, or the names in a directory, to the disk; raises `OSError` if that fails."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -189,13 +167,7 @@ def sync(path: str) -> None:
 
 
 def sync_all(fd: int) -> None:
-    """Have all that was changed on the file system of an open file be on the disk.
-
-    Raises
-    ------
-    OSError
-        It may not be.
-    """
+    """Sync the file system of an open file to the disk; raises `OSError` if that fails."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if os.name == "posix" else None
     if call is None:
         os.sync()
@@ -208,7 +180,7 @@ def _sign(number: re.Match[str]) -> str:
 
 
 def is_on_network(path: str) -> bool:
-    """Whether a path is on a file system that other machines share, as far as the system tells."""
+    """Whether a path is on a file system that other machines share, if the platform reports that."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
             # a blank in a name is written as its number
@@ -233,14 +205,14 @@ _NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
 _STAMP: Final = struct.Struct("<B16sIQqq")
 _OF_A_PIECE: Final = 60
 _OF_A_WHOLE: Final = 2
-"""Version 0.1.0 knows this number, and not the other.
+"""The version of stamps of whole objects, which version 0.1.0 knows. It does not know that of byte ranges.
 
-A process of it that writes to a directory unlinks the key's entry by hand, for which it has to know it for one of ours.
-Pieces it removes without a look. It must not read them: it does not know what parts of which no state is told.
+A process of version 0.1.0 that writes without the index unlinks only files that it recognizes, so it must recognize
+whole objects. It removes byte ranges unchecked, but must not read them, because it cannot compare their states.
 """
 _WITHOUT_VALIDATOR: Final = 1
 _CHECKED: Final = "\1"
-"""Begins the checksum of a stamp, which those of version 0.1.0 lack."""
+"""Starts the checksum of a stamp; stamps of version 0.1.0 have none."""
 _VALIDATORS_OF_OLD: Final = ("etag ", "time ", "file ")
 _LONGEST_VALIDATOR: Final = 200
 OF_NOBODY: Final = bytes(16)
@@ -250,14 +222,14 @@ _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class Whose(Enum):
-    """What a look at the path of an entry may find. There is no value for "cannot tell": that is an OSError."""
+    """The file at the path of an entry. There is no value for "unknown": that is an `OSError`."""
 
     GONE = "nothing is there"
-    OURS = "the file that was written for the entry"
-    DISOWNED = "a file of ours that no entry has any more and that could not be unlinked"
-    MARKED = "a file with a mark of ours, which is damaged or of another entry"
-    UNMARKED = "a file on a file system that has no marks: the index has to tell"
-    FOREIGN = "something of somebody else's"
+    OURS = "the file of the entry"
+    DISOWNED = "a deleted file of the cache that could not be unlinked"
+    MARKED = "a file with a stamp that is damaged or of another entry"
+    UNMARKED = "a file on a file system without stamps: the index identifies it"
+    FOREIGN = "a file or directory that does not belong to the cache"
 
 
 def checksum(data: Data) -> int:
@@ -267,7 +239,7 @@ def checksum(data: Data) -> int:
 
 
 class Stamp(NamedTuple):
-    """What an entry file says of itself."""
+    """The stamp of an entry file."""
 
     digest: bytes
     crc: int
@@ -275,9 +247,9 @@ class Stamp(NamedTuple):
     start: int
     stop: int
     key: str
-    """The key of an entry whose path does not tell it; else empty."""
+    """The key, for an entry whose path does not contain it; else empty."""
     validator: str = ""
-    """What tells this state of the object from others, as its source has it; may be empty."""
+    """The validator of the object; may be empty."""
 
     def encode(self) -> bytes:
         version = _OF_A_WHOLE if (self.start, self.stop) == (0, END) else _OF_A_PIECE
@@ -298,14 +270,14 @@ def stamp_of(entry: Entry, data: Data, validator: str = "") -> Stamp:
 
 
 def _attribute(file: int | str) -> bytes:
-    # a link is not one of our files, whatever it leads to
+    # a link is never an entry file, wherever it leads
     return (
         os.getxattr(file, _ATTRIBUTE) if isinstance(file, int) else os.getxattr(file, _ATTRIBUTE, follow_symlinks=False)
     )
 
 
 def read_stamp(file: int | str) -> Stamp | None:
-    """The stamp of a file, by descriptor or path; None where it has none that can be read, for whatever reason."""
+    """The stamp of a file, by descriptor or path; None if there is no valid stamp."""
     try:
         return _decode(_attribute(file))
     except (OSError, AttributeError):
@@ -325,7 +297,7 @@ def _decode(raw: bytes) -> Stamp | None:
         stamp = Stamp(digest, crc, size, start, stop, key, validator)
         if check.startswith(_CHECKED) and stamp.encode() == raw:
             return stamp
-    # of an older version, unless a damaged character makes it look so: number 1 had a key, number 2 a validator as well
+    # a stamp of an older version, unless damage makes it look so: version 1 had a key, version 2 a validator as well
     if version == _WITHOUT_VALIDATOR:
         key, validator = text, ""
     elif version == _OF_A_WHOLE:
@@ -337,19 +309,15 @@ def _decode(raw: bytes) -> Stamp | None:
     stamp = Stamp(digest, crc, size, start, stop, key, validator)
     if key and stamp.entry.digest() != digest:
         return None
-    # those versions kept any answer as a piece, whatever its length, and told no states through fsspec
+    # those versions stored answers of any length as byte ranges, and had no validators through fsspec
     return stamp if (start, stop) == (0, END) else stamp._replace(digest=OF_NOBODY)
 
 
 def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
-    """The stamp of an open file, None where it has none that we can read; and whether that settles whose it is.
+    """The stamp of an open file, or None; and whether that is conclusive.
 
-    It does not where the file system has no stamps, or where the stamp is garbage: then only the index can tell.
-
-    Raises
-    ------
-    OSError
-        Nobody can tell.
+    It is not conclusive if the file system has no stamps or if the stamp is garbage: then only the index identifies the
+    file. Raises `OSError` if the stamp cannot be read.
     """
     try:
         stamp = _decode(_attribute(fd))
@@ -363,13 +331,7 @@ def stamp_of_open(fd: int) -> tuple[Stamp | None, bool]:
 
 
 def write(path: str, data: Data, stamp: Stamp) -> None:
-    """Make a new file of `data`, stamped where the file system can.
-
-    Raises
-    ------
-    OSError
-        The file is gone again then, unless that fails as well.
-    """
+    """Create a file with some data, with a stamp if the file system supports it; removes the file if that fails."""
     try:
         fd = os.open(path, _WRITE, 0o600)
     except FileNotFoundError:
@@ -396,7 +358,7 @@ def attach(file: int | str, stamp: Stamp) -> None:
     try:
         os.setxattr(file, _ATTRIBUTE, stamp.encode())
     except OSError as error:
-        # a file system that has no stamps at all goes without; on any other, a file without one would not be ours
+        # a file system without stamps goes without; on all others, a file without a stamp would not be recognized
         if error.errno != errno.ENOTSUP or has_stamps(file):
             raise
 
@@ -413,7 +375,7 @@ def has_stamps(file: int | str) -> bool:
 
 
 def move(source: str, target: str) -> None:
-    """Rename a file over whatever is at `target`, making the directories above it as needed."""
+    """Rename a file over an existing target, creating missing directories."""
     try:
         os.replace(source, target)
     except FileNotFoundError:
@@ -422,20 +384,11 @@ def move(source: str, target: str) -> None:
 
 
 def inside(root: str, relative: str, seen: set[str] | None = None) -> str:
-    """The absolute path of something in a cache directory, once no directory above it is a link.
+    """The absolute path of a name in a cache directory, if no directory above it is a link.
 
-    Every path that is unlinked, renamed or written goes through here: a link leads to somebody else's files.
-
-    Parameters
-    ----------
-    root, relative : str
-    seen : set of str, optional
-        Directories that were seen to be none a moment ago, while the guard was held; those of this path are added.
-
-    Raises
-    ------
-    OSError
-        A link is in the way (ELOOP), or that cannot be told.
+    Every path that is unlinked, renamed or written is checked here, because a link leads to files outside of the cache.
+    Directories in `seen` were checked before in the same section; the checked ones are added. Raises `OSError`, with
+    ``ELOOP`` for a link.
     """
     path = root
     for name in ["", *relative.split("/")[:-1]]:
@@ -460,7 +413,7 @@ def discard(path: str) -> None:
 
 
 def prune(path: str, root: str) -> None:
-    """Remove the directories above `path` that have become empty, up to `root`."""
+    """Remove the empty directories above `path`, up to `root`."""
     directory = os.path.dirname(path)
     while len(directory) > len(root):
         try:
@@ -471,14 +424,10 @@ def prune(path: str, root: str) -> None:
 
 
 def look(path: str, entry: Entry) -> Whose:
-    """Whose file lies at the path of an entry.
+    """Identify the file at the path of an entry.
 
-    A copy of a file of ours that lies at another path is its maker's.
-
-    Raises
-    ------
-    OSError
-        It cannot be told. That is neither "gone" nor "not ours": whatever waits for the answer stays undone.
+    A copy of an entry file at another path belongs to the user who copied it. Raises `OSError` if the file cannot be
+    identified, which is neither "gone" nor "foreign": the caller must not act on it.
     """
     try:
         raw = _attribute(path)
@@ -508,13 +457,7 @@ def _look_without_stamps(path: str) -> Whose:
 
 
 def exists(path: str) -> bool:
-    """Whether anything is at a path, a link included.
-
-    Raises
-    ------
-    OSError
-        It cannot be told.
-    """
+    """Whether a file or a link is at a path; raises `OSError` if that is unknown."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -523,13 +466,7 @@ def exists(path: str) -> bool:
 
 
 def discard_ours(path: str, entry: Entry) -> Whose:
-    """Unlink a file if it is the one that was written for an entry; returns whose it was.
-
-    Raises
-    ------
-    OSError
-        It may still be there.
-    """
+    """Unlink the file of an entry; returns the kind of file that was found. Raises `OSError` if it may still exist."""
     found = look(path, entry)
     if found in (Whose.OURS, Whose.DISOWNED):
         try:
@@ -541,9 +478,9 @@ def discard_ours(path: str, entry: Entry) -> Whose:
 
 
 def disown(path: str) -> bool:
-    """Make a file of ours that cannot be unlinked unreadable as an entry; whether that is certain.
+    """Make an entry file that cannot be unlinked unreadable as an entry; returns whether that succeeded.
 
-    Its stamp no longer names an entry, and its time of modification shows every process that it was changed.
+    Its stamp names no entry any more, and its new time of modification makes every process check it again.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
@@ -558,7 +495,7 @@ def disown(path: str) -> bool:
 
 
 def make_directories(path: str) -> None:
-    """Make a directory and all that is missing above it, for this user only."""
+    """Create a directory and its missing parents, for this user only."""
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
@@ -570,13 +507,7 @@ def make_directories(path: str) -> None:
 
 
 def walk(directory: str) -> Iterator[str]:
-    """Paths of all files beneath a directory, ours apart (`.xzcache` at its top is passed over). No link is followed.
-
-    Raises
-    ------
-    OSError
-        A directory cannot be read.
-    """
+    """Paths of all files beneath a directory, except those in its `.xzcache`; links are not followed."""
     if os.path.islink(directory):
         return
     stack = [directory]
@@ -595,13 +526,7 @@ def walk(directory: str) -> Iterator[str]:
 
 
 def empty(directory: str) -> None:
-    """Remove all that is in a directory of ours.
-
-    Raises
-    ------
-    OSError
-        Something is still there.
-    """
+    """Remove everything in a directory of the cache; raises `OSError` if a file remains."""
     with suppress(FileNotFoundError), os.scandir(directory) as found:
         for item in found:
             if item.is_dir(follow_symlinks=False):
@@ -611,12 +536,6 @@ def empty(directory: str) -> None:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove a directory of ours and all that is in it.
-
-    Raises
-    ------
-    OSError
-        Something is still there.
-    """
+    """Remove a directory of the cache with everything in it; raises `OSError` if a file remains."""
     with suppress(FileNotFoundError):
         shutil.rmtree(directory)

@@ -36,7 +36,7 @@ _OF_THE_DISK: Final = frozenset(
     )
     if hasattr(errno, name)
 )
-"""A file system that may only be read is none of these: what is cached can be read there, and no call waits."""
+"""Errors of a broken disk. A read-only file system is not broken: entries can be read, and no call hangs."""
 
 
 def allowance(size: int) -> float:
@@ -45,47 +45,36 @@ def allowance(size: int) -> float:
 
 
 class Health:
-    """The state of the disk of one cache directory, as one process sees it. Safe for threads.
+    """The health of the disk of one cache directory, as one process observes it. Safe for threads.
 
-    Healthy: everything is asked. Aside: no read looks at the directory, and nothing is published; a thread probes the
-    disk, one probe at a time, with pauses that double, and the first that succeeds makes the directory healthy. Many
-    errors within a short time, or one operation that takes long, put the directory aside. The first time that
-    something takes long, the probe comes without a pause: the machine may just have been busy.
+    While the disk is healthy, every operation uses the directory. Many errors in a short time, or one slow operation,
+    put the directory aside: reads skip it and nothing is published. A thread then probes the disk with increasing
+    pauses, and the first successful probe ends that. The first probe after a slow operation follows without a pause,
+    because the machine may only have been busy.
 
-    Parameters
-    ----------
-    root : str
-        The cache directory.
-    probe : callable
-        Does a little of everything on the disk.
-    make_up : callable
-        Does what was not done while the directory was aside, before it is used again; whether all of it is done.
-
-    Attributes
-    ----------
-    is_aside : bool
-        Whether the directory is to be left alone: all that a hit asks.
+    `probe` exercises the disk. `retry_pending` retries pending invalidations before the directory is used again, and
+    returns whether all are done. A hit checks only `is_aside`.
     """
 
-    def __init__(self, root: str, probe: Callable[[], None], make_up: Callable[[], bool]) -> None:
+    def __init__(self, root: str, probe: Callable[[], None], retry_pending: Callable[[], bool]) -> None:
         self.is_aside = False
         self._root = root
         self._probe = probe
-        self._make_up = make_up
+        self._retry_pending = retry_pending
         self._lock = threading.Lock()
         self._faults: deque[float] = deque(maxlen=_FAULTS)
         self._pause = _FIRST_PAUSE
         self._since = 0.0
         self._back_at = -_LONGEST_PAUSE
         self._reason = ""
-        self._has_told = False
+        self._has_logged = False
         self._ends = threading.Event()
         self._latest = time.monotonic()
 
-    # -- what is seen of the disk
+    # -- observing the disk
 
-    def note_progress(self) -> None:
-        """Take note that an operation on the disk has ended: others that take long may only be waiting their turn."""
+    def record_progress(self) -> None:
+        """Record that an operation on the disk ended: other slow operations may only wait for their turn."""
         self._latest = time.monotonic()
 
     @property
@@ -93,7 +82,7 @@ class Health:
         """Whether an operation ended less than a moment ago."""
         return time.monotonic() - self._latest < LONG
 
-    def note_fault(self, error: BaseException) -> None:
+    def record_fault(self, error: BaseException) -> None:
         """Count an error, if it is one of the disk."""
         if self.is_aside or not is_of_the_disk(error):
             return
@@ -104,8 +93,8 @@ class Health:
         if is_too_much:
             self._put_aside(f"{_FAULTS} errors, the last one: {error}", is_certain=True)
 
-    def note_slow(self, what: str) -> None:
-        """Take note that an operation takes, or took, longer than it may."""
+    def record_slow(self, what: str) -> None:
+        """Record that an operation takes, or took, too long."""
         self._put_aside(what, is_certain=False)
 
     # -- aside, and back
@@ -117,12 +106,12 @@ class Health:
             self.is_aside = True
             self._faults.clear()
             self._since = time.monotonic()
-            self._reason, self._has_told = reason, False
+            self._reason, self._has_logged = reason, False
             was_well = self._since - self._back_at >= _LONGEST_PAUSE
             self._pause = _FIRST_PAUSE if was_well else min(2 * self._pause, _LONGEST_PAUSE)
             ends = self._ends = threading.Event()
         if is_certain:
-            self._tell()
+            self._log_aside()
         pause = 0.0 if was_well and not is_certain else self._pause
         thread = threading.Thread(target=self._probe_on, args=(pause, ends), name="xzcache-probe", daemon=True)
         try:
@@ -131,16 +120,16 @@ class Health:
             # at the end of the process the cache stays aside
             logger.debug("no thread to probe the disk of %s: %s", self._root, error)
 
-    def tell_if_long(self) -> None:
+    def log_if_long(self) -> None:
         """Log that the directory is aside, if it has been for a while, and that was not logged."""
-        if not self._has_told and time.monotonic() - self._since > LONG:
-            self._tell()
+        if not self._has_logged and time.monotonic() - self._since > LONG:
+            self._log_aside()
 
-    def _tell(self) -> None:
+    def _log_aside(self) -> None:
         with self._lock:
-            if self._has_told or not self.is_aside:
+            if self._has_logged or not self.is_aside:
                 return
-            self._has_told = True
+            self._has_logged = True
         logger.warning("the cache in %s is put aside, reads go to the source: %s", self._root, self._reason)
 
     def _probe_on(self, pause: float, ends: threading.Event) -> None:
@@ -148,12 +137,12 @@ class Health:
         while not ends.wait(pause):
             count += 1
             if self._is_well():
-                is_made_up = self._make_up_safely()
+                is_done = self._retry_safely()
                 self._come_back(ends, count)
-                if not is_made_up:
-                    logger.debug("in the cache in %s something is still in doubt", self._root)
+                if not is_done:
+                    logger.debug("the cache in %s still has pending invalidations", self._root)
                 return
-            self._tell()
+            self._log_aside()
             pause = self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
@@ -163,15 +152,15 @@ class Health:
             self._probe()
         except Exception as error:
             if is_of_the_disk(error):
-                logger.debug("the disk of %s is not well: %s", self._root, error)
+                logger.debug("the disk of %s is not healthy: %s", self._root, error)
                 return False
-            # what is no fault of the disk is met, and told, by those who use the directory
+            # other errors are reported by the operations that use the directory
             report_bug(error, f"the cache in {self._root}")
         return time.monotonic() - began <= LONG
 
-    def _make_up_safely(self) -> bool:
+    def _retry_safely(self) -> bool:
         try:
-            return self._make_up()
+            return self._retry_pending()
         except Exception as error:
             report_bug(error, f"the cache in {self._root}")
             return False
@@ -182,7 +171,7 @@ class Health:
                 return
             now = self._back_at = self._latest = time.monotonic()
             self.is_aside = False
-        if self._has_told:
+        if self._has_logged:
             logger.info(
                 "the cache in %s is used again, after %.1f s and %d probes", self._root, now - self._since, count
             )
@@ -195,7 +184,7 @@ class Health:
         return not self.is_aside
 
     def rest(self) -> None:
-        """Probe no more, and begin anew as healthy: the directory is left."""
+        """Stop probing and reset to healthy, because the directory is closed."""
         with self._lock:
             self._ends.set()
             self._ends = threading.Event()
@@ -203,7 +192,7 @@ class Health:
 
 
 def is_of_the_disk(error: BaseException) -> bool:
-    """Whether an exception, or its cause, says that the disk failed: not that something is missing, full or locked."""
+    """Whether an exception or its cause is a failure of the disk, not a missing file, a full disk or a lock."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _OF_THE_DISK:

@@ -1,4 +1,4 @@
-"""Finding entries by their path, and never handing out bytes that are not what was stored."""
+"""Look up entries by path, and verify their bytes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-# -- The one way to the files of entries: opening, reading and closing them.
+# -- Opening, reading and closing entry files.
 #
-# Plain blocking functions that know no index and no lock. Every system call that fails, the closing of a file included,
-# is either absence, or an `OSError` that is raised or handed to `trouble`; a descriptor is closed whatever happens.
+# Blocking functions without index and locks. A failed system call means absence, or is an `OSError` that is raised or
+# passed to `on_fault`. Descriptors are always closed.
 
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _NO_FLAG: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system says that does not know `RWF_NOWAIT`, and a kernel that does not."""
+"""Errors of a file system, or of a kernel, without support for `RWF_NOWAIT`."""
 _IN_THE_WAY: Final = (errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
-"""Where an entry's file would be, there is something that is no file: a directory, a link, a pipe."""
+"""Errors of a path that is taken by a directory, a link or a pipe."""
 
 Signature = tuple[int, int, int]
-"""Inode, time of modification in ns, size: what stays the same for as long as nobody replaces or writes a file."""
+"""Inode, time of modification in ns, and size: unchanged unless the file is replaced or written."""
 
-Trouble = Callable[[BaseException], None]
+OnFault = Callable[[BaseException], None]
 """Gets each exception that is not absence."""
 
 
@@ -51,60 +51,50 @@ def is_ours(owner: int) -> bool:
     global _user
     if owner == _user or _user == -1:
         return True
-    # a process may have changed its user since: that costs a system call only where an owner is another one
+    # the process may have changed its user: check again, but only for files that do not match
     _user = user()
     return owner == _user
 
 
-def let_go(fd: int, trouble: Trouble) -> None:
-    """Close a descriptor. What was read is right even where that fails, and the descriptor is gone in any case."""
+def let_go(fd: int, on_fault: OnFault) -> None:
+    """Close a descriptor; an error is recorded only, as the bytes that were read are right."""
     try:
         os.close(fd)
     except OSError as error:
-        trouble(error)
+        on_fault(error)
 
 
 class Opened:
-    """An open file, which is closed with `close`, or with the last reference to it.
+    """An open file; closed by `close` or with its last reference."""
 
-    Attributes
-    ----------
-    fd : int
-    size : int
-    mtime_ns : int
-    signature : Signature
-    is_ours : bool
-        Whether the file belongs to this user.
-    """
+    __slots__ = ("_on_fault", "fd", "is_ours", "mtime_ns", "signature", "size")
 
-    __slots__ = ("_trouble", "fd", "is_ours", "mtime_ns", "signature", "size")
-
-    def __init__(self, fd: int, status: os.stat_result, trouble: Trouble) -> None:
+    def __init__(self, fd: int, status: os.stat_result, on_fault: OnFault) -> None:
         self.fd = fd
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
         self.signature: Signature = (status.st_ino, self.mtime_ns, self.size)
         self.is_ours = is_ours(status.st_uid)
-        self._trouble = trouble
+        self._on_fault = on_fault
 
     def close(self) -> None:
         """Close the file; once is enough."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            let_go(fd, self._trouble)
+            let_go(fd, self._on_fault)
 
     __del__ = close
 
 
-def open_file(path: str, trouble: Trouble) -> Opened | None:
-    """Open a regular file; None where there is no file of that name.
+def open_file(path: str, on_fault: OnFault) -> Opened | None:
+    """Open a regular file; None if it does not exist.
 
     Raises
     ------
     NotADirectoryError, IsADirectoryError
-        Something else is there: a file where the path has a directory, a directory, a link, a pipe.
+        The path is taken: a parent is a file, or the path is a directory, a link or a pipe.
     OSError
-        Anything but absence: EIO, EACCES, EMFILE, ESTALE, ...
+        Any other error: EIO, EACCES, EMFILE, ESTALE, ...
     """
     try:
         fd = os.open(path, _READ)
@@ -119,12 +109,12 @@ def open_file(path: str, trouble: Trouble) -> Opened | None:
         if not stat.S_ISREG(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     except BaseException:
-        let_go(fd, trouble)
+        let_go(fd, on_fault)
         raise
-    return Opened(fd, status, trouble)
+    return Opened(fd, status, on_fault)
 
 
-def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble) -> memoryview | None:
+def read_unchanged(path: str, signature: Signature, most: int, on_fault: OnFault) -> memoryview | None:
     """All of a file, if it is the one that has this signature and reading it cannot block; else None."""
     try:
         fd = os.open(path, _READ)
@@ -132,7 +122,7 @@ def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble)
         return None
     except OSError as error:
         if error.errno not in _IN_THE_WAY:
-            trouble(error)
+            on_fault(error)
         return None
     try:
         status = os.fstat(fd)
@@ -143,37 +133,27 @@ def read_unchanged(path: str, signature: Signature, most: int, trouble: Trouble)
             return None
         return read_resident(fd, 0, size)
     except OSError as error:
-        trouble(error)
+        on_fault(error)
         return None
     finally:
         # as `let_go`, in which a call would be felt
         try:
             os.close(fd)
         except OSError as error:
-            trouble(error)
+            on_fault(error)
 
 
 def read_unchanged_into(
-    path: str, signature: Signature, place: np.ndarray[Any, Any], trouble: Trouble, *, patient: bool
+    path: str, signature: Signature, place: np.ndarray[Any, Any], on_fault: OnFault, *, patient: bool
 ) -> bool:
-    """As `read_unchanged`, into an array of bytes; what is there after False is undefined.
-
-    Parameters
-    ----------
-    path : str
-    signature : (int, int, int)
-    place : ndarray of uint8
-    trouble : callable
-    patient : bool
-        Whether the disk may be waited for.
-    """
+    """Like `read_unchanged`, into an array, which is undefined after False; `patient` may wait for the disk."""
     try:
         fd = os.open(path, _READ)
     except FileNotFoundError:
         return False
     except OSError as error:
         if error.errno not in _IN_THE_WAY:
-            trouble(error)
+            on_fault(error)
         return False
     try:
         status = os.fstat(fd)
@@ -184,20 +164,14 @@ def read_unchanged_into(
             return False
         return _fill(fd, place, 0, patient=patient)
     except OSError as error:
-        trouble(error)
+        on_fault(error)
         return False
     finally:
-        let_go(fd, trouble)
+        let_go(fd, on_fault)
 
 
 def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) -> bool:
-    """Read bytes of a file from `first` on, as many as `place` has; False where they are not to be had like that.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Fill `place` with bytes of a file; False if the file is too short, or would have to be waited for."""
     try:
         count = os.preadv(fd, [place], first, 0 if patient else os.RWF_NOWAIT)
         if count == len(place) or not patient:
@@ -205,7 +179,7 @@ def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) ->
     except BlockingIOError:
         return False
     except AttributeError:
-        # this platform has no such call, or cannot say that it must not block
+        # the platform lacks this call or its flag
         if not patient:
             return False
     except OSError as error:
@@ -220,13 +194,7 @@ def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) ->
 
 
 def read(fd: int, first: int, last: int) -> memoryview | None:
-    """Bytes `first` up to `last` of a file; None where it turns out to be shorter.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Bytes `first` to `last` of a file; None if it is shorter. Raises `OSError`."""
     data = os.pread(fd, last - first, first)
     while len(data) < last - first:
         more = os.pread(fd, last - first - len(data), first + len(data))
@@ -237,13 +205,7 @@ def read(fd: int, first: int, last: int) -> memoryview | None:
 
 
 def read_resident(fd: int, first: int, last: int) -> memoryview | None:
-    """Bytes of a file if they are in memory, so that reading them cannot block; else None.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Bytes of a file if they are in the page cache, so that the read cannot block; else None. Raises `OSError`."""
     data = np.empty(last - first, dtype=np.uint8)
     if not _fill(fd, data, first, patient=False):
         return None
@@ -251,23 +213,17 @@ def read_resident(fd: int, first: int, last: int) -> memoryview | None:
     return memoryview(data)
 
 
-# -- Which byte ranges of an object are cached, told by the names of their files.
+# -- The cached byte ranges of an object, listed by the names of their files.
 #
-# What is remembered is only a hint: a file may have left since, or another one have come. So it is listed anew before
-# anybody goes to the source.
+# The memory of them is a hint only, because files come and go. So the directory is listed again before a request to the
+# source.
 
 _REMEMBERED_PIECES: Final = 65536
 _TICK_NS: Final = 20_000_000
 
 
 class Pieces:
-    """The byte ranges of objects that lie in one cache directory. Safe for threads.
-
-    Parameters
-    ----------
-    root : str
-        The cache directory.
-    """
+    """The cached byte ranges of the objects in one cache directory. Safe for threads."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -280,13 +236,7 @@ class Pieces:
         return None if known is None else known[0]
 
     def listed(self, key: str) -> Listed:
-        """The pieces of an object.
-
-        Raises
-        ------
-        OSError
-            Anything but absence.
-        """
+        """The cached byte ranges of an object; raises `OSError` for all errors but absence."""
         directory = f"{self._root}/{range_directory(key)}"
         try:
             changed = os.stat(directory).st_mtime_ns
@@ -322,11 +272,11 @@ class Pieces:
 _REMEMBERED: Final = 65536
 _DESCRIPTORS: Final = "/proc/self/fd"
 _SHOWS_PATHS: Final = os.path.isdir(_DESCRIPTORS)
-"""Whether this platform tells where an open file lies, in one system call."""
+"""Whether the platform shows the path of an open file."""
 
 
 class Found(NamedTuple):
-    """The open file of an entry; whoever takes one closes it, or reads it."""
+    """The open file of an entry; the caller must read or close it."""
 
     entry: Entry
     path: str
@@ -344,7 +294,7 @@ T = TypeVar("T")
 
 
 class Row(Protocol):
-    """What the index says of a file."""
+    """The size and checksum of a file in the index."""
 
     @property
     def size(self) -> int: ...
@@ -360,7 +310,7 @@ class Rows(Protocol):
 
 
 class Session(Protocol):
-    """What the lookup asks of the session with the index."""
+    """The part of the index session that the lookup uses."""
 
     root: str
 
@@ -372,25 +322,25 @@ class Session(Protocol):
 
 
 class Barrier(Protocol):
-    """What the lookup asks of the fault barrier, which counts faults and repairs the index."""
+    """The part of the fault barrier that the lookup uses."""
 
     @property
-    def books(self) -> Session: ...
+    def session(self) -> Session: ...
     @property
     def health(self) -> Health: ...
 
-    def attempt(self, action: Callable[[], T], otherwise: T) -> T:
-        """What an action returns, or the other value if the cache fails."""
+    def try_or(self, action: Callable[[], T], otherwise: T) -> T:
+        """The result of an action; `otherwise` if the cache fails."""
 
-    def insist(self, action: Callable[[], T]) -> T:
-        """What an action returns; raises if the cache fails."""
+    def with_rebuild(self, action: Callable[[], T]) -> T:
+        """The result of an action, after a rebuild of a damaged index; raises if the cache fails."""
 
-    def trouble(self, error: BaseException) -> None:
+    def record_fault(self, error: BaseException) -> None:
         """Count a fault."""
 
 
 def _timed(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[Reader, P], T]:
-    """A method that tells when the disk takes too long."""
+    """Decorate a method to report slow operations of the disk."""
 
     @wraps(method)
     def timed(self: Reader, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -407,34 +357,20 @@ def _timed(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[
 
 
 class Reader:
-    """Reads the entries of one cache directory, without a look at the index.
+    """Reads the entries of one cache directory without the index.
 
-    No method raises for what a system call says of an entry file: the entry is not here then, the trouble is counted,
-    and the file is closed. (`read_foreign` does: those are not the cache's files.)
+    No method raises for an error on an entry file: the entry counts as missing, the fault is recorded, and the file is
+    closed. Only `read_foreign` raises. Safe for threads. Verified files are remembered by inode, time of modification
+    and size, up to a limit.
 
-    Parameters
-    ----------
-    keeper : Barrier
-    folds : bool
-        Whether the file system takes names that differ in case for the same.
-
-    Attributes
-    ----------
-    quarantine : Quarantine
-        Keys of which something could not be made invisible when it had to be.
-    slow_path : str
-        The file that took too long, if one did.
-
-    Notes
-    -----
-    Safe for threads. That a file was checked is remembered by its inode, modification time and size, for a bounded
-    number of files.
+    `folds` tells that the file system folds case. `quarantine` holds the keys whose invalidation is pending.
+    `slow_path` is the path of the latest slow file.
     """
 
-    def __init__(self, keeper: Barrier, *, folds: bool, quarantine: Quarantine | None = None) -> None:
-        self._keeper = keeper
-        self._trouble = keeper.trouble
-        self._root = keeper.books.root
+    def __init__(self, barrier: Barrier, *, folds: bool, quarantine: Quarantine | None = None) -> None:
+        self._barrier = barrier
+        self._on_fault = barrier.record_fault
+        self._root = barrier.session.root
         self._folds = folds
         self._pieces = Pieces(self._root)
         self._checked: dict[str, Signature] = {}
@@ -443,20 +379,15 @@ class Reader:
         self._refuses_all = False
         self.slow_path = ""
 
-    def find(self, entry: Entry, *, anyones: bool = False) -> Found | None:
-        """Open a file that holds an entry: its own, or one that holds more of the object.
+    def open_entry(self, entry: Entry, *, anyones: bool = False) -> Found | None:
+        """Open a file that contains an entry: its own, or one with more of the object.
 
-        A file that this process has not checked yet may still turn out to be damaged: `read` tells.
-
-        Parameters
-        ----------
-        entry : Entry
-        anyones : bool
-            Whether a file of another user will do, as it does for what is not the cache's.
+        A file that this process has not verified yet may be damaged, which `read` detects. `anyones` accepts files of
+        other users, which are not entries.
         """
-        return next(self.candidates(entry, anyones=anyones), None)
+        return next(self.open_covering(entry, anyones=anyones), None)
 
-    def candidates(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
+    def open_covering(self, entry: Entry, *, anyones: bool = False) -> Iterator[Found]:
         """Open one file after another that holds an entry."""
         if not self.quarantine.is_empty and self.quarantine.holds(entry.key):
             return
@@ -466,7 +397,7 @@ class Reader:
                     yield found
                 return
             tried = set()
-            # what is found without a look at the directory is found fast; what is not there any more is looked for
+            # remembered ranges need no listing of the directory; the listing finds the others
             remembered = self._pieces.remembered(entry.key)
             for piece in remembered.covering(entry) if remembered is not None else ():
                 tried.add(piece)
@@ -478,38 +409,40 @@ class Reader:
                 if piece not in tried and (found := self._open_if_possible(piece)) is not None:
                     yield found
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
 
-    def at_once(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
-        """A whole object of at most `most` bytes that this process has checked before, if it is in memory; else None.
+    def get_nowait(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
+        """A whole object of at most `most` bytes, if this process has verified the file and its bytes are in memory.
 
-        The shortest way of all: whoever gets None goes the long one.
+        This is the fast path of a hit; after None, the caller takes the slow path.
         """
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
         if signature is None:
             return None
         began = time.monotonic()
-        data = read_unchanged(path, signature, most, self._trouble)
+        data = read_unchanged(path, signature, most, self._on_fault)
         if (took := time.monotonic() - began) > LONG:
             self._is_slow(path, took)
         return data
 
-    def into(self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into an array of bytes; what is there after False is undefined."""
+    def readinto_nowait(
+        self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool
+    ) -> bool:
+        """Like `get_nowait`, into an array of bytes, which is undefined after False."""
         path = f"{self._root}/{entry.key}"
         signature = self._checked_at(entry.key, path, max_age_ns)
         if signature is None:
             return False
         began = time.monotonic()
-        done = read_unchanged_into(path, signature, place, self._trouble, patient=patient)
+        done = read_unchanged_into(path, signature, place, self._on_fault, patient=patient)
         if (took := time.monotonic() - began) > LONG and took > allowance(len(place)):
             self._is_slow(path, took)
         return done
 
     def _is_slow(self, path: str, took: float) -> None:
         self.slow_path = path
-        self._keeper.health.note_slow(f"{path or 'an operation'} took {took:.1f} s")
+        self._barrier.health.record_slow(f"{path or 'an operation'} took {took:.1f} s")
 
     def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> Signature | None:
         """The file that was checked at a path, if it may be served."""
@@ -522,22 +455,22 @@ class Reader:
 
     @_timed
     def listed(self, key: str) -> Listed:
-        """The byte ranges of an object that there are, as far as can be seen."""
+        """The cached byte ranges of an object, as far as they can be listed."""
         try:
             held = not self.quarantine.is_empty and self.quarantine.holds(key)
             return Listed(key, ()) if held else self._pieces.listed(key)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return Listed(key, ())
 
-    def distrust_all(self) -> None:
-        """Read nothing more from this directory."""
+    def quarantine_all(self) -> None:
+        """Serve nothing more from this directory."""
         if not self._refuses_all:
             self._refuses_all = True
             self.quarantine.hold([EVERYTHING])
 
-    def trust_again(self) -> None:
-        """Undo `distrust_all`: the directory was found to be this user's."""
+    def lift_quarantine(self) -> None:
+        """Undo `quarantine_all`: the directory was found to be this user's."""
         if self._refuses_all:
             self._refuses_all = False
             self.quarantine.free([EVERYTHING])
@@ -547,48 +480,48 @@ class Reader:
         try:
             return self._open(entry)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return None
 
     @_timed
     def _open(self, entry: Entry, *, anyones: bool = False) -> Found | None:
-        odd = entry.is_whole and not is_plain(entry.key, folds=self._folds)
-        path = f"{self._root}/{entry.key}" if entry.is_whole and not odd else self._path(entry, odd=odd)
+        hashed = entry.is_whole and not is_plain(entry.key, folds=self._folds)
+        path = f"{self._root}/{entry.key}" if entry.is_whole and not hashed else self._path(entry, hashed=hashed)
         try:
-            opened = open_file(path, self._trouble)
+            opened = open_file(path, self._on_fault)
         except (NotADirectoryError, IsADirectoryError):
-            # the path is taken by something else, so the entry may lie under its digest
-            path = self._path(entry, odd=True)
-            opened = open_file(path, self._trouble)
+            # the path is taken, so the entry may lie under its digest
+            path = self._path(entry, hashed=True)
+            opened = open_file(path, self._on_fault)
         if opened is None:
             return None
         known = opened.is_ours and self._checked.get(path) == opened.signature
-        if not known and not odd and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
+        if not known and not hashed and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
             # a file that is not the cache's keeps the entry from its place, or this file system has no stamps
-            elsewhere = open_file(self._path(entry, odd=True), self._trouble)
+            elsewhere = open_file(self._path(entry, hashed=True), self._on_fault)
             if elsewhere is not None:
                 opened.close()
-                path, opened = self._path(entry, odd=True), elsewhere
+                path, opened = self._path(entry, hashed=True), elsewhere
                 known = opened.is_ours and self._checked.get(path) == opened.signature
         if not (opened.is_ours or anyones) or (not known and self._damaged.get(path) == opened.signature):
             opened.close()
             return None
         if not self.quarantine.is_empty:
-            # the file is open already, so what is asked now holds for it
-            if self.quarantine.is_away(entry.key) and not self._keeper.books.is_stand_in():
+            # the file is open already, so this check holds for it
+            if self.quarantine.is_away(entry.key) and not self._barrier.session.is_stand_in():
                 opened.close()
                 return None
             known = known and not self.quarantine.suspects(entry.key)
         return Found(entry, path, opened, known)
 
-    def _path(self, entry: Entry, *, odd: bool) -> str:
-        return f"{self._root}/{relative_path(entry, odd=odd)}"
+    def _path(self, entry: Entry, *, hashed: bool) -> str:
+        return f"{self._root}/{relative_path(entry, hashed=hashed)}"
 
     @_timed
     def read(self, found: Found, first: int, last: int) -> memoryview | None:
-        """Bytes of a file that was found, which is closed; None where they are not what was stored.
+        """Read and close an opened entry; None if its bytes are not those that were stored.
 
-        The whole file is checked against its checksum the first time this process sees it.
+        The checksum of the whole file is verified when this process reads it for the first time.
         """
         try:
             if found.known:
@@ -598,7 +531,7 @@ class Reader:
                 return None
             return self._checked_part(found, crc, read(found.opened.fd, 0, found.size), first, last)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return None
         finally:
             found.opened.close()
@@ -612,25 +545,25 @@ class Reader:
                 data = read_resident(found.opened.fd, first, last)
                 waits = data is None
                 return not waits, data
-            stamp, settled = files.stamp_of_open(found.opened.fd)
-            if (stamp is None and not settled) or self.quarantine.suspects(found.entry.key):
+            stamp, conclusive = files.stamp_of_open(found.opened.fd)
+            if (stamp is None and not conclusive) or self.quarantine.suspects(found.entry.key):
                 # the index has to be asked
                 waits = True
                 return False, None
-            if (crc := self._expected(found, stamp, settled)) is None:
+            if (crc := self._expected(found, stamp, conclusive)) is None:
                 return True, None
             data = read_resident(found.opened.fd, 0, found.size)
             waits = data is None
             return not waits, None if waits else self._checked_part(found, crc, data, first, last)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return True, None
         finally:
             if not waits:
                 found.opened.close()
 
-    def _expected(self, found: Found, stamp: files.Stamp | None, settled: bool) -> int | None:
-        """The checksum that a file must have, by its stamp or the index; None where it is not the entry's file."""
+    def _expected(self, found: Found, stamp: files.Stamp | None, conclusive: bool) -> int | None:
+        """The expected checksum of a file, from its stamp or the index; None if the file is not that of the entry."""
         if not found.opened.is_ours:
             return None
         suspect = self.quarantine.suspects(found.entry.key)
@@ -638,16 +571,16 @@ class Reader:
             sound = stamp.size == found.size and stamp.digest == found.entry.digest()
             if sound and not suspect:
                 return stamp.crc
-        elif settled:
+        elif conclusive:
             # not the cache's
             _remember(self._damaged, found)
             return None
         if stamp is None or suspect:
-            row = self._keeper.attempt(lambda: self._row(found.entry), None)
+            row = self._barrier.try_or(lambda: self._row(found.entry), None)
             if row is not None and row.size == found.size and (stamp is None or (sound and row.crc == stamp.crc)):
                 return row.crc
             if suspect:
-                self.quarantine.note_returned(found.entry.key)
+                self.quarantine.record_returned(found.entry.key)
                 return None
         self._is_damaged(found)
         return None
@@ -659,17 +592,17 @@ class Reader:
             self._is_damaged(found)
             return None
         if not self._lies_there(found):
-            self._trouble(Unusable(f"{found.path} is reached through a link, so it is not taken for the cache's"))
+            self._on_fault(Unusable(f"{found.path} is reached through a link, so it is not read as an entry"))
             return None
         _remember(self._checked, found)
         return data[first:last]
 
     def _is_damaged(self, found: Found) -> None:
         _remember(self._damaged, found)
-        self._trouble(Damaged(f"{found.path} is not what was stored there"))
+        self._on_fault(Damaged(f"{found.path} is not what was stored there"))
 
     def _lies_there(self, found: Found) -> bool:
-        """Whether no folder above a file is a link: what lies behind one is neither counted nor evicted here."""
+        """Whether no folder above a file is a link: files behind a link are neither counted nor evicted."""
         if self._folds:
             # the same file has more than one path
             return True
@@ -683,55 +616,40 @@ class Reader:
 
     @_timed
     def is_foreign(self, found: Found) -> bool:
-        """Whether a file that was found is not one of the cache's; where nobody can tell, `read` does."""
+        """Whether an opened file does not belong to the cache; if that is unknown, `read` decides."""
         if found.known:
             return False
         try:
-            stamp, settled = files.stamp_of_open(found.opened.fd)
+            stamp, conclusive = files.stamp_of_open(found.opened.fd)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return False
         if stamp is not None:
             return stamp.digest not in (found.entry.digest(), files.OF_NOBODY)
         if not found.opened.is_ours:
             return True
-        return settled or self._keeper.attempt(lambda: self._row(Entry(found.entry.key)), None) is None
+        return conclusive or self._barrier.try_or(lambda: self._row(Entry(found.entry.key)), None) is None
 
     def is_foreign_file(self, path: str, key: str) -> bool:
-        """Whether the file at a path is not one of the cache's.
-
-        Raises
-        ------
-        CacheFault, OSError
-            It cannot be told.
-        """
+        """Whether the file at a path does not belong to the cache; raises if that is unknown."""
         found = files.look(path, Entry(key))
         if found is Whose.UNMARKED:
-            return self._keeper.insist(lambda: self._row(Entry(key))) is None
+            return self._barrier.with_rebuild(lambda: self._row(Entry(key))) is None
         return found in (Whose.FOREIGN, Whose.MARKED)
 
     def read_foreign(self, found: Found, first: int, last: int) -> memoryview | None:
-        """Bytes of a file that is not the cache's, as they are; it is closed.
-
-        Raises
-        ------
-        OSError
-            It cannot be read, which is not to be taken for absence.
-        """
+        """Read and close a file that does not belong to the cache; raises `OSError` if it cannot be read."""
         try:
             return read(found.opened.fd, first, last)
         finally:
             found.opened.close()
 
     def validator(self, entry: Entry) -> str:
-        """What tells the state of what would be found of an entry from others; empty where nothing does."""
-        return "" if (found := self.find(entry)) is None else self._validator(found)
+        """The validator of a cached entry; empty if there is none."""
+        return "" if (found := self.open_entry(entry)) is None else self._validator(found)
 
     def states_of(self, key: str) -> set[str]:
-        """The validators of the whole of an object and of one of its byte ranges, where they are cached.
-
-        Empty ones included: of what has none, the state is unknown.
-        """
+        """The validators of the whole object and of one byte range, if cached; empty strings for unknown states."""
         states = set()
         for entry in (Entry(key), self.listed(key).any()):
             if entry is None:
@@ -740,7 +658,7 @@ class Reader:
                 found = self._open(entry)
             except OSError as error:
                 # a state that cannot be read is unknown, not the same
-                self._trouble(error)
+                self._on_fault(error)
                 states.add("")
                 continue
             if found is not None:
@@ -748,7 +666,7 @@ class Reader:
                 state = self._validator(found)
                 if state or not is_foreign:
                     states.add(state)
-            elif any(self._path(entry, odd=odd) in self._damaged for odd in (False, True)):
+            elif any(self._path(entry, hashed=hashed) in self._damaged for hashed in (False, True)):
                 states.add("")
         return states
 
@@ -757,7 +675,7 @@ class Reader:
         try:
             stamp, _ = files.stamp_of_open(found.opened.fd)
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return ""
         finally:
             found.opened.close()
@@ -765,7 +683,7 @@ class Reader:
 
     @_timed
     def size(self, found: Found) -> int | None:
-        """The size of a file that was found, which is closed; None where only its contents tell whose it is."""
+        """The size of an opened entry, which is closed; None if only its contents can identify it."""
         try:
             if found.known:
                 return found.size
@@ -773,28 +691,28 @@ class Reader:
             sound = stamp is not None and stamp.size == found.size and stamp.digest == found.entry.digest()
             return found.size if sound else None
         except OSError as error:
-            self._trouble(error)
+            self._on_fault(error)
             return None
         finally:
             found.opened.close()
 
     @_timed
-    def renew(self, entry: Entry) -> None:
-        """Let the age of an entry begin now."""
-        if (found := self.find(entry)) is not None:
+    def mark_validated(self, entry: Entry) -> None:
+        """Restart the age of an entry."""
+        if (found := self.open_entry(entry)) is not None:
             try:
                 os.utime(found.opened.fd)
             except OSError as error:
-                self._trouble(error)
+                self._on_fault(error)
             finally:
                 found.opened.close()
 
     def close(self, found: Found) -> None:
-        """Let go of a file that is not to be read."""
+        """Close an opened entry without reading it."""
         found.opened.close()
 
     def _row(self, entry: Entry) -> Row | None:
-        with self._keeper.books.section() as (_, index):
+        with self._barrier.session.section() as (_, index):
             return index.find(entry)
 
 

@@ -15,14 +15,7 @@ _SIMPLE: Final = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)*", re.ASCII)
 
 
 def is_plain(key: str, *, folds: bool = False) -> bool:
-    """Whether a key may be used as a path below the cache directory, as it is.
-
-    Parameters
-    ----------
-    key : str
-    folds : bool
-        Whether the file system takes names that differ in case or Unicode form for the same.
-    """
+    """Whether a key can be used as a path below the cache directory; `folds` for file systems that fold case."""
     # nearly every key of a Zarr array leaves here
     if _SIMPLE.fullmatch(key) and len(key) < _LONGEST_COMPONENT and not folds and os.name != "nt":
         return True
@@ -36,17 +29,17 @@ def is_plain(key: str, *, folds: bool = False) -> bool:
     )
 
 
-def relative_path(entry: Entry, *, odd: bool) -> str:
+def relative_path(entry: Entry, *, hashed: bool) -> str:
     """Where the file of an entry lies below the cache directory.
 
     A whole object lies at its own key, so that a namespace opens as an ordinary Zarr `LocalStore`. Byte ranges of one
-    object share a directory, so that they are found without the index; `odd` keys, which cannot be paths, lie under
+    object share a directory, so that they are found without the index; `hashed` keys, which cannot be paths, lie under
     their digest.
     """
     if not entry.is_whole:
         name = Entry(entry.key).digest().hex()
         return f"{META}/ranges/{name[:2]}/{name}/{entry.start}_{entry.stop}"
-    if odd:
+    if hashed:
         name = entry.digest().hex()
         return f"{META}/odd/{name[:2]}/{name}"
     return entry.key
@@ -54,4 +47,4 @@ def relative_path(entry: Entry, *, odd: bool) -> str:
 
 def range_directory(key: str) -> str:
     """The directory of all byte ranges of one object."""
-    return os.path.dirname(relative_path(Entry(key, 0, 0), odd=False))
+    return os.path.dirname(relative_path(Entry(key, 0, 0), hashed=False))

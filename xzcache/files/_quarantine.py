@@ -1,4 +1,4 @@
-"""Keys that may not be served from a cache directory, because what lies there could not be seen to be true."""
+"""The quarantine: keys that must not be served because their invalidation is not certain."""
 
 from __future__ import annotations
 
@@ -16,20 +16,11 @@ _MOST: Final = 4096
 
 
 class Quarantine:
-    """Names of keys in doubt, for one process. Safe for threads.
+    """The quarantined keys of one process. Safe for threads.
 
-    A name is a key, or a prefix that ends in a slash and stands for all keys beneath it. Several invalidations may
-    hold the same name: each lets go of its own hold.
-
-    Parameters
-    ----------
-    before : Quarantine, optional
-        What another one knows of directories that were taken away.
-
-    Attributes
-    ----------
-    is_empty : bool
-        Whether no key is in doubt: all that a hit asks.
+    A name is a key, or a prefix with a trailing slash for all keys beneath it. Several invalidations may hold the same
+    name; each releases its own hold. `before` hands over the names that concern removed directories. A hit checks only
+    `is_empty`.
     """
 
     def __init__(self, before: Quarantine | None = None) -> None:
@@ -38,15 +29,15 @@ class Quarantine:
         self._away: dict[str, None] = {} if before is None else before._away.copy()
         self._returned: set[str] = set()
         self.is_empty = True
-        self._note()
+        self._update()
 
-    def _note(self) -> None:
+    def _update(self) -> None:
         self.is_empty = not (self._held or self._suspect or self._away)
 
     def hold(self, names: Iterable[str]) -> None:
-        """Have nothing of some keys served."""
+        """Quarantine some keys."""
         self._held.update(names)
-        self._note()
+        self._update()
 
     def free(self, names: Iterable[str]) -> None:
         """Undo one `hold`."""
@@ -54,28 +45,27 @@ class Quarantine:
             self._held[name] -= 1
             if self._held[name] <= 0:
                 del self._held[name]
-        self._note()
+        self._update()
 
     def suspect(self, names: Iterable[str]) -> None:
-        """Have some keys served only where the index vouches for the very file.
+        """Serve some keys only after the index has confirmed the file.
 
-        Their files were not where they had to be when they were to be removed: a directory was taken away, and may
-        come back.
+        Their files were missing when they were to be removed: a directory was moved away, and may come back.
         """
         _remember(self._suspect, names)
-        self._note()
+        self._update()
 
-    def note_returned(self, key: str) -> None:
-        """Take note of a key in suspicion of which a file was found that the index does not vouch for."""
+    def record_returned(self, key: str) -> None:
+        """Record a suspected key with a file that the index does not confirm."""
         self._returned.add(key)
 
     @property
     def has_returned(self) -> bool:
-        """Whether such keys were found that nobody has seen to."""
+        """Whether recorded files of suspected keys are still to be removed."""
         return bool(self._returned)
 
     def take_returned(self) -> list[str]:
-        """Those keys; they are the caller's to see to."""
+        """Return and clear the keys of `record_returned`, for the caller to invalidate."""
         found, self._returned = self._returned, set()
         return list(found)
 
@@ -84,26 +74,26 @@ class Quarantine:
         """The names that are in suspicion."""
         return list(self._suspect)
 
-    def note_away(self, names: Iterable[str]) -> None:
-        """Remember what was written while another cache directory, which may come back, was not at its path."""
+    def record_away(self, names: Iterable[str]) -> None:
+        """Record names that were written while another cache directory was missing from the path."""
         _remember(self._away, names)
-        self._note()
+        self._update()
 
     def written_while_away(self) -> list[str]:
-        """The names that `note_away` was given."""
+        """The names that `record_away` was given."""
         return list(self._away)
 
     def forget_away(self) -> None:
-        """Forget those names: the directory that was away is true again."""
+        """Forget the names of `record_away`, after the returned directory was invalidated."""
         self._away.clear()
-        self._note()
+        self._update()
 
     def holds(self, key: str) -> bool:
-        """Whether nothing of a key may be served."""
+        """Whether a key is quarantined."""
         return any(name in self._held for name in _names(key))
 
     def suspects(self, key: str) -> bool:
-        """Whether the index has to vouch for what is served of a key."""
+        """Whether the index must confirm the file of a key."""
         return any(name in self._suspect for name in _names(key))
 
     def is_away(self, key: str) -> bool:
@@ -125,7 +115,7 @@ class Quarantine:
 
 
 def _names(key: str) -> Iterator[str]:
-    """A key, and all that stands for it."""
+    """A key, and all names that cover it."""
     yield key
     yield EVERYTHING
     end = key.find("/")
@@ -137,7 +127,7 @@ def _names(key: str) -> Iterator[str]:
 def _remember(names: dict[str, None], more: Iterable[str]) -> None:
     names.update(dict.fromkeys(more))
     if len(names) > _MOST:
-        # too many to tell apart: each source stands for its keys
+        # too many names: replace them by one name for each source
         sources = dict.fromkeys(name.partition("/")[0] + "/" for name in names)
         names.clear()
         names.update(sources if len(sources) <= _MOST else {EVERYTHING: None})

@@ -1,32 +1,39 @@
 """The index of a cache directory, its counters of writes, and the locks between processes.
 
 Protects the SQLite database, the registration of each process, its lease as the index has it, and the room that is
-left, all by the guard: a mutex and the `flock` of the file ``lock``, which `Books.section` holds for one transaction.
-What is left of a lease in this process has a mutex; joining a directory has another. The storing lock keeps leases
-valid while they are spent. Write counters are raised under the guard, but for invalidations that cannot have it, and
-read without. The locks of keys and byte ranges are never waited for. Knows no content of any entry file.
+left, all by the guard: a mutex and the `flock` of the file ``lock``, which `IndexSession.section` holds for one
+transaction. The rest of a lease in this process has a mutex; joining a directory has another. The storing lock keeps
+leases valid while they are spent. Write counters are raised under the guard, except by invalidations that cannot have
+it, and read without. The locks of keys and byte ranges are never waited for. Knows no content of any entry file.
 """
 
 from xzcache.index._history import History, hash_of, lot_of
-from xzcache.index._session import Books, Membership, written_notes
-from xzcache.index._sql import Dying, Index, Row, Totals
-from xzcache.index._writeclock import WriteCounters, absence_slot, all_slots, data_slot, prefix_slot, write_slot
+from xzcache.index._session import IndexSession, Registration, written_notes
+from xzcache.index._sql import Index, Row, Tombstone, Totals
+from xzcache.index._writeclock import (
+    WriteCounters,
+    counters_of,
+    data_counter,
+    missing_counter,
+    prefix_counter,
+    write_counter,
+)
 
 __all__ = [
-    "Books",
-    "Dying",
     "History",
     "Index",
-    "Membership",
+    "IndexSession",
+    "Registration",
     "Row",
+    "Tombstone",
     "Totals",
     "WriteCounters",
-    "absence_slot",
-    "all_slots",
-    "data_slot",
+    "counters_of",
+    "data_counter",
     "hash_of",
     "lot_of",
-    "prefix_slot",
-    "write_slot",
+    "missing_counter",
+    "prefix_counter",
+    "write_counter",
     "written_notes",
 ]

@@ -1,6 +1,6 @@
-"""What the index remembers for a policy: uses of watched keys, ghosts of entries that left, and what was learned.
+"""The history that a policy learns from: uses of watched keys, ghosts of evicted entries, and the learned state.
 
-A key is known here by 62 bits of its hash. A ghost is a row without a file: it counts in no total.
+A key is identified by 62 bits of its hash. A ghost is a row without a file; no total counts it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _SLICES: Final = 32
-"""In how many steps all ghosts are looked at for old ones."""
+"""The number of steps in which all ghosts are scanned for old ones."""
 _HASHES: Final = 1 << 62
 _NEXT_GAP: Final = (
     "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ?2 - tick) ELSE max(1, gap + (?2 - tick - gap) / 4) END"
@@ -26,7 +26,7 @@ BIRTH: Final = (
     "(SELECT tick + 1 FROM total), coalesce((SELECT max(1, CASE WHEN gap = 0 THEN total.tick + 1 - ghost.tick "
     "ELSE gap + (total.tick + 1 - ghost.tick - gap) / 4 END) FROM ghost, total WHERE key = ?), 0)"
 )
-"""Tick and gap of an entry that comes, given its hash: as `_NEXT_GAP`, after what its ghost has."""
+"""SQL for the tick and gap of a new entry, given its hash; continues from the entry's ghost, as `_NEXT_GAP`."""
 
 
 def lot_of(entry: Entry) -> int:
@@ -36,12 +36,12 @@ def lot_of(entry: Entry) -> int:
 
 
 def hash_of(entry: Entry) -> int:
-    """The number by which the policy knows an entry."""
+    """The number that identifies an entry to the policy."""
     return lot_of(entry) << 30 | int.from_bytes(entry.digest()[:4], "little") >> 2
 
 
 class Learned(NamedTuple):
-    """What was learned: which writing of it this is, and the bytes."""
+    """The learned state of a policy, and the serial number of its last write."""
 
     serial: int
     state: bytes
@@ -57,13 +57,13 @@ class History:
     # -- uses
 
     def pass_time(self, uses: int) -> tuple[int, int]:
-        """Let so many uses pass: the tick before them, and how many entries there are."""
+        """Advance the tick by a number of uses; returns the old tick and the number of entries."""
         self._do("UPDATE total SET tick = tick + ?", (uses,))
         tick, entries = self._do("SELECT tick, n FROM total").fetchone()
         return tick - uses, entries
 
     def now(self) -> int:
-        """How many uses there have been, of anything."""
+        """The current tick: the number of uses so far, of any entry."""
         return int(self._do("SELECT tick FROM total").fetchone()[0])
 
     def touch(self, uses: Iterable[tuple[int, Entry, int]]) -> None:
@@ -74,7 +74,7 @@ class History:
         )
 
     def hear(self, uses: Iterable[tuple[int, Entry]]) -> None:
-        """Keep the latest uses of watched keys, `(hash, entry)`, until somebody learns from them."""
+        """Queue uses of watched keys, `(hash, entry)`, until a process learns from them."""
         self._do_many(
             "INSERT OR IGNORE INTO heard(tick, key, size, id) "
             "SELECT tick, ?, size, id FROM entry WHERE key = ? AND start = ? AND stop = ? AND tick > 0",
@@ -91,10 +91,10 @@ class History:
         self._do("DELETE FROM heard")
         return rows[::-1]
 
-    # -- what was learned
+    # -- the learned state
 
     def learned_serial(self) -> int:
-        """Which writing of what was learned is there; 0 where there is none."""
+        """The serial number of the learned state; 0 if there is none."""
         row = self._do("SELECT serial FROM learned").fetchone()
         return 0 if row is None else int(row[0])
 
@@ -103,7 +103,7 @@ class History:
         return None if row is None else Learned(int(row[0]), bytes(row[1]))
 
     def set_learned(self, state: bytes) -> int:
-        """Keep what was learned; which writing that is."""
+        """Store the learned state; returns its serial number."""
         self._do(
             "INSERT INTO learned(one, serial, state) VALUES(1, 1, ?1) "
             "ON CONFLICT DO UPDATE SET serial = serial + 1, state = ?1",
@@ -111,15 +111,15 @@ class History:
         )
         return self.learned_serial()
 
-    # -- who leaves next
+    # -- eviction candidates
 
     def entries_from(self, id_: int, over: int, most: int) -> list[tuple[int, int, int]]:
-        """`(id, tick, gap)` of the first entries whose ids are not below one, after passing over some."""
+        """`(id, tick, gap)` of entries in the order of their ids, from an id on, after skipping some."""
         statement = "SELECT id, tick, gap FROM entry WHERE id >= ? ORDER BY id LIMIT ? OFFSET ?"
         return self._do(statement, (id_, most, over)).fetchall()
 
     def present(self, ids: Sequence[int]) -> list[int]:
-        """Those of some ids that are of entries."""
+        """The ids that still belong to an entry."""
         places = ", ".join("?" * len(ids))
         return [id_ for (id_,) in self._do(f"SELECT id FROM entry WHERE id IN ({places})", ids)]
 
@@ -129,7 +129,7 @@ class History:
 
     # -- ghosts
 
-    def bury(self, leaving: Iterable[tuple[Entry, int]]) -> None:
+    def add_ghosts(self, leaving: Iterable[tuple[Entry, int]]) -> None:
         """Remember entries, `(entry, id)`, that are about to leave."""
         self._do_many(
             "INSERT OR REPLACE INTO ghost(key, tick, gap) SELECT ?, tick, gap FROM entry WHERE id = ? AND tick > 0",
@@ -137,7 +137,7 @@ class History:
         )
 
     def forget_ghosts(self, before: int, turn: int) -> None:
-        """Forget those of one slice of all ghosts that were last used before a tick."""
+        """Delete the ghosts of one slice that were last used before a tick."""
         width = _HASHES // _SLICES
         low = turn % _SLICES * width
         self._do("DELETE FROM ghost WHERE key >= ? AND key < ? AND tick < ?", (low, low + width, before))

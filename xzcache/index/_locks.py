@@ -1,12 +1,11 @@
-"""The locks, each with the state that it protects. Nothing in here knows what a cache is.
+"""The locks between processes, each with the state that it protects.
 
-Descriptors are dear, so the locks of a directory share two files, which are open once in each process. `flock` of
-either is one lock (the guard, the storing lock); locks of byte ranges, which the kernel keeps apart from those, are all
-others.
+Descriptors are scarce, so all locks of a directory share two files, each open once in a process. The `flock` of each
+file is one lock (the guard and the storing lock). All others are byte range locks, which the kernel keeps separate.
 
-All of them are released by the kernel when their process dies. None is ever waited for without a deadline, and no lock
-file is ever unlinked. After a fork the child closes its copies of the descriptors and never unlocks them: an unlock in
-the child would release the parent's lock.
+The kernel releases every lock when its process dies. Every wait has a deadline, and no lock file is ever unlinked. A
+forked child closes its copies of the descriptors and never unlocks them: an unlock in the child would release the
+parent's lock.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ _IMPATIENT_WAIT: Final = 0.05
 _FLOCK: Final = struct.Struct("hhqqi0q")
 """``struct flock``: type, whence, start, length, pid; native alignment, padded to a multiple of 8."""
 _DOOR: Final = 1 << 62
-"""The byte of the door; those below are the owners'."""
+"""The byte of the door lock; the bytes below it are the owners' locks."""
 
 
 def open_lock_file(path: str) -> int:
-    """A descriptor of a lock file, which is made where it is not there yet."""
+    """Open a lock file, creating it if it does not exist."""
     return os.open(path, _FLAGS, 0o600)
 
 
@@ -75,7 +74,7 @@ def lock_range(fd: int, kind: int, offset: int, length: int = 1) -> bool:
 
 
 def locked_range(fd: int, offset: int, length: int) -> tuple[int, int] | None:
-    """Offset and end of a lock that another process has on some bytes, as far as the platform tells."""
+    """Offset and end of another process's lock within some bytes; None if the platform cannot report it."""
     if not hasattr(fcntl, "F_OFD_GETLK"):
         return None
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
@@ -96,15 +95,10 @@ def is_unlocked(path: str) -> bool:
 
 
 class Guard:
-    """Mutual exclusion of all threads of all processes; protects the index, and the names of entry files.
+    """Mutual exclusion of all threads of all processes; protects the index and the names of entry files.
 
-    Parameters
-    ----------
-    path : str
-        The lock file; locked by `flock`.
-    timeout : float
-        Seconds to wait before `Busy` is raised. After one such failure the guard is hardly waited for, for a while, so
-        that a stopped holder does not slow every read down.
+    Locked by the `flock` of the file at `path`. After `timeout` seconds `Busy` is raised. For a while after such a
+    failure the wait is much shorter, so that a stopped holder does not slow down every read.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -115,14 +109,14 @@ class Guard:
         self._impatient_until = 0.0
         self._kept_out = False
         self.refused_at = -math.inf
-        """When another process was last seen to have the lock, by the monotonic clock."""
+        """When another process was last found to hold the lock, by the monotonic clock."""
 
     def __enter__(self) -> None:
         self._acquire(None)
 
     @contextmanager
     def within(self, patience: float) -> Iterator[None]:
-        """Hold the guard if it is to be had within so many seconds."""
+        """Hold the guard; raise `Busy` if that takes more than some seconds."""
         self._acquire(patience)
         try:
             yield
@@ -159,16 +153,10 @@ class Guard:
     def _give_up(self, patient: bool) -> None:
         if patient:
             self._impatient_until = time.monotonic() + _IMPATIENCE * self.timeout
-        raise Busy(f"{self._path} is held by somebody else")
+        raise Busy(f"{self._path} is held by another process")
 
     def is_current(self) -> bool:
-        """Whether the lock file is still the one at its path: the directory may have been removed.
-
-        Raises
-        ------
-        OSError
-            It cannot be told.
-        """
+        """Whether the lock file is still the one at its path: the directory may have been removed. Raises `OSError`."""
         try:
             there = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
@@ -176,13 +164,7 @@ class Guard:
         return os.path.samestat(there, os.fstat(self.fd))
 
     def before_fork(self) -> bool:
-        """Keep every thread out, so that the child does not inherit a guard that is held; but do not wait for long.
-
-        Returns
-        -------
-        bool
-            Whether no thread holds the guard.
-        """
+        """Block all threads from the guard before a fork; returns False if a thread held it for too long."""
         self._kept_out = self._mutex.acquire(timeout=_IMPATIENT_WAIT)
         return self._kept_out
 
@@ -196,17 +178,11 @@ class Guard:
 
 
 class StoringLock:
-    """Shared while a process writes an entry out of its lease, exclusive while leases are void.
+    """Shared while a process writes an entry out of its lease; exclusive while leases are revoked.
 
-    Protects the promise that a lease is spent only under the index that granted it. There are two locks: a process that
-    wants to be alone shuts the door first, through which all others come, so that they cannot keep it waiting for ever.
-
-    Parameters
-    ----------
-    fd : int
-        The file whose `flock` is the lock.
-    door : int
-        The file of which one byte is the door.
+    Protects the rule that a lease is spent only under the index that granted it. There are two locks: a process that
+    needs exclusive access first closes the door, a byte of the file `door` that all others must pass. So it cannot
+    starve.
     """
 
     def __init__(self, fd: int, door: int) -> None:
@@ -217,10 +193,10 @@ class StoringLock:
         self._closing = False
         self._impatient_until = 0.0
         self.refused_at = -math.inf
-        """When another process was last seen to be alone, by the monotonic clock."""
+        """When another process was last found to have exclusive access, by the monotonic clock."""
 
     def share(self, timeout: float) -> bool:
-        """Join; False if somebody was alone for too long. After that, one does not wait again for a while."""
+        """Join the sharers; False on a timeout, after which the next waits are much shorter for a while."""
         now = time.monotonic()
         patient = now >= self._impatient_until
         if _poll(self._try_share, timeout if patient else min(_IMPATIENT_WAIT, timeout)):
@@ -242,7 +218,7 @@ class StoringLock:
             self._sharers += joined
             return joined
 
-    def leave(self) -> None:
+    def unshare(self) -> None:
         """Undo `share`."""
         with self._mutex:
             self._sharers -= 1
@@ -284,7 +260,7 @@ class StoringLock:
 
     @contextmanager
     def kept_out(self, timeout: float) -> Iterator[bool]:
-        """Keep the threads of this process out, and no other process; tells whether they left in time."""
+        """Exclude the other threads of this process, but no other process; yields whether they left in time."""
         if not _poll(self._try_close, timeout):
             yield False
             return
@@ -307,22 +283,16 @@ def _poll(attempt: Callable[[], bool], timeout: float) -> bool:
 # -- Locks of single bytes, and of spans of them: thousands of things, each with a lock of its own, in one file.
 
 _SPANS: Final = 1 << 62
-"""Where the locks of spans begin; those of single bytes lie below."""
+"""The first byte of the span locks; the locks of single bytes lie below."""
 _ROOM: Final = 1 << 40
-"""Bytes of one object that have locks of their own."""
+"""The bytes of one object that can be locked separately."""
 _OBJECTS: Final = (1 << 22) - 1
 
 
 class ByteLocks:
-    """One exclusive lock a byte; each protects whatever its number stands for.
+    """One exclusive lock for each byte of a file; threads of one process do not exclude each other.
 
-    Threads of a process do not exclude each other here.
-
-    Parameters
-    ----------
-    fd : int
-        The lock file, open once in this process. The kernel searches a list for each: with a thousand locks held, to
-        take and to release one takes 18 us instead of 2.
+    The kernel searches a list of locks: with 1,000 locks held, a lock and unlock takes 18 us instead of 2.
     """
 
     def __init__(self, fd: int) -> None:
@@ -347,28 +317,23 @@ class ByteLocks:
                 self._release(offset, 1)
 
     def try_lock_span(self, number: int, span: Span) -> Span | None:
-        """Take the lock of a span of bytes of whatever a number stands for.
+        """Lock a span of bytes of the object with this number; returns a part that another process holds, or None.
 
-        Two numbers may come to share their locks, so what is locked need not be; the same process must not take a byte
+        Two objects may share their locks, so a refusal can be a false alarm. A process must not lock the same byte
         twice.
-
-        Returns
-        -------
-        (int, int) or None
-            None where it was taken; else a part of the span that another process has.
         """
-        offset, length, base = _place_of(number, span)
+        offset, length, base = _offsets_of(number, span)
         if length <= 0 or lock_range(self._fd, fcntl.F_WRLCK, offset, length):
             return None
         if (taken := locked_range(self._fd, offset, length)) is None:
-            # it may have been let go of meanwhile
+            # the lock may have been released meanwhile
             return span
         first, last = max(taken[0], offset), min(taken[1], offset + length)
         return (first - base, last - base) if first < last else span
 
     def unlock_span(self, number: int, span: Span) -> None:
         """Undo one `try_lock_span`."""
-        offset, length, _ = _place_of(number, span)
+        offset, length, _ = _offsets_of(number, span)
         if length > 0:
             self._release(offset, length)
 
@@ -378,13 +343,13 @@ class ByteLocks:
             lock_range(self._fd, fcntl.F_UNLCK, offset, length)
 
     def disown(self) -> None:
-        """Release nothing any more: the descriptor is about to be closed."""
+        """Stop releasing locks: the descriptor is about to be closed."""
         self._fd = -1
 
 
-def _place_of(number: int, span: Span) -> tuple[int, int, int]:
-    """Offset and length of what a span is locked by, and the offset of its object's first byte."""
+def _offsets_of(number: int, span: Span) -> tuple[int, int, int]:
+    """Offset and length of the lock of a span, and the offset of the first byte of its object."""
     base = _SPANS + (number & _OBJECTS) * _ROOM
     first, last = min(span[0], _ROOM), min(span[1], _ROOM)
-    # the last byte of all that can be locked is not, as its end would be none
+    # the last possible byte cannot be locked, because its end would overflow
     return base + first, min(base + last, (1 << 63) - 1) - base - first, base

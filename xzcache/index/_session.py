@@ -1,7 +1,7 @@
-"""The shared books of a cache directory, as one process holds them: locks, index, and its own lease of the bound.
+"""The index session of one process: its locks, its connection to the index, and its lease of the bound.
 
-`Books.section` is the only way to the index. It holds the guard, opens the index that is current, and notices when the
-directory was removed or the index rebuilt meanwhile.
+`IndexSession.section` is the only way to the index. It holds the guard, opens the current index, and detects that the
+directory was removed or that the index was rebuilt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _IMPATIENCE: Final = 10.0
 
 _GUARD_OF_OLD: Final = "guard.lock"
 _LOCKS_OF_OLD: Final = ("storing.lock", "door.lock", "owners.lock", *(f"keys-{i}.lock" for i in range(16)))
-"""The lock files of version 0.1.0, which had one for each lock; a process of it that runs still has them open."""
+"""The lock files of version 0.1.0, which running processes of that version still have open."""
 
 _WRITTEN: Final = "written"
 """The directory of the notes that namespaces are being written."""
@@ -55,18 +55,11 @@ _LONGEST_SYNC: Final = 5.0
 
 
 class WrittenNote(NamedTuple):
-    """A note that a process has written through the cache to a namespace since the machine was started.
+    """A note on the disk: a process wrote through the cache to a namespace in this boot of the machine.
 
-    What was invalidated for a write is not safe on the disk before the process signs off, but the source has the write.
-    If the power goes in between, entries of the old values may come back, so everything of the namespace is dropped.
-
-    Attributes
-    ----------
-    path : str
-    boot : int
-        The number of the boot in which the process wrote.
-    number : int
-        The byte of the lock file that is locked for as long as the process lives.
+    Invalidations are not safe on the disk before the process signs off, but the source has the write. After a loss of
+    power old values could come back, so the whole namespace is then invalidated. `boot` is the boot in which the
+    process wrote; `number` is the byte of the lock file that the process locks while it lives.
     """
 
     path: str
@@ -86,13 +79,7 @@ class WrittenNote(NamedTuple):
 
 
 def written_notes(meta: str) -> list[WrittenNote]:
-    """The notes of all processes.
-
-    Raises
-    ------
-    OSError
-        They cannot be read, so nobody can tell whether the entries are true.
-    """
+    """The notes of all processes; raises `OSError` if they cannot be read."""
     try:
         names = os.listdir(f"{meta}/{_WRITTEN}")
     except FileNotFoundError:
@@ -101,19 +88,19 @@ def written_notes(meta: str) -> list[WrittenNote]:
     return [WrittenNote(f"{meta}/{_WRITTEN}/{name}", int(match[1], 16), int(match[2])) for name, match in found]
 
 
-class Membership:
-    """This process's part in a directory: open locks, an owner number, and the bytes it may still write.
+class Registration:
+    """The registration of this process in a directory: its open locks, its owner number and its lease.
 
     It has three descriptors: the file ``lock``, whose `flock` is the guard and whose bytes are the owners' locks; the
     file ``writes``, whose `flock` is the storing lock and whose bytes are the locks of keys; and the index. During a
-    transaction SQLite has the journal open as well.
+    transaction SQLite opens the journal as well.
 
     Attributes
     ----------
     number : int
-        The files of the locks and of the counters: what was counted in others says nothing.
+        Identifies the lock and counter files; counters of other files are not comparable.
     owner : int
-        The number under which the index knows this process; its byte of the lock file is locked for life.
+        The number of this process in the index; its byte of the lock file stays locked while the process lives.
     free : int
         Bytes that are leased and not yet spent; guarded by `lease_lock`.
     is_writing : bool
@@ -144,13 +131,13 @@ class Membership:
         self._epoch = 0
         self._impatient_until = 0.0
         self._closed = False
-        self._noting = threading.Lock()
-        self._noted: dict[str, str] = {}
+        self._recording = threading.Lock()
+        self._recorded: dict[str, str] = {}
         self._note_number = 0
         self.is_writing = False
         status = os.fstat(self.guard.fd)
         self.identity = status.st_dev, status.st_ino
-        """What tells this directory from another one that takes its place."""
+        """Distinguishes this directory from another one at the same path."""
 
     def waits_for_others(self, seconds: float) -> bool:
         """Whether a lock was found held by another process within the last seconds, which is no fault of the disk."""
@@ -176,71 +163,66 @@ class Membership:
         return self._read(0)
 
     def begin_generation(self, generation: int) -> None:
-        """Make another index the current one, for all who enter the guard from now on."""
-        # a serial that nobody reached, as garbage might be, would make every index look old
+        """Make another index the current one for all later sections."""
+        # a stale high serial, such as garbage, would make every index look outdated
         self._write(1, 0)
-        self.note_boot()
+        self.write_boot()
         self._write(0, generation)
 
-    def note_boot(self) -> None:
-        """Write down that the index is known to be whole since the machine was started; under the guard."""
+    def write_boot(self) -> None:
+        """Record that the index is sound since the machine booted; under the guard."""
         self._write(3, _boot())
 
     def was_restarted(self) -> bool:
-        """Whether the machine was started anew since: a part of what was written may not have got to the disk."""
+        """Whether the machine rebooted since the index was found sound: some writes may not have reached the disk."""
         return bool(boot := _boot()) and self._read(3) != boot
 
     # -- the notes that namespaces are being written
 
-    def is_noted(self, namespace: str) -> bool:
-        """Whether `note_written` has nothing to do."""
-        return namespace in self._noted or "" in self._noted or not _boot()
+    def is_recorded(self, namespace: str) -> bool:
+        """Whether `record_written` has nothing to do."""
+        return namespace in self._recorded or "" in self._recorded or not _boot()
 
-    def note_written(self, namespace: str) -> None:
-        """Say, before the first write to a namespace, that it is being written, so that a loss of power is noticed.
+    def record_written(self, namespace: str) -> None:
+        """Write a note before the first write to a namespace, so that a loss of power during the writes is detected.
 
-        The note is on the disk when this returns. Where the platform does not tell one boot from the next, there is
-        none.
-
-        Raises
-        ------
-        OSError
-            It could not be written.
+        The note is on the disk when this returns; raises `OSError` if it cannot be written. Platforms that do not
+        identify the boot have no notes.
         """
-        if self.is_noted(namespace):
+        if self.is_recorded(namespace):
             return
-        with self._noting:
-            if self.is_noted(namespace):
+        with self._recording:
+            if self.is_recorded(namespace):
                 return
-            if len(self._noted) >= _MOST_NOTES - 1:
+            if len(self._recorded) >= _MOST_NOTES - 1:
                 namespace = ""
             folder = f"{self.meta}/{_WRITTEN}"
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700)
-            # each process does this, as the one that made the directory may not have got that far
+            # each process syncs both, because the process that created the directory may have been killed before
             for place in (self.meta, os.path.dirname(self.meta)):
                 files.sync(place)
             while not self._note_number:
                 number = _NOTES | secrets.randbits(48)
                 if self.owners.try_lock(number):
                     self._note_number = number
-            path = f"{folder}/{_boot():016x}-{self._note_number}-{len(self._noted)}"
+            path = f"{folder}/{_boot():016x}-{self._note_number}-{len(self._recorded)}"
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
-                # what has no end of line is not whole, and stands for all namespaces
+                # a note without a line end is incomplete and stands for all namespaces
                 os.write(fd, f"{namespace}\n".encode() if namespace else b"")
                 os.fsync(fd)
             finally:
                 os.close(fd)
             files.sync(folder)
-            self._noted[namespace] = path
+            self._recorded[namespace] = path
 
     def take_notes_back(self) -> None:
-        """Make what was invalidated safe on the disk, then remove the notes that say it is not; after signing off.
+        """After signing off, sync the invalidations to the disk, then remove the notes.
 
-        Where that takes long, it is left to a thread, and where it cannot be done, to the next process.
+        If the sync takes long, a thread finishes it. If it fails, the next process does it.
         """
-        if self._noted:
+        if self._recorded:
             thread = threading.Thread(target=self._take_notes_back, name="xzcache-sync", daemon=True)
             try:
                 thread.start()
@@ -251,11 +233,11 @@ class Membership:
                 thread.join(_LONGEST_SYNC)
 
     def _take_notes_back(self) -> None:
-        with self._noting, suppress(OSError):
+        with self._recording, suppress(OSError):
             files.sync_all(self.guard.fd)
-            for path in self._noted.values():
+            for path in self._recorded.values():
                 files.discard(path)
-            self._noted.clear()
+            self._recorded.clear()
 
     def dead_notes(self) -> Iterator[WrittenNote]:
         """Notes of this boot whose processes are dead, each with its byte locked."""
@@ -267,7 +249,7 @@ class Membership:
                     self.owners.unlock(note.number)
 
     def revoke_leases(self, index: Index) -> None:
-        """Take all leases back, while nobody stores; whoever stores next finds the epoch changed."""
+        """Revoke all leases, with the storing lock held; each process sees the new epoch before its next store."""
         index.drop_leases()
         self._write(2, (self._read(2) + 1) % (1 << 63))
 
@@ -278,10 +260,10 @@ class Membership:
                 self._epoch, self.free = epoch, 0
 
     def read_serial(self) -> int:
-        """The serial number that the index had after the last transaction."""
+        """The serial number of the index after the last transaction."""
         return self._read(1)
 
-    def note_serial(self, index: Index) -> None:
+    def write_serial(self, index: Index) -> None:
         """Write down how far the index got, so that one that lost its last transactions is noticed; under the guard."""
         serial = index.serial()
         if serial != self._serial:
@@ -303,7 +285,7 @@ class Membership:
         """The current index, with this process registered in it; under the guard only."""
         generation = self.read_generation()
         if generation != self.generation or generation == 0:
-            self.leave_index()
+            self.close_index()
         elif self.index is not None and self.index.is_logged:
             self.disconnect()
         self.generation = generation
@@ -327,11 +309,11 @@ class Membership:
         if index.serial() < self.read_serial():
             raise Damaged("the index has lost its last transactions")
         if self.was_restarted():
-            # before this process takes a number that one of them had
+            # first, because this process may get the number of a lost owner
             index.disown_lost()
         owner = self._take_number(index)
         try:
-            # after the power went, the files of an owner may be there whose row was lost; its number is free again
+            # after a loss of power, files of an owner may exist whose row was lost and whose number is free again
             files.remove_tree(f"{self.meta}/tmp/{owner}")
             os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700)
             index.commit()
@@ -341,12 +323,12 @@ class Membership:
         self.owner, self._epoch = owner, self._read(2)
 
     def patiently(self, action: Callable[[], T]) -> T:
-        """Do something that another program may keep from being done: wait for it once, then not for a while.
+        """Retry an action that another program's lock on the index blocks: wait once, then fail fast for a while.
 
         Raises
         ------
         Busy
-            It has the index locked.
+            Another program has the index locked.
         """
         now = time.monotonic()
         patient = now >= self._impatient_until
@@ -372,13 +354,13 @@ class Membership:
         raise Unusable(f"no number in {self.meta}/lock can be locked")
 
     def disconnect(self) -> None:
-        """Close the connection, which the next section opens again; under the guard, or where nobody can be in one."""
+        """Close the connection; the next section opens a new one. Requires the guard, or that no section is open."""
         index, self.index = self.index, None
         if index is not None:
             with suppress(sqlite3.Error):
                 index.close()
 
-    def leave_index(self) -> None:
+    def close_index(self) -> None:
         """Close the index of an older generation; under the guard only."""
         self.disconnect()
         self.is_checked = False
@@ -393,7 +375,7 @@ class Membership:
             self.owners.disown()
             self.keys.disown()
             for lock in (self.guard, self.writes):
-                # whatever a file system says then, the descriptor is gone
+                # the descriptor is closed even if the file system reports an error
                 with suppress(OSError):
                     lock.close()
 
@@ -405,15 +387,15 @@ class Membership:
 
 
 def take_over(meta: str, timeout: float) -> None:
-    """Bring a directory of version 0.1.0 to today's lock files, unless a process of that version uses it.
+    """Convert a directory of version 0.1.0 to the current lock files, unless a process of that version uses it.
 
-    Where its guard was, a directory keeps such processes out from then on: they serve what is cached, store nothing,
-    and make what they write invisible by hand.
+    A directory in the place of the old guard file then keeps such processes out: they serve cached entries, store
+    nothing, and unlink the files of the keys that they write.
 
     Raises
     ------
     Unusable
-        A process of that version uses the directory. Until it is gone, this one does as it would do.
+        A process of that version uses the directory; this process then reads from the source.
     """
     path = f"{meta}/{_GUARD_OF_OLD}"
     while not os.path.isdir(path):
@@ -456,7 +438,7 @@ def _convert(meta: str, old: int) -> None:
 
 @cache
 def _boot() -> int:
-    """A number that is another one after each start of the machine; 0 where that cannot be told."""
+    """A number that changes with each boot of the machine; 0 if the platform does not identify the boot."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             return int.from_bytes(blake2b(file.read(), digest_size=8).digest(), "little") or 1
@@ -467,15 +449,17 @@ def _boot() -> int:
 # -- The session.
 
 FORMAT: Final = 1
-"""How entries lie, and how what is no longer true is made invisible by hand. (Who may lock what is another matter: see
-`take_over`.)"""
+"""The format of the entry files, and of invalidation without the index. `take_over` handles the lock files."""
 _MOMENT: Final = 0.09
 _inherited: Final[list[object]] = []
-"""What must neither be used nor closed any more: a parent's connections, in a child of a fork that could not wait."""
+"""Connections of the parent in a forked child, which must neither be used nor closed."""
 
 
-class Books:
+class IndexSession:
     """The index of one cache directory and the locks around it.
+
+    Safe for threads and processes. Nothing is opened before the first use. A directory that was removed is created
+    again in the next section, and a forked child starts with a new registration.
 
     Parameters
     ----------
@@ -484,21 +468,16 @@ class Books:
     timeout : float
         Seconds to wait for the guard.
     joined : callable
-        What is called when this process has joined; must not wait.
+        Called when this process has joined; must not wait.
 
     Attributes
     ----------
     checked : (int, int) or None
-        Generation and serial number of the index whose totals this process knows to be right.
+        Generation and serial number of the index whose totals this process has verified.
     when_refused, when_joined : callable
-        Called when the directory turns out not to be this user's cache, and when it turns out to be.
+        Called when the directory is found not to be a cache of this user, and when it is found to be one.
     when_used : callable
         Called after each transaction.
-
-    Notes
-    -----
-    Safe for threads and processes. Opens nothing before it is needed; a directory that was removed is made again at the
-    next section, and a forked child starts anew.
     """
 
     def __init__(self, root: str, timeout: float, joined: Callable[[], None] = lambda: None) -> None:
@@ -511,8 +490,8 @@ class Books:
         self.when_refused: Callable[[], None] = _nothing
         self.when_joined: Callable[[], None] = _nothing
         self._opening = threading.Lock()
-        self._member: Membership | None = None
-        self._forking: Membership | None = None
+        self._process: Registration | None = None
+        self._forking: Registration | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
         self.when_used: Callable[[], None] = _nothing
@@ -528,27 +507,21 @@ class Books:
         return time.monotonic() - self._used < _MOMENT
 
     @property
-    def current(self) -> Membership | None:
+    def current(self) -> Registration | None:
         """This process's membership, if it has joined already; never waits."""
-        return self._member
+        return self._process
 
-    def member(self) -> Membership:
-        """This process's membership, joining where it has none.
-
-        Raises
-        ------
-        Unusable
-            The directory cannot be made or written, or is of a newer format.
-        """
-        member = self._member
-        if member is not None:
-            return member
+    def process(self) -> Registration:
+        """The registration of this process, joining the directory if needed; raises `Unusable` if that fails."""
+        process = self._process
+        if process is not None:
+            return process
         if self.is_retired:
-            raise Unusable(f"the cache directory {self.root} was taken away")
+            raise Unusable(f"the cache directory {self.root} was removed")
         with self._opening:
-            if self._member is None:
+            if self._process is None:
                 try:
-                    self._member = self._join()
+                    self._process = self._join()
                 except Foreign:
                     self.when_refused()
                     raise
@@ -556,16 +529,16 @@ class Books:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
                 self.when_joined()
                 self._joined()
-            return self._member
+            return self._process
 
-    def _join(self) -> Membership:
+    def _join(self) -> Registration:
         found = self.read_note("format")
-        # garbage is damage, and mended; a number is somebody who knows better
+        # garbage is damage and is repaired; a number belongs to a newer version
         if found and found.isdecimal() and found != str(FORMAT):
-            raise Foreign(f"the cache directory {self.root} is of format {found}, this xzcache writes {FORMAT}")
+            raise Foreign(f"the cache directory {self.root} has format {found}, but this xzcache uses format {FORMAT}")
         files.make_private(self.root)
         for name in ("tmp", "trash", "odd", "ranges", "made", "written"):
-            # a link there leads to files that are not the cache's; what is behind it is left alone
+            # a link there leads out of the cache: remove the link and leave its target alone
             if not os.path.islink(self.meta) and os.path.islink(path := f"{self.meta}/{name}"):
                 os.unlink(path)
         folders = [self.root, self.meta, *(f"{self.meta}/{name}" for name in ("tmp", "trash"))]
@@ -573,15 +546,15 @@ class Books:
             if place != self.root:
                 with suppress(FileExistsError):
                     os.mkdir(place, 0o700)
-            # whoever else may write it could plant entries, or have files of others deleted
+            # another user with write access could plant entries, or have files deleted
             if (why := files.unsafe(place)) is not None:
                 raise Foreign(why)
         take_over(self.meta, self.timeout)
-        member = Membership(self.meta, self.timeout)
-        with member.guard:
+        process = Registration(self.meta, self.timeout)
+        with process.guard:
             if self.read_note("format") != str(FORMAT):
                 self.write_note("format", str(FORMAT))
-        return member
+        return process
 
     def node_id(self) -> str:
         """A uuid that is the same for all processes that share this directory, and for no others."""
@@ -592,18 +565,18 @@ class Books:
 
     @property
     def has_stamps(self) -> bool:
-        """Whether the file system can tell which files are ours."""
+        """Whether the file system supports the stamps that identify the cache's files."""
         return files.has_stamps(f"{self.meta}/lock")
 
-    def note_made(self, namespace: str) -> None:
-        """Remember, where files have no stamps, that a directory is of our making; under the guard only."""
+    def record_made(self, namespace: str) -> None:
+        """Record, on file systems without stamps, that the cache created a directory; under the guard only."""
         if self._stamps is None:
             self._stamps = self.has_stamps
         if not self._stamps and namespace and not os.path.exists(f"{self.root}/{namespace}"):
             files.make_directories(f"{self.meta}/made/{namespace}")
 
     def made_namespaces(self) -> list[str]:
-        """The directories that `note_made` remembers."""
+        """The directories that `record_made` remembers."""
         with suppress(FileNotFoundError):
             return os.listdir(f"{self.meta}/made")
         return []
@@ -616,36 +589,30 @@ class Books:
         os.replace(path + ".new", path)
 
     def read_note(self, name: str) -> str | None:
-        """The contents of a small file, None where it is missing."""
+        """The contents of a small file; None if it is missing."""
         with suppress(OSError), open(f"{self.meta}/{name}", errors="replace") as file:
             return file.read().strip()
         return None
 
     @contextmanager
-    def guarded(self, patience: float | None = None) -> Iterator[Membership]:
-        """Hold the guard of the directory as it is now, without touching the index.
-
-        Parameters
-        ----------
-        patience : float, optional
-            Seconds to wait for it, instead of those of this object.
-        """
+    def guarded(self, patience: float | None = None) -> Iterator[Registration]:
+        """Hold the guard of the current directory without opening the index; wait `patience` seconds if given."""
         for _ in range(3):
-            member = self.member()
+            process = self.process()
             self._used = time.monotonic()
-            with member.guard if patience is None else member.guard.within(patience):
-                if self._member is member and member.guard.is_current():
-                    yield member
+            with process.guard if patience is None else process.guard.within(patience):
+                if self._process is process and process.guard.is_current():
+                    yield process
                     return
-                # this process left it meanwhile, or somebody removed the directory: start over
-                self.abandon(member)
+                # this process left, or the directory was removed: start over
+                self.abandon(process)
         raise Unusable(f"the cache directory {self.root} is removed again and again")
 
     @contextmanager
-    def section(self, patience: float | None = None) -> Iterator[tuple[Membership, Index]]:
+    def section(self, patience: float | None = None) -> Iterator[tuple[Registration, Index]]:
         """One transaction on the index, under the guard.
 
-        Commits at the end; a caller that has to act between commit and the release of the guard commits by itself.
+        Commits at the end. A caller that must act between the commit and the release of the guard commits itself.
 
         Raises
         ------
@@ -653,16 +620,16 @@ class Books:
             The transaction did not happen.
         """
         if getattr(self._inside, "yes", False):
-            raise CacheFault("a section within a section")
-        with self.guarded(patience) as member:
+            raise CacheFault("a section is open already in this thread")
+        with self.guarded(patience) as process:
             self._inside.yes = True
             index = None
             try:
-                index = opened = member.open_index()
-                member.patiently(lambda: opened.begin(0))
-                yield member, index
+                index = opened = process.open_index()
+                process.patiently(lambda: opened.begin(0))
+                yield process, index
                 index.commit()
-                member.note_serial(index)
+                process.write_serial(index)
             except BaseException as error:
                 if index is not None:
                     with suppress(sqlite3.Error):
@@ -670,165 +637,149 @@ class Books:
                     index.forget_uncommitted()
                 if isinstance(error, sqlite3.Error):
                     if not is_locked(error):
-                        # a new connection looks at the files anew
-                        member.disconnect()
-                    raise _blamed(translated(error), member) from error
+                        # a new connection opens the files again
+                        process.disconnect()
+                    raise _blamed(translated(error), process) from error
                 if isinstance(error, _OF_GARBAGE) and index is not None and _is_damaged(index):
-                    member.disconnect()
-                    raise _blamed(Damaged("the rows of the index make no sense"), member) from error
-                _blamed(error, member)
+                    process.disconnect()
+                    raise _blamed(Damaged("the rows of the index make no sense"), process) from error
+                _blamed(error, process)
                 raise
             finally:
                 self._inside.yes = False
                 self.when_used()
 
     @contextmanager
-    def storing(self) -> Iterator[Membership]:
-        """Keep a rebuild away while space is taken from the lease, written to and accounted for.
-
-        Raises
-        ------
-        Busy
-            A rebuild goes on for too long.
-        """
+    def storing(self) -> Iterator[Registration]:
+        """Block a rebuild while a lease is spent and the entry is recorded; raises `Busy` during a long rebuild."""
         for _ in range(3):
-            member = self._present()
-            if not member.storing.share(self.timeout):
+            process = self._present()
+            if not process.storing.share(self.timeout):
                 raise Busy("the index is being rebuilt")
             try:
-                if self._member is not member:
+                if self._process is not process:
                     # this process left the directory meanwhile
                     continue
-                if member.owner == 0 or member.read_generation() != member.generation:
+                if process.owner == 0 or process.read_generation() != process.generation:
                     with self.section() as (current, _):
-                        if current is not member:
+                        if current is not process:
                             raise Busy("the directory was removed meanwhile")
-                member.see_revocations()
-                yield member
+                process.see_revocations()
+                yield process
                 return
             finally:
-                member.storing.leave()
+                process.storing.unshare()
         raise Busy(f"the cache directory {self.root} is left again and again")
 
     def is_stand_in(self) -> bool:
         """Whether the directory at the path is the one that this process uses, and not one that was away."""
-        member = self._member
+        process = self._process
         try:
-            return member is not None and member.identity not in self.lost and member.guard.is_current()
+            return process is not None and process.identity not in self.lost and process.guard.is_current()
         except OSError:
             return False
 
-    def abandon(self, member: Membership) -> None:
-        """Let go of a directory that is no longer there."""
-        if not member.is_deleted():
-            self.lost.add(member.identity)
-        # the guard is held: of a directory that was left already, another thread may be joining, which waits for it
-        if self._member is member:
+    def abandon(self, process: Registration) -> None:
+        """Drop the registration in a directory that is no longer at the path."""
+        if not process.is_deleted():
+            self.lost.add(process.identity)
+        # the guard is held: another thread that joins a directory waits for it with this lock
+        if self._process is process:
             with self._opening:
-                if self._member is member:
-                    self._member = None
-        member.leave_index()
+                if self._process is process:
+                    self._process = None
+        process.close_index()
 
     def close(
         self,
         last_words: Callable[[Index], None] | None = None,
         *,
         unless_writing: bool = False,
-        owes: bool = False,
+        has_pending: bool = False,
     ) -> bool:
-        """Give the lease back and sign off, once nothing is being stored. The next use joins again.
+        """Return the lease and sign off once nothing is being stored; the next use joins again.
 
-        Parameters
-        ----------
-        last_words : callable, optional
-            What is still to be told to the index.
-        unless_writing : bool, optional
-            Whether to stay if this process is writing at the source.
-        owes : bool, optional
-            Whether an invalidation is still to be done.
-
-        Returns
-        -------
-        bool
-            Whether this process has left.
+        `last_words` writes pending uses to the index. With `unless_writing`, a process that is writing at the source
+        stays. With `has_pending`, the notes stay because invalidations are pending. Returns whether this process has
+        left.
         """
-        member = self._member
-        if member is None:
+        process = self._process
+        if process is None:
             return True
         is_done = False
-        with member.storing.kept_out(self.timeout) as alone:
+        with process.storing.kept_out(self.timeout) as alone:
             with suppress(CacheFault, OSError):
-                if alone and not self._sign_off(member, last_words, unless_writing=unless_writing):
+                if alone and not self._sign_off(process, last_words, unless_writing=unless_writing):
                     return False
-                is_done = alone and not member.is_writing
+                is_done = alone and not process.is_writing
             # a process that could not sign off is taken for dead, and buried by the next one
-            if self._member is member:
-                self._member = None
-        if is_done and not owes:
-            member.take_notes_back()
+            if self._process is process:
+                self._process = None
+        if is_done and not has_pending:
+            process.take_notes_back()
         return True
 
-    def note_written(self, namespace: str) -> None:
-        """Say that a namespace is being written in this boot of the machine; see `Membership.note_written`."""
-        member = self._member
-        if member is None or not member.is_noted(namespace):
-            self._present().note_written(namespace)
+    def record_written(self, namespace: str) -> None:
+        """Write the note of a namespace unless it exists; see `Registration.record_written`."""
+        process = self._process
+        if process is None or not process.is_recorded(namespace):
+            self._present().record_written(namespace)
 
-    def _present(self) -> Membership:
-        """This process's membership in the directory that is at the path now, which may have been replaced."""
-        member = self.member()
-        if not member.guard.is_current():
+    def _present(self) -> Registration:
+        """The registration in the directory that is at the path now, which may have been replaced."""
+        process = self.process()
+        if not process.guard.is_current():
             with self.guarded() as joined:
-                member = joined
-        return member
+                process = joined
+        return process
 
     def _sign_off(
-        self, member: Membership, last_words: Callable[[Index], None] | None, *, unless_writing: bool
+        self, process: Registration, last_words: Callable[[Index], None] | None, *, unless_writing: bool
     ) -> bool:
-        with member.guard:
+        with process.guard:
             stays = False
             try:
-                # only the guard tells whether there is a number to give back: a thread in a section may just take one;
-                # and a directory that was removed is not made again to sign off from it
-                if member.owner and member.guard.is_current():
-                    self._give_number_back(member, last_words)
-                    stays = member.is_writing and unless_writing
+                # only the guard shows whether there is a number to return, because a thread in a section may just take
+                # one; and a removed directory must not be created again
+                if process.owner and process.guard.is_current():
+                    self._give_number_back(process, last_words)
+                    stays = process.is_writing and unless_writing
             except sqlite3.Error as error:
                 raise translated(error) from error
             finally:
                 if not stays:
-                    # a thread that waits for this guard has to see that it is of the past
-                    if self._member is member:
-                        self._member = None
-                    member.leave_index()
+                    # a thread that waits for this guard must see that the registration has ended
+                    if self._process is process:
+                        self._process = None
+                    process.close_index()
             return not stays
 
-    def _give_number_back(self, member: Membership, last_words: Callable[[Index], None] | None) -> None:
+    def _give_number_back(self, process: Registration, last_words: Callable[[Index], None] | None) -> None:
         """Remove this process from the index, unless it is writing at the source; under the guard."""
-        index = member.open_index()
-        member.patiently(lambda: index.begin(0))
+        index = process.open_index()
+        process.patiently(lambda: index.begin(0))
         try:
             if last_words is not None:
                 last_words(index)
-            # while this process writes at the source, the index says so on its behalf
-            member.is_writing = bool(index.notes.writing_of(member.owner))
-            if not member.is_writing:
-                index.drop_owner(member.owner)
+            # while this process writes at the source, its row in the index stays
+            process.is_writing = bool(index.tables.writing_of(process.owner))
+            if not process.is_writing:
+                index.drop_owner(process.owner)
             index.commit()
         finally:
             index.rollback()
-        member.note_serial(index)
-        if not member.is_writing:
+        process.write_serial(index)
+        if not process.is_writing:
             with suppress(OSError):
-                os.rmdir(f"{self.meta}/tmp/{member.owner}")
-            if self.checked is not None and self.checked[0] == member.generation:
-                self.checked = member.generation, index.serial()
+                os.rmdir(f"{self.meta}/tmp/{process.owner}")
+            if self.checked is not None and self.checked[0] == process.generation:
+                self.checked = process.generation, index.serial()
 
     # -- fork
 
     def before_fork(self) -> None:
         """Wait until no thread is in a section, and keep it so: the child must not inherit half a transaction."""
-        self._forking = self._member
+        self._forking = self._process
         if self._forking is not None and self._forking.guard.before_fork():
             # the child must neither use nor close the connection of its parent, so there is none to inherit
             self._forking.disconnect()
@@ -841,14 +792,14 @@ class Books:
         self._forking = None
 
     def after_fork_in_child(self) -> None:
-        """Start anew: no lock of the parent's is released, and its connection is neither used nor closed."""
-        for member in {self._member, self._forking} - {None}:
-            assert member is not None
-            if member.index is not None:
-                _inherited.append(member.index)
-                member.index = None
-            member.close_descriptors()
-        self._member = self._forking = None
+        """Start anew: release no lock of the parent, and neither use nor close its connection."""
+        for process in {self._process, self._forking} - {None}:
+            assert process is not None
+            if process.index is not None:
+                _inherited.append(process.index)
+                process.index = None
+            process.close_descriptors()
+        self._process = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
         self.writing = set()
@@ -866,8 +817,8 @@ def _is_damaged(index: Index) -> bool:
         return True
 
 
-def _blamed(error: BaseException, member: Membership) -> BaseException:
-    """The same exception; damage says which index it was."""
+def _blamed(error: BaseException, process: Registration) -> BaseException:
+    """Add the generation of the index to a `Damaged` exception; returns the exception."""
     if isinstance(error, Damaged):
-        error.generation = member.generation
+        error.generation = process.generation
     return error

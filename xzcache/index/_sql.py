@@ -1,7 +1,6 @@
-"""Every SQL statement on the shared books.
+"""All SQL statements on the index.
 
-An `Index` is one connection to one SQLite file. It knows no lock and no file but its own: whoever calls it holds the
-guard.
+An `Index` is one connection to one SQLite file. It takes no lock: the caller must hold the guard.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
-# -- The tables of the shared books, and what a row of them is.
+# -- The tables of the index, and their rows.
 #
-# The totals are kept by triggers, in the transaction that changes what they sum up, so they cannot drift. Time, for the
-# policies, is counted in ticks: one for each entry that comes, and for each use that a policy that learns tells of.
+# Triggers keep the totals in the transaction that changes the rows, so they cannot drift. Time is counted in ticks: one
+# for each new entry, and one for each use that the adaptive policy records.
 
 VERSION: Final = 5
 
@@ -85,7 +84,7 @@ INSERT INTO dying(key, start, stop, odd, size, owner)
   SELECT key, start, stop, odd, size, -1 FROM entry WHERE start != 0 OR stop != -1;
 DELETE FROM entry WHERE start != 0 OR stop != -1;
 """
-"""Pieces of objects are not taken over: they may be longer than they should, and of states that nobody told."""
+"""Byte ranges are not kept in an upgrade: their length and their state are not certain."""
 
 UPGRADES: Final = {
     2: f"""{_OF_THE_PAST}
@@ -96,30 +95,30 @@ DROP TRIGGER entry_comes;{_ENTRY_COMES}{_WITHOUT_PIECES}""",
     3: f"""DELETE FROM ghost; DROP TABLE heard;{_HEARD}DROP TRIGGER entry_comes;{_ENTRY_COMES}{_WITHOUT_PIECES}""",
     4: _WITHOUT_PIECES,
 }
-"""What makes an index of an older version, which is the key, one of this version."""
+"""SQL that upgrades an index, by its old version."""
 
 
 class Totals(NamedTuple):
-    """What the directory holds and has promised; sizes in bytes."""
+    """The totals of a directory; sizes in bytes."""
 
     entries: int
     size: int
     lease: int
-    dying: int
+    tombstones: int
     max_size: int | None
 
     @property
     def room(self) -> int | None:
         """Bytes that may still be promised (negative after the bound was lowered); None where there is no bound."""
-        return None if self.max_size is None else self.max_size - self.size - self.lease - self.dying
+        return None if self.max_size is None else self.max_size - self.size - self.lease - self.tombstones
 
 
 class Row(NamedTuple):
-    """One entry as the index knows it."""
+    """The row of an entry in the index."""
 
     id: int
     entry: Entry
-    odd: bool
+    hashed: bool
     size: int
     crc: int
     used: int
@@ -129,16 +128,16 @@ class Row(NamedTuple):
     tick: int
 
 
-class Dying(NamedTuple):
+class Tombstone(NamedTuple):
     """A file that has left the index and still takes space."""
 
     id: int
     entry: Entry
-    odd: bool
+    hashed: bool
     size: int
 
 
-# -- The small tables of the index: what is known of the arrays of a source, and which keys are being written.
+# -- The small tables of the index: metadata fingerprints, writes under way and the negative cache.
 
 
 class Writings(NamedTuple):
@@ -152,7 +151,7 @@ class Writings(NamedTuple):
         return key in self.keys or any(map(key.startswith, self.prefixes))
 
 
-class Notes:
+class Tables:
     """The small tables of one open index; within a section only, as all of the index."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -169,7 +168,7 @@ class Notes:
         self._do("INSERT OR REPLACE INTO node(path, digest) VALUES(?, ?)", (path, digest))
 
     def seen(self, document: str) -> bytes | None:
-        """The state of a document under which what it describes was filled."""
+        """The fingerprint of a document when the arrays that it describes were cached."""
         row = self._do("SELECT state FROM seen WHERE document = ?", (document,)).fetchone()
         return None if row is None else bytes(row[0])
 
@@ -182,7 +181,7 @@ class Notes:
         return [path for (path,) in self._do(f"SELECT path FROM node{where}", bounds)]
 
     def drop_nodes(self, prefix: str, *, documents: bool = True) -> None:
-        """Forget the node at a path and all nodes beneath it, and in which state their documents were seen."""
+        """Delete the fingerprints of a node and of all nodes beneath it, and those of their documents."""
         where, bounds = range_of(prefix, column="path")
         self._do(f"DELETE FROM node{where}", bounds)
         self._do("DELETE FROM node WHERE path = ?", (prefix,))
@@ -190,10 +189,10 @@ class Notes:
             where, bounds = range_of(prefix, column="document")
             self._do(f"DELETE FROM seen{where}", bounds)
 
-    # -- writes that have begun and not ended
+    # -- writes under way
 
     def add_writing(self, id_: int, key: str, owner: int, *, beneath: bool) -> None:
-        """Say that a key, or everything beneath it, is being written; the id is one that no other write has."""
+        """Record that a key, or everything beneath it, is being written; the id must be unique."""
         self._do(
             "INSERT OR REPLACE INTO writing(id, key, beneath, owner) VALUES(?, ?, ?, ?)", (id_, key, beneath, owner)
         )
@@ -202,28 +201,28 @@ class Notes:
         self._do_many("DELETE FROM writing WHERE id = ?", [(id_,) for id_ in ids])
 
     def writings(self) -> Writings:
-        """What is being written, whoever does it."""
+        """The writes under way in all processes."""
         rows = self._do("SELECT key, beneath FROM writing").fetchall()
         return Writings({key for key, beneath in rows if not beneath}, [f"{key}/" for key, beneath in rows if beneath])
 
     def is_written(self, key: str) -> bool:
-        """Whether somebody is writing a key, or something above it."""
+        """Whether a key, or a prefix of it, is being written."""
         return self.writings().concern(key)
 
     def writing_of(self, owner: int) -> list[tuple[int, str, bool]]:
-        """Ids of the writes of an owner, their keys, and whether each is of all that is beneath the key."""
+        """Ids and keys of an owner's writes, and whether each covers everything beneath the key."""
         rows = self._do("SELECT id, key, beneath FROM writing WHERE owner = ?", (owner,)).fetchall()
         return [(id_, key, bool(beneath)) for id_, key, beneath in rows]
 
     def writings_of_nobody(self) -> list[str]:
-        """Keys, and prefixes of keys, whose writer has left."""
+        """Keys and prefixes whose writer has left."""
         rows = self._do("SELECT key FROM writing WHERE owner NOT IN (SELECT id FROM owner)").fetchall()
         return [key for (key,) in rows]
 
     def drop_writings_of_nobody(self) -> None:
         self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
 
-    # -- what the source does not have
+    # -- the negative cache
 
     def set_absent(self, key: str, noted: float, ticket: int) -> None:
         """Note that a key is absent, for as long as its ticket has this digest.
@@ -233,7 +232,7 @@ class Notes:
         self._do("INSERT OR REPLACE INTO absent(key, noted, ticket) VALUES(?, ?, ?)", (key, noted, ticket))
 
     def absent_since(self, key: str, ticket: int) -> float | None:
-        """When a key was found to be absent, None where it was not, or was written since."""
+        """When a key was recorded as missing; None if it was not, or was written since."""
         row = self._do("SELECT noted FROM absent WHERE key = ? AND ticket = ?", (key, ticket)).fetchone()
         return None if row is None else float(row[0])
 
@@ -262,7 +261,7 @@ class Notes:
 
 def range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
     """The condition, and its values, of lying beneath a prefix."""
-    # "0" is the character after "/": together they enclose whatever begins with the prefix and a slash
+    # "0" is the character after "/": the two bounds enclose every key that starts with the prefix and a slash
     return (f" WHERE {column} >= ? AND {column} < ?", (prefix + "/", prefix + "0")) if prefix else ("", ())
 
 
@@ -279,24 +278,15 @@ _COLUMNS: Final = "id, key, start, stop, odd, size, crc, used, rank, owner, seq,
 
 
 def _row(values: tuple[int, str, int, int, int, int, int, int, int, int, int, int]) -> Row:
-    id_, key, start, stop, odd, *rest = values
-    return Row(id_, Entry(key, start, stop), bool(odd), *rest)
+    id_, key, start, stop, hashed, *rest = values
+    return Row(id_, Entry(key, start, stop), bool(hashed), *rest)
 
 
 class Index:
     """One open index file.
 
-    Parameters
-    ----------
-    path : str
-        The SQLite file.
-    create : bool
-        Whether to make it. An index that should be there and is not is damage, never a fresh start.
-
-    Notes
-    -----
-    Not safe for threads, and no method but `close` may be called without the guard: not even reads, which would keep
-    others from writing.
+    Not safe for threads. Every method but `close` requires the guard: even a read would block the writes of others.
+    With `create`, the file is created; without it, a missing file is damage and never a fresh start.
     """
 
     def __init__(self, path: str, *, create: bool = False) -> None:
@@ -309,10 +299,10 @@ class Index:
             _leave_log(path)
         self.connection = _connect(path)
         try:
-            # A rollback journal maps no memory, so a file that somebody truncates is an error and not the end of the
-            # process; it costs a miss 20 us more than a write-ahead log. A kill cannot hurt without any waiting for the
-            # disk, and after the machine was restarted the index is checked.
-            # 2 MB hold the inner pages of the index of a million entries; more is memory in each process for nothing
+            # A rollback journal maps no memory, so that a file truncated by another program is an error and does not
+            # end the process; a miss takes 20 us more than with a write-ahead log. A kill is harmless without a sync,
+            # and after a reboot the index is checked. 2 MB hold the inner pages of an index of a million entries; a
+            # larger page cache wastes memory in each process
             for pragma in ("synchronous=OFF", "cache_size=-2000", f"journal_size_limit={_LARGEST_JOURNAL}"):
                 self.connection.execute(f"PRAGMA {pragma}")
             self.connection.execute("PRAGMA journal_mode=PERSIST")
@@ -323,7 +313,7 @@ class Index:
             self.connection.close()
             raise
         self._do = self.connection.execute
-        self.notes = Notes(self.connection)
+        self.tables = Tables(self.connection)
         self.history = History(self.connection)
 
     @property
@@ -337,12 +327,12 @@ class Index:
         if version not in UPGRADES:
             raise Damaged(f"the index is not of version {VERSION}")
         self.connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[version]} PRAGMA user_version={VERSION}; COMMIT;")
-        logger.info("an index of version %d is one of version %d now: %s", version, VERSION, self._log[:-4])
+        logger.info("an index was upgraded from version %d to %d: %s", version, VERSION, self._log[:-4])
 
     # -- transactions
 
     def begin(self, patience: float = _PATIENCE) -> None:
-        """Begin a transaction that nothing can keep from its end: no other program may even read until then."""
+        """Begin an exclusive transaction, so that no other program can read the index and block the commit."""
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -370,13 +360,7 @@ class Index:
         return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
 
     def serial(self) -> int:
-        """A number that grows with every entry that comes or goes.
-
-        Raises
-        ------
-        Damaged
-            There is none.
-        """
+        """A number that grows with each entry that is added or removed; raises `Damaged` if it is missing."""
         row = self._do("SELECT serial FROM total").fetchone()
         if row is None or not isinstance(row[0], int):
             raise Damaged("the totals of the index are not there")
@@ -391,13 +375,13 @@ class Index:
         return row if row is not None else (0, 0)
 
     def problems(self) -> list[str]:
-        """What SQLite's own check finds wrong with the file; a second for a million entries."""
+        """The problems that SQLite's integrity check finds; takes a second for a million entries."""
         return [text for (text,) in self._do("PRAGMA integrity_check(20)") if text != "ok"]
 
     def wrong_totals(self) -> list[tuple[str, int, int]]:
         """Each total that differs from its rows: its name, the number that is written down, and the true one."""
         count, size = self._do("SELECT count(*), coalesce(sum(size), 0) FROM entry").fetchone()
-        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (tombstones,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
         (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
         shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0) FROM ns").fetchone()
         totals = self.totals()
@@ -405,7 +389,7 @@ class Index:
             ("entries", totals.entries, count),
             ("bytes", totals.size, size),
             ("leases", totals.lease, lease),
-            ("tombstones", totals.dying, dying),
+            ("tombstones", totals.tombstones, tombstones),
             ("entries by source", shares[0], count),
             ("bytes by source", shares[1], size),
         ]
@@ -416,28 +400,22 @@ class Index:
         return bool(self._do("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
 
     def last_entry(self) -> int:
-        """The highest id of an entry: about as many entries as there have been."""
+        """The highest id of an entry, an upper bound for the number of entries."""
         return int(self._do("SELECT coalesce(max(id), 0) FROM entry").fetchone()[0])
 
     def mend_totals(self) -> bool:
-        """Compare the totals with the rows that they sum up, and make them right; whether they were wrong.
-
-        Raises
-        ------
-        Damaged
-            The rows themselves make no sense.
-        """
+        """Correct totals that differ from their rows; returns whether any did. Raises `Damaged` for invalid rows."""
         count, size, least = self._do(
             "SELECT count(*), coalesce(sum(size), 0), coalesce(min(size), 0) FROM entry"
         ).fetchone()
-        (dying,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
+        (tombstones,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
         (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
         if not isinstance(size, int) or least < 0:
             raise Damaged("an entry of the index has a size that no file can have")
         shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0), coalesce(min(n), 0) FROM ns").fetchone()
-        if self.totals()[:4] == (count, size, lease, dying) and shares[:2] == (count, size) and shares[2] >= 0:
+        if self.totals()[:4] == (count, size, lease, tombstones) and shares[:2] == (count, size) and shares[2] >= 0:
             return False
-        self._do("UPDATE total SET n = ?, bytes = ?, lease = ?, dying = ?", (count, size, lease, dying))
+        self._do("UPDATE total SET n = ?, bytes = ?, lease = ?, dying = ?", (count, size, lease, tombstones))
         self._do("UPDATE ns SET n = 0, bytes = 0")
         sums = self._do("SELECT count(*), sum(size), ns FROM entry GROUP BY ns").fetchall()
         self.connection.executemany("UPDATE ns SET n = ?, bytes = ? WHERE id = ?", sums)
@@ -458,7 +436,7 @@ class Index:
         self._do("UPDATE owner SET pid = -abs(pid) WHERE id = ?", (owner,))
 
     def staying_owners(self) -> list[int]:
-        """Owners that have not said that they are leaving."""
+        """Owners that have not announced to leave."""
         return [id_ for (id_,) in self._do("SELECT id FROM owner WHERE pid >= 0")]
 
     def lease_of(self, owner: int) -> int | None:
@@ -485,12 +463,12 @@ class Index:
         row = self._do(f"SELECT {_COLUMNS} FROM entry WHERE key = ? AND start = ? AND stop = ?", entry).fetchone()
         return None if row is None else _row(row)
 
-    def add(self, entry: Entry, *, odd: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
-        """Give an entry a row, which remembers what its ghost does."""
+    def add(self, entry: Entry, *, hashed: bool, size: int, crc: int, used: int, owner: int, seq: int) -> None:
+        """Add the row of an entry, continuing from its ghost."""
         self._do(
             "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq, tick, gap) "
             f"VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {BIRTH})",
-            (self._namespace(entry.key), *entry, odd, size, crc, used, used, owner, seq, hash_of(entry)),
+            (self._namespace(entry.key), *entry, hashed, size, crc, used, used, owner, seq, hash_of(entry)),
         )
 
     def _namespace(self, key: str) -> int:
@@ -503,14 +481,14 @@ class Index:
         return id_
 
     def forget_uncommitted(self) -> None:
-        """After a rollback, what was remembered of the transaction is not true."""
+        """Clear the memory of namespaces that a rolled back transaction added."""
         self._namespaces.clear()
 
     def remove(self, id_: int) -> None:
         self._do("DELETE FROM entry WHERE id = ?", (id_,))
 
     def touch(self, uses: Mapping[Entry, int]) -> None:
-        """Record the last use of entries, in ns since the epoch; those that are gone are passed over."""
+        """Record the last use of entries, in ns since the epoch; missing entries are skipped."""
         self.connection.executemany(
             "UPDATE entry SET used = max(used, ?), tick = (SELECT tick FROM total) "
             "WHERE key = ? AND start = ? AND stop = ?",
@@ -546,17 +524,17 @@ class Index:
         return None if row is None else _row(row)
 
     def beneath(self, prefix: str, limit: int) -> list[Row]:
-        """Entries whose key begins with ``prefix + "/"``; every entry for an empty prefix."""
+        """Entries whose key starts with ``prefix + "/"``; every entry for an empty prefix."""
         where, bounds = range_of(prefix)
         return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry{where} LIMIT ?", (*bounds, limit))]
 
     def has_data_beneath(self, prefix: str) -> bool:
-        """Whether anything but metadata documents is beneath a prefix."""
+        """Whether any entry beneath a prefix is not a metadata document."""
         where, bounds = range_of(prefix)
         return any(not is_document(key) for (key,) in self._do(f"SELECT DISTINCT key FROM entry{where}", bounds))
 
     def in_flight(self, owner: int, numbers: Iterable[int]) -> list[Row]:
-        """Entries whose file may still lie among the owner's files in flight, under one of these numbers."""
+        """Entries of an owner whose file may still be temporary, under one of these numbers."""
         wanted = set(numbers)
         if not wanted:
             return []
@@ -564,7 +542,7 @@ class Index:
         rows = (_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE owner = ?", (owner,)))
         return [row for row in rows if row.seq in wanted]
 
-    def odd_keys(self, prefix: str) -> list[str]:
+    def hashed_keys(self, prefix: str) -> list[str]:
         """Whole objects beneath a prefix that do not lie at their own key."""
         where, bounds = range_of(prefix)
         where = f"{where} AND" if where else " WHERE"
@@ -582,49 +560,51 @@ class Index:
 
     # -- files that are on their way out
 
-    def add_dying(self, row: Row, owner: int) -> Dying:
+    def add_tombstone(self, row: Row, owner: int) -> Tombstone:
         cursor = self._do(
             "INSERT INTO dying(key, start, stop, odd, size, owner) VALUES(?, ?, ?, ?, ?, ?)",
-            (*row.entry, row.odd, row.size, owner),
+            (*row.entry, row.hashed, row.size, owner),
         )
         assert cursor.lastrowid is not None
-        return Dying(cursor.lastrowid, row.entry, row.odd, row.size)
+        return Tombstone(cursor.lastrowid, row.entry, row.hashed, row.size)
 
-    def dying_of(self, owner: int) -> list[Dying]:
-        return self._dying("owner = ?", owner)
+    def tombstones_of(self, owner: int) -> list[Tombstone]:
+        return self._tombstones("owner = ?", owner)
 
-    def dying_of_nobody(self) -> list[Dying]:
-        """Files whose owner has signed off."""
-        return self._dying("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
+    def orphaned_tombstones(self) -> list[Tombstone]:
+        """Tombstones whose owner has signed off."""
+        return self._tombstones("owner != 0 AND owner NOT IN (SELECT id FROM owner)")
 
-    def _dying(self, where: str, *values: int | str) -> list[Dying]:
+    def _tombstones(self, where: str, *values: int | str) -> list[Tombstone]:
         rows = self._do(f"SELECT id, key, start, stop, odd, size FROM dying WHERE {where}", values)
-        return [Dying(id_, Entry(key, start, stop), bool(odd), size) for id_, key, start, stop, odd, size in rows]
+        return [
+            Tombstone(id_, Entry(key, start, stop), bool(hashed), size) for id_, key, start, stop, hashed, size in rows
+        ]
 
     def disown_lost(self) -> None:
-        """Give to nobody what belongs to owners that are not there: the rows may be of different transactions.
+        """Clear the owner of rows whose owner is missing: the rows may come from different transactions.
 
-        What they were writing is forgotten by its namespace.
+        The namespaces of their writes are invalidated anyway.
         """
         self._do("UPDATE dying SET owner = 0 WHERE owner NOT IN (SELECT id FROM owner)")
         self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
 
-    def disown_dying(self, ids: Iterable[int]) -> None:
-        """Leave files that could not be seen to be gone to whoever recovers next."""
+    def disown_tombstones(self, ids: Iterable[int]) -> None:
+        """Leave tombstones whose files may still exist to the next recovery."""
         self.connection.executemany("UPDATE dying SET owner = 0 WHERE id = ?", [(id_,) for id_ in ids])
 
-    def left_dying(self, limit: int = -1) -> list[Dying]:
-        """Those files, or some of them: their bytes stay counted."""
-        return self._dying("owner = 0 ORDER BY random() LIMIT ?", limit)
+    def unowned_tombstones(self, limit: int = -1) -> list[Tombstone]:
+        """Tombstones without an owner, or some of them; their bytes stay counted."""
+        return self._tombstones("owner = 0 ORDER BY random() LIMIT ?", limit)
 
-    def is_dying(self, entry: Entry) -> bool:
-        """Whether a tombstone speaks of a file of an entry."""
-        return bool(self._dying("key = ? AND start = ? AND stop = ?", *entry))
+    def has_tombstone(self, entry: Entry) -> bool:
+        """Whether there is a tombstone for an entry."""
+        return bool(self._tombstones("key = ? AND start = ? AND stop = ?", *entry))
 
-    def dying_ids(self) -> set[int]:
+    def tombstone_ids(self) -> set[int]:
         return {id_ for (id_,) in self._do("SELECT id FROM dying")}
 
-    def drop_dying(self, ids: Iterable[int]) -> None:
+    def drop_tombstones(self, ids: Iterable[int]) -> None:
         self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
 
 
@@ -635,16 +615,16 @@ def _connect(path: str) -> sqlite3.Connection:
 
 
 def is_locked(error: sqlite3.Error) -> bool:
-    """Whether another program has a lock on the index, which none of ours has without the guard."""
+    """Whether another program has the index locked; a process of xzcache locks it only under the guard."""
     return (getattr(error, "sqlite_errorname", "") or "").startswith(
         ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
     )
 
 
 def _is_logged(path: str) -> bool:
-    """Whether an index says of itself that it has a write-ahead log, as those of older versions have.
+    """Whether the header of an index file names a write-ahead log, as in older versions.
 
-    Damage is told from the outside: SQLite would wait for locks on a file that others have open and take it for new.
+    Damage is detected by reading the header: SQLite would wait for locks, or treat the file as new.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         if (header := file.read(20)).startswith(_MAGIC):
@@ -655,9 +635,9 @@ def _is_logged(path: str) -> bool:
 
 
 def _leave_log(path: str) -> None:
-    """Fold a write-ahead log into its index, for good, with nothing mapped."""
+    """Merge a write-ahead log into its index permanently, without mapping memory."""
     with closing(_connect(path)) as connection:
-        # for one process alone, SQLite keeps in its own memory what else it maps from a file
+        # in exclusive mode, SQLite keeps its shared memory on the heap instead of in a mapped file
         connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         (mode,) = connection.execute("PRAGMA journal_mode=DELETE").fetchone()
     if mode != "delete":

@@ -1,4 +1,4 @@
-"""The counters of writes: whether a key, or anything above it, was written since."""
+"""Write counters: whether a key, or a prefix of it, was written since a point in time."""
 
 from __future__ import annotations
 
@@ -18,105 +18,91 @@ if TYPE_CHECKING:
 _MOST_SEEN: Final = 4096
 
 
-def write_slot(key: str) -> int:
+def write_counter(key: str) -> int:
     """The number of the counter of writes of a key."""
     return Entry(key).lock_offset()
 
 
-def prefix_slot(prefix: str) -> int:
+def prefix_counter(prefix: str) -> int:
     """The number of the counter of writes that concern everything beneath a prefix."""
     return Entry(prefix + "/").lock_offset()
 
 
-def data_slot(prefix: str) -> int:
-    """The number of the counter of what concerns all that is beneath a prefix but metadata documents."""
+def data_counter(prefix: str) -> int:
+    """The number of the counter for everything beneath a prefix except metadata documents."""
     return Entry(prefix + "//").lock_offset()
 
 
-def absence_slot(array: str) -> int:
-    """The number of the counter of what was found to be absent of an array."""
+def missing_counter(array: str) -> int:
+    """The number of the counter for the negative cache of an array."""
     return Entry(array + "///").lock_offset()
 
 
-def all_slots(key: str, *, data: bool) -> tuple[int, ...]:
-    """The numbers of all counters that a write of a key, or of anything above it, raises.
-
-    Parameters
-    ----------
-    key : str
-    data : bool
-        Whether it is something else than a metadata document.
-    """
-    return (write_slot(key), *_slots_above(key[: key.rfind("/") + 1], data=data))
+def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
+    """The numbers of all counters that writes to a key or its prefixes increment; `data`: not a document."""
+    return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
 @lru_cache(maxsize=1024)
-def _slots_above(directory: str, *, data: bool) -> tuple[int, ...]:
+def _counters_above(directory: str, *, data: bool) -> tuple[int, ...]:
     # the same for all chunks of an array; a directory ends in a slash
     above = [directory[:end] for end, character in enumerate(directory) if character == "/"]
-    slots = tuple(map(prefix_slot, above))
-    return (*slots, *map(data_slot, above)) if data else slots
+    counters = tuple(map(prefix_counter, above))
+    return (*counters, *map(data_counter, above)) if data else counters
 
 
 class WriteCounters:
-    """Counters in a file that tell whether a key was written since; protects the cache from fills that began before.
+    """Counters in a file that show whether a key was written; they keep fetches from before a write out of the cache.
 
-    A slot is shared by the keys that hash to it: a false alarm costs one entry that is not cached. Bumps happen under
-    the guard; reads need no lock.
+    Keys with the same hash share a counter: a false alarm costs one entry that is not cached. Increments require the
+    guard, reads require no lock.
 
-    Parameters
-    ----------
-    path : str
-        The file of counters.
-
-    Notes
-    -----
-    One more counter, behind all slots, is raised after any of them was: while it stands still, so do they. Beside it is
-    the one of `lost` writes, whose own slot could not be raised for want of room; these two have their room from the
-    beginning.
+    One total behind all counters is incremented after any of them: while the total is unchanged, so are they. A second
+    one counts the `lost` writes, whose own counter could not be incremented because the disk was full. The space of
+    these two is allocated in advance.
     """
 
-    SLOTS: Final = 1 << 20
+    COUNT: Final = 1 << 20
 
     def __init__(self, path: str) -> None:
         self.fd = open_lock_file(path)
         self._seen: tuple[bytes, dict[int, int]] = (b"", {})
         if hasattr(os, "posix_fallocate"):
             with suppress(OSError):
-                os.posix_fallocate(self.fd, self.SLOTS * 8, 16)
+                os.posix_fallocate(self.fd, self.COUNT * 8, 16)
 
-    def read(self, slot: int) -> int:
-        return self._read(slot % self.SLOTS)
+    def read(self, counter: int) -> int:
+        return self._read(counter % self.COUNT)
 
     def lost(self) -> int:
-        """How many writes could not be counted: each may have been of any key."""
-        return self._read(self.SLOTS + 1)
+        """The number of writes that could not be counted; each may have been to any key."""
+        return self._read(self.COUNT + 1)
 
-    def before(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """How many were lost, and the counts of some slots: now, or from a moment ago, where somebody just raises one.
+    def before(self, counters: Sequence[int]) -> tuple[int, ...]:
+        """The lost writes and the values of some counters, perhaps from just before a concurrent increment.
 
-        Most need no look at the file. Older counts are safe for whoever begins something that may only be finished
-        while `read` still says the same.
+        Most calls need only one read of the file. Slightly old values are safe: a publish compares them with the
+        current ones.
         """
-        totals = os.pread(self.fd, 16, self.SLOTS * 8)
+        totals = os.pread(self.fd, 16, self.COUNT * 8)
         seen, counts = self._seen
         if seen != totals or len(counts) > _MOST_SEEN:
             counts = {}
             self._seen = totals, counts
-        for slot in slots:
-            if slot not in counts:
-                counts[slot] = self.read(slot)
-        return (int.from_bytes(totals[8:], "little"), *[counts[slot] for slot in slots])
+        for counter in counters:
+            if counter not in counts:
+                counts[counter] = self.read(counter)
+        return (int.from_bytes(totals[8:], "little"), *[counts[counter] for counter in counters])
 
-    def bump(self, slot: int) -> None:
+    def increment(self, counter: int) -> None:
         """Count one write."""
         try:
-            self._raise(slot % self.SLOTS)
+            self._raise(counter % self.COUNT)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._raise(self.SLOTS + 1)
-        self._raise(self.SLOTS)
+            self._raise(self.COUNT + 1)
+        self._raise(self.COUNT)
 
     def _read(self, position: int) -> int:
         raw = os.pread(self.fd, 8, position * 8)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """The cached entries of one source.
 
-    No method raises because the cache fails: what cannot be read is not cached, what cannot be stored is not stored,
-    and what cannot be invalidated is not served. All methods are safe for threads and event loops. A *ticket* stands
-    for the writes so far: an entry is published only if its key was not written since its ticket was taken, by any
-    process that shares the cache.
+    No method raises because the cache fails: an entry that cannot be read counts as not cached, one that cannot be
+    stored is not stored, and one that cannot be invalidated is not served. All methods are safe for threads and event
+    loops. A *write version* counts the writes to a key: an entry is published only if no process that shares the cache
+    has written its key since the version was read.
     """
 
     namespace: str
@@ -33,7 +33,7 @@ class Backend(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether `info` makes nothing."""
+        """Whether the cache is open, so that `info` creates nothing."""
 
     @property
     def bound(self) -> int | None:
@@ -44,7 +44,7 @@ class Backend(Protocol):
         """How many entries this process evicted."""
 
     @property
-    def troubles(self) -> int:
+    def faults(self) -> int:
         """How many times the cache failed."""
 
     def entry(self, key: str, start: int, stop: int) -> Entry | None:
@@ -60,106 +60,106 @@ class Backend(Protocol):
         """Whether another backend keeps its entries in the same place."""
 
     def info(self, *, exact: bool = True) -> dict[str, Any]:
-        """What is cached of this source, and in all; sizes in bytes."""
+        """The size and the number of entries of this source and of the whole cache; sizes in bytes."""
 
     # -- looking up: never older than `max_age`, never of other bytes than were stored
 
-    def at_once(self, key: str, max_age: Age) -> memoryview | None:
-        """The value of a key if that needs no waiting; after None, `find` tells."""
+    def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
+        """The value of a key if it can be read without waiting; None means that `get` must be called."""
 
-    def into(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into an array of bytes, which is undefined after False."""
+    def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """As `get_nowait`, into an array of bytes, which is undefined after False."""
 
-    def find_now(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """As `find`, blocking, for threads; after None, `find` tells."""
+    def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
+        """Like `get`, blocking, for threads; None means that `get` must be called."""
 
-    async def find(self, entry: Entry, max_age: Age) -> memoryview | None:
+    async def get(self, entry: Entry, max_age: Age) -> memoryview | None:
         """The bytes of an entry."""
 
     async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of a whole object that `find` would find."""
+        """The size of a whole object that `get` would find."""
 
     def listed(self, key: str) -> Listed:
         """The byte ranges that are cached of an object."""
 
     def states_of(self, key: str) -> set[str]:
-        """The validators of all that is cached of an object; an empty one for an unknown state."""
+        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
 
     async def validator(self, entry: Entry) -> str:
         """The validator of a cached entry; empty if it has none."""
 
-    async def renew(self, entry: Entry, max_age: Age) -> None:
-        """Let the age of an entry, which the source was asked about, begin anew."""
+    async def mark_validated(self, entry: Entry, max_age: Age) -> None:
+        """Restart the age of an entry that the source has confirmed."""
 
     # -- fetching once, and storing
 
     def fetching(self) -> AbstractAsyncContextManager[None]:
-        """A context in which the source is fetched from; the last to leave it waits for what is being stored."""
+        """A context around a fetch; the last one to exit waits for pending publishes."""
 
-    def lead(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to become the only process that fetches an entry, without waiting; the function that gives that up."""
+    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
+        """Try to take the fetch lock of an entry, without waiting; returns the function that releases it."""
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """As `lead`, of some bytes of an object; where another process fetches some of them, the first such span."""
+        """Like `try_acquire`, for a span of an object; a span that another process fetches if one does."""
 
-    def ticket(self, entry: Entry) -> Any:
-        """A ticket, taken before the fetch begins; None if nothing can be stored."""
+    def write_version(self, entry: Entry) -> Any:
+        """The write version of an entry, read before its fetch begins; None if nothing can be stored."""
 
-    async def publish(self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str = "") -> bool:
-        """Store an entry, unless its key was written since the ticket was taken; others see all of it or nothing."""
+    async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
+        """Store an entry unless its key was written since the version was read; readers see all of it or nothing."""
 
     async def publish_soon(
-        self, entry: Entry, data: Data, ticket: Any, max_size: int | None, validator: str, done: Callable[[], None]
+        self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str, done: Callable[[], None]
     ) -> None:
-        """As `publish`, perhaps later; `done` is called in the end, whatever happens."""
+        """Like `publish`, perhaps later; `done` is always called in the end."""
 
     async def stored(self, key: str) -> None:
-        """Wait until all that this process is storing of an object is stored, or will not be."""
+        """Wait until no publish of an object by this process is pending."""
 
-    # -- what is no longer true: after these return, no process is served what was stored before
+    # -- invalidation: after these return, no process serves what was stored before
 
-    async def begin(self, keys: Sequence[str]) -> Sequence[Any]:
-        """Invalidate keys before the source is written; until `end`, nothing of them is stored."""
+    async def begin_write(self, keys: Sequence[str]) -> Sequence[Any]:
+        """Invalidate keys before the source is written; until `end_write`, no process stores them."""
 
-    async def end(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+    async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """Invalidate the keys again after the source was written, and store their new values."""
 
-    async def forget(self, key: str, since: Any) -> Any:
-        """Invalidate a key of which the source has another state; a ticket to store it with."""
+    async def invalidate(self, key: str, since: Any) -> Any:
+        """Invalidate a key that changed at the source; returns the version to publish the new value with."""
 
-    async def begin_drop(self, prefix: str, *, itself: bool = False) -> Any:
-        """As `begin`, of all keys beneath a prefix, and perhaps of the prefix as a key."""
+    async def begin_delete(self, prefix: str, *, itself: bool = False) -> Any:
+        """Like `begin_write`, for all keys beneath a prefix, and with `itself` for the prefix as a key."""
 
-    async def end_drop(self, begun: Any) -> None:
-        """As `end`, of `begin_drop`."""
+    async def end_delete(self, begun: Any) -> None:
+        """Like `end_write`, for `begin_delete`."""
 
     async def clear(self) -> None:
         """Invalidate all entries of this source."""
 
     # -- metadata documents
 
-    async def compare(self, key: str, document: bytes | None, ticket: Any) -> Any:
-        """Invalidate the arrays that a metadata document of the source shows to have changed; a ticket to store it."""
+    async def apply_document(self, key: str, document: bytes | None, version: Any) -> Any:
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
 
-    async def note(self, key: str, document: bytes) -> None:
+    async def record_document(self, key: str, document: bytes) -> None:
         """Remember the arrays of a metadata document that was written through the cache."""
 
-    async def doubtful(self, seen: Mapping[str, bytes]) -> list[str]:
-        """Those documents whose state may not be the one that the cached chunks are of."""
+    async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
+        """The documents whose recorded state may not be the one under which the chunks were cached."""
 
-    async def settled(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """Remember, in this process, of which documents the source was asked in doubt."""
+    async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
+        """Record, in this process, that unconfirmed documents were revalidated."""
 
-    # -- what the source does not have
+    # -- the negative cache
 
-    async def is_absent(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a metadata document."""
+    async def is_document_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a metadata document is known to be missing at the source."""
 
-    def lacks_now(self, key: str, max_age: Age) -> bool:
-        """Whether this process knows that the source does not have a chunk."""
+    def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
+        """Whether a chunk is known to be missing at the source, without waiting."""
 
-    async def lacks(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a chunk."""
+    async def is_known_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a chunk is known to be missing at the source."""
 
-    async def note_lack(self, key: str, ticket: Any) -> None:
-        """Remember that the source does not have a chunk, unless it was written since the ticket was taken."""
+    async def record_missing(self, key: str, version: Any) -> None:
+        """Record that a chunk is missing at the source, unless its key was written since the version was read."""

@@ -15,13 +15,13 @@ Data = bytes | bytearray | memoryview
 
 
 META: Final = ".xzcache"
-"""The one name in a cache directory that is ours alone."""
+"""The reserved name in a cache directory; everything beneath it belongs to xzcache."""
 
 END: Final = -1
 """A `stop` of END reads to the end of the object; a negative `start` counts back from there."""
 
 _LONGEST_PATH: Final = 3000
-_SLOTS: Final = 62
+_OFFSET_BITS: Final = 62
 _LARGEST: Final = 1 << 62
 
 
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
     def lock_offset(self) -> int:
         """The byte of the lock files that stands for this entry."""
-        return int.from_bytes(self.digest()[:8], "little") & ((1 << _SLOTS) - 1)
+        return int.from_bytes(self.digest()[:8], "little") & ((1 << _OFFSET_BITS) - 1)
 
 
 @lru_cache(maxsize=4096)
@@ -60,7 +60,7 @@ def _digest(key: str, start: int, stop: int) -> bytes:
 
 
 def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:
-    """`(start, stop)` of a Zarr byte request; None for one that makes no sense, which is the source's to answer."""
+    """`(start, stop)` of a Zarr byte request; None for an invalid one, which the source must answer."""
     if byte_range is None:
         return 0, END
     if isinstance(byte_range, RangeByteRequest):
@@ -84,7 +84,7 @@ def clip(start: int, stop: int, size: int) -> tuple[int, int]:
 def within(entry: Entry, outer: Entry, size: int) -> tuple[int, int]:
     """Where an entry lies, as `(first, last + 1)`, within another one that holds it, of `size` bytes."""
     if entry.start < 0 or outer.start < 0:
-        # counted from the end, which both have
+        # both are counted from the end of the object
         return clip(entry.start, END, size)
     stop = END if entry.stop == END else entry.stop - outer.start
     return clip(entry.start - outer.start, stop, size)

@@ -1,14 +1,14 @@
-"""What can go wrong inside the cache itself.
+"""Errors of the cache itself.
 
-None of these reaches somebody who reads data: a read that meets one is served from the source. `Replaced` is what a
-reader gets of what the source does.
+None of them reaches a user who reads data: the read is served from the source instead. Only `Replaced`, which reports a
+change of the source, is raised to the reader.
 
     CacheFault
-    ├── Busy       another process held the guard, or rebuilds, or a program has the index locked, for too long
-    ├── Damaged    the index is not ours, not whole, or gone
+    ├── Busy       another process or program holds the guard or the index, or rebuilds the index, for too long
+    ├── Damaged    the index is missing, incomplete or not an index of xzcache
     ├── NoRoom     the bound, the free-disk reserve or the disk itself leaves no space
     └── Unusable   the directory cannot be opened for writing
-        └── Foreign   it was made by another version of this package, or by another user
+        └── Foreign   another version of this package, or another user, made the directory
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CacheFault(Exception):
 
 
 class Busy(CacheFault):
-    """Somebody else held a lock for longer than this process was willing to wait."""
+    """Another process or thread held a lock for longer than this process may wait."""
 
 
 class Damaged(CacheFault):
@@ -38,7 +38,7 @@ class Damaged(CacheFault):
     generation: int | None = None
     """Which index it was."""
     is_certain = True
-    """Whether its contents are known to be wrong; else the system could not read or write it."""
+    """Whether the contents are known to be wrong; if False, the system failed to read or write them."""
 
 
 class NoRoom(CacheFault):
@@ -54,9 +54,9 @@ class Foreign(Unusable):
 
 
 class Replaced(OSError):
-    """An object was replaced at the source while parts of what it was before were being read: they do not fit.
+    """An object was replaced at the source while its byte ranges were being read, so the ranges do not fit together.
 
-    What was cached of it is gone, so the next read sees the new one.
+    The cached ranges of the old object are invalidated. The next read gets the new object.
     """
 
     def __init__(self, key: str) -> None:
@@ -67,45 +67,33 @@ class Replaced(OSError):
 
 
 class Unclear(Exception):
-    """Nobody can tell whether some parts of an object are of one state: they are to be asked for anew, together."""
+    """The cached ranges of an object cannot be proved to be of one state, so all must be fetched again, together."""
 
 
-_told: Final[set[tuple[str, int]]] = set()
+_logged_lines: Final[set[tuple[str, int]]] = set()
 
 
-def is_trouble(error: BaseException) -> bool:
-    """Whether an exception tells of something that the cache expects to go wrong; any other is an error of its code."""
+def is_expected_fault(error: BaseException) -> bool:
+    """Whether an exception is an expected failure of the cache; all others are bugs."""
     return isinstance(error, CacheFault | OSError | sqlite3.Error | MemoryError)
 
 
 def report_bug(error: BaseException, where: str) -> bool:
-    """Log an error in the code of the cache with its traceback, once for each line that raises one.
-
-    Parameters
-    ----------
-    error : BaseException
-    where : str
-        What was being done, or with what.
-
-    Returns
-    -------
-    bool
-        Whether it is one.
-    """
-    if is_trouble(error) or not isinstance(error, Exception):
+    """Log a bug of the cache with its traceback, once for each line that raises; return whether it is a bug."""
+    if is_expected_fault(error) or not isinstance(error, Exception):
         return False
     place = "", 0
     trace = error.__traceback__
     while trace is not None:
         place, trace = (trace.tb_frame.f_code.co_filename, trace.tb_lineno), trace.tb_next
-    if place not in _told:
-        _told.add(place)
+    if place not in _logged_lines:
+        _logged_lines.add(place)
         logger.error("an error in xzcache itself, please report it (%s)", where, exc_info=error)
     return True
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """An exception that keeps nothing alive, to be remembered: not what its frames, or those of its causes, hold."""
+    """Strip the tracebacks from an exception and its causes, so that a stored exception keeps no object alive."""
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
     while todo:
@@ -117,7 +105,7 @@ def without_frames(error: BaseException) -> BaseException:
 
 
 def translated(error: sqlite3.Error) -> CacheFault:
-    """The cache's own word for what SQLite says."""
+    """Translate an SQLite error into a `CacheFault`."""
     name = getattr(error, "sqlite_errorname", "") or ""
     if name == "SQLITE_FULL" or (name in ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_TRUNCATE") and _has_file_size_limit()):
         return NoRoom(f"no room for the index: {error}")
@@ -132,7 +120,7 @@ def translated(error: sqlite3.Error) -> CacheFault:
 
 
 def _has_file_size_limit() -> bool:
-    """Whether the process may not write large files: SQLite does not tell that from a broken disk."""
+    """Whether a file size limit is set: SQLite reports the limit as a disk error."""
     with suppress(ImportError, OSError):
         import resource
 

@@ -1,4 +1,4 @@
-"""Zarr's metadata documents: which keys they are, which arrays they describe, and whether those changed."""
+"""Zarr metadata documents: recognize their keys, describe their arrays, and find the arrays that changed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DOCUMENTS: Final = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zm
 _TELLING: Final = ("zarr.json", ".zarray", ".zmetadata", ".zattrs")
 
 _PLACE: Final = re.compile(r"(^|/)(c(\.\d+)+|\d+(\.\d+)+)$|((^|/)\d+)+$")
-"""The part of a chunk's key that says where in its array it lies."""
+"""The part of a chunk's key that gives the chunk's position in its array."""
 _SALT: Final = {True: b"absent", False: b""}
 _ATTRIBUTES: Final = ".zattrs"
 
 _NODES: Final = {"zarr.json": b"3", ".zarray": b"2", ".zgroup": b"2"}
-"""The Zarr format of the nodes that a document of this name makes."""
+"""The Zarr format of the node that a document of this name creates."""
 
 _FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
-"""The Zarr format whose arrays are described by a document of this name."""
+"""The Zarr format of the array that a document of this name describes."""
 
 
 def is_document(key: str) -> bool:
@@ -38,61 +38,52 @@ def is_chunk(key: str) -> bool:
 
 
 def siblings(key: str) -> list[str]:
-    """The keys of all other documents that the node of a document may have."""
+    """The keys of all other documents that the same node may have."""
     path, slash, own = key.rpartition("/")
     return [f"{path}{slash}{name}" for name in sorted(DOCUMENTS) if name != own]
 
 
-def ruling(key: str) -> str | None:
-    """The key of the document that, where it is there, makes another one not matter to who takes any format."""
+def overriding_document(key: str) -> str | None:
+    """The `zarr.json` that overrides this document of format 2 when both exist."""
     path, slash, name = key.rpartition("/")
     return f"{path}{slash}zarr.json" if name in DOCUMENTS and name != "zarr.json" else None
 
 
-def state_of(document: bytes | memoryview | None) -> bytes:
+def fingerprint(document: bytes | memoryview | None) -> bytes:
     """A digest of a document, or of its absence."""
     return blake2b(b"absent" if document is None else document, digest_size=8, salt=_SALT[document is None]).digest()
 
 
 def arrays_of(key: str) -> list[str]:
-    """The paths of the arrays that a chunk may belong to, as far as its key tells."""
+    """The paths of the arrays that a chunk may belong to, derived from its key."""
     path = _PLACE.sub("", key)
     # Zarr format 3 has its chunks beneath a "c", which format 2 may call an array
     return [path, path[:-1].rstrip("/")] if path == "c" or path.endswith("/c") else [path]
 
 
-def telling(path: str) -> list[str]:
+def array_documents(path: str) -> list[str]:
     """The keys of the documents of a node that may describe arrays."""
     slash = "/" if path else ""
     return [f"{path}{slash}{name}" for name in _TELLING]
 
 
 class Description(NamedTuple):
-    """What a document says of the arrays of its hierarchy."""
+    """The arrays that a metadata document describes."""
 
     arrays: dict[str, bytes]
     """For each array, by its path, the Zarr format and a digest of its description."""
     complete_beneath: str | None
-    """The path beneath which there are no other arrays (the document is consolidated); None where it does not say."""
+    """The path beneath which no other arrays exist, for a consolidated document; else None."""
     attributes: dict[str, bytes]
-    """Of Zarr format 2, for each node whose attributes are told, by the path of their document, a digest of them."""
+    """For Zarr format 2: a digest of the attributes of each node, by the key of its `.zattrs`."""
 
 
 def describe(key: str, document: bytes | None) -> Description:
-    """The arrays that a document describes.
+    """The arrays that a document describes; `document` is None if the source does not have it.
 
-    Parameters
-    ----------
-    key : str
-        The key of the document.
-    document : bytes or None
-        Its contents; None where the source has none.
-
-    Notes
-    -----
-    Attributes are part of an array, as they are part of its document in Zarr format 3: a writer that changes a scale
-    changes the values. Consolidated and single documents of an array give one digest, so
-    that opening a dataset either way does not look like a change.
+    Attributes count as a part of the array, as in Zarr format 3: changing a scale factor changes the values.
+    Consolidated and single documents give the same digest, so that opening a dataset either way does not look like a
+    change.
     """
     path, _, name = key.rpartition("/")
     content = _parse(document)
@@ -131,27 +122,17 @@ def changed_arrays(
     *,
     gone: bool,
 ) -> list[str]:
-    """Paths of the arrays that a document shows not to be as they were known, gone ones included.
+    """The paths of the arrays that a document shows to have changed or to be gone.
 
-    Parameters
-    ----------
-    key : str
-        The key of the document.
-    described : Description
-        What it says.
-    known : callable
-        What is known of the array at a path; None where nothing is.
-    beneath : callable
-        The paths of all known arrays beneath a path.
-    gone : bool
-        Whether the document was there before, and is not any more.
+    `known` returns the digest that is recorded for a path, or None. `beneath` returns the recorded array paths beneath
+    a path. `gone` says that the document existed before and does not exist any more.
     """
     changed = [path for path, digest in described.arrays.items() if known(path) != digest]
     if described.complete_beneath is not None:
         changed += [path for path in beneath(described.complete_beneath) if path not in described.arrays]
     for document, digest in described.attributes.items():
         path = document.rpartition("/")[0]
-        # a group's attributes are nobody else's
+        # the attributes of a group apply to no array
         if path not in changed and known(document) not in (None, digest) and known(path) is not None:
             changed.append(path)
     own, _, name = key.rpartition("/")
@@ -159,7 +140,7 @@ def changed_arrays(
     if not described.arrays and (known(own) or b"").startswith(_FORMAT_OF.get(name, b"none")):
         changed.append(own)
     if gone and name in _NODES:
-        # and with the node what lies beneath it, though it may be made again
+        # all arrays beneath a deleted node are gone, even if the node is created again
         kind = _NODES[name]
         changed += [path for path in beneath(own) if path not in changed and (known(path) or b"").startswith(kind)]
     return [path for path in changed if path.rpartition("/")[2] != _ATTRIBUTES]
@@ -177,7 +158,7 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def of_array(path: str) -> tuple[str, str]:
-    """Under which names an array's description and its attributes are known."""
+    """The two names under which the digests of an array and of its attributes are recorded."""
     return path, _attributes_of(path)
 
 

@@ -1,7 +1,7 @@
-"""One fetch at a time for each thing that is fetched, within a process.
+"""Single-flight: each object is fetched once at a time within a process.
 
-State: a table of what is in flight, protected by a lock that is held for a dictionary operation at a time. Futures of
-threads, not of tasks, so that several event loops can wait for the same fetch.
+State: a table of the fetches under way, under a lock that is held for one dictionary operation. The futures belong to
+threads, not to tasks, so that several event loops can wait for the same fetch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class HandedOver(Exception):
-    """Whoever fetched was cancelled: one of those who waited has to go on."""
+class LeaderCancelled(Exception):
+    """The task that fetched was cancelled, so one of the waiting tasks must fetch."""
 
 
 class Flight(Generic[T]):
@@ -35,37 +35,29 @@ class Flight(Generic[T]):
     def __init__(self) -> None:
         self._future: Future[T] = Future()
         self.waiters = 0
-        self.departed = math.inf
+        self.sent_at = math.inf
         """When the source was asked, by `time.perf_counter`."""
 
-    def depart(self) -> None:
-        """Note that the source is asked now: the answer may lack what changes from now on."""
-        self.departed = time.perf_counter()
+    def mark_sent(self) -> None:
+        """Record that the request is sent now: the answer may miss later changes."""
+        self.sent_at = time.perf_counter()
 
     async def outcome(self) -> T:
-        """Wait for what the leader gets.
-
-        Raises
-        ------
-        HandedOver
-            The leader was cancelled.
-        Exception
-            What the source raised for the leader.
-        """
+        """Wait for the result; raises `LeaderCancelled`, or the exception that the source raised."""
         waiting = asyncio.wrap_future(self._future)
-        # who stops waiting does not want to hear of an exception later
+        # a waiter that gave up must not get a warning about an exception that was never retrieved
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(waiting)
 
-    def land(self, result: T) -> None:
+    def set_result(self, result: T) -> None:
         if not self._future.done():
             self._future.set_result(result)
 
-    def fail(self, error: BaseException) -> None:
+    def set_exception(self, error: BaseException) -> None:
         if not self._future.done():
             # a cancellation, a keyboard interrupt: none of the waiters' business
-            self._future.set_exception(error if isinstance(error, Exception) else HandedOver())
-            # an exception that nobody waits for is not worth a warning
+            self._future.set_exception(error if isinstance(error, Exception) else LeaderCancelled())
+            # mark the exception as retrieved, so that asyncio does not warn if there are no waiters
             self._future.exception()
 
 
@@ -77,43 +69,39 @@ class Flights(Generic[T]):
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """Begin with nothing under way."""
+        """Start with an empty table."""
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Flight[T]] = {}
 
     def join(self, what: Hashable, since: float = -math.inf) -> tuple[Flight[T], bool]:
-        """The fetch of something, and whether the caller is the one who has to do it.
+        """The fetch with this name, and whether the caller must run it.
 
-        Parameters
-        ----------
-        what : hashable
-        since : float
-            A fetch that asked the source before this time, by `time.perf_counter`, is not joined: a new one takes its
-            place for later callers.
+        A fetch that sent its request before `since` (by `time.perf_counter`) is not joined. A new fetch takes its
+        place.
         """
         with self._lock:
             flight = self._flights.get(what)
-            if flight is not None and flight.departed >= since:
+            if flight is not None and flight.sent_at >= since:
                 flight.waiters += 1
                 return flight, False
             flight = self._flights[what] = Flight()
             return flight, True
 
-    def leave(self, what: Hashable, flight: Flight[T]) -> None:
+    def finish(self, what: Hashable, flight: Flight[T]) -> None:
         """The leader is done, one way or the other."""
         with self._lock:
             if self._flights.get(what) is flight:
                 del self._flights[what]
-        flight.fail(HandedOver())
+        flight.set_exception(LeaderCancelled())
 
 
 @dataclass(eq=False)
 class Claim:
-    """Bytes of one object that somebody fetches for all who wait."""
+    """A span of one object that one task fetches for all tasks that wait for it."""
 
     span: Span
     flight: Flight[tuple[memoryview | None, str]] = field(default_factory=Flight)
-    """Ends with the bytes, or None, and what tells the state of the object from others."""
+    """Resolves to the bytes, or None, and the validator of the object."""
 
 
 class Claims:
@@ -124,23 +112,14 @@ class Claims:
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
-        """Begin with nothing under way."""
+        """Start with an empty table."""
         self._lock = threading.Lock()
         self._claims: dict[Hashable, list[Claim]] = {}
 
     def make(self, what: Hashable, choose: Callable[[list[Span]], list[Span]]) -> tuple[list[Claim], list[Claim]]:
-        """Claim bytes of an object.
+        """Claim spans of an object; returns the new claims and those that existed before.
 
-        Parameters
-        ----------
-        what : hashable
-            The object, and what else has to be the same for two to want the same bytes.
-        choose : callable
-            From the spans that are claimed already to those that shall be; these must not overlap any of those.
-
-        Returns
-        -------
-        made, others : list of Claim
+        `choose` maps the spans that are claimed already to the spans to claim, which must not overlap them.
         """
         with self._lock:
             others = list(self._claims.get(what, ()))
@@ -149,7 +128,7 @@ class Claims:
                 self._claims.setdefault(what, []).extend(made)
             return made, others
 
-    def leave(self, what: Hashable, claim: Claim) -> None:
+    def release(self, what: Hashable, claim: Claim) -> None:
         """The leader is done, one way or the other; again if need be."""
         with self._lock:
             claims = self._claims.get(what, [])
@@ -157,18 +136,11 @@ class Claims:
                 claims.remove(claim)
                 if not claims:
                     del self._claims[what]
-        claim.flight.fail(HandedOver())
+        claim.flight.set_exception(LeaderCancelled())
 
 
-async def through(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:
-    """See something through to its end, whoever is cancelled meanwhile.
-
-    Returns
-    -------
-    result : object
-    cancelled : bool
-        Whether a cancellation came, which the caller has to honour.
-    """
+async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:
+    """Await a coroutine to its end even if the caller is cancelled; returns its result and whether it was."""
     task = asyncio.ensure_future(coroutine)
     cancelled = False
     while not task.done():

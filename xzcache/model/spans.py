@@ -21,7 +21,7 @@ NEGLIGIBLE: Final = 1 << 14
 """So many bytes are not worth a request of their own to save."""
 
 
-class Cover:
+class IntervalSet:
     """The bytes of some spans, as few spans in order."""
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
@@ -33,7 +33,7 @@ class Cover:
                 self.spans.append((first, last))
 
     def parts(self, span: Span) -> Iterator[Span]:
-        """What of a span is covered, in order."""
+        """The covered parts of a span, in order."""
         for at in range(max(0, bisect_right(self.spans, (span[0], span[0])) - 1), len(self.spans)):
             first, last = self.spans[at]
             if first >= span[1]:
@@ -42,7 +42,7 @@ class Cover:
                 yield max(first, span[0]), min(last, span[1])
 
     def missing(self, span: Span) -> list[Span]:
-        """What of a span is not covered, in order."""
+        """The parts of a span that are not covered, in order."""
         at, end = span
         left = []
         for first, last in self.parts(span):
@@ -52,25 +52,18 @@ class Cover:
         return [*left, (at, end)] if at < end else left
 
 
-def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = None) -> list[Span]:
-    """Spans that are asked for together, as one.
+def merged(spans: Iterable[Span], *, gap: int, most: int, excluded: IntervalSet | None = None) -> list[Span]:
+    """Merge spans into the requests to send.
 
-    Parameters
-    ----------
-    spans : iterable of (int, int)
-    gap : int
-        Bytes that may lie between two of them, and are asked for as well.
-    most : int
-        Bytes that are asked for at once, unless a single span has more.
-    walls : Cover, optional
-        What is not asked for again, unless it is negligible.
+    Two spans are merged if at most `gap` bytes lie between them and the result has at most `most` bytes. Bytes in
+    `excluded` are not requested again unless they are negligible.
     """
     together: list[Span] = []
     for first, last in sorted(spans):
         if together:
             begin, end = together[-1]
             near = first - end <= gap and max(end, last) - begin <= most
-            between = 0 if walls is None or not near else sum(b - a for a, b in walls.parts((end, first)))
+            between = 0 if excluded is None or not near else sum(b - a for a, b in excluded.parts((end, first)))
             if near and between <= NEGLIGIBLE:
                 together[-1] = begin, max(end, last)
                 continue
@@ -78,20 +71,20 @@ def merged(spans: Iterable[Span], *, gap: int, most: int, walls: Cover | None = 
     return together
 
 
-def cut(span: Span, seams: Iterable[int], most: int) -> list[Span]:
+def cut(span: Span, boundaries: Iterable[int], most: int) -> list[Span]:
     """A span in parts of at most `most` bytes where its seams allow, each ending at one."""
     begin, end = span
     parts: list[Span] = []
     last = begin
-    for seam in sorted({seam for seam in seams if begin < seam < end} | {end}):
-        if seam - begin > most and last > begin:
+    for boundary in sorted({boundary for boundary in boundaries if begin < boundary < end} | {end}):
+        if boundary - begin > most and last > begin:
             parts.append((begin, last))
             begin = last
-        last = seam
+        last = boundary
     return [*parts, (begin, end)] if end > begin else parts
 
 
-class Mosaic:
+class SparseBuffer:
     """Bytes of one object, put together from spans of it."""
 
     def __init__(self) -> None:
@@ -107,7 +100,7 @@ class Mosaic:
 
     def missing(self, span: Span) -> list[Span]:
         """The parts of a span that are not there."""
-        return Cover(tile for tile, _ in self._within(span)).missing(span)
+        return IntervalSet(tile for tile, _ in self._within(span)).missing(span)
 
     def of(self, span: Span) -> memoryview:
         """The bytes of a span that is there; fewer where the object ends."""
@@ -126,14 +119,7 @@ _LARGEST: Final = 1 << 63
 
 
 class Listed:
-    """The pieces of one object: those from a beginning, in order, and those that are its end.
-
-    Parameters
-    ----------
-    key : str
-    spans : iterable of (int, int)
-        Starts and stops as entries have them.
-    """
+    """The cached pieces of one object: those counted from the start, in order, and the suffixes."""
 
     def __init__(self, key: str, spans: Iterable[tuple[int, int]]) -> None:
         spans = list(spans)
@@ -149,14 +135,14 @@ class Listed:
         return len(self.starts) + len(self.suffixes) + 1
 
     def __iter__(self) -> Iterator[Entry]:
-        """Those from a beginning."""
+        """The pieces that are counted from the start."""
         return map(self._piece, range(len(self.starts)))
 
     def _piece(self, at: int) -> Entry:
         return Entry(self._key, self.starts[at], END if self.stops[at] == _LARGEST else self.stops[at])
 
     def by_size(self) -> list[Entry]:
-        """Those whose names tell how long they are, the shortest first."""
+        """The pieces whose name gives their length, shortest first."""
         pieces = [piece for piece in self if piece.stop != END] + [Entry(self._key, at, END) for at in self.suffixes]
         return sorted(pieces, key=lambda piece: -piece.start if piece.start < 0 else piece.stop - piece.start)
 
@@ -167,7 +153,7 @@ class Listed:
         return self._piece(0) if self.starts else None
 
     def covering(self, entry: Entry) -> Iterator[Entry]:
-        """Those that hold a byte range."""
+        """The pieces that contain a byte range."""
         if entry.start < 0:
             yield from (Entry(self._key, start, END) for start in self.suffixes if start <= entry.start)
             return
@@ -179,7 +165,7 @@ class Listed:
             at -= 1
 
     def overlapping(self, start: int, stop: int) -> Iterator[Entry]:
-        """Those that hold a part of a span."""
+        """The pieces that overlap a span."""
         at = bisect_right(self.starts, stop - 1) - 1
         while at >= 0 and self.reach[at] > start:
             if self.stops[at] > start:

@@ -1,18 +1,18 @@
-"""Which parts of an object fit together. Pure functions.
+"""Validators: which cached parts of an object fit together. Pure functions.
 
-What tells two states of an object apart is its *validator*: an ETag, a time of modification, as RFC 9110 has it. A part
-whose source tells none gets one of its own, made of a *session* and a name. Parts of one session may be cached side by
-side: when the later one came, the object was still what it had been. But bytes of two answers make no range.
+A *validator* identifies the state of an object: an ETag or a time of modification, as in RFC 9110. If the source gives
+none, a part gets a validator of a *session* and a number. Parts of one session may be cached side by side, because the
+object was verified to be unchanged when the later one came. Bytes of two sessions never form one range.
 
-The rules that reads in parts keep:
+The rules for reads in parts:
 
-1. The reader of ranges has read before where in the object they are, maybe from the cache. So an object counts as
-   replaced once a part of it that was cached before is known not to be of the state that the source has now.
-2. That is known in two cases: the source names both states, in the same way, and the names differ; or bytes of the two
-   were compared, and differ. The call then fails with `Replaced`, and what was cached is forgotten.
-3. Nothing else is a replacement. An entry that was evicted or forgotten, a state that nothing names or that was named
-   in another way, a failed look: these say that nobody can tell.
-4. Where nobody can tell, all ranges of the call are asked for anew, together, past the cache, and served as they come.
+1. The reader of ranges knows their offsets from an earlier read, perhaps from the cache. So an object counts as
+   replaced if a part that was cached before is known to be of another state than the source has now.
+2. Two cases are known: the source gives both validators, of the same kind, and they differ; or the bytes were compared
+   and differ. The call then fails with `Replaced`, and the cached parts are invalidated.
+3. Nothing else is a replacement. An evicted entry, a missing validator, a validator of another kind and a failed
+   request all mean "unknown".
+4. If the state is unknown, all ranges of the call are fetched again, together and past the cache.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ FIXED: Final = "fixed"
 """The validator of all parts of a source that can never change."""
 
 
-def once(session: str, number: int = 0) -> str:
-    """The validator of an answer whose source tells none; the session is a name that no other has."""
+def session_validator(session: str, number: int = 0) -> str:
+    """The validator of an answer for which the source gives none; the session must be unique."""
     return f"{_ONCE}{session}#{session[:12]}.{number}"
 
 
-def tells(validator: str) -> bool:
-    """Whether a validator is the source's own word, so that bytes that have the same one are of one state."""
+def is_from_source(validator: str) -> bool:
+    """Whether the source gave the validator, so that equal validators mean equal states."""
     return bool(validator) and not validator.startswith(_ONCE)
 
 
-def told(validators: Iterable[str]) -> set[str]:
-    """Those validators that are the source's own word."""
-    return {validator for validator in validators if tells(validator)}
+def from_source(validators: Iterable[str]) -> set[str]:
+    """The validators that the source gave."""
+    return {validator for validator in validators if is_from_source(validator)}
 
 
 def differ(validators: Iterable[str]) -> bool:
     """Whether validators are certainly of different states: two of one kind, an ETag and a time are none."""
-    words = told(validators)
+    words = from_source(validators)
     return len({word.partition(" ")[0] for word in words}) < len(words)
 
 
-def fits(validator: str, other: str) -> bool:
+def are_compatible(validator: str, other: str) -> bool:
     """Whether parts with these validators may be cached side by side. An empty one, of an unknown state, fits none."""
     return bool(validator) and _session(validator) == _session(other)
 
 
-def beside(validator: str, cached: str) -> str:
-    """The validator of an answer that is to be cached beside what it was found to fit."""
-    if tells(validator) or tells(cached) or not cached:
+def adopt_session(validator: str, cached: str) -> str:
+    """The validator under which an answer is cached beside parts that it was found to fit."""
+    if is_from_source(validator) or is_from_source(cached) or not cached:
         return validator
     return f"{_session(cached)}#{validator.partition('#')[2]}"
 

@@ -1,4 +1,4 @@
-"""Fetching byte ranges of one object for all who want them, each byte once, in as few requests as Zarr makes."""
+"""Fetches of byte ranges: each byte is fetched once for all readers, in as few requests as Zarr sends."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from xzcache.model import (
     END,
     NEGLIGIBLE,
     Claim,
-    Cover,
-    HandedOver,
-    Mosaic,
+    IntervalSet,
+    LeaderCancelled,
     Replaced,
+    SparseBuffer,
     Unclear,
-    beside,
+    adopt_session,
     cut,
     differ,
+    from_source,
+    is_from_source,
     merged,
-    tells,
-    told,
 )
 from xzcache.reading._request import contents, request_for
 
@@ -38,40 +38,32 @@ if TYPE_CHECKING:
 
     from xzcache.model import Backend, Entry, Span
     from xzcache.reading._request import Reading, Request
-    from xzcache.sources import Answer
+    from xzcache.sources import FetchResult
 
 
-# -- A whole object put together from what is cached of it and the rest, which alone is asked for.
+# -- A whole object assembled from cached pieces; only the gaps are requested.
 
 _MOST_REQUESTS: Final = 8
 
 
-async def assembled(reading: Reading, request: Request) -> sources.Answer | None:
-    """The whole of an object of which pieces are cached.
+async def assembled(reading: Reading, request: Request) -> sources.FetchResult | None:
+    """Assemble a whole object of which pieces are cached, requesting only the gaps.
 
-    Returns
-    -------
-    Answer or None
-        None where it is better asked for as it is: too little of it is cached, or in too many places; or nothing tells
-        whether the pieces are of the object as it is now.
-
-    Raises
-    ------
-    Exception
-        The source's own.
+    Returns None if a plain request is better: too little is cached, the gaps are too many, or the pieces cannot be
+    verified to be of the current object.
     """
     backend, key = reading.backend, request.key
     listed = backend.listed(key)
     pieces = [piece for piece in listed if piece.start >= 0 and piece.stop != END]
     if sum(piece.stop - piece.start for piece in pieces) <= NEGLIGIBLE or len(states := backend.states_of(key)) != 1:
         return None
-    if not tells(state := min(states)):
+    if not is_from_source(state := min(states)):
         return None
-    had = Mosaic()
+    had = SparseBuffer()
     ends = 0
     for piece in pieces:
-        # looked at one by one: they may have been stored before and after the object changed
-        fitting = await backend.validator(piece) == state and (data := await reading.find(piece))
+        # check each piece: they may have been stored before and after the object changed
+        fitting = await backend.validator(piece) == state and (data := await reading.get_cached(piece))
         if fitting and data and await backend.validator(piece) == state:
             had.add((piece.start, piece.start + len(data)), data)
             ends = max(ends, piece.start + len(data))
@@ -79,10 +71,10 @@ async def assembled(reading: Reading, request: Request) -> sources.Answer | None
     if ends <= NEGLIGIBLE or len(holes) >= _MOST_REQUESTS:
         return None
     begun = time.perf_counter()
-    # the last byte is asked for again: who asks for what is beyond the end gets an error
+    # request the last byte again, because a request beyond the end is an error
     asked = [RangeByteRequest(*hole) for hole in holes] + [OffsetByteRequest(ends - 1)]
     answers = await sources.all_of(
-        sources.ask(reading.source, key, request.prototype, part, fixed=reading.fixed, states=lambda: states)
+        sources.fetch(reading.source, key, request.prototype, part, fixed=reading.fixed, states=lambda: states)
         for part in asked
     )
     fetched = [contents(answer.value) for answer in answers if answer.value is not None]
@@ -96,30 +88,30 @@ async def assembled(reading: Reading, request: Request) -> sources.Answer | None
     size = answers[-1].size
     if size is not None and len(data) != size:
         return None
-    return sources.Answer(request.prototype.buffer.from_bytes(data), state, size=size)
+    return sources.FetchResult(request.prototype.buffer.from_bytes(data), state, size=size)
 
 
-# -- Who fetches which bytes of an object, among the tasks of this process and among the processes of a machine.
+# -- Claims of byte ranges, among the tasks of this process and among the processes of a machine.
 
 _PIECE: Final = 1 << 20
 """Bytes of one cached piece, unless a single range has more: all of it is checked when a process first reads of it."""
 
 
 class Plan(Protocol):
-    """What is asked for as one, of what is needed and without what is had."""
+    """Plans the requests for the needed spans, excluding some bytes."""
 
-    def __call__(self, spans: Iterable[Span], *, walls: Cover) -> list[Span]: ...
+    def __call__(self, spans: Iterable[Span], *, excluded: IntervalSet) -> list[Span]: ...
 
 
 @dataclass(eq=False)
 class Lead:
-    """Bytes that one task fetches for all who wait, here and in other processes."""
+    """A span that one task fetches for all readers in this and in other processes."""
 
     claim: Claim
     what: Hashable = None
     unlock: Callable[[], None] | None = None
     unstored: int = 0
-    """Pieces that are yet to be stored; whoever stores the last one lets go."""
+    """The pieces that are still to be stored; storing the last one releases the claim."""
 
 
 class Piece(NamedTuple):
@@ -132,12 +124,7 @@ class Piece(NamedTuple):
 
 
 class Leads:
-    """Makes claims of bytes of the objects of one source.
-
-    Parameters
-    ----------
-    backend : Backend
-    """
+    """Claims spans of the objects of one source."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -145,30 +132,19 @@ class Leads:
     def claim(
         self, key: str, what: Hashable, needs: list[Span], cached: list[Span], plan: Plan
     ) -> tuple[list[Lead], list[Claim]]:
-        """Claim what nobody fetches yet, with what lies between.
+        """Claim the needed spans that nobody fetches, with the gaps between them.
 
-        Parameters
-        ----------
-        key : str
-        what : hashable
-            The object as it is now.
-        needs : list of (int, int)
-        cached : list of (int, int)
-            What lies among them and is there.
-        plan : callable
-
-        Returns
-        -------
-        mine : list of Lead
-        others : list of Claim
-            What is needed and other tasks of this process are fetching. What other processes are fetching is neither.
+        `what` names the object in its current state; `cached` are spans that need not be fetched. Returns the new
+        claims, and those of other tasks of this process that overlap the needed spans.
         """
         taken: list[Span] = []
 
         def choose(flying: list[Span]) -> list[Span]:
-            away = Cover([*flying, *taken])
-            # what only lies between is not asked for where others do already
-            asked = plan([part for need in needs for part in away.missing(need)], walls=Cover([*cached, *away.spans]))
+            away = IntervalSet([*flying, *taken])
+            # skip gaps that another task fetches already
+            asked = plan(
+                [part for need in needs for part in away.missing(need)], excluded=IntervalSet([*cached, *away.spans])
+            )
             return [part for span in asked for part in away.missing(span)]
 
         mine: list[Lead] = []
@@ -180,35 +156,35 @@ class Leads:
                 if isinstance(answer, tuple):
                     taken.append(answer)
                     refused = True
-                    self.leave(lead)
+                    self.release(lead)
                 else:
                     lead.unlock = answer
                     mine.append(lead)
             if not refused:
                 break
         ours = {lead.claim for lead in mine}
-        wanted = Cover(needs)
+        wanted = IntervalSet(needs)
         return mine, [claim for claim in others if claim not in ours and next(wanted.parts(claim.span), None)]
 
-    def leave(self, lead: Lead) -> None:
-        """Let go of a claim; again if need be."""
+    def release(self, lead: Lead) -> None:
+        """Release a claim; a second call has no effect."""
         if lead.what is not None:
-            self._backend.claims.leave(lead.what, lead.claim)
+            self._backend.claims.release(lead.what, lead.claim)
         unlock, lead.unlock = lead.unlock, None
         if unlock is not None:
             # a lock that cannot be given back goes with the process
             with suppress(OSError):
                 unlock()
 
-    async def store(self, key: str, pieces: Sequence[Piece], ticket: Any, max_size: int | None) -> None:
-        """Store pieces; whoever stores the last one of a claim lets go of it."""
+    async def store(self, key: str, pieces: Sequence[Piece], version: Any, max_size: int | None) -> None:
+        """Store pieces; storing the last piece of a claim releases it."""
         for piece in pieces:
             piece.lead.unstored += 1
         try:
             for lead, (first, last), data, validator in pieces:
                 entry = self._backend.entry(key, first, last)
                 assert entry is not None
-                await self._backend.publish_soon(entry, data, ticket, max_size, validator, partial(self._stored, lead))
+                await self._backend.publish_soon(entry, data, version, max_size, validator, partial(self._stored, lead))
         except BaseException:
             for piece in pieces:
                 piece.lead.unstored = 0
@@ -217,19 +193,21 @@ class Leads:
     def _stored(self, lead: Lead) -> None:
         lead.unstored -= 1
         if lead.unstored == 0:
-            self.leave(lead)
+            self.release(lead)
 
 
-def pieces_of(leads: Sequence[Lead], answers: Sequence[Answer], there: list[Span], seams: set[int]) -> list[Piece]:
-    """What was fetched, but for what is there already, in pieces that end where ranges do."""
-    cached = Cover(there)
+def pieces_of(
+    leads: Sequence[Lead], answers: Sequence[FetchResult], there: list[Span], boundaries: set[int]
+) -> list[Piece]:
+    """The fetched pieces that are not cached yet, cut at the ends of the requested ranges."""
+    cached = IntervalSet(there)
     pieces = []
     for lead, answer in zip(leads, answers, strict=True):
         if answer.value is None:
             continue
         asked, data = lead.claim.span, contents(answer.value)
         for part in cached.missing(asked):
-            for first, last in cut(part, seams, _PIECE):
+            for first, last in cut(part, boundaries, _PIECE):
                 if of := data[first - asked[0] : last - asked[0]]:
                     pieces.append(Piece(lead, (first, last), of, answer.validator))
     return pieces
@@ -240,7 +218,7 @@ def pieces_of(leads: Sequence[Lead], answers: Sequence[Answer], there: list[Span
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
 _TRIES: Final = 3
-"""Times that what nothing tells the state of is fetched anew, as something was forgotten meanwhile."""
+"""How often ranges without validators are fetched again because entries were invalidated meanwhile."""
 
 Found = dict["Entry", memoryview | None]
 
@@ -248,29 +226,22 @@ Found = dict["Entry", memoryview | None]
 class RangeFetches:
     """Fetches of byte ranges of objects of one source, through one backend.
 
-    Parameters
-    ----------
-    reading : Reading
-
-    Notes
-    -----
-    What is fetched is claimed byte by byte: who wants other bytes of the same object waits for nobody, and who wants
-    some of them asks for the rest only. What comes back is cached with the bytes between the ranges, as they were paid
-    for.
+    Claims are made byte by byte: a reader of other bytes of the object does not wait, and a reader of overlapping bytes
+    requests only the rest. Bytes in the gaps between merged ranges are cached too.
     """
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
 
     async def look(self, key: str, entries: Iterable[Entry]) -> tuple[Found, list[Entry]]:
-        """What is cached of some ranges of an object, and which are not."""
+        """The cached ranges among some entries, and the missing ones."""
         listed = self._reading.backend.listed(key)
         found: Found = {}
         missing: list[Entry] = []
         for entry in entries:
             # the first one that is missed has shown that there is no whole object either
             hopeless = missing and next(listed.covering(entry), None) is None
-            data = None if hopeless else await self._reading.find(entry)
+            data = None if hopeless else await self._reading.get_cached(entry)
             if data is None:
                 missing.append(entry)
             else:
@@ -285,19 +256,19 @@ class RangeFetches:
         limits: dict[str, int],
         states: Iterable[str] = (),
     ) -> Found:
-        """The bytes of some ranges, None where there is no such object; from the source, or from whoever asks it.
+        """The bytes of some ranges, None if the object is missing, from the source or from another task's fetch.
 
         Parameters
         ----------
         states : iterable of str
-            The validators of what of the object was taken from the cache for the same reader.
+            The validators of cached ranges that the same reader gets.
 
         Raises
         ------
         Replaced
-            The source has another object than what is cached is of.
+            The object at the source is not the cached one.
         Unclear
-            Nobody can tell whether it has.
+            The states of the ranges cannot be compared.
         Exception
             The source's own.
         """
@@ -329,38 +300,38 @@ class _Fetch:
         self._left = {entry: (entry.start, entry.stop) for entry in entries}
         self._found: Found = {}
         # bytes that are at hand, by their validator: of two of them no range is put together
-        self._mosaics: dict[str, Mosaic] = {}
+        self._buffers: dict[str, SparseBuffer] = {}
         self._asked: list[Span] = []
-        # the validators of what was taken
-        self._known = told(states)
+        # the validators of the ranges taken so far
+        self._known = from_source(states)
         self._used: set[str] = set(self._known)
         self._tries = 0
-        # cached, but damaged, too old, gone, or of an answer whose state nobody can compare
+        # cached pieces that are damaged, too old, gone, or of an unknown state
         self._unfit: set[Entry] = set()
-        self._ticket: Any = None
+        self._version: Any = None
         self._leads = Leads(reading.backend)
-        # a read that has to see each change of the source takes nothing that is cached, and joins no request that may
-        # have been answered before the read began
+        # a read that must see every change of the source uses no cached range, and joins no request that may have been
+        # answered before it began
         self._anew = reading.must_ask(key)
 
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
         pause = _FIRST_POLL
-        if not all(tells(state) for state in self._backend.states_of(self._key)):
-            # what is wanted together is then of one time
+        if not all(is_from_source(state) for state in self._backend.states_of(self._key)):
+            # then all ranges are fetched together
             self._unfit.update(self._backend.listed(self._key))
         while True:
             self._let_go_if_overtaken()
-            self._ticket = self._backend.ticket(self._wanted[0])
+            self._version = self._backend.write_version(self._wanted[0])
             needs = self._needs(self._names())
-            alone = self._anew or self._ticket is None or time.monotonic() >= deadline
+            alone = self._anew or self._version is None or time.monotonic() >= deadline
             mine, others = self._claim(needs, alone=alone)
             try:
-                # with the claims made: whoever had them before may just have published
+                # check after claiming: the previous holder may just have published
                 await self._gather()
                 if not self._left:
                     break
-                await self._must_agree(self._used | self._mosaics.keys())
+                await self._must_agree(self._used | self._buffers.keys())
                 if self._needs([]) != needs:
                     continue
                 calls = [self._wait(claim) for claim in others]
@@ -370,77 +341,77 @@ class _Fetch:
             finally:
                 for lead in mine:
                     if not lead.unstored:
-                        self._leads.leave(lead)
+                        self._leads.release(lead)
             if not mine and not others:
                 # another process is fetching
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.2, _LONGEST_POLL)
         await self._must_agree(self._used)
-        if len(self._used) > 1 and told(self._used):
-            # some of it has a state that nothing tells
+        if len(self._used) > 1 and from_source(self._used):
+            # the state of some ranges is unknown
             raise Unclear
         return self._found
 
-    # -- what is there
+    # -- cached pieces
 
     def _names(self) -> list[Span]:
-        """What is cached of what is wanted, told by names alone."""
+        """The spans of cached pieces that overlap the wanted ranges, from the list of their names."""
         if self._anew:
             return []
         listed = self._backend.listed(self._key)
-        return [_span_of(piece) for span in self._left.values() for piece in self._fit(listed.overlapping(*span))]
+        return [_span_of(piece) for span in self._left.values() for piece in self._usable(listed.overlapping(*span))]
 
-    def _fit(self, pieces: Iterable[Entry]) -> list[Entry]:
+    def _usable(self, pieces: Iterable[Entry]) -> list[Entry]:
         return [piece for piece in pieces if piece not in self._unfit and piece.stop != END]
 
     def _needs(self, names: list[Span]) -> list[Span]:
-        """What is neither at hand nor among some other spans."""
-        there = Cover(names)
-        told = [mosaic for validator, mosaic in self._mosaics.items() if tells(validator)]
-        at_hand = told[0] if told else Mosaic()
+        """The parts of the wanted ranges that are neither in memory nor in the given spans."""
+        there = IntervalSet(names)
+        told = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
+        at_hand = told[0] if told else SparseBuffer()
         return [
             part for span in self._left.values() for missing in at_hand.missing(span) for part in there.missing(missing)
         ]
 
     async def _gather(self) -> None:
-        """Take what is cached, whole or in parts."""
+        """Take cached ranges, whole or in parts."""
         if self._anew:
             return
         listed = self._backend.listed(self._key)
         states = self._backend.states_of(self._key)
         found, missing = await self._fetches.look(self._key, self._left)
         overlapping = [piece for span in self._left.values() for piece in listed.overlapping(*span)]
-        # what is unfit for being completed is as good as ever where nothing is missing any more: another reader has
-        # stored the rest, of the same session
+        # unfit pieces can be served if nothing is missing any more: another reader has stored the rest in the same
+        # session
         if not self._is_overtaken() and (not missing or self._unfit.isdisjoint(overlapping)):
             for entry, data in found.items():
                 self._used |= states
                 self._take(entry, data)
-        pieces = {piece for span in self._left.values() for piece in self._fit(listed.overlapping(*span))}
+        pieces = {piece for span in self._left.values() for piece in self._usable(listed.overlapping(*span))}
         for piece in pieces:
             state = await self._backend.validator(piece)
-            if (data := await self._reading.find(piece)) is None or await self._backend.validator(piece) != state:
+            if (data := await self._reading.get_cached(piece)) is None or await self._backend.validator(piece) != state:
                 self._unfit.add(piece)
                 continue
-            self._mosaics.setdefault(state, Mosaic()).add(_span_of(piece), data)
-            if not tells(state):
-                # it serves what it holds, and no more
+            self._buffers.setdefault(state, SparseBuffer()).add(_span_of(piece), data)
+            if not is_from_source(state):
+                # it serves its own bytes only
                 self._unfit.add(piece)
         self._let_go_if_overtaken()
         self._assemble()
 
     def _is_overtaken(self) -> bool:
         """Whether the object was written since: bytes from before and from after that are not of one state of it."""
-        return bool(self._backend.ticket(self._wanted[0]) != self._ticket)
+        return bool(self._backend.write_version(self._wanted[0]) != self._version)
 
     def _let_go_if_overtaken(self) -> None:
-        """Let go of what cannot be compared with what comes now, where something was forgotten since the last look."""
+        """Drop bytes that cannot be compared with later ones, if the object was invalidated meanwhile."""
         if self._is_overtaken():
             self._let_go()
 
     def _let_go(self) -> None:
-        self._mosaics.clear()
-        if all(map(tells, self._used)):
+        self._buffers.clear()
+        if all(map(is_from_source, self._used)):
             return
         self._tries += 1
         if self._tries > _TRIES:
@@ -451,42 +422,42 @@ class _Fetch:
 
     def _assemble(self) -> None:
         for entry, span in list(self._left.items()):
-            for validator, mosaic in self._mosaics.items():
-                # nothing is known of pieces without one, not even that they are of one answer
-                if validator and not mosaic.missing(span):
+            for validator, buffer in self._buffers.items():
+                # pieces without a validator may be of different answers
+                if validator and not buffer.missing(span):
                     self._used.add(validator)
-                    self._take(entry, mosaic.of(span))
+                    self._take(entry, buffer.of(span))
                     break
 
     def _take(self, entry: Entry, data: memoryview | None) -> None:
         span = self._left.pop(entry)
         self._found[entry] = data
-        if next(Cover(self._asked).parts(span), None) is None:
+        if next(IntervalSet(self._asked).parts(span), None) is None:
             request = request_for(self._key, entry)._replace(started=self._started)
             self._reading.hit(request, data)
 
-    # -- who fetches what is not
+    # -- claiming the missing spans
 
     def _claim(self, needs: list[Span], *, alone: bool) -> tuple[list[Lead], list[Claim]]:
         if not needs:
             return [], []
         listed = self._backend.listed(self._key)
         extent = min(first for first, _ in needs), max(last for _, last in needs)
-        cached = [_span_of(piece) for piece in self._fit(listed.overlapping(*extent))]
+        cached = [_span_of(piece) for piece in self._usable(listed.overlapping(*extent))]
         plan = partial(merged, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
         if alone:
-            return [Lead(Claim(span)) for span in plan(needs, walls=Cover([] if self._anew else cached))], []
-        return self._leads.claim(self._key, (self._wanted[0].key, self._ticket), needs, cached, plan)
+            return [Lead(Claim(span)) for span in plan(needs, excluded=IntervalSet([] if self._anew else cached))], []
+        return self._leads.claim(self._key, (self._wanted[0].key, self._version), needs, cached, plan)
 
     async def _wait(self, claim: Claim) -> None:
-        """What another task of this process is fetching; nothing where it gave up."""
-        with suppress(HandedOver, TimeoutError):
-            self._land(claim.span, *await asyncio.wait_for(claim.flight.outcome(), self._reading.timeout))
+        """Wait for another task's fetch; a cancelled one gives nothing."""
+        with suppress(LeaderCancelled, TimeoutError):
+            self._deliver(claim.span, *await asyncio.wait_for(claim.flight.outcome(), self._reading.timeout))
 
-    def _land(self, span: Span, data: memoryview | None, validator: str) -> None:
+    def _deliver(self, span: Span, data: memoryview | None, validator: str) -> None:
         if data is not None:
             self._let_go_if_overtaken()
-            self._mosaics.setdefault(validator, Mosaic()).add(span, data)
+            self._buffers.setdefault(validator, SparseBuffer()).add(span, data)
             self._assemble()
         else:
             for entry in list(self._left):
@@ -494,82 +465,81 @@ class _Fetch:
 
     # -- fetching
 
-    async def _ask(self, spans: Sequence[Span]) -> list[sources.Answer]:
+    async def _ask(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
         reading = self._reading
         states = partial(self._backend.states_of, self._key)
-        return await sources.ask_for_spans(
+        return await sources.fetch_spans(
             reading.source, self._key, self._prototype, spans, fixed=reading.fixed, states=states, **self._limits
         )
 
     async def _lead(self, leads: list[Lead]) -> None:
-        """Fetch for all who wait."""
+        """Fetch the claimed spans for all waiting readers."""
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
         try:
             answers = await self._ask(spans)
             fetched = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
-            misses = sum(next(Cover(spans).parts(span), None) is not None for span in self._left.values())
+            misses = sum(next(IntervalSet(spans).parts(span), None) is not None for span in self._left.values())
             self._reading.miss(self._key, sum(map(len, fetched)) if fetched else None, begun, spans)
             for _ in range(misses - 1):
                 self._reading.stats.miss(0, 0.0)
             if len(fetched) < len(answers):
                 for lead in leads:
-                    lead.claim.flight.land((None, ""))
-                await self._reading.note_lack(self._key, self._ticket)
-                self._land(spans[0], None, "")
+                    lead.claim.flight.set_result((None, ""))
+                await self._reading.record_missing(self._key, self._version)
+                self._deliver(spans[0], None, "")
                 return
             if not all(answer.exact for answer in answers):
                 for lead in leads:
-                    # let all who wait ask for themselves
-                    lead.claim.flight.fail(HandedOver())
+                    # each waiting reader sends its own request
+                    lead.claim.flight.set_exception(LeaderCancelled())
                 await self._ask_plainly(dict(zip(spans, answers, strict=True)))
                 return
             await self._must_agree(self._used | {answer.validator for answer in answers})
             asked = self._backend.entry(self._key, *spans[0])
             assert asked is not None
-            before = self._ticket
-            self._ticket, validator, replaced = await self._reading.agree(
+            before = self._version
+            self._version, validator, replaced = await self._reading.agree(
                 self._key, asked, answers[0].validator, before, fetched[0] if len(fetched) == 1 else None
             )
             if replaced:
                 raise Replaced(self._key)
-            if self._ticket != before or self._is_overtaken():
+            if self._version != before or self._is_overtaken():
                 self._let_go()
-            answers = [answer._replace(validator=beside(answer.validator, validator)) for answer in answers]
+            answers = [answer._replace(validator=adopt_session(answer.validator, validator)) for answer in answers]
             for lead, answer, data in zip(leads, answers, fetched, strict=True):
-                lead.claim.flight.land((data, answer.validator))
-                self._mosaics.setdefault(answer.validator, Mosaic()).add(lead.claim.span, data)
+                lead.claim.flight.set_result((data, answer.validator))
+                self._buffers.setdefault(answer.validator, SparseBuffer()).add(lead.claim.span, data)
             self._assemble()
             there: list[Span] = []
-            if tells(answers[0].validator):
-                # what is there already is not stored again
+            if is_from_source(answers[0].validator):
+                # cached spans are not stored again
                 listed = self._backend.listed(self._key)
-                there = [_span_of(piece) for span in spans for piece in self._fit(listed.overlapping(*span))]
-            seams = {seam for entry in self._wanted for seam in (entry.start, entry.stop)}
-            pieces = pieces_of(leads, answers, there, seams)
-            await self._leads.store(self._key, pieces, self._ticket, self._reading.max_size)
+                there = [_span_of(piece) for span in spans for piece in self._usable(listed.overlapping(*span))]
+            boundaries = {boundary for entry in self._wanted for boundary in (entry.start, entry.stop)}
+            pieces = pieces_of(leads, answers, there, boundaries)
+            await self._leads.store(self._key, pieces, self._version, self._reading.max_size)
         except BaseException as error:
             for lead in leads:
-                lead.claim.flight.fail(HandedOver() if isinstance(error, Unclear) else error)
+                lead.claim.flight.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
             raise
 
-    async def _ask_plainly(self, answers: dict[Span, sources.Answer]) -> None:
-        """Ask for each range by itself, and keep nothing: the source gives something else than it is asked for.
+    async def _ask_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:
+        """Request each range separately without caching, because the source returns other bytes than requested.
 
-        Raises
-        ------
-        OSError
-            The source gives other bytes than it is asked for.
+        Raises `OSError` if it still does.
         """
-        entries = [entry for entry, span in self._left.items() if next(Cover(answers).parts(span), None) is not None]
+        entries = [
+            entry for entry, span in self._left.items() if next(IntervalSet(answers).parts(span), None) is not None
+        ]
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
         answers |= dict(zip(again, await self._ask(again) if again else [], strict=True))
         for entry in entries:
             first, last = span = self._left[entry]
             answer = answers[span]
             data = None if answer.value is None else contents(answer.value)
-            # fewer may be all there is, where nobody knows the size
+            # a shorter answer may end at the end of the object, if its size is unknown
             if data is not None and not answer.exact and (answer.size is not None or len(data) > last - first):
                 what = f"asked for bytes {first} to {last - 1}, the source gave {len(data)} bytes that are not those"
                 raise OSError(errno.EIO, what, self._key)
@@ -578,12 +548,12 @@ class _Fetch:
             self._take(entry, data)
 
     async def _must_agree(self, validators: set[str]) -> None:
-        """See that no validators are of two states."""
-        if len(told(validators)) > 1:
-            await self._backend.forget(self._key, self._ticket)
+        """Raise unless all validators are of one state."""
+        if len(from_source(validators)) > 1:
+            await self._backend.invalidate(self._key, self._version)
             if not differ(validators):
                 raise Unclear
-            self._reading.note_replaced(self._key)
+            self._reading.record_replaced(self._key)
             raise Replaced(self._key)
 
 

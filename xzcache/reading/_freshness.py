@@ -1,4 +1,4 @@
-"""When a source has to be asked for what is cached: which documents an opened store, and copies of it, have seen."""
+"""Freshness: when metadata documents must be revalidated, and which of them a store and its copies have seen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
-from xzcache.model import is_document, state_of
+from xzcache.model import fingerprint, is_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ _DIGEST: Final = 3
 _LENGTH: Final = 1 + _CARRIED * 2 * _DIGEST
 
 _WRITING: Final = ("write", "_encode_partial")
-"""What functions of Zarr have in their names that read a chunk in order to change a part of it."""
+"""Parts of the names of Zarr functions that read a chunk to change a part of it."""
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
 """Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
 _DEEPEST: Final = 32
@@ -33,14 +33,10 @@ _DEEPEST: Final = 32
 
 
 class Seen:
-    """The documents that a store has seen, as its copies in other processes and on other machines inherit them.
+    """The documents that a store has seen, for its copies in other processes and on other machines.
 
-    Of each document a digest of its key and one of its state, so that it takes as much room whatever was seen. They are
-    short: where two keys agree, or a state is not recognized, the source is asked once more.
-
-    Parameters
-    ----------
-    packed : bytes
+    A fixed-size table of 3-byte key and 3-byte content hashes. A collision, or a state that is not recognized, costs
+    one more request.
     """
 
     def __init__(self, packed: bytes = bytes(_LENGTH)) -> None:
@@ -65,7 +61,7 @@ class Seen:
         return dict(self._states)
 
     def state(self, key: str) -> bytes | None:
-        """The beginning of the state in which a document was seen; None where it was not, or there was no room."""
+        """The first bytes of a document's state when it was seen; None if it was not, or did not fit."""
         return self._states.get(_digest(key))
 
 
@@ -74,15 +70,10 @@ def _digest(key: str) -> bytes:
 
 
 class Freshness:
-    """Which documents have been asked for, by one opened store.
+    """The documents that one opened store has validated.
 
-    Parameters
-    ----------
-    revalidate : {"open", True, False} or float
-    immutable : bool
-        Whether the source can never change.
-    inherited : Seen
-        What the store that this one is a copy of has asked for.
+    `immutable` tells that the source never changes. `inherited` are the documents that the original of this copy has
+    seen.
     """
 
     def __init__(self, revalidate: Revalidate, *, immutable: bool = False, inherited: Seen | None = None) -> None:
@@ -94,14 +85,10 @@ class Freshness:
         self._under_way: Counter[str] = Counter()
 
     def must_ask(self, key: str, *, writable: bool) -> bool:
-        """Whether the source has to be asked for a key whatever the cache holds.
+        """Whether a key must be revalidated even if it is cached.
 
-        Parameters
-        ----------
-        key : str
-        writable : bool
-            Whether the answer may become the base of a write. An array that another machine has appended to must not be
-            appended to by its old shape, so each read of a document then asks, unless seconds say otherwise.
+        `writable` tells that the result may be the base of a write. Appending to an array needs its current shape, so
+        each read of a document then revalidates, unless the policy is a number of seconds.
         """
         policy = self.revalidate
         if policy is True or policy is False:
@@ -114,28 +101,28 @@ class Freshness:
         return asked is None or time.monotonic() - asked >= policy
 
     def tolerance(self, *, writable: bool) -> float:
-        """For how many seconds the source may have been asked for a document before a read of it begins."""
+        """The age in seconds that a validation of a document may have when a read begins."""
         policy = self.revalidate
         if policy is True or (policy == "open" and writable):
             return 0.0
         return math.inf if policy == "open" or policy is False else float(policy)
 
     def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
-        """Whether the store that this one is a copy of has seen a document as it is cached here."""
+        """Whether the original of this copy has seen the cached state of a document."""
         state = self.inherited.state(key)
-        vouched = state is not None and key not in self._asked and state_of(document).startswith(state)
+        vouched = state is not None and key not in self._asked and fingerprint(document).startswith(state)
         if vouched:
             self._asked[key] = self._opened
         return vouched
 
-    def note(self, key: str, document: bytes | memoryview | None, asked: float | None = None) -> None:
-        """Remember that what is cached of a document is what the source had when it was asked, by default now."""
+    def mark_validated(self, key: str, document: bytes | memoryview | None, asked: float | None = None) -> None:
+        """Record that the cached document equals that of the source, at the time of the request."""
         if is_document(key):
             self._asked[key] = time.monotonic() if asked is None else asked
             name = _digest(key)
             # the latest last
             self._states.pop(name, None)
-            self._states[name] = state_of(document)[:_DIGEST]
+            self._states[name] = fingerprint(document)[:_DIGEST]
 
     @contextmanager
     def asking(self, key: str) -> Iterator[None]:
@@ -144,7 +131,7 @@ class Freshness:
         try:
             yield
         finally:
-            # those who were called together with this one have not even begun, if this was quick
+            # tasks that were started together with this one may not have begun yet
             asyncio.get_running_loop().call_soon(self._asked_for, key)
 
     def _asked_for(self, key: str) -> None:
@@ -157,21 +144,16 @@ class Freshness:
         return key in self._under_way
 
     def seen(self) -> Seen:
-        """What a copy inherits."""
+        """The documents for a copy to inherit."""
         states = {**self.inherited.states(), **self._states}
         return Seen.of(states, more=self.inherited.more)
 
 
 def is_read_for_a_write() -> bool | None:
-    """Whether Zarr reads in order to change a part of a chunk or shard, and then to write the whole.
+    """Whether Zarr reads in order to change a part of a chunk or shard.
 
-    To be called by the `get` of a store. Zarr does not tell a store why it reads, but the functions that await that
-    `get` are on the stack.
-
-    Returns
-    -------
-    bool or None
-        None where the functions on the stack serve reads and writes alike.
+    Called by the `get` of a store: Zarr gives it no reason, but the functions that await the `get` are on the stack.
+    None means that they serve reads and writes alike.
     """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_DEEPEST):

@@ -1,4 +1,4 @@
-"""Reading through a cache: from the cache if it may be, else once from the source, for all who wait."""
+"""Read-through: from the cache, else one fetch from the source for all waiting readers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from xzcache import sources
 from xzcache.model import (
     END,
     Flight,
-    HandedOver,
+    LeaderCancelled,
     Replaced,
     Unclear,
     clip,
     differ,
+    from_source,
     is_document,
+    is_from_source,
     merged,
     span,
-    tells,
-    told,
 )
 from xzcache.reading._fetch import RangeFetches, assembled
 from xzcache.reading._request import Request, buffer_of, contents, request_for, whole
 from xzcache.reading._revalidation import Revalidation
-from xzcache.sources import Answer
+from xzcache.sources import FetchResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -44,30 +44,24 @@ if TYPE_CHECKING:
     Outcome = list[tuple[int, Buffer | None]] | BaseException
 
 _READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
-"""Then whoever asks for a byte range may have read before where in the object it is."""
+"""Then a byte range may depend on an index that was read before."""
 _FIRST_POLL: Final = 0.001
 _LONGEST_POLL: Final = 0.005
 
 
 Count = Callable[[int, float], None]
-"""Told of a hit: its bytes, and the seconds that it took."""
+"""Called for a hit with its bytes and its seconds."""
 
 
 class NotCached(Exception):
-    """What somebody wanted from the cache alone is to be read by `get`."""
+    """A read from the cache alone must fall back to `get`."""
 
 
 class ReadThrough:
     """Reads of one source through one backend.
 
-    Parameters
-    ----------
-    reading : Reading
-
-    Notes
-    -----
-    The leader of a fetch is found in two steps: among the tasks and threads of this process by a table of futures, then
-    among processes by a lock on a byte that stands for the entry, which is polled and never waited for on the loop.
+    Single-flight has two steps: a table of futures among the tasks and threads of this process, then a fetch lock among
+    processes, which is polled and never blocks the event loop.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -76,50 +70,46 @@ class ReadThrough:
         self.freshness = reading.freshness
         self._revalidation = Revalidation(reading)
 
-    def at_once(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
-        """The value of a chunk, where it is cached and to be had without waiting; else None, and `get` tells."""
+    def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
+        """The value of a cached chunk if it can be read without waiting; None means that `get` must be called."""
         if not self._may_serve(key):
             return None
         started = time.perf_counter()
-        data = self.backend.at_once(key, self.reading.max_age)
+        data = self.backend.get_nowait(key, self.reading.max_age)
         if data is None:
             return None
         (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
         return buffer_of(data, prototype)
 
-    def into(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `at_once`, into bytes that somebody has; what is there after False is undefined."""
+    def readinto_nowait(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+        """Like `get_nowait`, into an array, which is undefined after False."""
         started = time.perf_counter()
-        if not self._may_serve(key) or not self.backend.into(key, self.reading.max_age, place, patient=patient):
+        if not self._may_serve(key) or not self.backend.readinto_nowait(
+            key, self.reading.max_age, place, patient=patient
+        ):
             return False
         self.reading.stats.hit(len(place), time.perf_counter() - started)
         return True
 
     def _may_serve(self, key: str) -> bool:
-        """Whether what is cached of a key may be served without another word."""
+        """Whether a cached value of a key may be served without revalidation."""
         if self.freshness.revalidate is True or self.reading.passes or is_document(key):
             return False
-        return not self._revalidation.may_settle or self._revalidation.is_settled(key)
+        return not self._revalidation.may_confirm or self._revalidation.is_confirmed(key)
 
-    def cached(
+    def get_blocking(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, count: Count
     ) -> Buffer | None:
-        """As `get`, from the cache alone, by a thread that may wait for the disk; `count` is told of a hit.
-
-        Raises
-        ------
-        NotCached
-            `get` has to be asked.
-        """
-        if byte_range is None and (value := self.at_once(key, prototype, count)) is not None:
+        """Like `get`, from the cache alone, for a thread that may wait for the disk; raises `NotCached`."""
+        if byte_range is None and (value := self.get_nowait(key, prototype, count)) is not None:
             return value
         wanted = span(byte_range)
         entry = None if wanted is None or is_document(key) else self.backend.entry(key, *wanted)
         if entry is None or not self._may_serve(key):
             raise NotCached
         started = time.perf_counter()
-        data = self.backend.find_now(entry, self.reading.max_age)
-        if data is None and not self.reading.lacks_now(key):
+        data = self.backend.get_blocking(entry, self.reading.max_age)
+        if data is None and not self.reading.is_known_missing_nowait(key):
             raise NotCached
         count(0 if data is None else len(data), time.perf_counter() - started)
         return None if data is None else buffer_of(data, prototype)
@@ -127,18 +117,10 @@ class ReadThrough:
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, anew: bool | None = False
     ) -> Buffer | None:
-        """The value of a key or a byte range of it, as `Store.get`.
+        """The value of a key or a byte range of it, like `Store.get`.
 
-        Parameters
-        ----------
-        anew : bool or None
-            Whether to ask the source for a chunk whatever the cache holds, as a write depends on it; None where that is
-            not known.
-
-        Raises
-        ------
-        Replaced
-            The rest of the object is another one than this byte range is of, and this Zarr reads shards by `get`.
+        With `anew`, a chunk is revalidated because a write depends on it; None if that is unknown. Raises `Replaced` if
+        the range belongs to a new object and this Zarr reads shards by `get`.
         """
         if not is_document(key):
             return await self._get(key, prototype, byte_range, anew=anew)
@@ -161,34 +143,34 @@ class ReadThrough:
         request = Request(key, entry, prototype, byte_range, started)
         may_write = anew is None
         if anew is None:
-            # what is not cached is fetched from the source in any case, once for all who began before it is asked
-            anew = await self.backend.find(entry, "infinity") is not None or await self.reading.lacks(key)
+            # a missing chunk is fetched in any case, once for all readers that began before the request
+            anew = await self.backend.get(entry, "infinity") is not None or await self.reading.is_known_missing(key)
         if anew or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
-        data = await self.reading.find(entry)
-        if data is not None or await self._lacks(key):
+        data = await self.reading.get_cached(entry)
+        if data is not None or await self._is_known_missing(key):
             return self.reading.hit(request, data)
         try:
             return await self.fetch(request, anew=may_write)
         except Exception:
-            if self.freshness.revalidate is False and await self.reading.lacked(key):
+            if self.freshness.revalidate is False and await self.reading.was_missing(key):
                 return self.reading.hit(request, None)
             raise
 
     async def get_ready(self, key: str) -> None:
-        """Before anything of a key is looked for in the cache."""
+        """Open the cache and confirm the metadata before a lookup."""
         await self.backend.prepare()
-        if self._revalidation.may_settle:
-            await self._revalidation.settle(key)
+        if self._revalidation.may_confirm:
+            await self._revalidation.confirm_metadata(key)
 
     async def _is_vouched_for(self, request: Request) -> bool:
-        """Whether a document is cached as the store that this one is a copy of has seen it."""
+        """Whether the cached document is the one that the original of this copy has seen."""
         key = request.key
         told = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
         if not told or self.freshness.inherited.state(key) is None:
             return False
-        data = await self.reading.find(request.entry)
-        absent = data is None and await self.backend.is_absent(key, self.reading.max_age)
+        data = await self.reading.get_cached(request.entry)
+        absent = data is None and await self.backend.is_document_missing(key, self.reading.max_age)
         return (data is not None or absent) and self.freshness.vouches(key, data)
 
     async def cached_size(self, key: str) -> int | None:
@@ -199,17 +181,17 @@ class ReadThrough:
         await self.get_ready(key)
         return await self.backend.size(entry, self.reading.max_age)
 
-    async def is_known_absent(self, key: str) -> bool:
-        """Whether the source is known not to have a key, and need not be asked."""
+    async def is_known_missing(self, key: str) -> bool:
+        """Whether a key is known to be missing at the source, so that no request is needed."""
         if self.backend.entry(key, *whole()) is None or self.reading.passes or self.reading.must_ask(key):
             return False
         await self.get_ready(key)
-        return await self._lacks(key)
+        return await self._is_known_missing(key)
 
-    async def _lacks(self, key: str) -> bool:
+    async def _is_known_missing(self, key: str) -> bool:
         if is_document(key):
-            return await self.backend.is_absent(key, self.reading.max_age)
-        return await self.reading.lacks(key)
+            return await self.backend.is_document_missing(key, self.reading.max_age)
+        return await self.reading.is_known_missing(key)
 
     async def _past_the_cache(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
@@ -218,54 +200,47 @@ class ReadThrough:
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
-    # -- what is not cached
+    # -- misses
 
     async def fetch(self, request: Request, *, anew: bool = False) -> Buffer | None:
-        """Fetch what is not cached, once for all who want it.
-
-        Parameters
-        ----------
-        request : Request
-        anew : bool
-            Whether the source has to be asked after this read began.
-        """
+        """Fetch a missing entry once for all readers; `anew` joins no request from before this read."""
         entry = request.entry
         since = request.started if anew else -math.inf
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
-            ticket = self.backend.ticket(entry)
-            if ticket is None:
+            version = self.backend.write_version(entry)
+            if version is None:
                 return await self._lead(Flight(), None, request, anew=anew)
-            flight, leads = self.backend.flights.join((entry, ticket, anew), since)
+            flight, leads = self.backend.flights.join((entry, version, anew), since)
             if leads:
-                return await self._lead(flight, ticket, request, anew=anew)
+                return await self._lead(flight, version, request, anew=anew)
             try:
                 data = await asyncio.wait_for(flight.outcome(), self.reading.timeout)
-            except HandedOver:
-                data = None if anew else await self.reading.find(entry)
+            except LeaderCancelled:
+                data = None if anew else await self.reading.get_cached(entry)
                 if data is None:
                     continue
             except TimeoutError:
-                # whoever fetches may never come back, as when its event loop was stopped
-                return await self._lead(Flight(), ticket, request, anew=anew)
+                # the leader may never finish, for example after its event loop was stopped
+                return await self._lead(Flight(), version, request, anew=anew)
             return self.reading.hit(request, data)
 
     async def _lead(
-        self, flight: Flight[memoryview | None], ticket: Any, request: Request, *, anew: bool
+        self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
     ) -> Buffer | None:
-        """Fetch for all who wait in this process, unless another process does or has done so."""
+        """Fetch for all readers in this process, unless another process does so."""
         async with self.backend.fetching():
-            return await self._take_off(flight, ticket, request, anew=anew)
+            return await self._fetch_and_publish(flight, version, request, anew=anew)
 
-    async def _take_off(
-        self, flight: Flight[memoryview | None], ticket: Any, request: Request, *, anew: bool
+    async def _fetch_and_publish(
+        self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
     ) -> Buffer | None:
         key, entry = request.key, request.entry
         unlock: Callable[[], None] | None = None
-        began = ticket
+        began = version
 
         def done() -> None:
-            self.backend.flights.leave((entry, began, anew), flight)
+            self.backend.flights.finish((entry, began, anew), flight)
             if unlock is not None:
                 # a lock that cannot be given back goes with the process
                 with suppress(OSError):
@@ -274,68 +249,68 @@ class ReadThrough:
         publishing = False
         try:
             if anew:
-                # what another process fetches it may have asked for before this read began
+                # another process may have sent its request before this read began
                 await asyncio.sleep(0)
-                flight.depart()
-                answer, data = await self.reading.ask_again(request)
+                flight.mark_sent()
+                answer, data = await self.reading.revalidate(request)
             else:
-                unlock, data = await self._win(entry)
+                unlock, data = await self._acquire_or_wait(entry)
                 if data is None:
                     answer, data = await self._ask(request)
             if data is not None:
-                flight.land(data)
+                flight.set_result(data)
                 return self.reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             if data is None:
-                await self.reading.note_lack(key, ticket)
+                await self.reading.record_missing(key, version)
             if is_document(key) and answer.exact:
-                ticket = await self.backend.compare(key, None if data is None else bytes(data), ticket)
-                self.freshness.note(key, data)
+                version = await self.backend.apply_document(key, None if data is None else bytes(data), version)
+                self.freshness.mark_validated(key, data)
             validator = answer.validator
             if data is not None and answer.exact:
-                ticket, validator = await self._agree(request, data, validator, ticket)
-            # those who wait need not wait for the disk
-            flight.land(data)
+                version, validator = await self._agree(request, data, validator, version)
+            # readers need not wait for the disk
+            flight.set_result(data)
             if data is not None and answer.exact:
                 publishing = True
-                await self.backend.publish_soon(entry, data, ticket, self.reading.max_size, validator, done)
+                await self.backend.publish_soon(entry, data, version, self.reading.max_size, validator, done)
             return answer.value
         except BaseException as error:
-            flight.fail(error)
+            flight.set_exception(error)
             raise
         finally:
             if not publishing:
                 done()
 
-    async def _agree(self, request: Request, data: memoryview, validator: str, ticket: Any) -> tuple[Any, str]:
-        """Forget parts of what the object was before; the ticket and the validator to publish with."""
-        ticket, validator, replaced = await self.reading.agree(request.key, request.entry, validator, ticket, data)
+    async def _agree(self, request: Request, data: memoryview, validator: str, version: Any) -> tuple[Any, str]:
+        """Invalidate parts of an older object; returns the version and the validator to publish with."""
+        version, validator, replaced = await self.reading.agree(request.key, request.entry, validator, version, data)
         if replaced and _READS_SHARDS_BY_GET and request.entry.start > 0:
             raise Replaced(request.key)
-        return ticket, validator
+        return version, validator
 
-    async def _ask(self, request: Request) -> tuple[Answer, memoryview | None]:
-        """Ask the source; what is cached, where that is only too old and the source still has it."""
+    async def _ask(self, request: Request) -> tuple[FetchResult, memoryview | None]:
+        """Request an entry; returns the cached bytes if they were only too old and the source confirms them."""
         if request.entry.is_whole and not is_document(request.key):
             answer = await assembled(self.reading, request)
             if answer is not None:
                 return answer, None
         if self.reading.max_age == "infinity":
-            return await self.reading.ask(request), None
-        return await self.reading.ask_again(request)
+            return await self.reading.fetch(request), None
+        return await self.reading.revalidate(request)
 
-    async def _win(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
-        """Become the one process that fetches, or get what another one fetched.
+    async def _acquire_or_wait(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
+        """Take the fetch lock, or wait for the entry that another process fetches.
 
-        Past the deadline, neither: the other process may be stopped, so this one fetches as well.
+        After the deadline neither is returned: the other process may be stopped, so this one fetches as well.
         """
         deadline = time.monotonic() + self.reading.timeout
         pause = _FIRST_POLL
         while True:
-            unlock = self.backend.lead(entry)
+            unlock = self.backend.try_acquire(entry)
             try:
-                # looked at with the lock held: whoever had it before may just have published
-                data = await self.reading.find(entry)
+                # check with the lock held: the previous holder may just have published
+                data = await self.reading.get_cached(entry)
             except BaseException:
                 if unlock is not None:
                     unlock()
@@ -346,7 +321,7 @@ class ReadThrough:
             pause = min(pause * 1.2, _LONGEST_POLL)
 
 
-# -- Reading many byte ranges of one object, as Zarr's sharding codec does: what is missing is asked for together.
+# -- Many byte ranges of one object, as Zarr's sharding codec reads them; missing ranges are requested together.
 
 _REMEMBERED: Final = 65536
 _TRIES: Final = 3
@@ -354,12 +329,7 @@ _TRIES: Final = 3
 
 
 class RangeReads:
-    """Reads of several byte ranges of an object of one source, through one backend.
-
-    Parameters
-    ----------
-    reads : ReadThrough
-    """
+    """Reads of several byte ranges of an object of one source, through one backend."""
 
     def __init__(self, reads: ReadThrough) -> None:
         self._reads = reads
@@ -371,12 +341,12 @@ class RangeReads:
     async def get(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int
     ) -> AsyncIterator[list[tuple[int, Buffer | None]]]:
-        """As `Store.get_ranges`; all of it is there before any of it is given.
+        """Like `Store.get_ranges`; nothing is yielded before all ranges are read.
 
         Raises
         ------
         BaseExceptionGroup
-            Of the source's own exceptions, of `FileNotFoundError` where it has no such object, or of `Replaced`.
+            Of exceptions of the source, of `FileNotFoundError` for a missing object, or of `Replaced`.
         """
         if self._reading.passes:
             async for group in self._past_the_cache(key, byte_ranges, prototype, limits):
@@ -408,19 +378,19 @@ class RangeReads:
         prototype: BufferPrototype,
         limits: dict[str, int],
     ) -> list[Outcome]:
-        """All ranges of a call, of one state as far as can be told; or the exceptions that came instead."""
+        """All ranges of a call, of one state as far as known; or the exceptions."""
         entry = self._backend.entry(key, 0, END)
         if entry is None:
             return await self._apart(key, byte_ranges, alone, prototype, limits)
         await self._reads.get_ready(key)
-        since = self._backend.ticket(entry)
+        since = self._backend.write_version(entry)
         found, missing = await self._fetches.look(key, wanted)
         states = self._backend.states_of(key) if missing or alone else set()
-        if missing and found and not all(map(tells, states)):
-            # what nobody can compare with what is to be fetched is fetched with it
+        if missing and found and not all(map(is_from_source, states)):
+            # cached ranges of an unknown state are fetched together with the missing ones
             found, missing = {}, list(wanted)
         if self._reading.must_ask(key):
-            # what is cached is asked about, each piece with its validator
+            # revalidate each cached range with its own validator
             alone = [*alone, *(place for entry in found for place in wanted[entry])]
             found = {}
         promoted = bool(missing) and self._is_worth_the_whole(key, missing)
@@ -433,12 +403,12 @@ class RangeReads:
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
         if alone or promoted:
-            # what was compared with these is gone: it may have been evicted, or was found to be of another state
-            is_clear &= told(states) <= self._backend.states_of(key)
+            # the compared ranges are gone: evicted, or found to be of another state
+            is_clear &= from_source(states) <= self._backend.states_of(key)
         if not missing or (alone and len(byte_ranges) > 1):
-            is_clear &= self._backend.ticket(entry) == since
+            is_clear &= self._backend.write_version(entry) == since
         if not is_clear:
-            return await self._anew(key, byte_ranges, wanted, prototype, limits, told(states))
+            return await self._anew(key, byte_ranges, wanted, prototype, limits, from_source(states))
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
 
@@ -451,13 +421,7 @@ class RangeReads:
         limits: dict[str, int],
         states: set[str],
     ) -> list[Outcome]:
-        """All ranges of a call in one go from the source, past the cache.
-
-        Parameters
-        ----------
-        states : set of str
-            What the source said of the state of what was cached.
-        """
+        """Fetch all ranges of a call together, past the cache; `states` are validators of the cached ranges."""
         began = time.perf_counter()
         ends = [(entry.start, entry.stop) for entry in wanted]
         spans = merged(ends, gap=limits["max_gap_bytes"], most=limits["max_coalesced_bytes"])
@@ -468,10 +432,10 @@ class RangeReads:
         turn = asyncio.Semaphore(limits["max_concurrency"])
         source, fixed = self._reading.source, self._reading.fixed
 
-        async def ask(part: ByteRequest | None) -> Answer:
+        async def ask(part: ByteRequest | None) -> FetchResult:
             async with turn:
                 # the state of a whole object may be worth a request here
-                return await sources.ask(source, key, prototype, part, certain=True, fixed=fixed)
+                return await sources.fetch(source, key, prototype, part, certain=True, fixed=fixed)
 
         for _ in range(_TRIES):
             try:
@@ -486,11 +450,11 @@ class RangeReads:
             if not differ(validators):
                 break
         if differ(validators | states):
-            self._reading.note_replaced(key)
-            await self._backend.forget(key, None)
+            self._reading.record_replaced(key)
+            await self._backend.invalidate(key, None)
             return [Replaced(key)]
         if not all(answer.exact for answer in answers[: len(spans)]):
-            # nothing can be cut out of such answers
+            # such answers cannot be cut into ranges
             return [group async for group in self._past_the_cache(key, byte_ranges, prototype, limits)]
         pairs: list[tuple[int, Buffer | None]] = []
         for (first, last), value in zip(spans, values, strict=False):
@@ -529,7 +493,7 @@ class RangeReads:
         prototype: BufferPrototype,
         limits: dict[str, int],
     ) -> list[Outcome]:
-        """What is asked for by itself, or the exceptions of that."""
+        """Read ranges one by one; returns exceptions in place of failed ones."""
         turn = asyncio.Semaphore(limits["max_concurrency"])
         calls = (self._one(key, byte_ranges[place], prototype, place, turn) for place in places)
         return await asyncio.gather(*calls, return_exceptions=True)

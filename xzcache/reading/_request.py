@@ -1,4 +1,4 @@
-"""One read, and what all reads of one source through one backend have in common."""
+"""The common parts of all reads of one source through one backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
-from xzcache.model import Entry, beside, differ, fits, is_chunk, span, tells
+from xzcache.model import Entry, adopt_session, are_compatible, differ, is_chunk, is_from_source, span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache.reading")
 
 _PROBE: Final = 1 << 14
-"""Bytes that are compared to find out whether an object is what it was."""
+"""The number of bytes that are compared to check that an object is unchanged."""
 _PROBES: Final = 8
 """Pieces of which one should be there to compare."""
 
 
 class Request(NamedTuple):
-    """What somebody wants to read."""
+    """One read of a key or a byte range."""
 
     key: str
     entry: Entry
@@ -49,7 +49,7 @@ class Request(NamedTuple):
 
 @dataclass(eq=False)
 class Watch:
-    """One reader of parts of an object, who has to learn of it when the object is found to be replaced."""
+    """A reader of several ranges that must be notified if the object is replaced."""
 
     key: str
     replaced: bool = False
@@ -57,7 +57,7 @@ class Watch:
 
 @dataclass
 class Reading:
-    """What reads of one source through one backend have in common.
+    """The settings and state that all reads of one source through one backend share.
 
     Parameters
     ----------
@@ -68,17 +68,17 @@ class Reading:
     max_age : float or "infinity"
         Seconds for which an entry is served.
     max_size : int or None
-        The bound of a backend that is not bounded by itself, in bytes.
+        The bound in bytes, for a backend without a bound of its own.
     missing_max_age : float or "infinity"
-        Seconds for which a chunk that the source does not have is not asked for again.
+        Seconds for which a missing chunk is not requested again.
     timeout : float
-        Seconds to wait for somebody else's fetch.
+        Seconds to wait for the fetch of another task or process.
     writable : bool
-        Whether what is read may become the base of a write.
+        Whether a result may be the base of a write.
     passes : bool
-        Whether nothing of this source may be cached, so that each read goes to it.
+        Whether nothing of this source may be cached.
     promote_above : int or None
-        Bytes of an object that are read in byte ranges before it is fetched whole; None for any.
+        Bytes read in byte ranges after which an object is fetched whole; None for never.
     fixed : bool
         Whether the source can never change.
     """
@@ -99,7 +99,7 @@ class Reading:
 
     @contextmanager
     def watching(self, key: str) -> Iterator[Watch]:
-        """While parts of an object are read that have to be of one state."""
+        """A context for a reader of several ranges that must be of one state."""
         watch = Watch(key)
         self._watches[id(watch)] = watch
         try:
@@ -107,48 +107,48 @@ class Reading:
         finally:
             del self._watches[id(watch)]
 
-    def note_replaced(self, key: str) -> None:
-        """Tell those who read parts of an object that the source has another one than what was cached."""
+    def record_replaced(self, key: str) -> None:
+        """Notify the readers of an object's ranges that the object was replaced."""
         for watch in list(self._watches.values()):
             if watch.key == key:
                 watch.replaced = True
 
     def must_ask(self, key: str) -> bool:
-        """Whether the source has to be asked for a key whatever the cache holds."""
+        """Whether a key must be revalidated even if it is cached."""
         return self.freshness.must_ask(key, writable=self.writable)
 
-    async def lacks(self, key: str) -> bool:
-        """Whether the source is known not to have a chunk."""
-        return self._remembers(key) and await self.backend.lacks(key, self.missing_max_age)
+    async def is_known_missing(self, key: str) -> bool:
+        """Whether a chunk is known to be missing at the source."""
+        return self._remembers(key) and await self.backend.is_known_missing(key, self.missing_max_age)
 
-    async def lacked(self, key: str) -> bool:
-        """Whether the source did not have a chunk when it was last asked."""
-        return self._remembers(key) and await self.backend.lacks(key, "infinity")
+    async def was_missing(self, key: str) -> bool:
+        """Whether a chunk was missing at the last request, however long ago."""
+        return self._remembers(key) and await self.backend.is_known_missing(key, "infinity")
 
-    def lacks_now(self, key: str) -> bool:
-        """As `lacks`, as far as this process knows."""
-        return self._remembers(key) and self.backend.lacks_now(key, self.missing_max_age)
+    def is_known_missing_nowait(self, key: str) -> bool:
+        """Like `is_known_missing`, without waiting."""
+        return self._remembers(key) and self.backend.is_known_missing_nowait(key, self.missing_max_age)
 
-    async def note_lack(self, key: str, ticket: Any) -> None:
-        """Remember that the source, asked after the ticket was taken, does not have a chunk."""
-        if ticket is not None and self._remembers(key):
-            await self.backend.note_lack(key, ticket)
+    async def record_missing(self, key: str, version: Any) -> None:
+        """Record that a chunk is missing; the version is from before the request."""
+        if version is not None and self._remembers(key):
+            await self.backend.record_missing(key, version)
 
     def _remembers(self, key: str) -> bool:
         return self.missing_max_age != 0 and is_chunk(key)
 
-    async def find(self, entry: Entry) -> memoryview | None:
-        """What is cached and not too old."""
-        return await self.backend.find(entry, self.max_age)
+    async def get_cached(self, entry: Entry) -> memoryview | None:
+        """The cached bytes of an entry, if fresh."""
+        return await self.backend.get(entry, self.max_age)
 
     def hit(self, request: Request, data: memoryview | None) -> Buffer | None:
         """Count a read that the source was not asked for, and answer it."""
         self.stats.hit(0 if data is None else len(data), time.perf_counter() - request.started)
         return None if data is None else buffer_of(data, request.prototype)
 
-    async def ask(self, request: Request, *, known: str = "") -> sources.Answer:
-        """Ask the source, and count it, unless it says that what is known is what it has."""
-        answer = await sources.ask(
+    async def fetch(self, request: Request, *, known: str = "") -> sources.FetchResult:
+        """Send a request to the source, and count it as a miss unless the source confirms the known validator."""
+        answer = await sources.fetch(
             self.source,
             request.key,
             request.prototype,
@@ -169,15 +169,8 @@ class Reading:
     def miss(self, key: str, size: int | None, began: float, spans: Sequence[Span] = ()) -> None:
         """Count a fetch from the source, and log it.
 
-        Parameters
-        ----------
-        key : str
-        size : int or None
-            Bytes that the source sent; None where it has no such key.
-        began : float
-            When the source was asked, by `time.perf_counter`.
-        spans : sequence of (int, int)
-            The byte ranges that were fetched, where it was not the whole object.
+        `size` is the number of bytes that the source sent, None for a missing key; `began` is when it was asked, by
+        `time.perf_counter`; `spans` are the byte ranges, unless the whole object was fetched.
         """
         seconds = time.perf_counter() - began
         self.stats.miss(size or 0, seconds)
@@ -189,94 +182,70 @@ class Reading:
         entries = (Entry("", *part) for part in spans)
         return f"{self.backend.namespace}/{key}{''.join(map(str, entries))}"
 
-    async def ask_again(self, request: Request) -> tuple[sources.Answer, memoryview | None]:
-        """Ask the source whether it has something else than what is cached.
-
-        Returns
-        -------
-        Answer
-        memoryview or None
-            What is cached, where the source has the same; else None.
-        """
+    async def revalidate(self, request: Request) -> tuple[sources.FetchResult, memoryview | None]:
+        """Ask the source whether a cached entry has changed; returns the answer, and the cached bytes if it has not."""
         known = await self.backend.validator(request.entry)
-        answer = await self.ask(request, known=known)
+        answer = await self.fetch(request, known=known)
         if not answer.unchanged:
             return answer, None
-        data = await self.backend.find(request.entry, "infinity")
+        data = await self.backend.get(request.entry, "infinity")
         if data is not None and await self.backend.validator(request.entry) == known:
-            await self.backend.renew(request.entry, self.max_age)
+            await self.backend.mark_validated(request.entry, self.max_age)
             return answer, data
         # it was evicted or replaced while the source was asked, or is damaged
-        return await self.ask(request), None
+        return await self.fetch(request), None
 
     async def agree(
-        self, key: str, entry: Entry, validator: str, ticket: Any, data: memoryview | None = None
+        self, key: str, entry: Entry, validator: str, version: Any, data: memoryview | None = None
     ) -> tuple[Any, str, bool]:
-        """Forget what is cached of an object, unless an answer of the source is of the same state.
+        """Invalidate the cached parts of an object unless an answer of the source is of the same state.
 
-        Where no state is told, a small piece is asked for again: while its bytes are what they were, so is the object,
-        as far as can be told.
+        If the source gives no validator, a small piece is fetched again and compared: while its bytes are the same, the
+        object counts as unchanged.
 
-        Parameters
-        ----------
-        key : str
-        entry : Entry
-            What was asked for.
-        validator : str
-        ticket : Any
-            From before it was asked for.
-        data : memoryview, optional
-            The bytes of the entry.
-
-        Returns
-        -------
-        ticket : Any
-            To store the answer with.
-        validator : str
-            To store it under.
-        replaced : bool
-            Whether parts of another state were cached, as far as that is known.
+        `version` is from before the request. Returns the version and the validator to publish the answer with, and
+        whether the object is known to be replaced.
         """
-        if not tells(validator):
-            # what is still to be stored is of a session, too, and nothing of another one is cached beside it
+        if not is_from_source(validator):
+            # pending publishes belong to a session as well; wait, so that no other session is cached beside them
             await self.backend.stored(key)
         if entry.is_whole and self.backend.listed(key).any() is None:
-            # it takes the place of another whole one, whatever that is
-            return ticket, validator, False
+            # a whole object replaces another whole one of any state
+            return version, validator, False
         if entry.start == entry.stop:
             # no bytes are of any state
-            return ticket, validator, False
+            return version, validator, False
         states = self.backend.states_of(key)
-        if all(fits(validator, state) for state in states):
-            return ticket, validator, False
+        if all(are_compatible(validator, state) for state in states):
+            return version, validator, False
         replaced = any(differ((validator, state)) for state in states)
-        if not replaced and self.backend.ticket(entry) != ticket:
-            # what is cached came later than this was asked for, and this is not stored
-            return ticket, validator, False
+        if not replaced and self.backend.write_version(entry) != version:
+            # the cached parts are newer than this answer, which will not be stored
+            return version, validator, False
         if not replaced:
             state = min(states)
-            is_told = tells(validator) or tells(state)
-            if data is not None and not entry.is_whole and not is_told and await self.find(entry) == data:
-                # there is nothing to be stored beside it
-                return ticket, beside(validator, state), False
+            is_told = is_from_source(validator) or is_from_source(state)
+            if data is not None and not entry.is_whole and not is_told and await self.get_cached(entry) == data:
+                # nothing is stored beside it
+                return version, adopt_session(validator, state), False
             still = await self._is_still(key, entry, data)
             # parts that are cached without a state fit none that has one
-            alike = not is_told and all(fits(state, other) or state == other for other in states)
+            alike = not is_told and all(are_compatible(state, other) or state == other for other in states)
             if still and alike and not entry.is_whole:
-                return ticket, beside(validator, state), False
+                return version, adopt_session(validator, state), False
             replaced = still is False
         if replaced:
-            self.note_replaced(key)
-        return await self.backend.forget(key, ticket), validator, replaced
+            self.record_replaced(key)
+        return await self.backend.invalidate(key, version), validator, replaced
 
     async def _is_still(self, key: str, entry: Entry, data: memoryview | None) -> bool | None:
-        """Whether a piece of an object is at the source what it is in the cache; None where that cannot be told.
+        """Whether a piece of an object is unchanged at the source; None if that is unknown.
 
-        Compared with what was just fetched, if that is the whole object; else a piece is asked for again.
+        The piece is compared with `data` if that is the whole object; otherwise it is fetched again.
         """
         pieces = self.backend.listed(key).by_size()[:_PROBES]
         for piece in pieces if entry.is_whole else [*pieces, entry.whole]:
-            if not (cached := await self.find(piece)):
+            if not (cached := await self.get_cached(piece)):
                 continue
             if piece.start < 0:
                 cached = cached[-_PROBE:]
@@ -286,9 +255,9 @@ class Reading:
                 byte_range = RangeByteRequest(piece.start, piece.start + len(cached))
             if entry.is_whole and data is not None:
                 return (data[-len(cached) :] if piece.start < 0 else data[piece.start :][: len(cached)]) == cached
-            # a request that no reader made fails nobody's read
+            # a failure of this extra request must not fail the read
             with suppress(Exception):
-                answer = await sources.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+                answer = await sources.fetch(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
                 if answer.value is None or answer.exact:
                     return answer.value is not None and contents(answer.value) == cached
             return None
@@ -303,13 +272,13 @@ def whole() -> tuple[int, int]:
 
 
 def request_for(key: str, entry: Entry) -> Request:
-    """What asks for one range, by itself."""
+    """The request for a single range."""
     byte_range = RangeByteRequest(entry.start, entry.stop)
     return Request(key, entry, default_buffer_prototype(), byte_range, time.perf_counter())
 
 
 def buffer_of(data: memoryview, prototype: BufferPrototype) -> Buffer:
-    """A buffer of some bytes: in main memory, those very bytes."""
+    """A buffer of some bytes, without a copy in main memory."""
     owner = data.obj
     if prototype.buffer is cpu.Buffer and type(owner) is np.ndarray and owner.nbytes == len(data):
         return cpu.Buffer(owner)
@@ -317,7 +286,7 @@ def buffer_of(data: memoryview, prototype: BufferPrototype) -> Buffer:
 
 
 def contents(value: Buffer) -> memoryview:
-    """The bytes of a buffer, without a copy where they are in main memory; nobody may change them."""
+    """The bytes of a buffer, without a copy in main memory; they must not be changed."""
     array = np.ascontiguousarray(value.as_numpy_array())
     # an empty view cannot be cast
     return memoryview(array).toreadonly().cast("B") if array.size else memoryview(b"")

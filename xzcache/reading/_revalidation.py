@@ -1,4 +1,4 @@
-"""Reading what the source has to be asked for whatever is cached, and making the cache agree with it."""
+"""Revalidation: reads that must ask the source, and updates of the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from zarr.core.buffer import default_buffer_prototype
 
-from xzcache.model import Flight, HandedOver, arrays_of, is_document, ruling, telling, tells
+from xzcache.model import (
+    Flight,
+    LeaderCancelled,
+    array_documents,
+    arrays_of,
+    is_document,
+    is_from_source,
+    overriding_document,
+)
 from xzcache.reading._request import Request, contents, whole
 
 if TYPE_CHECKING:
@@ -17,19 +25,14 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from xzcache.reading._request import Reading
-    from xzcache.sources import Answer
+    from xzcache.sources import FetchResult
 
 
 _REMEMBERED: Final = 4096
 
 
 class Revalidation:
-    """Reads that ask.
-
-    Parameters
-    ----------
-    reading : Reading
-    """
+    """Reads of one source that revalidate."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
@@ -37,32 +40,32 @@ class Revalidation:
         self._freshness = reading.freshness
         self._seen = self._freshness.inherited
         asks = not isinstance(self._freshness.revalidate, bool)
-        self.may_settle = bool(self._seen) and asks
-        self._settled: set[str] = set()
+        self.may_confirm = bool(self._seen) and asks
+        self._confirmed: set[str] = set()
 
     async def read(self, request: Request) -> Buffer | None:
-        """Read from the source, and make the cache agree with it."""
+        """Read from the source, and update the cache."""
         if is_document(request.key):
-            if await self._goes_without_saying(request):
+            if await self._is_overridden(request):
                 return self._reading.hit(request, None)
             data = await self._document(request, unless_asked=True)
             return None if data is None else request.prototype.buffer.from_bytes(data)
-        ticket = self._backend.ticket(request.entry)
-        answer, data = await self._reading.ask_again(request)
+        version = self._backend.write_version(request.entry)
+        answer, data = await self._reading.revalidate(request)
         if data is not None:
             return self._reading.hit(request, data)
         value = None if answer.value is None else contents(answer.value)
-        await self._agree(request, value, ticket, answer)
+        await self._agree(request, value, version, answer)
         return answer.value
 
-    async def _goes_without_saying(self, request: Request) -> bool:
-        """Whether a document is known to be missing from a node whose ruling document somebody is asking for now.
+    async def _is_overridden(self, request: Request) -> bool:
+        """Whether a missing document does not matter because the node's `zarr.json` overrides it.
 
-        Who opens a node of unknown format asks for the documents of both, all at once. If the one that comes first in
-        the order of formats is still there, those that were not there before do not matter.
+        Opening a node of unknown format requests the documents of both formats at once. If the `zarr.json` still
+        exists, the documents of format 2 that were missing before need no request.
         """
-        rules = None if self._reading.writable else ruling(request.key)
-        if rules is None or not self._freshness.is_asking(rules) or not await self._is_known_absent(request.key):
+        rules = None if self._reading.writable else overriding_document(request.key)
+        if rules is None or not self._freshness.is_asking(rules) or not await self._is_document_missing(request.key):
             return False
         entry = self._backend.entry(rules, *whole())
         if entry is None:
@@ -70,27 +73,22 @@ class Revalidation:
         if self._reading.must_ask(rules):
             other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
             return await self._document(other, unless_asked=True) is not None
-        return await self._backend.find(entry, "infinity") is not None
+        return await self._backend.get(entry, "infinity") is not None
 
-    async def _is_known_absent(self, key: str) -> bool:
-        return await self._backend.is_absent(key, self._reading.max_age)
+    async def _is_document_missing(self, key: str) -> bool:
+        return await self._backend.is_document_missing(key, self._reading.max_age)
 
     async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
-        """A metadata document from the source, asked for once by all tasks that want it now.
+        """A metadata document from the source, requested once for all tasks that want it now.
 
-        A request is shared by the tasks that began before it was sent. One that began later may know of a change that
-        the answer does not show: it joins only where the policy allows an answer as old as that.
-
-        Parameters
-        ----------
-        request : Request
-        unless_asked : bool
-            Whether an answer that another task got meanwhile will do.
+        Tasks that began before the request share it. A later task may know of a change that the answer lacks, so it
+        joins only if the policy accepts an answer of that age. With `unless_asked`, a validation by another task in the
+        meantime is enough.
         """
         key, entry = request.key, request.entry
         since = request.started - self._freshness.tolerance(writable=self._reading.writable)
         while True:
-            ticket = began = self._backend.ticket(entry)
+            version = began = self._backend.write_version(entry)
             if began is None:
                 flight: Flight[memoryview | None] = Flight()
                 break
@@ -99,7 +97,7 @@ class Revalidation:
                 break
             try:
                 data = await asyncio.wait_for(flight.outcome(), self._reading.timeout)
-            except HandedOver:
+            except LeaderCancelled:
                 continue
             except TimeoutError:
                 flight = Flight()
@@ -108,89 +106,94 @@ class Revalidation:
             return data
         try:
             if unless_asked and not self._reading.must_ask(key):
-                # the flight of another task has landed between the look at what was asked for and the lead
-                data = await self._reading.find(entry)
-                if data is not None or await self._is_known_absent(key):
-                    flight.land(data)
+                # another task has validated the document between the check and the join
+                data = await self._reading.get_cached(entry)
+                if data is not None or await self._is_document_missing(key):
+                    flight.set_result(data)
                     self._reading.hit(request, data)
                     return data
             # tasks that were called together with this one share the request
             await asyncio.sleep(0)
-            # what they found of other documents meanwhile is no write since this one was asked for
-            ticket = self._backend.ticket(entry)
-            flight.depart()
+            # changes that these tasks found in other documents are no writes after this request
+            version = self._backend.write_version(entry)
+            flight.mark_sent()
             asked = time.monotonic()
-            answer, data = await self._reading.ask_again(request._replace(prototype=default_buffer_prototype()))
+            answer, data = await self._reading.revalidate(request._replace(prototype=default_buffer_prototype()))
             if data is not None:
                 self._reading.hit(request, data)
             elif answer.value is not None:
                 data = contents(answer.value)
             if not answer.exact:
-                # it tells nothing of the document
-                flight.land(data)
+                # it shows nothing of the document
+                flight.set_result(data)
                 return data
-            if data is None or await self._backend.find(entry, "infinity") != data:
-                ticket = await self._backend.compare(key, None if data is None else bytes(data), ticket)
+            if data is None or await self._backend.get(entry, "infinity") != data:
+                version = await self._backend.apply_document(key, None if data is None else bytes(data), version)
             if not answer.unchanged:
-                await self._agree(request, data, ticket, answer)
-            self._freshness.note(key, data, asked)
-            flight.land(data)
+                await self._agree(request, data, version, answer)
+            self._freshness.mark_validated(key, data, asked)
+            flight.set_result(data)
             return data
         except BaseException as error:
-            flight.fail(error)
+            flight.set_exception(error)
             if isinstance(error, FileNotFoundError):
-                # there is not even a place where it could be
-                await self._backend.compare(key, None, ticket)
+                # the directory of the document is missing as well
+                await self._backend.apply_document(key, None, version)
             raise
         finally:
-            self._backend.flights.leave((id(self._freshness), key, began), flight)
+            self._backend.flights.finish((id(self._freshness), key, began), flight)
 
-    async def _agree(self, request: Request, data: memoryview | None, ticket: Any, answer: Answer) -> None:
-        """Store what the source has now, where the cache has something else."""
+    async def _agree(self, request: Request, data: memoryview | None, version: Any, answer: FetchResult) -> None:
+        """Store the answer of the source if the cache differs."""
         key, entry, validator = request.key, request.entry, answer.validator
         if data is not None and not answer.exact:
             return
-        cached = await self._backend.find(entry, "infinity")
+        cached = await self._backend.get(entry, "infinity")
         if data is not None and cached == data:
             known = await self._backend.validator(entry)
-            told = not tells(validator) or validator == known
-            if told and await self._reading.find(entry) is not None:
+            told = not is_from_source(validator) or validator == known
+            if told and await self._reading.get_cached(entry) is not None:
                 return
         if cached is not None:
-            ticket = await self._backend.forget(key, ticket)
+            version = await self._backend.invalidate(key, version)
         elif data is not None:
-            ticket, validator, _ = await self._reading.agree(key, entry, validator, ticket, data)
-        if data is not None and ticket is not None:
-            await self._backend.publish(entry, data, ticket, self._reading.max_size, validator)
+            version, validator, _ = await self._reading.agree(key, entry, validator, version, data)
+        if data is not None and version is not None:
+            await self._backend.publish(entry, data, version, self._reading.max_size, validator)
 
-    # -- what a copy was told by the store that it is a copy of
+    # -- metadata that the original of a copy has seen
 
-    def is_settled(self, key: str) -> bool:
-        """Whether `settle` has nothing to do."""
-        # those above were settled with it
-        return key.rpartition("/")[0] in self._settled
+    def is_confirmed(self, key: str) -> bool:
+        """Whether `confirm_metadata` has nothing to do."""
+        # the nodes above were confirmed with it
+        return key.rpartition("/")[0] in self._confirmed
 
-    async def settle(self, key: str) -> None:
-        """See that what this machine has cached of an array was filled under the documents that the original has seen.
+    async def confirm_metadata(self, key: str) -> None:
+        """Confirm that this machine's chunks of an array were cached under the documents that the original has seen.
 
-        Another machine may not have noticed a change that the one of the original has. Where it is in doubt, the source
-        is asked for the document, once in a process.
+        This machine may have missed a change that the original's machine has seen. Unconfirmed documents are
+        revalidated, once in a process.
         """
-        nodes = [path for path in _nodes_above(key) if path not in self._settled]
+        nodes = [path for path in _nodes_above(key) if path not in self._confirmed]
         vouched = {
-            document: state for path in nodes for document in telling(path) if (state := self._seen.state(document))
+            document: state
+            for path in nodes
+            for document in array_documents(path)
+            if (state := self._seen.state(document))
         }
         if self._seen.more:
-            # there may have been no room to tell of its array
+            # the document of the array may not have fit into the table
             arrays = [path for path in arrays_of(key) if path in nodes]
-            vouched = dict.fromkeys((document for path in arrays for document in telling(path)[:2]), b"") | vouched
+            vouched = (
+                dict.fromkeys((document for path in arrays for document in array_documents(path)[:2]), b"") | vouched
+            )
         if vouched:
-            await self._settle(vouched)
-        if len(self._settled) > _REMEMBERED:
-            self._settled.clear()
-        self._settled.update(nodes)
+            await self._confirm(vouched)
+        if len(self._confirmed) > _REMEMBERED:
+            self._confirmed.clear()
+        self._confirmed.update(nodes)
 
-    async def _settle(self, vouched: dict[str, bytes]) -> None:
+    async def _confirm(self, vouched: dict[str, bytes]) -> None:
         name = ("settle", self._backend.namespace, tuple(sorted(vouched.items())))
         while True:
             flight, leads = self._backend.flights.join(name)
@@ -198,24 +201,24 @@ class Revalidation:
                 break
             try:
                 await asyncio.wait_for(flight.outcome(), self._reading.timeout)
-            except HandedOver:
+            except LeaderCancelled:
                 continue
             except TimeoutError:
                 flight = Flight()
                 break
             return
         try:
-            asked = await self._backend.doubtful(vouched)
+            asked = await self._backend.unconfirmed(vouched)
             for key in asked:
                 if (entry := self._backend.entry(key, *whole())) is not None:
                     await self._document(Request(key, entry, default_buffer_prototype(), None, time.perf_counter()))
-            await self._backend.settled(vouched, asked)
-            flight.land(None)
+            await self._backend.confirm(vouched, asked)
+            flight.set_result(None)
         except BaseException as error:
-            flight.fail(error)
+            flight.set_exception(error)
             raise
         finally:
-            self._backend.flights.leave(name, flight)
+            self._backend.flights.finish(name, flight)
 
 
 def _nodes_above(key: str) -> Iterator[str]:

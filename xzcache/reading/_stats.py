@@ -1,4 +1,4 @@
-"""Counting what was read from the cache and what from the source."""
+"""Counters of reads from the cache and from the source."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any, Final
 from xzcache._fork import renew_after_fork
 
 observers: Final[list[Callable[[str, int, float], None]]] = []
-"""Who is told of each read: ``"cache"`` or ``"source"``, the size in bytes, the seconds that it took."""
+"""Called for each read with ``"cache"`` or ``"source"``, its bytes and its seconds."""
 
 
 class Stats:
-    """Counters of one store in one process, or of all of them. Safe for threads.
+    """Counters of one store in one process, or of all stores. Safe for threads.
 
-    Parameters
-    ----------
-    of_all : Stats, optional
-        Counters that count the same reads as well.
+    `of_all` are counters that count the same reads.
     """
 
     def __init__(self, of_all: Stats | None = None) -> None:
@@ -53,7 +50,7 @@ class Stats:
             observe("source", size, seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        """The counters under Zarr's names, and ours beside them; sizes in bytes, times in seconds."""
+        """The counters under Zarr's names, and those of xzcache; sizes in bytes, times in seconds."""
         with self._all[-1]._lock:
             requests = self.hits + self.misses
             return {
@@ -69,4 +66,4 @@ class Stats:
 
 
 process: Final = Stats()
-"""What all stores of this process have read."""
+"""The reads of all stores of this process."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from xzcache.model import is_document, through
+from xzcache.model import is_document, run_to_completion
 from xzcache.reading._request import contents, whole
 
 if TYPE_CHECKING:
@@ -20,18 +20,8 @@ if TYPE_CHECKING:
 class WriteThrough:
     """Writes to one source through one backend.
 
-    Parameters
-    ----------
-    backend : Backend
-    freshness : Freshness
-    max_size : int or None
-        The bound of a backend that is not bounded by itself, in bytes.
-    passes : bool
-        Whether nothing of the source may be cached, so that writes are its own business.
-
-    Notes
-    -----
-    Whatever a write raises, what is cached of the key is forgotten: nobody knows how far the source got.
+    If a write raises, the key is invalidated: the state of the source is unknown. `max_size` is the bound in bytes for
+    a backend without a bound of its own; `passes` tells that nothing of the source may be cached.
     """
 
     def __init__(self, backend: Backend, freshness: Freshness, max_size: int | None, *, passes: bool) -> None:
@@ -50,22 +40,15 @@ class WriteThrough:
     ) -> None:
         """Write values to the source.
 
-        Parameters
-        ----------
-        pairs : list of (str, Buffer)
-        write : callable
-            What writes them.
-        keep : bool
-            Whether to store them in the cache, unless somebody else wrote them at the same time.
-        certain : bool
-            Whether the source has these values once `write` returns.
+        `keep` stores them in the cache unless another process wrote them at the same time. `certain` tells that the
+        source has these values once `write` returns.
         """
         if self._passes:
             await write()
             return
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
         begun: Sequence[Any]
-        begun, cancelled = await through(self._backend.begin([key for key, _ in pairs]))
+        begun, cancelled = await run_to_completion(self._backend.begin_write([key for key, _ in pairs]))
         done = False
         try:
             _honour(cancelled)
@@ -73,21 +56,21 @@ class WriteThrough:
             done = True
         finally:
             values = [contents(value) if keep and done else None for _, value in pairs]
-            _, cancelled = await through(self._end(begun, values, pairs if done and certain else []))
+            _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
             _honour(cancelled and done)
 
     async def _end(
         self, begun: Sequence[Any], values: list[memoryview | None], certain: list[tuple[str, Buffer]]
     ) -> None:
-        await self._backend.end(begun, values, self._max_size)
+        await self._backend.end_write(begun, values, self._max_size)
         for key, value in certain:
             if is_document(key):
                 document = value.to_bytes()
-                await self._backend.note(key, document)
-                self._freshness.note(key, document)
+                await self._backend.record_document(key, document)
+                self._freshness.mark_validated(key, document)
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
-        """Delete a key, and what a store of files deletes with it: everything beneath."""
+        """Delete a key and everything beneath it, as a file store does."""
         if not self._is_cacheable(key):
             await delete()
             return
@@ -101,12 +84,12 @@ class WriteThrough:
         await self._deletion(prefix.rstrip("/"), delete, itself=False)
 
     async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
-        begun, cancelled = await through(self._backend.begin_drop(prefix, itself=itself))
+        begun, cancelled = await run_to_completion(self._backend.begin_delete(prefix, itself=itself))
         try:
             _honour(cancelled)
             await delete()
         finally:
-            _, cancelled = await through(self._backend.end_drop(begun))
+            _, cancelled = await run_to_completion(self._backend.end_delete(begun))
         _honour(cancelled)
 
     def _is_cacheable(self, key: str) -> bool:

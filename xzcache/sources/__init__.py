@@ -4,19 +4,19 @@ State: the identities of stores that were found before, under the lock of their 
 and the libraries that read them: options and URLs are never shown with them.
 """
 
-from xzcache.sources._conditional import Answer, all_of, ask, ask_for_spans
+from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
 from xzcache.sources._identity import Identity, identify, is_found_out_anew, is_same_source, remember
-from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, place_of, spelled
+from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, path_of, spelled
 from xzcache.sources._urls import scrub, shown
 
 __all__ = [
-    "Answer",
+    "FetchResult",
     "Identity",
     "WebStore",
     "all_of",
     "as_xarray",
-    "ask",
-    "ask_for_spans",
+    "fetch",
+    "fetch_spans",
     "identify",
     "is_at_hand",
     "is_found_out_anew",
@@ -24,7 +24,7 @@ __all__ = [
     "is_url",
     "local_path",
     "open_source",
-    "place_of",
+    "path_of",
     "remember",
     "scrub",
     "shown",

@@ -1,8 +1,7 @@
-"""Asking the source: for what it has, or only whether that is still what we have.
+"""Requests to a source, conditional where possible.
 
-The validator of an object comes with its bytes where the source says it unasked; else the object is looked at before
-and after a part of it is read, where a look can tell. A part of an object of which nothing tells the state gets a
-validator that no other answer has.
+The validator of an object comes with its bytes if the source sends it. Otherwise the object's metadata is requested
+before and after a read of a part, if the source supports that. A part without any validator gets a unique one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import zarr.storage
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from xzcache.model import FIXED, clip, once, span, tells
+from xzcache.model import FIXED, clip, is_from_source, session_validator, span
 from xzcache.sources._open import WebStore
 
 if TYPE_CHECKING:
@@ -38,32 +37,32 @@ T = TypeVar("T")
 _ABSENT: Final = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _OBSTORES: Final = (zarr.storage.ObjectStore, WebStore)
 _BY_CONTENT: Final = ("S3Store", "GCSStore", "AzureStore")
-"""Stores whose ETags are of the content, or of the version."""
+"""Stores whose ETags depend on the content or on the version."""
 _ETAG: Final = re.compile(r'"[^"]+"|[0-9A-Fa-fx-]{8,}')
 """A strong one: a weak one promises the same meaning, not the same bytes."""
 _SETTLED_SECONDS: Final = 60.0
-"""A time of modification tells states apart only once it is as old as this: clocks differ, and tick in seconds."""
+"""The age after which a time of modification identifies a state: clocks differ, and tick in seconds."""
 _SETTLED_HERE_SECONDS: Final = 2.0
-"""The same for files, which have a clock that we know, and another inode when they were replaced."""
+"""The same for local files: their clock is known, and a replaced file has another inode."""
 
 
-class Answer(NamedTuple):
-    """What the source said."""
+class FetchResult(NamedTuple):
+    """The answer of a source."""
 
     value: Buffer | None
-    """None where the source has nothing, or nothing new."""
+    """None if the object is missing, or unchanged."""
     validator: str = ""
-    """What tells this state from others; empty only for a whole object whose source tells nothing."""
+    """The validator; empty only for a whole object of a source without validators."""
     unchanged: bool = False
-    """Whether the source has what was known."""
+    """Whether the source confirmed the known validator."""
     exact: bool = True
-    """Whether the bytes are certainly those that were asked for, no more and no fewer."""
+    """Whether the bytes are certainly the requested ones."""
     size: int | None = None
-    """The size of the whole object, where the source tells it."""
+    """The size of the whole object, if the source reports it."""
 
 
 class _Head(NamedTuple):
-    """What an answer of the source, or a look at the object, tells beside the bytes."""
+    """The metadata of an answer, or of a metadata request."""
 
     validator: str = ""
     size: int | None = None
@@ -76,7 +75,7 @@ class _Head(NamedTuple):
 # -- asking
 
 
-async def ask(
+async def fetch(
     source: Store,
     key: str,
     prototype: BufferPrototype,
@@ -86,8 +85,8 @@ async def ask(
     certain: bool = False,
     fixed: bool = False,
     states: Callable[[], set[str]] = set,
-) -> Answer:
-    """Ask a source for the value of a key.
+) -> FetchResult:
+    """Request the value of a key from a source.
 
     Parameters
     ----------
@@ -96,13 +95,13 @@ async def ask(
     prototype : BufferPrototype
     byte_range : ByteRequest or None
     known : str
-        The validator of what is cached; empty to be sent the value whatever it is.
+        The validator of the cached entry; empty to get the value in any case.
     certain : bool
         Whether the validator of a whole object is worth a request of its own.
     fixed : bool
         Whether the source can never change.
     states : callable
-        Gives the validators of what is cached of the object: a look at it that was made before.
+        Returns the validators of the cached parts, which replace a metadata request before the read.
 
     Raises
     ------
@@ -113,10 +112,10 @@ async def ask(
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
         return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
     look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
-    # where the state comes with the bytes, a look is worth a request only if it is likely to save them
+    # if the validator comes with the bytes, a metadata request pays only if it is likely to save them
     if look is not None and known and (twin is None or certain):
         if (seen := (await look(key)).validator) == known:
-            return Answer(None, known, unchanged=True)
+            return FetchResult(None, known, unchanged=True)
         states = lambda: {seen}  # noqa: E731
     elif isinstance(source, LocalStore) or byte_range is None:
         states = set
@@ -135,8 +134,8 @@ async def ask(
     return _labelled([answer], fixed=fixed)[0]
 
 
-async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Answer) -> Answer:
-    """An answer that may end where the object does, if that can be found out."""
+async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: FetchResult) -> FetchResult:
+    """Check by the object's size whether a short answer is exact."""
     assert answer.value is not None
     length = len(answer.value)
     most = span(byte_range)
@@ -145,14 +144,14 @@ async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: An
     if type(source).getsize is Store.getsize and not isinstance(source, MemoryStore):
         # it would be read as a whole
         return answer
-    # what cannot be told is not known, whatever the reason
+    # after any error the size is unknown
     with suppress(Exception):
         size = await source.getsize(key)
         return answer._replace(exact=_is_exact(length, byte_range, _Head(size=size)), size=size)
     return answer
 
 
-async def ask_for_spans(
+async def fetch_spans(
     source: Store,
     key: str,
     prototype: BufferPrototype,
@@ -161,39 +160,26 @@ async def ask_for_spans(
     fixed: bool = False,
     states: Callable[[], set[str]] = set,
     **limits: int,
-) -> list[Answer]:
-    """Ask a source for several spans of the value of a key, as many requests as there are spans.
+) -> list[FetchResult]:
+    """Request several spans of the value of a key, one request for each span.
 
-    Parameters
-    ----------
-    key : str
-    prototype : BufferPrototype
-    spans : sequence of (int, int)
-        Merged already as `limits` have it.
-    fixed, states
-        As for `ask`.
-    **limits : int
-        ``max_concurrency``, ``max_gap_bytes`` and ``max_coalesced_bytes``, as for `Store.get_ranges`.
-
-    Raises
-    ------
-    Exception
-        The source's own.
+    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed` and `states` are as
+    for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
     one_by_one = type(source) in _OBSTORES or _Noting.twin_of(source) is not None
     if len(ranges) == 1 or one_by_one or not hasattr(source, "get_ranges"):
         turn = asyncio.Semaphore(limits["max_concurrency"])
 
-        async def one(byte_range: RangeByteRequest) -> Answer:
+        async def one(byte_range: RangeByteRequest) -> FetchResult:
             async with turn:
-                return await ask(source, key, prototype, byte_range, fixed=fixed, states=states)
+                return await fetch(source, key, prototype, byte_range, fixed=fixed, states=states)
 
         return await all_of(one(byte_range) for byte_range in ranges)
 
     async def read() -> list[Buffer | None]:
         values: list[Buffer | None] = [None] * len(ranges)
-        # what lies between them is left out on purpose, and an answer that is none is not to be cut up
+        # the gaps are left out on purpose, and an inexact answer must not be cut
         apart = limits | {"max_gap_bytes": 0, "max_coalesced_bytes": 0}
         try:
             async for group in source.get_ranges(key, ranges, prototype=prototype, **apart):
@@ -202,7 +188,7 @@ async def ask_for_spans(
         except BaseExceptionGroup as failures:
             if (others := failures.split(FileNotFoundError)[1]) is not None:
                 raise _only(others) from None
-            # some may have been read before the object went
+            # the object was deleted between two of the requests
             return [None] * len(ranges)
         return values
 
@@ -212,7 +198,7 @@ async def ask_for_spans(
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What several calls return; where one fails, the others are cancelled, and its exception is raised as it is."""
+    """The results of several calls; if one fails, cancel the others and raise its exception."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -241,16 +227,16 @@ async def _between_looks(
     byte_ranges: Sequence[ByteRequest | None],
     states: Callable[[], set[str]],
     read: Callable[[], Awaitable[list[Buffer | None]]],
-) -> list[Answer]:
-    """Read while the object stays what it is, where a look at it can tell."""
+) -> list[FetchResult]:
+    """Read between two metadata requests, to verify that the object did not change meanwhile."""
     head = _Head()
     if look is None:
         values = await read()
     else:
         seen = states()
         before = min(seen) if len(seen) == 1 else ""
-        if not tells(before):
-            # else what is cached was looked at before, and is of use only if nothing has changed since
+        if not is_from_source(before):
+            # the cached parts were verified before, and are valid only if the object is unchanged since
             before = (await look(key)).validator
         values = await read()
         if (after := await look(key)).validator == before:
@@ -258,22 +244,22 @@ async def _between_looks(
     return [_judged(value, byte_range, head) for value, byte_range in zip(values, byte_ranges, strict=True)]
 
 
-def _labelled(answers: list[Answer], *, fixed: bool) -> list[Answer]:
+def _labelled(answers: list[FetchResult], *, fixed: bool) -> list[FetchResult]:
     """Answers of parts, none without a validator."""
     session = uuid.uuid4().hex
     return [
         answer
-        if answer.unchanged or answer.value is None or (tells(answer.validator) and not fixed)
-        else answer._replace(validator=FIXED if fixed else once(session, number))
+        if answer.unchanged or answer.value is None or (is_from_source(answer.validator) and not fixed)
+        else answer._replace(validator=FIXED if fixed else session_validator(session, number))
         for number, answer in enumerate(answers)
     ]
 
 
-def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> Answer:
-    """An answer, and whether it is what was asked for."""
+def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> FetchResult:
+    """The answer with its metadata, checked for exactness."""
     if value is None:
-        return Answer(None)
-    return Answer(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
+        return FetchResult(None)
+    return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
 
 
 def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
@@ -313,31 +299,31 @@ async def _of_obstore(
     byte_range: ByteRequest | None,
     known: str,
     options: dict[str, Any],
-) -> Answer:
+) -> FetchResult:
     import obstore
 
     if known.startswith("etag "):
         options["if_none_match"] = known.removeprefix("etag ")
     try:
         if known.startswith("time ") and await _time_of(source, key) == known:
-            # asked for anything newer, a server would not tell of something older
-            return Answer(None, known, unchanged=True)
+            # a server that is asked for newer objects would not report an older one
+            return FetchResult(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
-        # older versions let go of both with the bytes
+        # older versions of obstore release both with the bytes
         meta: dict[str, Any] = dict(got.meta)
         part = got.range
         if type(source) is WebStore and got.attributes.get("Content-Encoding"):
-            # what was stored compressed is unpacked by other clients of the web
+            # other HTTP clients decompress objects that are stored compressed
             value = await source.linked().get(key, prototype, byte_range)
             return _judged(value, byte_range, _Head(is_plain=False))
         data = await got.bytes_async()
     except obstore.exceptions.NotModifiedError:
-        return Answer(None, known, unchanged=True)
+        return FetchResult(None, known, unchanged=True)
     except obstore.exceptions.NotSupportedError:
-        # Azure knows no suffixes, and Zarr a way around
+        # Azure does not support suffixes, but Zarr has a workaround
         return _judged(await source.get(key, prototype, byte_range), byte_range, _Head())
     except _ABSENT:
-        return Answer(None)
+        return FetchResult(None)
     head = _Head(_validator(source, meta), meta.get("size"), (int(part[0]), int(part[1])))
     return _judged(prototype.buffer.from_bytes(data), byte_range, head)  # type: ignore[arg-type]
 
@@ -348,7 +334,7 @@ async def _time_of(source: Any, key: str) -> str:
     try:
         return _validator(source, dict(await obstore.head_async(source.store, key)))
     except Exception:
-        # not every server answers this; what it has to say, it says when it is asked for the object
+        # not every server supports HEAD; errors show at the request for the object
         return ""
 
 
@@ -364,7 +350,7 @@ def _of_content(etag: str) -> str:
 
 
 def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
-    # a time of the epoch is what obstore makes of none
+    # obstore replaces a missing time by the epoch
     if modified is not None and modified.timestamp() > 0:
         if (told := _of_content(etag)) and not _is_of_the_time(etag, modified):
             return told
@@ -375,9 +361,9 @@ def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
 
 
 def _is_of_the_time(etag: str, modified: datetime) -> bool:
-    """Whether an ETag says no more than a time and a size, and perhaps the number of a file.
+    """Whether an ETag is made of only a time, a size and perhaps an inode.
 
-    nginx makes such of seconds, Apache and obstore's local store of microseconds.
+    nginx uses seconds, Apache and obstore's local store microseconds.
     """
     seconds = modified.timestamp()
     for part in etag.strip('"').split("-"):
@@ -401,7 +387,7 @@ async def _of_file(path: str | os.PathLike[str]) -> _Head:
 
 
 def _look_at(source: Store) -> Callable[[str], Awaitable[_Head]] | None:
-    """What tells the state of an object without reading it; None where nothing does."""
+    """The function that requests the metadata of an object; None if the source has none."""
     if isinstance(source, LocalStore):
         root = source.root
         return lambda key: _of_file(root / key)
@@ -417,7 +403,7 @@ def _look_at(source: Store) -> Callable[[str], Awaitable[_Head]] | None:
 # -- fsspec
 
 _APART: Final = ("CachingFileSystem", "AbstractArchiveFileSystem", "ReferenceFileSystem", "DirFileSystem")
-"""File systems that may tell of something else than they read from."""
+"""File systems whose metadata may belong to other data than they read."""
 _BUCKETS: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"})
 _TIMED: Final = frozenset({"memory", "sftp", "ssh", "smb", "hdfs", "arrow_hdfs", "webhdfs"})
 """Protocols whose times of modification are those of the files."""
@@ -429,10 +415,10 @@ async def _of_fsspec(source: FsspecStore, inner: Any, key: str) -> _Head:
     names = {inner.protocol} if isinstance(inner.protocol, str) else set(inner.protocol)
     if type(inner).__name__ == "LocalFileSystem":
         return await _of_file(inner._strip_protocol(path))
-    # what it cannot tell is not known, whatever the reason
+    # after any error the state is unknown
     with suppress(Exception):
         if getattr(inner, "dircache", None):
-            # it would answer from what it listed before
+            # drop the listing cache, which may be outdated
             inner.invalidate_cache(inner._parent(path))
         return _of_info(await source.fs._info(path), names)
     return _Head()
@@ -469,14 +455,9 @@ def _is_s3fs(fs: Any) -> bool:
 
 
 class _Noting:
-    """A file system of fsspec's as it reads one value, which notes what the answers tell beside the bytes.
+    """An fsspec file system for one read that records the metadata of the responses.
 
-    fsspec gives the bytes alone. This has s3fs and its client of the web read in their own way, but listens to the
-    answers that they get.
-
-    Parameters
-    ----------
-    fs : AbstractFileSystem
+    fsspec returns bytes alone. This lets s3fs and fsspec's HTTP client read as usual, and records the headers.
     """
 
     def __init__(self, fs: Any) -> None:
@@ -513,7 +494,7 @@ class _Noting:
 
 
 class _Session:
-    """A session of aiohttp's that notes what its answers tell."""
+    """An aiohttp session that records the headers of its responses."""
 
     def __init__(self, session: Any, heads: list[_Head]) -> None:
         self._session = session
@@ -544,7 +525,9 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
     return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
 
 
-async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Answer:
+async def _noted(
+    twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+) -> FetchResult:
     """Read through a `_Noting` twin of a store."""
     value = await twin.get(key, prototype, byte_range)
     heads: list[_Head] = twin.fs.heads
@@ -553,7 +536,7 @@ async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_r
     head = heads[-1]
     if len({head.validator for head in heads}) > 1:
         # of several states, if it was read in parts
-        return Answer(value, exact=False)
+        return FetchResult(value, exact=False)
     if byte_range is None and len(heads) > 1:
         head = _Head(head.validator, head.size)
     elif head.got is None and head.is_plain:

@@ -1,7 +1,7 @@
-"""Credentials where people keep them, for obstore: the files and tools of AWS, gcloud's and Azure's.
+"""Credential providers for obstore: the files and tools of AWS, Google and Azure.
 
-A provider is asked whenever a request needs credentials that may have passed. It is pickled by what it was given and
-finds its credentials anew in each process: where it was given nothing, no credential travels.
+obstore asks a provider whenever a credential may have expired. A pickled provider finds its credentials anew in each
+process: only credentials that the user gave are in the pickle.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import cached_property
 from typing import Any, Final
 
 _FOR_NOW: Final = timedelta(minutes=1)
-"""Less than what obstore wants of a credential that it keeps: the AWS tools know when to fetch another one."""
+"""Less than the lifetime that obstore requires to keep a credential, because the AWS tools refresh it themselves."""
 
 _FROM_A_FILE: Final = timedelta(minutes=15)
-"""After this, a file is read again: keys in it may have been exchanged."""
+"""The time after which a file is read again, because its keys may have been replaced."""
 
 _OF_TRANSFERS: Final = ("max_", "multipart_", "io_chunksize", "preferred_transfer_client", "target_bandwidth")
 """Settings of the AWS tools for S3 that change no request that is made here."""
 
 _GOOGLE_SCOPES: Final = ("https://www.googleapis.com/auth/devstorage.full_control",)
-"""What gcsfs asks for."""
+"""The scopes that gcsfs requests."""
 
 
 class NoCredentials(Exception):
@@ -30,12 +30,12 @@ class NoCredentials(Exception):
 
 
 class NoSuchProfile(ValueError):
-    """A profile that the configuration of the AWS tools does not have."""
+    """A profile that the AWS configuration does not have."""
 
 
 @dataclass(frozen=True)
 class AwsCredentials:
-    """Whatever the AWS tools find: of a profile, of SSO, of a role, of another program, of the machine."""
+    """The credentials that the AWS tools find: a profile, SSO, a role, another program or the machine's metadata."""
 
     profile: str | None = None
     """None for the one that the environment of the process names."""
@@ -45,15 +45,7 @@ class AwsCredentials:
 
     @cached_property
     def session(self) -> Any:
-        """A session of botocore's.
-
-        Raises
-        ------
-        ImportError
-            There is no botocore.
-        NoSuchProfile
-            It is not configured.
-        """
+        """A botocore session; raises `ImportError` without botocore, and `NoSuchProfile`."""
         import botocore.exceptions
         import botocore.session
 
@@ -90,7 +82,7 @@ class AwsCredentials:
 
     @property
     def unsaid(self) -> str | None:
-        """The name of a setting that changes requests and that obstore has no word for."""
+        """The name of a setting that changes requests and that obstore does not support."""
         scoped = self.session.get_scoped_config()
         section = scoped.get("s3")
         names = ["s3." + name for name in section] if isinstance(section, Mapping) else []
@@ -118,7 +110,7 @@ class AwsCredentials:
 
 @dataclass(frozen=True)
 class GoogleCredentials:
-    """What gcloud and Google's machines provide, or credentials that were given."""
+    """The credentials of gcloud or of a Google machine, or credentials that the user gave."""
 
     given: Any = field(default=None, repr=False)
 
@@ -127,15 +119,7 @@ class GoogleCredentials:
 
     @cached_property
     def provider(self) -> Any:
-        """Obstore's.
-
-        Raises
-        ------
-        ImportError
-            There is no google-auth.
-        NoCredentials
-            Google's tools find none.
-        """
+        """The provider of obstore; raises `ImportError` without google-auth, and `NoCredentials`."""
         import google.auth
         from google.auth.credentials import with_scopes_if_required
         from google.auth.exceptions import DefaultCredentialsError
@@ -155,7 +139,7 @@ class GoogleCredentials:
 
 @dataclass(frozen=True)
 class AzureCredentials:
-    """What Azure's tools and machines provide, or a credential that was given."""
+    """The credentials of Azure's tools or machines, or a credential that the user gave."""
 
     given: Any = field(default=None, repr=False)
 
@@ -164,13 +148,7 @@ class AzureCredentials:
 
     @cached_property
     def provider(self) -> Any:
-        """Obstore's.
-
-        Raises
-        ------
-        ImportError
-            There is no azure-identity.
-        """
+        """The provider of obstore; raises `ImportError` without azure-identity."""
         from obstore.auth.azure import AzureCredentialProvider
 
         return AzureCredentialProvider(self.given)

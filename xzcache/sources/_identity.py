@@ -1,8 +1,7 @@
-"""A name for what is read that no other source has.
+"""Identities: a unique name for each source.
 
-A source's *identity* is where its bytes come from: protocol, endpoint, account, bucket, path. It holds no credential
-and no setting that leaves the bytes alone, so that it is the same in every process, after every restart, and through
-whichever library the source is read.
+An *identity* is the origin of the bytes: protocol, endpoint, account, bucket, path. It holds no credential and no
+setting that does not change the bytes. So it is the same in every process, after every restart, and with every library.
 """
 
 from __future__ import annotations
@@ -25,28 +24,28 @@ from xzcache._fork import renew_after_fork
 from xzcache.sources import _locations as locations
 from xzcache.sources._credentials import PROVIDERS, AwsCredentials
 from xzcache.sources._locations import (
-    Indescribable,
-    described,
-    described_filesystem,
+    Unidentifiable,
+    filesystem_token,
     is_filesystem,
     is_object_store,
     label_of,
     parts_of,
     protocol_of,
+    stable_token,
 )
 from xzcache.sources._open import WebStore
 from xzcache.sources._urls import shown, without_user
 
-# -- Remembering what was found out about an object for as long as it lives, and no longer.
+# -- A map of identities that keeps no store alive.
 
 T = TypeVar("T")
 
 
-class Remembered(Generic[T]):
-    """What was found out about stores, by object: a store keeps what was said of it first, for its lifetime.
+class IdentityMap(Generic[T]):
+    """The identities of stores, by object: a store keeps its first identity for its lifetime.
 
-    A store whose attributes change as it is used stays the same source; and two stores over the same dictionary are
-    one source for as long as any of them lives.
+    Attributes of a store may change while it is used. Two stores over the same dictionary are one source while either
+    of them lives.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,7 @@ class Remembered(Generic[T]):
         self._shared: dict[int, tuple[set[int], str]] = {}
 
     def after_fork_in_child(self) -> None:
-        """Let go of a lock that a thread of the parent may hold."""
+        """Start with a new lock, because a thread of the parent may hold the old one."""
         self._lock = threading.RLock()
 
     def of(self, store: Store, identify: Callable[[Store], T]) -> T:
@@ -70,7 +69,7 @@ class Remembered(Generic[T]):
             return identity
 
     def lifetime(self, store: Store, contents: object) -> str:
-        """A token for what a store holds, for as long as a store that we know of holds it."""
+        """A token for the contents of a store, valid while a known store holds them."""
         number, holder = id(contents), id(store)
         with self._lock:
             holders, token = self._shared.setdefault(number, (set(), uuid.uuid4().hex))
@@ -80,7 +79,7 @@ class Remembered(Generic[T]):
             return token
 
     def _let_go(self, number: int, holder: int) -> None:
-        # the number may be given to other contents only after the last store has let go of these
+        # the id may be reused only after the last store has released these contents
         with self._lock:
             holders, _ = self._shared.get(number, (set(), ""))
             holders.discard(holder)
@@ -88,22 +87,14 @@ class Remembered(Generic[T]):
                 self._shared.pop(number, None)
 
 
-# -- What tells a store of VirtualiZarr's, whose chunks are parts of other files, from all others: its references.
+# -- The references of a VirtualiZarr store, whose chunks are parts of other files.
 
 
 def manifest_parts(store: Any, known: Callable[[Any], Iterator[str]]) -> Iterator[str]:
-    """The references of a `ManifestStore`, and where they lead.
+    """The references of a `ManifestStore`, and the stores that they lead to.
 
-    Parameters
-    ----------
-    store : virtualizarr.manifests.ManifestStore
-    known : callable
-        What tells an object store from others.
-
-    Raises
-    ------
-    AttributeError, TypeError
-        The store is laid out in another way than in the versions that are known here.
+    `known` returns the token of an object store. Raises `AttributeError` or `TypeError` for an unknown layout of the
+    store.
     """
     yield "virtual"
     yield from _group(store._group)
@@ -130,24 +121,24 @@ def _group(group: Any) -> Iterator[str]:
         yield references.hexdigest()
 
 
-# -- What a source is called.
+# -- Identities of sources.
 
 _TRANSPARENT: Final = ("zarr.storage", "zarr.testing")
 
 
 class Identity(NamedTuple):
-    """What makes a source this source."""
+    """The identity of a source."""
 
     label: str
     """Readable, without credentials."""
     digest: str
-    """What tells it from all others, told to nobody: there may be a credential in it after all."""
+    """A digest that distinguishes the source; never shown, because it may depend on a credential."""
     lasting: bool
     """Whether another process, or a later one, would find the same bytes under it."""
     immutable: bool = False
-    """Whether nothing can ever change under it, so that its source need not be asked again."""
+    """Whether the source can never change, so that it needs no revalidation."""
     fickle: bool = False
-    """Whether the source can take back what it had, without a trace, so that nothing of it may be cached."""
+    """Whether the source can undo changes without a trace, so that nothing of it may be cached."""
 
     @property
     def namespace(self) -> str:
@@ -164,28 +155,28 @@ class Identity(NamedTuple):
 def identity(
     label: str, parts: Iterable[str], *, lasting: bool, immutable: bool = False, fickle: bool = False
 ) -> Identity:
-    """An identity from a readable label and all that tells a source from others."""
+    """An identity from a readable label and the parts that distinguish the source."""
     text = "\0".join(parts).encode("utf-8", "surrogatepass")
     return Identity(label, blake2b(text, digest_size=10).hexdigest(), lasting, immutable, fickle)
 
 
-_remembered: Final = Remembered[Identity]()
+_identities: Final = IdentityMap[Identity]()
 
 
 def identify(store: Store) -> Identity:
     """The identity of a source. The same object has the same one for its lifetime."""
-    return _remembered.of(store, _identify)
+    return _identities.of(store, _identify)
 
 
 def remember(store: Store, known: Identity) -> None:
     """Give a store the identity of the one that it is a copy of."""
-    _remembered.of(store, lambda _: known)
+    _identities.of(store, lambda _: known)
 
 
 def is_same_source(one: Store, other: Store) -> bool:
-    """Whether two stores read the same bytes in the same way, whether or not they may write them.
+    """Whether two stores read the same bytes in the same way, with or without write access.
 
-    Stores in memory are compared by what they hold their contents in: Zarr's compare by the contents themselves.
+    Stores in memory are compared by their dictionary; Zarr compares the contents.
     """
     if one is other:
         return True
@@ -195,16 +186,16 @@ def is_same_source(one: Store, other: Store) -> bool:
     if not known.lasting:
         return True
     if one.read_only != other.read_only:
-        # several stores that differ in this alone are not equal; whether a `CacheStore` writes is its own setting
+        # some stores differ only in `read_only`, which `CacheStore` sets by itself
         with suppress(NotImplementedError, TypeError, ValueError):
             one = one.with_read_only(other.read_only)
     return bool(one == other)
 
 
 def is_found_out_anew(store: Store) -> bool:
-    """Whether a copy of a store in another process had better be identified there.
+    """Whether a copy of a store in another process should be identified again there.
 
-    With another environment it might read something else; or to find it out is easy.
+    In another environment it may read other data, or identifying it is cheap.
     """
     if type(store) is LocalStore:
         return True
@@ -217,7 +208,7 @@ def is_found_out_anew(store: Store) -> bool:
 def _identify(store: Store) -> Identity:
     inner = getattr(store, "source", None)
     if isinstance(inner, Identity):
-        # what the inner one holds may be older than what the source has
+        # the cache of the inner store may be older than the source
         return identity(inner.label, ("through a cache", inner.digest), lasting=inner.lasting, fickle=inner.fickle)
     if (describe := _KINDS.get(type(store))) is not None:
         return describe(store)
@@ -237,20 +228,20 @@ def _identify(store: Store) -> Identity:
 
 
 def _of_lifetime(store: Store, contents: object, *, fickle: bool = False) -> Identity:
-    token = _remembered.lifetime(store, contents)
+    token = _identities.lifetime(store, contents)
     return identity(type(store).__name__, ("lifetime", token), lasting=False, fickle=fickle)
 
 
 def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity:
-    """Of a user's own wrapper or subclass, which may change what passes through it: its attributes may say how."""
+    """The identity of a user's wrapper or subclass, which may change the data: its attributes are included."""
     attributes = {name: value for name, value in vars(store).items() if name not in ("_is_open", "_read_only")}
     if isinstance(store, WrapperStore):
         inner = identify(store._store)
     else:
         inner = _of_fsspec(store) if isinstance(store, FsspecStore) else _of_local(store)
     try:
-        parts = tuple(described(attributes, _known))
-    except Indescribable:
+        parts = tuple(stable_token(attributes, _known))
+    except Unidentifiable:
         return _of_lifetime(store, store, fickle=inner.fickle)
     kind = f"{type(store).__module__}.{type(store).__qualname__}"
     return identity(inner.label, ("variant", kind, *parts, inner.digest), lasting=inner.lasting, fickle=inner.fickle)
@@ -259,7 +250,7 @@ def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity
 def _known(value: Any) -> Iterator[str] | None:
     if isinstance(value, Store):
         return iter((identify(value).digest,))
-    return described_filesystem(value) if is_filesystem(value) else None
+    return filesystem_token(value) if is_filesystem(value) else None
 
 
 def _of_local(store: LocalStore) -> Identity:
@@ -291,7 +282,7 @@ def _of_fsspec(store: FsspecStore) -> Identity:
         return identity(f"memory {path}", ("memory", str(os.getpid()), path), lasting=False)
     try:
         return identity(label_of(store.fs, path), parts_of(store.fs, path), lasting=True)
-    except Indescribable:
+    except Unidentifiable:
         return _of_lifetime(store, store)
 
 
@@ -306,7 +297,7 @@ def _of_obstore(store: Any) -> Identity:
         return _of_lifetime(store, inner)
     try:
         label, parts = _remote(inner)
-    except Indescribable:
+    except Unidentifiable:
         return _of_lifetime(store, store)
     return identity(label, parts, lasting=True)
 
@@ -325,20 +316,20 @@ def _remote(store: Any) -> tuple[str, tuple[str, ...]]:
     describe = {"S3Store": locations.of_s3, "GCSStore": locations.of_google, "AzureStore": locations.of_azure}.get(kind)
     if describe is None:
         label = shown(f"{kind}://{bucket}/{prefix}")
-        return label, (kind, bucket, prefix, *described(config, _known))
+        return label, (kind, bucket, prefix, *stable_token(config, _known))
     provider = getattr(store, "credential_provider", None)
     if isinstance(provider, AwsCredentials):
         config["profile"] = provider.profile
     location = describe(f"{bucket}/{prefix}", config, boto=False)
     if location.server and provider is not None and not isinstance(provider, PROVIDERS):
-        return location.label, (*location, *described(provider, _known))
+        return location.label, (*location, *stable_token(provider, _known))
     return location.label, location
 
 
 def _of_icechunk(store: Any) -> Identity:
     session = store.session
     if not session.read_only:
-        # what is not committed has no name, and is discarded, rebased or merged behind the store's back
+        # uncommitted changes have no name, and can be discarded, rebased or merged outside of the store
         return _of_lifetime(store, store, fickle=True)
     snapshot = str(session.snapshot_id)
     # snapshot ids are random, but for the first, empty one of every repository
@@ -348,7 +339,7 @@ def _of_icechunk(store: Any) -> Identity:
 def _of_manifests(store: Any) -> Identity:
     try:
         parts = tuple(manifest_parts(store, lambda inner: iter(_remote(inner)[1])))
-    except (AttributeError, TypeError, Indescribable):
+    except (AttributeError, TypeError, Unidentifiable):
         # another version of that package lays it out in another way
         return _of_lifetime(store, store)
     return identity("virtual dataset", parts, lasting=True)

@@ -1,7 +1,7 @@
-"""Where an object store keeps things: the same words, whichever library reads them, and no credentials.
+"""Locations of object stores: the same for every library, and without credentials.
 
-A bucket of Amazon's or Google's is one in the world. Anywhere else two servers, and two accounts on one server, may
-each have a bucket of the same name, so that both are part of the location.
+Bucket names of Amazon and Google are unique in the world. On any other server, two servers or two accounts may have
+buckets of the same name, so both are part of the location.
 """
 
 from __future__ import annotations
@@ -17,34 +17,24 @@ from urllib.parse import quote
 from xzcache.sources._credentials import AwsCredentials
 from xzcache.sources._urls import host_and_port, links, shown, sounds_secret, without_user
 
-# -- Objects as text that is the same in every process, without what might be a credential.
+# -- Objects as text that is the same in every process, without possible credentials.
 
 _WHOSE: Final = ("key", "username", "user", "access_key_id", "aws_access_key_id")
-"""Names of options that say in whose name something is read: what is there may depend on it."""
+"""Names of options that name the user of a source, which may change its contents."""
 _PASSING: Final = ("token", "session_token", "aws_session_token")
 """With one of these, the name is another one the next hour."""
 _BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
 
 
-class Indescribable(Exception):
-    """Nobody can tell from the outside what an object does."""
+class Unidentifiable(Exception):
+    """An object whose behaviour cannot be identified by its attributes."""
 
 
-def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Iterator[str]:
-    """A value as text.
+def stable_token(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Iterator[str]:
+    """A stable text for a value, for use in identities.
 
-    Locks, events and loggers are nothing but their type: they change when bytes arrive, not which.
-
-    Parameters
-    ----------
-    value : Any
-    known : callable
-        The text of a store or file system; None for anything else.
-
-    Raises
-    ------
-    Indescribable
-        It holds an object that could be anything.
+    Locks, events and loggers count by type only, because they do not change the bytes. `known` returns the text of a
+    store or file system, and None for other values. Raises `Unidentifiable` for an arbitrary object.
     """
     if isinstance(value, str):
         yield repr(without_user(value))
@@ -58,12 +48,12 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
                 yield f"{name}={blake2b(item.encode(), digest_size=16).hexdigest()}"
             elif isinstance(item, bool | int | float) or item is None or not sounds_secret(str(name)):
                 yield f"{name}="
-                yield from described(item, known)
+                yield from stable_token(item, known)
         yield "}"
     elif isinstance(value, list | tuple | set | frozenset):
         yield "["
         for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
-            yield from described(item, known)
+            yield from stable_token(item, known)
         yield "]"
     elif (text := known(value)) is not None:
         yield from text
@@ -73,7 +63,7 @@ def described(value: Any, known: Callable[[Any], Iterator[str] | None]) -> Itera
         # a function or class that can be imported
         yield f"{value.__module__}.{value.__qualname__}"
     else:
-        raise Indescribable
+        raise Unidentifiable
 
 
 # -- Where a source is.
@@ -91,7 +81,7 @@ class Location(NamedTuple):
     server: str
     """The endpoint, where there is more than one; else empty."""
     account: str
-    """Whose the objects are, where names are by account; else empty. Never shown."""
+    """The owner of the objects, if names depend on the account; else empty. Never shown."""
     path: str
     """Bucket or container, and the path within."""
 
@@ -102,15 +92,9 @@ class Location(NamedTuple):
 
 
 def of_s3(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Location:
-    """Of an S3 bucket and prefix.
+    """The location of an S3 bucket and prefix; `options` are those of s3fs or obstore.
 
-    Parameters
-    ----------
-    path : str
-    options : mapping
-        In s3fs's or obstore's words.
-    boto : bool
-        Whether a client reads it that finds endpoints where boto does, and not where obstore does.
+    `boto` tells that the client finds endpoints where boto does, and not where obstore does.
     """
     given = {**options, **_mapping(options.get("client_kwargs"))}
     profile = str(given.get("profile") or _environment("AWS_PROFILE") or _environment("AWS_DEFAULT_PROFILE"))
@@ -118,7 +102,7 @@ def of_s3(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Locati
     if boto:
         endpoint = endpoint or configured_endpoint(profile)
     else:
-        # one wins over what is given, the others do not
+        # the first variable overrides the given endpoint, the others do not
         endpoint = _environment("AWS_ENDPOINT_URL_S3") or endpoint
         endpoint = endpoint or _environment("AWS_ENDPOINT_URL") or _environment("AWS_ENDPOINT")
     region = given.get("region_name") or given.get("region") or _environment("AWS_REGION")
@@ -127,7 +111,7 @@ def of_s3(path: str, options: Mapping[str, Any], *, boto: bool = True) -> Locati
 
 
 def configured_endpoint(profile: str) -> str:
-    """The endpoint that boto finds when none is given; something that stands for it where only boto can tell."""
+    """The endpoint that boto finds if none is given; a placeholder if only boto can find it."""
     if _true(_environment("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")):
         return ""
     if endpoint := _environment("AWS_ENDPOINT_URL_S3") or _environment("AWS_ENDPOINT_URL"):
@@ -191,7 +175,7 @@ def of_web(url: str) -> Location:
     usual = {"https": ":443", "http": ":80"}.get(link.scheme, ":")
     # a fragment is never sent
     path, mark, query = link.rest.partition("#")[0].partition("?")
-    # libraries differ in whether they say a space, or %20
+    # libraries differ in writing a space or %20
     path = quote(path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
     user = re.split(":|%3A", link.user, maxsplit=1, flags=re.IGNORECASE)[0]
     where = link.host.lower().removesuffix(usual) + path + (mark + query if query else "")
@@ -199,7 +183,7 @@ def of_web(url: str) -> Location:
 
 
 def _server(endpoint: str) -> str:
-    """Host, port and path; of Amazon's own the part of the world whose names of buckets are its own."""
+    """Host, port and path; for Amazon, the partition of bucket names."""
     host, port, path = _taken_apart(endpoint)
     if not host or _AMAZON.fullmatch(host):
         return _partition(host)
@@ -210,8 +194,8 @@ def _taken_apart(endpoint: str) -> tuple[str, int, str]:
     if not endpoint:
         return "", 0, ""
     if (parts := host_and_port(endpoint)) is None:
-        # where one reads from is not known: nobody else reads from there
-        raise Indescribable
+        # an unknown location must not equal another one
+        raise Unidentifiable
     return parts
 
 
@@ -233,7 +217,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-# -- What tells a path on an fsspec file system from all others.
+# -- Locations of paths on fsspec file systems.
 
 _NOT_LOCATING: Final = (
     *("asynchronous", "loop", "max_concurrency", "anon", "skip_instance_cache", "use_listings_cache"),
@@ -270,24 +254,18 @@ def label_of(fs: Any, path: str) -> str:
 
 
 def parts_of(fs: Any, path: str) -> Iterator[str]:
-    """What tells a path on a file system from all others, as text.
-
-    Raises
-    ------
-    Indescribable
-        It was given an object that could be anything.
-    """
+    """The texts that identify a path on a file system; raises `Unidentifiable` for an arbitrary object."""
     if (location := _location(fs, path)) is not None:
         yield from location
         if _options(_inmost(fs)).get("version_aware"):
             yield "version_aware"
         return
     yield without_user(path)
-    yield from described_filesystem(fs)
+    yield from filesystem_token(fs)
 
 
-def described_filesystem(fs: Any) -> Iterator[str]:
-    """What tells a file system from others of its kind, and those that lie behind it."""
+def filesystem_token(fs: Any) -> Iterator[str]:
+    """The texts that identify a file system and those behind it."""
     fs = _inmost(fs)
     if (location := _location(fs, "")) is not None:
         yield from location
@@ -296,18 +274,18 @@ def described_filesystem(fs: Any) -> Iterator[str]:
     options = _options(fs)
     yield from _references(fs, options.pop("fo", None))
     shown = {name: value for name, value in options.items() if name not in _NOT_LOCATING}
-    yield from described(shown, lambda value: described_filesystem(value) if is_filesystem(value) else None)
+    yield from stable_token(shown, lambda value: filesystem_token(value) if is_filesystem(value) else None)
     behind = getattr(fs, "fss", None)
     inner = [*(behind.values() if isinstance(behind, Mapping) else ()), getattr(fs, "fs", None)]
     inner.append(getattr(getattr(fs, "fo", None), "fs", None))
     for other in inner:
-        # credentials among the options were left out; whose objects those read was not
+        # the options contain no credentials, but the account of the other file systems matters
         if other is not fs and is_filesystem(other):
-            yield from described_filesystem(other)
+            yield from filesystem_token(other)
 
 
 def _references(fs: Any, given: object) -> Iterator[str]:
-    """References are data: another set of them is another source, under whatever name it is found."""
+    """The digest of references, which are data: other references are another source."""
     table = getattr(fs, "references", given)
     if not isinstance(table, dict):
         table = given
@@ -319,7 +297,7 @@ def _references(fs: Any, given: object) -> Iterator[str]:
         yield repr(without_user(os.path.realpath(path) if os.path.exists(path) else given))
         yield from _state(path)
     elif given is not None:
-        yield from described(given, lambda _: None)
+        yield from stable_token(given, lambda _: None)
 
 
 def _state(path: str) -> Iterator[str]:
@@ -337,7 +315,7 @@ def _location(fs: Any, path: str) -> Location | None:
 
 
 def _is_known(fs: Any) -> bool:
-    # a subclass of a user's may read something else
+    # a subclass may read other data
     return type(_inmost(fs)).__module__.startswith(("s3fs", "gcsfs", "adlfs", "fsspec.implementations.http"))
 
 

@@ -1,6 +1,6 @@
-"""Object stores by URL, read with obstore: options in fsspec's words, said in obstore's.
+"""Object stores by URL, read with obstore: translates fsspec's options to obstore's.
 
-An option that obstore has no word for is never left out: `Untranslatable` says so, and the caller reads with fsspec.
+An option without a translation is never dropped: `Untranslatable` is raised, and the caller reads with fsspec.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SECONDS: Final = 5.0
 
 
 def region_of(bucket: str, endpoint: str = _AMAZON) -> str | None:
-    """The region of a bucket, which Amazon tells anybody, whoever may read it; None where it cannot be asked.
+    """The region of a bucket, which Amazon reports without credentials; None if the request fails.
 
     One request for each bucket and process.
     """
@@ -133,11 +133,11 @@ _AZURE_PARTS: Final = {
 """Of a connection string."""
 
 SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
-"""What obstore can read by URL."""
+"""The URL schemes that obstore can read."""
 
 
 class Untranslatable(ValueError):
-    """A URL or an option that cannot be said in obstore's words."""
+    """A URL or an option that cannot be translated for obstore."""
 
     def __init__(self, reason: str) -> None:
         # the name of an option may be a URL
@@ -145,24 +145,11 @@ class Untranslatable(ValueError):
 
 
 def object_store(url: str, options: Mapping[str, Any], *, sure: bool) -> Remote:
-    """An obstore store for a URL.
+    """An obstore store for a URL of one of `SCHEMES`, with options of fsspec or of obstore.
 
-    Parameters
-    ----------
-    url : str
-        Of one of `SCHEMES`.
-    options : mapping
-        In fsspec's words or obstore's.
-    sure : bool
-        Whether obstore was asked for: it finds credentials in fewer places than fsspec's clients do, so that it is only
-        taken unasked where they are in sight.
-
-    Raises
-    ------
-    Untranslatable
-        Naming the option.
-    ImportError
-        There is no obstore.
+    `sure` tells that the user chose obstore. It finds credentials in fewer places than fsspec's clients, so without
+    `sure` the credentials must be visible. Raises `Untranslatable` with the name of the option, or `ImportError`
+    without obstore.
     """
     import obstore.exceptions
 
@@ -211,9 +198,9 @@ def _renamed(given: Iterable[tuple[str, Any]], names: Mapping[str, str], native:
         if value is None:
             continue
         if (word := names.get(name, name)) not in native:
-            raise Untranslatable(f"obstore has no word for the option {name!r}")
+            raise Untranslatable(f"obstore does not support the option {name!r}")
         if word in said:
-            raise Untranslatable(f"the option {name!r} says again what another one says")
+            raise Untranslatable(f"the option {name!r} duplicates another one")
         said[word] = value
     return said
 
@@ -223,11 +210,11 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
     if not isinstance(client, Mapping):
         raise Untranslatable("the option 'client_kwargs' is no mapping")
     if not given.pop("use_ssl", True):
-        raise Untranslatable("obstore has no word for the option 'use_ssl'")
+        raise Untranslatable("obstore does not support the option 'use_ssl'")
     profile = given.pop("profile", None)
     config = _renamed([*given.items(), *client.items()], _S3, _S3_NATIVE)
     if profile and _with_tools(profile) is None:
-        raise Untranslatable("without botocore, obstore has no word for the option 'profile'")
+        raise Untranslatable("without botocore, obstore does not support the option 'profile'")
     signed = not config.get("skip_signature", False)
     if signed:
         config.pop("skip_signature", None)
@@ -237,7 +224,7 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
             elif not sure:
                 raise Untranslatable("without botocore, obstore may not find the credentials that s3fs finds")
         if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
-            # obstore would send it along with somebody else's key
+            # obstore would combine it with the given key
             raise Untranslatable("AWS_SESSION_TOKEN in the environment does not belong to the key that was given")
     if ambiguous := next((name for name in _AWS_TAKEN_IN_TWO_WAYS if os.environ.get(name)), None):
         raise Untranslatable(f"obstore and s3fs do not take {ambiguous} of the environment alike")
@@ -270,14 +257,14 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
 
 
 def _with_tools(profile: str | None) -> AwsCredentials | None:
-    """The AWS tools, where they are installed and configured for nothing that obstore has no word for."""
+    """The AWS tools, if they are installed and their configuration can be translated."""
     tools = AwsCredentials(profile)
     try:
         unsaid = tools.unsaid
     except ImportError:
         return None
     if unsaid is not None:
-        raise Untranslatable(f"obstore has no word for {unsaid!r} of the configuration of the AWS tools")
+        raise Untranslatable(f"obstore does not support {unsaid!r} of the configuration of the AWS tools")
     return tools
 
 
@@ -303,7 +290,7 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
     elif hasattr(token, "refresh"):
         yield "credential_provider", GoogleCredentials(token)
     elif token not in (None, "google_default"):
-        raise Untranslatable("obstore has no word for this kind of the option 'token'")
+        raise Untranslatable("obstore does not support this kind of the option 'token'")
     elif not (given.keys() & _GCS_NATIVE or _google_file_is_native()):
         try:
             (tools := GoogleCredentials()).provider  # noqa: B018
@@ -315,7 +302,7 @@ def _of_gcs(given: dict[str, Any], *, sure: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _google_file_is_native() -> bool:
-    """Whether the environment names a file of credentials of a kind that obstore knows."""
+    """Whether the environment names a credentials file of a kind that obstore supports."""
     try:
         with open(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or "", "rb") as file:
             return json.load(file).get("type") in ("service_account", "authorized_user")
@@ -339,7 +326,7 @@ def _of_azure(place: str, given: dict[str, Any], *, sure: bool) -> Iterator[tupl
         config.pop("skip_signature", None)
         signs = config.keys() & {*_AZURE_CREDENTIALS} or any(os.environ.get(name) for name in _AZURE_SIGNS)
         if credential is not None and (signs or not hasattr(credential, "get_token")):
-            raise Untranslatable("obstore has no word for this kind of the option 'credential'")
+            raise Untranslatable("obstore does not support this kind of the option 'credential'")
         if not signs:
             try:
                 (tools := AzureCredentials(credential)).provider  # noqa: B018
@@ -362,12 +349,12 @@ def _without_connection_string(given: dict[str, Any]) -> dict[str, Any]:
     said = {word: parts.pop(name, None) for name, word in _AZURE_PARTS.items()}
     scheme, suffix = parts.pop("DefaultEndpointsProtocol", "https"), parts.pop("EndpointSuffix", "core.windows.net")
     if parts.keys() - {"QueueEndpoint", "TableEndpoint", "FileEndpoint"} or not said["account_name"]:
-        raise Untranslatable("obstore has no word for a part of the option 'connection_string'")
+        raise Untranslatable("obstore does not support a part of the option 'connection_string'")
     if not said["endpoint"] and (scheme, suffix) != ("https", "core.windows.net"):
         said["endpoint"] = f"{scheme}://{said['account_name']}.blob.{suffix}"
     for word, value in said.items():
         if value and given.setdefault(word, value) != value:
-            raise Untranslatable("the connection string and another option do not say the same")
+            raise Untranslatable("the connection string and another option differ")
     return given
 
 
@@ -379,5 +366,5 @@ def _of_web(parts: SplitResult, given: dict[str, Any]) -> dict[str, Any]:
     headers = client.get("headers") if isinstance(client, Mapping) else None
     if given or (client and (headers is None or len(client) > 1)):
         name = next(iter(given), "client_kwargs")
-        raise Untranslatable(f"obstore has no word for the option {name!r}")
+        raise Untranslatable(f"obstore does not support the option {name!r}")
     return {"allow_http": parts.scheme == "http"} | ({"default_headers": dict(headers)} if headers else {})

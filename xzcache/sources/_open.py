@@ -1,4 +1,4 @@
-"""What is read: a Zarr store from whatever the user gave."""
+"""Opening sources: a Zarr store from the user's argument."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SLASH_MISSING: Final = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
 
 
 def is_url(store: object) -> bool:
-    """Whether something is a URL, or a chain of them, and not a path."""
+    """Whether a string is a URL or a chain of URLs, and not a path."""
     if not isinstance(store, str) or store.startswith(("file://", "/", ".", "~")):
         return False
     return "://" in store or "::" in store
@@ -42,16 +42,16 @@ def is_at_hand(store: Store) -> bool:
 
 
 def local_path(store: object) -> str | None:
-    """The absolute path, links and all, of what is given as a path on this machine."""
+    """The absolute path, with links, of a local path; None for other arguments."""
     if isinstance(store, str) and (is_url(store) or store.startswith("file://")):
         return None
-    return os.path.abspath(place_of(store)) if isinstance(store, str | Path) else None
+    return os.path.abspath(path_of(store)) if isinstance(store, str | Path) else None
 
 
-def place_of(path: str | os.PathLike[str]) -> str:
-    """Where Zarr finds what is given as a path on this machine or as a URL of a file.
+def path_of(path: str | os.PathLike[str]) -> str:
+    """The local path of a path or of a ``file`` URL, as Zarr finds it.
 
-    A text is a URL to Zarr of late: what follows a ``#`` or ``?`` is no part of the path. A `pathlib.Path` is a path.
+    Recent versions of Zarr parse a string as a URL, whose ``#`` or ``?`` ends the path. A `pathlib.Path` is a path.
     """
     if isinstance(path, str):
         try:
@@ -67,23 +67,23 @@ def place_of(path: str | os.PathLike[str]) -> str:
 
 
 def _lacks_slashes(text: str) -> bool:
-    """Whether a text with a user in it is a URL but for its slashes, and no path of what there is."""
-    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(place_of(text))
+    """Whether a string with a user name is a URL without slashes, and not an existing path."""
+    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(path_of(text))
 
 
 def as_xarray(path: str | os.PathLike[str]) -> str:
-    """A path as xarray hands it to Zarr: as an absolute text, whatever it was."""
+    """A path as xarray passes it to Zarr: an absolute string."""
     text = os.fspath(path)
     return text if text.startswith("file://") or _lacks_slashes(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def spelled(store: object) -> str | None:
-    """A URL as it was given, but without credentials; None for anything else."""
+    """A URL as the user gave it, without credentials; None for other arguments."""
     return shown(store).rstrip("/") if isinstance(store, str) else None
 
 
 def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: str = "auto") -> Store:
-    """A Zarr store from anything that names one.
+    """Open a source as a Zarr store.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
     if type(store) is LocalStore:
         if os.path.realpath(store.root) == str(store.root) and store.read_only >= read_only:
             return store
-        # whoever only reads does not make it
+        # a read-only store does not create the directory
         return _local(store.root, read_only=read_only or store.read_only)
     if isinstance(store, Store):
         if type(store) is FsspecStore:
@@ -136,7 +136,7 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
         if _lacks_slashes(store):
             # never with its value, which may be a secret
-            raise ValueError(f"store is no URL, for want of slashes, and no path that there is: give {_ACCEPTED}")
+            raise ValueError(f"store is neither an existing path nor a URL (no slashes): give {_ACCEPTED}")
         return _local(store, read_only=read_only)
     if type(store).__name__ == "FSMap":
         _check_path(store.fs, store.root)
@@ -153,17 +153,17 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
 
 
 def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
-    # fsspec writes into what it is given
+    # fsspec modifies its arguments
     return {name: _copied(value) if type(value) is dict else value for name, value in options.items()}
 
 
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
-    # where it is now: neither the working directory nor a link may lead elsewhere later on
-    return LocalStore(Path(os.path.realpath(place_of(path))), read_only=read_only)
+    # resolve the path now: a change of the working directory or of a link must not change it
+    return LocalStore(Path(os.path.realpath(path_of(path))), read_only=read_only)
 
 
 def _check_path(fs: Any, path: str) -> None:
-    """Refuse a user and a password within the path of an object that somebody made of a URL."""
+    """Reject a user name and a password in the path of an fsspec object."""
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     if "://" in path or protocol in SCHEMES:
         certain(path if "://" in path else f"{protocol}://{path}", "store")
@@ -205,7 +205,7 @@ def _over_obstore(url: str, options: Mapping[str, Any], *, read_only: bool, sure
 
 
 def _configured(scheme: str) -> dict[str, Any]:
-    """What fsspec's own configuration says of a scheme: options as well."""
+    """The options for a scheme from fsspec's configuration."""
     from fsspec.config import conf
 
     names = next((names for names in _ALIASES if scheme in names), (scheme,))
@@ -226,29 +226,22 @@ def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store
             f"reads {', '.join(SCHEMES)}; fsspec knows {known}, most of them with a package of their own"
         ) from None
     if outermost in SCHEMES:
-        # what was listed before may have changed
+        # the listing cache may be outdated
         options = {"use_listings_cache": False, **options}
     if outermost in ("s3", "s3a") and "max_concurrency" in inspect.signature(kind.__init__).parameters:
-        # s3fs asks for the size of every object first, unless it is told not to split them
+        # s3fs requests the size of every object first, unless it must not split them
         options = {"max_concurrency": 1, **options}
     try:
         return FsspecStore.from_url(url, storage_options=options, read_only=read_only)
     except Exception as error:
-        # a file of references may have been read already, and its URL is in the text
+        # the text may hold the URL of a file of references
         if (scrubbed := scrub(error, url)) is error:
             raise
     raise scrubbed
 
 
 class WebStore(zarr.storage.ObjectStore[Any]):
-    """A web server: obstore reads from it, and fsspec lists it by the links of its pages, where it has any.
-
-    Parameters
-    ----------
-    store : obstore.store.HTTPStore
-    url : str
-    read_only : bool
-    """
+    """A web server: obstore reads from it, and fsspec lists it by the links of its pages."""
 
     def __init__(self, store: Any, url: str, *, read_only: bool = False) -> None:
         super().__init__(store, read_only=read_only)

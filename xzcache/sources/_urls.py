@@ -1,7 +1,7 @@
-"""URLs and chains of them: one parser, one way to show them, one refusal of what cannot be parsed for certain.
+"""URLs and chains of URLs: parse them, show them without credentials, and reject ambiguous ones.
 
-A password may hold any sign. So a URL is shown only as far as no sign of it can belong to a credential, and one whose
-host cannot be told from a password for certain is refused before any library reads it.
+A password may contain any character. So a URL is shown only as far as no character can belong to a credential. A URL
+whose host cannot be distinguished from a password is rejected before any library reads it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
 _BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "oss", "oci", "b2", "r2", "cos", "cosn", "obs", "tos", "swift")
-"""Schemes whose host is a bucket, which takes no user."""
+"""Schemes whose host is a bucket and that have no user."""
 _CONTAINERS: Final = ("az", "abfs", "abfss", "adl", "wasb", "wasbs")
-"""Schemes that say ``container@host``."""
+"""Schemes of the form ``container@host``."""
 _WEB: Final = ("http", "https")
 _PATHS: Final = ("file", "local", "memory", "zip", "tar", "libarchive")
-"""Schemes that have no host: a path follows."""
+"""Schemes without a host."""
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _BRACKETS: Final = re.compile(r"(?<=[/@])\[[0-9A-Fa-f:.]+(%25[\w.~-]+)?\]")
@@ -41,7 +41,7 @@ class Link(NamedTuple):
     scheme: str
     """In small letters; empty for a link that is a path or the bare name of a protocol."""
     user: str
-    """What stands before the host, password and all."""
+    """The text before the host, including the password."""
     host: str
     """With its port."""
     rest: str
@@ -85,7 +85,7 @@ def _link(text: str) -> Link:
     if scheme in _CONTAINERS:
         certain = certain and ":" not in user
     elif user:
-        # the password may go on after what looks like the host
+        # the password may continue after the apparent host
         certain = certain and "@" not in rest
     elif scheme in (*_WEB, *_BUCKETS) and not host:
         certain = False
@@ -99,7 +99,7 @@ def _shown_path(rest: str) -> str:
         for _ in range(3):
             plain = unquote(plain)
         if "@" in plain:
-            # a user and a password may have stood before it
+            # the text before it may be a user name and a password
             return ""
         if re.search(r"[?#]", plain) or any(map(sounds_secret, re.findall(r"([^=;&]*)=", plain))):
             break
@@ -118,21 +118,14 @@ def shown_within(text: str) -> str:
 
 
 def _shown_in_text(url: str) -> str:
-    # what a sentence, or a call, puts after a URL
+    # punctuation after a URL in a sentence
     ends = re.search(r"[),.;\]}>]*$", url)
     cut = ends.start() if ends else len(url)
     return shown(url[:cut]) + url[cut:]
 
 
 def scrub(error: BaseException, *given: str) -> BaseException:
-    """An exception, with those that led to it, whose texts tell no credential; else a substitute.
-
-    Parameters
-    ----------
-    error : BaseException
-    *given : str
-        URLs that may be named in it.
-    """
+    """The exception if no text of it and its causes shows a credential; else a substitute. `given` are URLs."""
 
     def clean(text: str) -> str:
         for url in given:
@@ -158,17 +151,14 @@ def scrub(error: BaseException, *given: str) -> BaseException:
 
 
 def without_user(url: str) -> str:
-    """A URL, or a chain of them, without users and passwords, to tell sources apart."""
+    """A URL or chain without user names and passwords, for identities."""
     return _USER.sub("://", url)
 
 
 def certain(value: str, parameter: str) -> str:
-    """A URL or chain as it was given, if it can be parsed for certain and no bucket of it has a password.
+    """Return a URL or chain unchanged if it is unambiguous and no bucket has a password; else raise `ValueError`.
 
-    Raises
-    ------
-    ValueError
-        Naming the parameter, but of the URL its scheme and host only.
+    The message names the parameter, and of the URL only its scheme and host.
     """
     for link in links(value):
         if link.certain and not (link.user and link.scheme in _BUCKETS):
@@ -185,7 +175,7 @@ def certain(value: str, parameter: str) -> str:
 
 
 def _place(link: Link) -> str:
-    """Scheme and host of a URL that is refused, where it is clear which part is the host."""
+    """Scheme and host of a rejected URL, if the host is certain."""
     if not link.scheme:
         return ""
     host = re.split("[/?#]", link.text.partition("@")[2], maxsplit=1)[0]
@@ -194,13 +184,7 @@ def _place(link: Link) -> str:
 
 
 def check_options(options: Mapping[Any, Any]) -> None:
-    """Refuse URLs among options that `certain` refuses.
-
-    Raises
-    ------
-    ValueError
-        Naming the option.
-    """
+    """Reject URLs among the options as `certain` does; the message names the option."""
     for name, value in options.items():
         for text in _texts({name: value}):
             if _SCHEME.match(text) or ("::" in text and "://" in text):
@@ -221,7 +205,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def plain(url: str) -> str:
-    """A URL as libraries are to have it: schemes in small letters, and without a fragment, which no web server sees."""
+    """A URL for the libraries: lower-case schemes, and no fragment, which no web server gets."""
     return "::".join(_spelled(link) for link in links(url))
 
 
@@ -233,7 +217,7 @@ def _spelled(link: Link) -> str:
 
 
 def without_colons(url: str) -> str:
-    """A URL whose addresses of IPv6 have no double colon, which fsspec takes for the end of a link."""
+    """A URL with long IPv6 addresses, because fsspec takes a double colon for the end of a link."""
     return _BRACKETS.sub(lambda address: _long(address[0]), url)
 
 

@@ -21,9 +21,9 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from xzcache._config import config, parse_flag
-from xzcache._xarray_hook import is_ours, original, transparent
+from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
 from xzcache.pipeline import give
-from xzcache.sources import as_xarray, is_url, place_of, scrub, shown
+from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
 from xzcache.xarray._globs import expanded, is_pattern
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 SETTINGS: Final = tuple(
     name for name in inspect.signature(CacheStore).parameters if name not in ("store", "storage_options")
 )
-"""What `CacheStore` can be told, by keywords of the same names."""
+"""The keywords of `CacheStore`."""
 
 _PIPELINE: Final = "pipeline"
-"""Whether the arrays are decoded by `xzcache.pipeline.CachePipeline`: true unless it is said."""
+"""The keyword that turns `xzcache.pipeline.CachePipeline` off; the default is on."""
 
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
 
@@ -49,13 +49,13 @@ _zarr: Final = ZarrBackendEntrypoint()
 class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
     """The engine ``"zcache"``: Zarr, read through this machine's cache.
 
-    Takes all that the engine ``"zarr"`` takes, all keywords of `xzcache.CacheStore`, and ``pipeline=False`` to have
-    what is cached decoded as Zarr does it, and not by `xzcache.pipeline.CachePipeline`.
+    Accepts all parameters of the engine ``"zarr"``, all keywords of `xzcache.CacheStore`, and ``pipeline=False`` to
+    decode cached chunks with Zarr's pipeline instead of `xzcache.pipeline.CachePipeline`.
     """
 
     description = "Open Zarr through a cache that all processes on this machine share, using xzcache"
     url = ""
-    # xarray reads them from here: without the decoders among them, `decode_cf=False` would do nothing
+    # xarray reads the parameters from here: without the decoders, `decode_cf=False` would have no effect
     open_dataset_parameters = (*_OWN, *SETTINGS, _PIPELINE)
     is_zcache = True
 
@@ -65,7 +65,7 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
 
     def open_dataset(self, filename_or_obj: Any, *, drop_variables: Any = None, **kwargs: Any) -> Dataset:
         if kwargs.get("store") is not None:
-            # open already: there is nothing to put a cache before
+            # the store is open already, so no cache can be added
             return _zarr.open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
             opened: Dataset = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
@@ -94,22 +94,22 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     Parameters
     ----------
     store : Store, str, Path, UPath or FSMap
-        As `xarray.open_zarr`, or as `xzcache.CacheStore`.
+        As for `xarray.open_zarr` or `xzcache.CacheStore`.
     *args, **kwargs
         All parameters of `xarray.open_zarr`, all keywords of `xzcache.CacheStore`, and ``pipeline`` (bool): whether
-        what is cached is decoded by `xzcache.pipeline.CachePipeline`.
+        `xzcache.pipeline.CachePipeline` decodes cached chunks.
 
     Returns
     -------
     xarray.Dataset
-        With Dask arrays whose names depend on what is read, and not on the cache.
+        With Dask arrays whose names depend on the source and not on the cache.
 
     Raises
     ------
     FileNotFoundError
-        There is no such dataset.
+        The dataset does not exist.
     ValueError, TypeError
-        A parameter makes no sense; the message names it, its value and what is accepted.
+        A parameter is invalid; the message names it, its value and the accepted values.
     """
     _check_engine(kwargs.pop("engine", None))
     theirs = original()
@@ -117,7 +117,7 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     try:
         bound = inspect.signature(theirs).bind(store, *args, **kwargs)
     except TypeError:
-        # it says it in its own words
+        # let xarray raise its own message
         refused: Dataset = theirs(store, *args, **kwargs)
         return refused
     settings["storage_options"] = bound.arguments.pop("storage_options", None)
@@ -136,7 +136,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     Parameters
     ----------
     paths : str, or nested list of Store, str, Path, UPath or FSMap
-        A pattern such as ``"s3://bucket/*.zarr"``, local or remote, or the datasets themselves.
+        A local or remote pattern such as ``"s3://bucket/*.zarr"``, or the datasets.
     storage_options : mapping, optional
         Options for paths that are URLs.
     **kwargs
@@ -150,7 +150,7 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     Raises
     ------
     OSError
-        Nothing is there.
+        No dataset was found.
     """
     _check_engine(kwargs.pop("engine", None))
     if parse_flag(_PIPELINE, kwargs.pop(_PIPELINE, True)):
@@ -188,21 +188,21 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
 
 
 def _as_xarray(given: Any) -> Any:
-    """What xarray gives to Zarr: of a path of whichever kind a text."""
+    """The store argument as xarray passes it to Zarr: paths of any kind become strings."""
     is_path = isinstance(given, str) and given and not is_url(given)
     is_path = is_path or (isinstance(given, os.PathLike) and not hasattr(given, "protocol"))
     return as_xarray(given) if is_path else given
 
 
 def _expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
-    """What a pattern stands for, in order."""
+    """The paths or URLs that match a pattern, in order."""
     if not is_url(pattern):
         return sorted(glob(os.path.abspath(os.path.expanduser(pattern.removeprefix("file://")))))
     return expanded(pattern, storage_options, upstream) if is_pattern(pattern) else [pattern]
 
 
 def _source(given: Any) -> dict[str, str]:
-    """What xarray notes of what was given, without credentials."""
+    """The source that xarray notes in the encoding, without credentials."""
     path = getattr(given, "path", given)
     if not isinstance(path, str | os.PathLike):
         return {}
@@ -211,7 +211,7 @@ def _source(given: Any) -> dict[str, str]:
 
 
 def _hidden(given: Any) -> dict[str, str]:
-    """What xarray must not note by itself: a source that has credentials in it."""
+    """The source to note in place of xarray's own note, if that has credentials."""
     source = _source(given)
     return source if source.get("source") != getattr(given, "path", given) and "://" in str(source) else {}
 
@@ -234,7 +234,7 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         # a path that is opened for writing is made
         settings.setdefault("read_only", True)
     elif rest["mode"] == "r+" and isinstance(source, str | os.PathLike) and not is_url(source):
-        name = place_of(as_xarray(source))
+        name = path_of(as_xarray(source))
         if not os.path.exists(name):
             raise FileNotFoundError(f"{name} does not exist")
     if isinstance(source, CacheStore) and not settings.keys() - {"read_only"}:
@@ -270,7 +270,7 @@ def _finished(preprocess: Callable[[Dataset], Dataset] | None, opened: Dataset) 
 
 
 def _arrays_of(opened: Any) -> Iterator[zarr.Array[Any]]:
-    """Zarr's arrays behind a dataset or node, as far as they can be found; Zarr decodes the others as configured."""
+    """The Zarr arrays of a dataset or node, as far as they can be found; Zarr decodes the others as configured."""
     store: Any = getattr(opened._close, "__self__", None)
     if getattr(store, "_cache_members", False):
         # the very objects that are read, behind Dask's arrays as well
@@ -289,7 +289,7 @@ def _root_of(store: CacheStore) -> str:
 
 
 def _say(error: Exception, store: CacheStore, given: object) -> None:
-    """Let an error name what the user gave, without credentials."""
+    """Name the user's argument in an error, without credentials."""
     if isinstance(given, str | os.PathLike) and not is_url(given):
         given = os.path.abspath(os.path.expanduser(os.fspath(given)))
     text = str(given) if isinstance(error, FileNotFoundError) else str(store._store)
@@ -307,4 +307,4 @@ for _function in (
     ZcacheBackendEntrypoint.open_datatree,
     ZcacheBackendEntrypoint.open_groups_as_dict,
 ):
-    transparent(_function, ZarrBackendEntrypoint.open_dataset)
+    attribute_warnings_to(_function, ZarrBackendEntrypoint.open_dataset)

@@ -1,4 +1,4 @@
-"""Patterns of URLs, such as ``s3://bucket/*.zarr``: what there is that they stand for."""
+"""Patterns of URLs, such as ``s3://bucket/*.zarr``: find the matching URLs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,7 @@ def is_pattern(url: str) -> bool:
 
 
 def expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
-    """The URLs that a pattern stands for, in order.
-
-    Parameters
-    ----------
-    pattern : str
-        A URL, or a chain of them, of which one has wildcards in its path.
-    storage_options : mapping or None
-    upstream : {"auto", "obstore", "fsspec"}
-    """
+    """The URLs that match a pattern, in order; one URL of the chain has wildcards in its path."""
     links = pattern.split("::")
     at = next(number for number, link in enumerate(links) if is_pattern(link))
     scheme, _, path = links[at].partition("://")
@@ -58,7 +50,7 @@ def expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
 
 
 async def _globbed(store: Any, parts: list[str]) -> list[str]:
-    # what was listed before may have grown
+    # the listing cache may be outdated
     store.fs.invalidate_cache()
     base = str(store.path).rstrip("/")
     found = await store.fs._glob("/".join([base, *parts]).lstrip("/"))
@@ -77,7 +69,7 @@ async def _listed(store: Store, parts: list[str], spelled: Callable[[str], str])
 
 
 async def _beneath(store: Store, places: list[str]) -> AsyncIterator[str]:
-    """Some directories, and all that is in them."""
+    """Some directories, and everything beneath them."""
     for place in places:
         yield place
         async for below in _beneath(store, [_join(place, name.rstrip("/")) async for name in store.list_dir(place)]):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xzcache._config import Age
 
 
-Ticket = tuple[int, int]
+WriteVersion = tuple[int, int]
 
 
 class Record(NamedTuple):
@@ -36,13 +36,10 @@ class Taken(NamedTuple):
     oldest: Entry | None
 
 
-class Ledger:
-    """What a cache holds, least recently used first. Safe for threads; every method is one step.
+class MemoryIndex:
+    """The index of a cache in this process, least recently used entries first. Safe for threads; each method is atomic.
 
-    Attributes
-    ----------
-    size : int
-        Bytes that are held or promised.
+    `size` is the number of bytes stored or reserved.
     """
 
     def __init__(self) -> None:
@@ -55,7 +52,7 @@ class Ledger:
         self._drops = 0
 
     def after_fork_in_child(self) -> None:
-        """Let go of a lock that a thread of the parent may hold, and of what only the parent's tasks would finish."""
+        """Start with a new lock, without the stores that only tasks of the parent would finish."""
         self._lock = threading.Lock()
         self._arriving: set[str] = set()
         self.size = sum(record.size for record in self._records.values())
@@ -68,15 +65,15 @@ class Ledger:
 
     # -- writes
 
-    def ticket(self, key: str) -> Ticket:
-        """What the counts of writes are now; they differ once the key, or something above it, is written."""
+    def write_version(self, key: str) -> WriteVersion:
+        """The write version of a key; it changes with each write to the key or to a prefix of it."""
         return self._writes[key], self._drops
 
-    def count_write(self, key: str) -> Ticket:
+    def count_write(self, key: str) -> WriteVersion:
         """Count a write of a key; the new ticket."""
         with self._lock:
             self._writes[key] += 1
-            return self.ticket(key)
+            return self.write_version(key)
 
     def count_drop(self) -> None:
         """Count a write of everything."""
@@ -86,7 +83,7 @@ class Ledger:
     # -- looking
 
     def may_serve(self, entry: Entry, max_age: Age) -> bool:
-        """Whether an entry is not too old, and not just being stored. Of what is not recorded, nobody knows the age."""
+        """Whether an entry is fresh and not being stored; an unrecorded entry has an unknown age."""
         with self._lock:
             if entry.key in self._arriving:
                 return False
@@ -100,21 +97,21 @@ class Ledger:
             return None if record is None else record.data
 
     def validator(self, entry: Entry) -> str:
-        """What tells the state of an entry from others; empty where nothing does."""
+        """The validator of an entry; empty if there is none."""
         with self._lock:
             record = self._records.get(entry)
             return "" if record is None else record.validator
 
-    def renew(self, entry: Entry) -> None:
-        """Let the age of an entry begin now."""
+    def mark_validated(self, entry: Entry) -> None:
+        """Restart the age of an entry."""
         with self._lock:
             if (record := self._records.get(entry)) is not None:
                 self._records[entry] = record._replace(inserted=time.time())
 
-    def used(self, entry: Entry, size: int, ticket: Ticket) -> bool:
-        """Note a use, recording what an earlier process left; False if it was written since the ticket was taken."""
+    def used(self, entry: Entry, size: int, version: WriteVersion) -> bool:
+        """Record a use, also of an entry of an earlier process; False if it was written since the version was read."""
         with self._lock:
-            if ticket != self.ticket(entry.key) or entry.key in self._arriving:
+            if version != self.write_version(entry.key) or entry.key in self._arriving:
                 return False
             if entry in self._records:
                 self._records.move_to_end(entry)
@@ -142,7 +139,7 @@ class Ledger:
     # -- space
 
     def take(self, size: int, limit: int | None) -> Taken:
-        """Promise space, or say which entry has to go first."""
+        """Reserve space, or return the entry to evict first."""
         with self._lock:
             if limit is None or self.size + size <= limit:
                 self.size += size
@@ -150,14 +147,14 @@ class Ledger:
             return Taken(False, next(iter(self._records), None))
 
     def give(self, size: int) -> None:
-        """Give space back, after what took it is gone."""
+        """Free space after its value was deleted."""
         with self._lock:
             self.size -= size
 
     def arrive(self, key: str) -> bool:
-        """From here to `arrived`, the cache may hold something for a key that is not to be served.
+        """Mark a key as being stored until `arrived`; False if another task is storing it.
 
-        False where somebody else is storing the key already.
+        Meanwhile, the cache store may hold a value that must not be served.
         """
         with self._lock:
             if key in self._arriving:
@@ -170,13 +167,13 @@ class Ledger:
         with self._lock:
             self._arriving.discard(key)
 
-    def enter(self, entry: Entry, size: int, data: memoryview | None, ticket: Ticket, validator: str) -> bool:
-        """Record an entry whose space was taken; False if its key was written since the ticket was taken."""
+    def record(self, entry: Entry, size: int, data: memoryview | None, version: WriteVersion, validator: str) -> bool:
+        """Record an entry whose space was taken; False if its key was written since the version was read."""
         with self._lock:
-            if ticket != self.ticket(entry.key) or entry in self._records:
+            if version != self.write_version(entry.key) or entry in self._records:
                 return False
             self._records[entry] = Record(size, time.time(), data, validator)
-            self._note_piece(entry)
+            self._record_piece(entry)
             self.in_memory += size if data is not None else 0
             return True
 
@@ -197,81 +194,75 @@ class Ledger:
         with self._lock:
             self._records[entry] = record
             self._records.move_to_end(entry, last=False)
-            self._note_piece(entry)
+            self._record_piece(entry)
 
-    def _note_piece(self, entry: Entry) -> None:
+    def _record_piece(self, entry: Entry) -> None:
         if not entry.is_whole:
             self._pieces.setdefault(entry.key, {})[entry] = None
 
 
-# -- What a cache whose books are kept in one process knows of the arrays of its source.
+# -- Metadata fingerprints and the negative cache.
 
 _REMEMBERED: Final = 65536
 
 
-class Nodes:
-    """The documents under which entries were filled, and those that the source does not have.
+class KnownDocuments:
+    """The metadata documents under which entries were cached, and the missing documents and chunks."""
 
-    Parameters
-    ----------
-    ledger : Ledger
-    """
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, index: MemoryIndex) -> None:
+        self._index = index
         self._digests: dict[str, bytes] = {}
         self._absent: dict[str, float] = {}
-        self._lacked: dict[str, tuple[float, Ticket]] = {}
+        self._missing: dict[str, tuple[float, WriteVersion]] = {}
 
-    async def compare(
-        self, key: str, document: bytes | None, ticket: Ticket | None, drop: Callable[[str], Awaitable[None]]
-    ) -> Ticket | None:
-        """Drop what a metadata document of the source shows to have changed; the ticket to publish it with."""
+    async def apply_document(
+        self, key: str, document: bytes | None, version: WriteVersion | None, drop: Callable[[str], Awaitable[None]]
+    ) -> WriteVersion | None:
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
 
         def known_beneath(path: str) -> list[str]:
             return [node for node in self._digests if node.startswith(f"{path}/" if path else "")]
 
-        expected = ticket
+        expected = version
         described = metadata.describe(key, document)
-        gone = document is None and Entry(key) in self._ledger
+        gone = document is None and Entry(key) in self._index
         for path in metadata.changed_arrays(key, described, self._digests.get, known_beneath, gone=gone):
-            # what an earlier process left in the store is not in these books
-            # our own drop is not somebody else's write
+            # values of an earlier process are not in this index; and the own drop must not count as another writer's
             expected = None if expected is None else (expected[0], expected[1] + 1)
             names = metadata.of_array(path)
             kept = {node: self._digests[node] for node in names if node in self._digests}
             await drop(path)
             if any(node in described.arrays | described.attributes for node in names):
-                # one document tells of the array, another of its attributes
+                # an array and its attributes have separate documents
                 self._digests.update(kept)
-        if expected is None or expected != self._ledger.ticket(key):
+        if expected is None or expected != self._index.write_version(key):
             return None
         self._digests.update(described.arrays | described.attributes)
         if document is None:
             self._absent[key] = time.time()
         return expected
 
-    def is_absent(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a document of a node that it has."""
+    def is_document_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a document is known to be missing from a node that has other documents."""
         noted = self._absent.get(key)
         return (
             noted is not None
             and is_fresh(noted, max_age)
-            and any(Entry(sibling) in self._ledger for sibling in metadata.siblings(key))
+            and any(Entry(sibling) in self._index for sibling in metadata.siblings(key))
         )
 
-    def lacks(self, key: str, max_age: Age) -> bool:
-        """Whether the source is known not to have a chunk."""
-        at, ticket = self._lacked.get(key, (0.0, None))
-        return ticket == self._ledger.ticket(key) and is_fresh(at, max_age)
+    def is_known_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a chunk is known to be missing at the source."""
+        at, version = self._missing.get(key, (0.0, None))
+        return version == self._index.write_version(key) and is_fresh(at, max_age)
 
-    def note_lack(self, key: str, ticket: Ticket) -> None:
-        """Remember that the source does not have a chunk, until it is written."""
-        if len(self._lacked) >= _REMEMBERED:
-            self._lacked.clear()
-        self._lacked[key] = time.time(), ticket
+    def record_missing(self, key: str, version: WriteVersion) -> None:
+        """Record that a chunk is missing at the source, until it is written."""
+        if len(self._missing) >= _REMEMBERED:
+            self._missing.clear()
+        self._missing[key] = time.time(), version
 
-    def note(self, key: str, document: bytes) -> None:
+    def record_document(self, key: str, document: bytes) -> None:
         """Remember the arrays of a document that was written through the cache."""
         described = metadata.describe(key, document)
         self._digests.update(described.arrays | described.attributes)
@@ -280,7 +271,7 @@ class Nodes:
         self._absent.pop(key, None)
 
     def forget(self, prefix: str) -> None:
-        """Forget what is at a path and beneath it; everything for an empty one."""
+        """Forget the fingerprints at a path and beneath it; all for an empty path."""
         for node in [n for n in self._digests if not prefix or n == prefix or n.startswith(f"{prefix}/")]:
             del self._digests[node]
         self._absent = {k: at for k, at in self._absent.items() if prefix and not k.startswith(f"{prefix}/")}
