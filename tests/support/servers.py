@@ -21,7 +21,7 @@ import fsspec
 import fsspec.config
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from _s3 import S3Server, s3_server
 

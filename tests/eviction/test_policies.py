@@ -27,7 +27,7 @@ from xzcache.index._history import hash_of, lot_of
 from xzcache.index._sql import VERSION
 from xzcache.model.entry import Entry
 
-sys.path.append(str(Path(__file__).parents[1] / "ci" / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "ci" / "benchmarks"))
 
 import _policies as simulated
 import _traces as traces

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parents[2]
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 PATIENCE = 60.0
 
