@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files with the most work first, so that no worker is left with a long one while the others are done."""
     work = Counter[object]()
     for item in items:
-        work[item.path] += 20 if item.get_closest_marker("slow") else 1
+        # those of Dask start clusters
+        work[item.path] += 20 if item.get_closest_marker("slow") else 5 if item.path.parent.name == "dask" else 1
     items.sort(key=lambda item: -work[item.path])
 
 

@@ -39,7 +39,10 @@ def _why_not() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "there is nothing amiss")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "there is nothing amiss"),
+]
 
 
 class Host:

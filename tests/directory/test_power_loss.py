@@ -73,7 +73,10 @@ def _can_boot() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _can_boot(), reason="mount namespaces and strace show another boot")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _can_boot(), reason="mount namespaces and strace show another boot"),
+]
 
 
 @pytest.fixture
