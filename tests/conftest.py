@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,16 @@ def _clean_slate() -> Iterator[None]:
 def cache_kind(request: pytest.FixtureRequest) -> str:
     """Both kinds of cache store."""
     return str(request.param)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the most work first, so that no worker is left with a long one while the others are done."""
+    work = Counter[object]()
+    for item in items:
+        # those of Dask start clusters
+        work[item.path] += 20 if item.get_closest_marker("slow") else 5 if item.path.parent.name == "dask" else 1
+    items.sort(key=lambda item: -work[item.path])
 
 
 def pytest_unconfigure() -> None:

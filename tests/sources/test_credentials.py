@@ -16,17 +16,17 @@ from urllib.parse import quote
 import dask.base
 import pytest
 import xarray as xr
-from servers import CLOSED, needs_obstore, nobody, tidy
+from servers import CLOSED, impatient, needs_obstore, nobody, tidy
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore
 
 import xzcache
 
-__all__ = ["nobody", "tidy"]
+__all__ = ["impatient", "nobody", "tidy"]
 
 pytestmark = [
-    pytest.mark.usefixtures("nobody", "tidy"),
+    pytest.mark.usefixtures("impatient", "nobody", "tidy"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # clients that are left to the garbage collector
     pytest.mark.filterwarnings("ignore:fs .* was not created with `asynchronous=True`"),  # Zarr, of chains
 ]
@@ -132,11 +132,6 @@ URLS: dict[str, Form] = {
     "sas": ("az://container/x.zarr", {"account_name": "a", "sas_token": f"sv=1&sig={S}"}),
     "option of no use": ("s3://bucket/x.zarr", {"anon": True, f"http://charlotte:{S}@h": 1}),
 }
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 
 def told(text: object, where: str) -> None:

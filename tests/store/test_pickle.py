@@ -327,7 +327,7 @@ assert read_now(store, "c/29") == bytes(100)
 assert store.cache_stats()["cache_errors"] == 0
 print(store.cache_info()["total_size"])
 """
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "support")
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "source"), str(tmp_path / "cache")],
         capture_output=True,

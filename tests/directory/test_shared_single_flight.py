@@ -48,6 +48,7 @@ def read_by_threads(link: Connection, data: Dataset, seed: int) -> None:
 
 @pytest.mark.parametrize("processes", [4, 8])
 @pytest.mark.parametrize("by_threads", [False, True], ids=["tasks", "threads"])
+@pytest.mark.slow
 def test_one_request_a_chunk(tmp_path: Path, processes: int, by_threads: bool) -> None:
     data = Dataset(tmp_path)
     # an interpreter from scratch takes a second of a core; the fork server's processes have as little in common

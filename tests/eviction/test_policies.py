@@ -27,7 +27,7 @@ from xzcache.index._history import hash_of, lot_of
 from xzcache.index._sql import VERSION
 from xzcache.model.entry import Entry
 
-sys.path.append(str(Path(__file__).parents[1] / "ci" / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "ci" / "benchmarks"))
 
 import _policies as simulated
 import _traces as traces
@@ -232,6 +232,7 @@ def loop(link: Connection, root: str, policy: str, keys: int, rounds: int, *, jo
     return hits
 
 
+@pytest.mark.slow
 def test_a_loop_larger_than_the_cache_by_several_processes(tmp_path: Path) -> None:
     """With least recent use nothing is ever there again: here each process passes over 800 where 400 fit."""
     with Team() as team:
@@ -243,6 +244,7 @@ def test_a_loop_larger_than_the_cache_by_several_processes(tmp_path: Path) -> No
     assert sum(hits) > 0.35 * 2 * 4 * 800
 
 
+@pytest.mark.slow
 def test_a_loop_with_each_policy(tmp_path: Path) -> None:
     ratios = {}
     for policy in ("lru", "adaptive"):
@@ -332,6 +334,7 @@ def test_uses_by_others_with_least_recent_use_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_watched", [True, False])
+@pytest.mark.slow
 def test_of_a_large_cache_a_part_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_watched: bool
 ) -> None:
@@ -421,6 +424,7 @@ def test_a_directory_that_was_taken_away_is_not_told_of_uses(tmp_path: Path, cap
 # -- ghosts
 
 
+@pytest.mark.slow
 def test_ghosts_are_bounded_and_count_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xzcache.eviction._policies._FEWEST_GHOSTS", 256)
     store = xzcache.LockedLocalStore(tmp_path, max_size=50 * VALUE, policy="adaptive")

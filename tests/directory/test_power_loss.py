@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parents[2]
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 PATIENCE = 60.0
 
@@ -73,7 +73,10 @@ def _can_boot() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _can_boot(), reason="mount namespaces and strace show another boot")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _can_boot(), reason="mount namespaces and strace show another boot"),
+]
 
 
 @pytest.fixture

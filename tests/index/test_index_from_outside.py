@@ -493,6 +493,7 @@ def test_a_damaged_index_under_a_limit_of_file_sizes_is_made_anew_once(tmp_path:
 @linux
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace kills at the n-th call")
 @pytest.mark.parametrize("call", ["pwrite64", "ftruncate", "fcntl", "flock", "unlink"])
+@pytest.mark.slow
 def test_a_kill_at_any_write_of_the_index_leaves_one_that_can_be_read(tmp_path: Path, call: str) -> None:
     make_source(tmp_path, 400)
     text = """
@@ -509,7 +510,10 @@ def test_a_kill_at_any_write_of_the_index_leaves_one_that_can_be_read(tmp_path: 
             tmp_path, text, turn * 30, prefix=("strace", "-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
         )
         process.communicate(timeout=60)
-        killed += process.returncode != 0
+        if process.returncode == 0:
+            # it made fewer calls than that, and nothing has happened
+            continue
+        killed += 1
         visit(str(tmp_path / "cache"))
         audit(str(tmp_path / "cache"))
     if call == "pwrite64":

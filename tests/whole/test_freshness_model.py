@@ -29,6 +29,8 @@ from zarr.storage import LocalStore
 
 import xzcache
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "bucket"
 CHUNK = 3
 NAMES = st.sampled_from(["x", "y", "deep/z"])

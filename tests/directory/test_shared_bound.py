@@ -21,6 +21,8 @@ import xzcache
 from xzcache._config import UNSET
 from xzcache.directory._space import Space
 
+pytestmark = pytest.mark.slow
+
 PERIOD = 0.005
 SEVERAL = "ranges" if hasattr(Store, "get_ranges") else "range"
 

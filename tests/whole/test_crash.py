@@ -215,6 +215,7 @@ def crash_test(place: Path, rounds: int, kills: int) -> None:
         assert done > 2 * kills
 
 
+@pytest.mark.slow
 def test_two_hundred_kills(tmp_path: Path) -> None:
     crash_test(tmp_path, rounds=4, kills=50)
 
@@ -629,6 +630,7 @@ def act_until(link: Connection, root: str, action: Callable[[str], None], steps:
 
 
 @pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.slow
 def test_a_kill_at_every_step(tmp_path: Path, scene: str) -> None:
     prepare, action = SCENES[scene]
     template = tmp_path / "template"

@@ -26,7 +26,7 @@ from servers import S3Server, words
 import xzcache
 
 TESTS = Path(__file__).parent
-PYTHON = os.pathsep.join([str(TESTS), str(TESTS.parent / "examples")])
+PYTHON = os.pathsep.join(map(str, (TESTS, TESTS.parent / "support", TESTS.parents[1] / "examples")))
 NETWORK = "198.51.100"  # set aside for documentation: nobody is there
 TOOLS = ("ip", "unshare", "nsenter")
 
@@ -39,7 +39,10 @@ def _why_not() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "there is nothing amiss")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "there is nothing amiss"),
+]
 
 
 class Host:

@@ -39,7 +39,7 @@ for module, names in {
     globals().update({name: vars(module)[name] for name in names if name in vars(module)})
 
 # Which warnings its tests may raise xarray decides for itself, and differently for each version of its own and of Zarr.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 OPENERS = [
     *("open_dataset", "open_dataarray", "open_datatree", "open_groups", "open_zarr"),

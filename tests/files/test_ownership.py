@@ -30,6 +30,8 @@ from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
 
+pytestmark = pytest.mark.slow
+
 OTHER = 12345
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="to give files away takes root")
 PRIVATE = f"xzcache-{USER}"

@@ -362,7 +362,7 @@ def test_the_table(nodes: Nodes) -> None:
 
 
 def test_the_table_in_a_notebook(nodes: Nodes) -> None:
-    from test_looks import Page
+    from pages import Page
 
     page = Page(nodes.info._repr_html_())
     assert page.tags == {"table", "thead", "tbody", "tr", "th", "td"}
@@ -374,7 +374,7 @@ def test_the_table_in_a_notebook(nodes: Nodes) -> None:
 
 
 def test_a_hostile_directory_is_only_text(tmp_path: Path) -> None:
-    from test_looks import HOSTILE, Page
+    from pages import HOSTILE, Page
 
     with threads(1) as client:
         client.register_plugin(xzcache.CachePlugin(tmp_path / HOSTILE))
@@ -914,7 +914,7 @@ def test_preloaded_on_command_lines(tmp_path: Path) -> None:
     ds, where = Dataset(tmp_path, side=4), str(tmp_path / "scheduler.json")
     (tmp_path / "xzcache.yaml").write_text("xzcache:\n  max-size: 3 MB\n  threads: 2\n")
     preload = ("--preload", "xzcache.dask", "--scheduler-file", where)
-    python = {"PYTHONPATH": str(Path(__file__).parent)}
+    python = {"PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     scheduler = command(
         "scheduler", *preload, "--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0", **python
     )

@@ -25,6 +25,8 @@ from processes import PATIENCE, Dataset, audit, visit
 import xzcache
 from xzcache.directory import _registry as registry
 
+pytestmark = pytest.mark.slow
+
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -25,6 +25,7 @@ from servers import (
     UPSTREAMS,
     S3Server,
     Web,
+    impatient,
     needs_obstore,
     nginx_server,
     nobody,
@@ -44,7 +45,7 @@ import xzcache
 from xzcache.sources._obstore import region_of
 from xzcache.xarray._globs import expanded
 
-__all__ = ["nobody", "tidy"]
+__all__ = ["impatient", "nobody", "tidy"]
 
 pytestmark = [
     pytest.mark.usefixtures("tidy", "nobody"),
@@ -405,6 +406,7 @@ def test_no_credentials_at_all(s3: S3Server) -> None:
         get(store, "a/c/0")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_down(tmp_path: Path) -> None:
     for upstream in ("auto", "fsspec"):
         options = {"key": "k", "secret": SECRET, "endpoint_url": CLOSED}

@@ -25,7 +25,7 @@ from zarr.storage import LocalStore
 
 import xzcache
 
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace makes the disk fail")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("strace") is None, reason="strace makes the disk fail")]
 
 KEYS = [f"a/c/{number}" for number in range(12)]
 PROTOTYPE = default_buffer_prototype()

@@ -530,6 +530,7 @@ def fill_twice(source: CountingStore, cache: Path, expected: bytes) -> None:
 
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize(("code", "step"), [(errno.EIO, 1), (errno.ENOSPC, 3)], ids=["EIO", "ENOSPC"])
+@pytest.mark.slow
 def test_each_call_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, step: int) -> None:
     make_source(tmp_path / "source", "a", chunks=1)
     expected = contents(tmp_path / "source", "a")

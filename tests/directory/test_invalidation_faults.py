@@ -406,6 +406,7 @@ WRITTEN: dict[str, tuple[Any, tuple[Any, ...]]] = {
 @needs_strace
 @pytest.mark.parametrize("end", ["goes on", "is killed"])
 @pytest.mark.parametrize("case", WRITTEN)
+@pytest.mark.slow
 def test_a_publisher_that_stalls_before_it_names_its_file(root: Path, case: str, end: str) -> None:
     """It holds the lock of the index, so the write is done by hand; what it publishes later is not the old value."""
     part, write = WRITTEN[case]
@@ -593,6 +594,7 @@ def places(root: Path) -> list[Path]:
 
 @needs_strace
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.slow
 def test_one_call_that_fails(root: Path, call: str) -> None:
     """Whichever it is: nothing old is read, by nobody, and the next process finds disk and index in agreement."""
     number, fired = 0, True

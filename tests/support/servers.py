@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import shutil
@@ -21,7 +22,7 @@ import fsspec
 import fsspec.config
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from _s3 import S3Server, s3_server
 
@@ -55,6 +56,13 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     forget_file_systems()
     yield
     forget_file_systems()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody answers, the clients of S3 and Azure try again at once: they would wait for up to a minute."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda delay, *result: sleep(min(delay, 0.01), *result))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+PACKAGE = Path(__file__).parents[2]
 
 READER = """
 import asyncio, gc, json, logging, os, sys

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # last: a module of the tests has the name of a benchmark
 sys.path.append(str(ROOT / "ci" / "benchmarks"))
 
