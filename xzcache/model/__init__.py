@@ -21,7 +21,7 @@ from xzcache.model.errors import (
     translated,
     without_frames,
 )
-from xzcache.model.metadata import arrays_of, is_chunk, is_document, ruling, state_of, telling
+from xzcache.model.metadata import arrays_of, is_chunk, is_document, is_json, ruling, state_of, telling
 from xzcache.model.singleflight import Claim, Claims, Flight, Flights, HandedOver, through
 from xzcache.model.spans import NEGLIGIBLE, Cover, Listed, Mosaic, Span, cut, merged
 from xzcache.model.validators import FIXED, beside, differ, fits, once, tells, told
@@ -60,6 +60,7 @@ __all__ = [
     "is_cacheable",
     "is_chunk",
     "is_document",
+    "is_json",
     "is_trouble",
     "merged",
     "metadata",

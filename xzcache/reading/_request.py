@@ -13,7 +13,7 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
-from xzcache.model import beside, differ, fits, is_chunk, span, tells
+from xzcache.model import beside, differ, fits, is_chunk, is_document, is_json, span, tells
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,6 +158,9 @@ class Reading:
         if not answer.unchanged:
             size = 0 if answer.value is None else len(answer.value)
             self.stats.miss(size, time.perf_counter() - request.started)
+        if answer.value is not None and is_document(request.key) and not is_json(contents(answer.value)):
+            # it says nothing of what is cached, and is asked for again
+            return answer._replace(exact=False)
         return answer
 
     async def ask_again(self, request: Request) -> tuple[sources.Answer, memoryview | None]:

@@ -71,6 +71,8 @@ class _Head(NamedTuple):
     """Which bytes of the object the answer holds."""
     is_plain: bool = True
     """Whether the bytes are the object's own, and were not unpacked on the way."""
+    is_clear: bool = True
+    """Whether the answer says which bytes it holds, and where they end."""
 
 
 # -- asking
@@ -120,8 +122,9 @@ async def ask(
         states = lambda: {seen}  # noqa: E731
     elif isinstance(source, LocalStore) or byte_range is None:
         states = set
+    is_clear = True
     if twin is not None:
-        answer = await _noted(twin, key, prototype, byte_range)
+        answer, is_clear = await _noted(twin, key, prototype, byte_range)
     else:
         if byte_range is None and not known and not certain:
             look = None
@@ -130,7 +133,7 @@ async def ask(
         )
     if byte_range is None:
         return answer
-    if answer.value is not None and not answer.exact and answer.size is None:
+    if answer.value is not None and not answer.exact and answer.size is None and is_clear:
         answer = await _measured(source, key, byte_range, answer)
     return _labelled([answer], fixed=fixed)[0]
 
@@ -193,6 +196,7 @@ async def ask_for_spans(
 
     async def read() -> list[Buffer | None]:
         values: list[Buffer | None] = [None] * len(ranges)
+        failure: BaseException | None = None
         # what lies between them is left out on purpose, and an answer that is none is not to be cut up
         apart = limits | {"max_gap_bytes": 0, "max_coalesced_bytes": 0}
         try:
@@ -201,9 +205,12 @@ async def ask_for_spans(
                     values[at] = value
         except BaseExceptionGroup as failures:
             if (others := failures.split(FileNotFoundError)[1]) is not None:
-                raise _only(others) from None
+                failure = _only(others)
             # some may have been read before the object went
-            return [None] * len(ranges)
+            values = [None] * len(ranges)
+        if failure is not None:
+            # raised while the group is handled, it would lead back to itself, and could not be pickled
+            raise failure
         return values
 
     look = None if fixed else _look_at(source)
@@ -273,11 +280,15 @@ def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -
     """An answer, and whether it is what was asked for."""
     if value is None:
         return Answer(None)
-    return Answer(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
+    # the size of what was unpacked on the way is not the one that is told
+    size = head.size if head.is_plain and head.is_clear else None
+    return Answer(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=size)
 
 
 def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
     wanted = span(byte_range)
+    if not head.is_clear:
+        return False
     if not head.is_plain or wanted is None:
         return byte_range is None
     start, stop = wanted
@@ -527,10 +538,13 @@ class _Session:
         async with self._session.get(*args, **options) as answer:
             said = answer.headers
             length = said.get("Content-Length") if answer.status == 200 else None
+            # one that ends when the connection does may have been cut off; 204 and 304 are no answers to a plain GET
+            ends = "Content-Length" in said or "chunked" in said.get("Transfer-Encoding", "").lower()
+            is_clear = ends and (answer.status == 200 or (answer.status == 206 and "Content-Range" in said))
             head = _head("", said.get("Content-Range") if answer.status == 206 else None, length)
             validator = _of_web(said.get("ETag", ""), _date(said.get("Last-Modified")), head.size)
             plain = said.get("Content-Encoding", "identity") == "identity"
-            self._heads.append(head._replace(validator=validator, is_plain=plain))
+            self._heads.append(head._replace(validator=validator, is_plain=plain, is_clear=is_clear))
             yield answer
 
 
@@ -544,19 +558,30 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
     return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
 
 
-async def _noted(twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Answer:
-    """Read through a `_Noting` twin of a store."""
+async def _noted(
+    twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
+) -> tuple[Answer, bool]:
+    """Read through a `_Noting` twin of a store.
+
+    Returns
+    -------
+    Answer
+    bool
+        Whether the source said which bytes it holds.
+    """
     value = await twin.get(key, prototype, byte_range)
     heads: list[_Head] = twin.fs.heads
     if not heads or value is None:
-        return _judged(value, byte_range, _Head())
+        return _judged(value, byte_range, _Head()), True
     head = heads[-1]
     if len({head.validator for head in heads}) > 1:
         # of several states, if it was read in parts
-        return Answer(value, exact=False)
+        return Answer(value, exact=False), True
+    if not all(head.is_clear for head in heads):
+        return Answer(value, exact=False), False
     if byte_range is None and len(heads) > 1:
         head = _Head(head.validator, head.size)
     elif head.got is None and head.is_plain:
         # an answer without a range is all there is
         head = head._replace(got=(0, len(value)), size=len(value) if head.size is None else head.size)
-    return _judged(value, byte_range, head)
+    return _judged(value, byte_range, head), True
