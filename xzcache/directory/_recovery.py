@@ -267,7 +267,7 @@ def _finish_notes(books: Books, member: Membership, index: Index) -> list[str]:
 
 def _finish_note(books: Books, member: Membership, index: Index, path: str) -> list[str]:
     names: list[str] = []
-    with suppress(OSError), open(path, "r+b") as note:
+    with suppress(OSError), open(path, "r+b", opener=files.open_own) as note:
         for line in note.read().decode(errors="replace").splitlines():
             with suppress(ValueError):
                 # the last line may be half a line: then its write has not begun

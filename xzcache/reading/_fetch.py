@@ -82,7 +82,15 @@ async def assembled(reading: Reading, request: Request) -> sources.Answer | None
     # the last byte is asked for again: who asks for what is beyond the end gets an error
     asked = [RangeByteRequest(*hole) for hole in holes] + [OffsetByteRequest(ends - 1)]
     answers = await sources.all_of(
-        sources.ask(reading.source, key, request.prototype, part, fixed=reading.fixed, states=lambda: states)
+        sources.ask(
+            reading.source,
+            key,
+            request.prototype,
+            part,
+            fixed=reading.fixed,
+            untold=reading.untold,
+            states=lambda: states,
+        )
         for part in asked
     )
     fetched = [contents(answer.value) for answer in answers if answer.value is not None]
@@ -498,7 +506,14 @@ class _Fetch:
         reading = self._reading
         states = partial(self._backend.states_of, self._key)
         return await sources.ask_for_spans(
-            reading.source, self._key, self._prototype, spans, fixed=reading.fixed, states=states, **self._limits
+            reading.source,
+            self._key,
+            self._prototype,
+            spans,
+            fixed=reading.fixed,
+            untold=reading.untold,
+            states=states,
+            **self._limits,
         )
 
     async def _lead(self, leads: list[Lead]) -> None:
@@ -582,7 +597,7 @@ class _Fetch:
         """See that no validators are of two states."""
         if len(told(validators)) > 1:
             await self._backend.forget(self._key, self._ticket)
-            if not differ(validators):
+            if not differ(validators) or await self._reading.has_several_names(self._key):
                 raise Unclear
             self._reading.note_replaced(self._key)
             raise Replaced(self._key)

@@ -31,6 +31,8 @@ _PROBE: Final = 1 << 14
 """Bytes that are compared to find out whether an object is what it was."""
 _PROBES: Final = 8
 """Pieces of which one should be there to compare."""
+_LOOKS: Final = 5
+"""Requests of one byte that tell whether a name of a state comes back after another one."""
 
 
 class Request(NamedTuple):
@@ -78,6 +80,8 @@ class Reading:
         Bytes of an object that are read in byte ranges before it is fetched whole; None for any.
     fixed : bool
         Whether the source can never change.
+    untold : bool
+        Whether what the source says of its states was found not to be true.
     """
 
     source: Store
@@ -92,6 +96,7 @@ class Reading:
     passes: bool = False
     promote_above: int | None = None
     fixed: bool = False
+    untold: bool = False
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
 
     @contextmanager
@@ -153,6 +158,7 @@ class Reading:
             known=known,
             certain=self.freshness.revalidate is True,
             fixed=self.fixed,
+            untold=self.untold,
             states=partial(self.backend.states_of, request.key),
         )
         if not answer.unchanged:
@@ -239,9 +245,40 @@ class Reading:
             if still and alike and not entry.is_whole:
                 return ticket, beside(validator, state), False
             replaced = still is False
+        if replaced and await self.has_several_names(key, validator):
+            replaced = False
         if replaced:
             self.note_replaced(key)
         return await self.backend.forget(key, ticket), validator, replaced
+
+    async def has_several_names(self, key: str, latest: str = "") -> bool:
+        """Whether an object that seems to be replaced is one that its source gives several names in turn.
+
+        The servers behind a balancer may each make ETags, or have times of modification, of their own. Once a name has
+        come back after another one, what this source says of its states is not believed any more.
+
+        Parameters
+        ----------
+        key : str
+        latest : str
+            The validator that was told last.
+        """
+        seen = [latest] if tells(latest) else []
+        for _ in range(_LOOKS):
+            if self.untold:
+                break
+            # a request that no reader made fails nobody's read
+            with suppress(Exception):
+                answer = await self._asked_aside(key, RangeByteRequest(0, 1))
+                if tells(answer.validator) and seen[-1:] != [answer.validator]:
+                    self.untold |= answer.validator in seen
+                    seen.append(answer.validator)
+        return self.untold
+
+    async def _asked_aside(self, key: str, part: ByteRequest) -> sources.Answer:
+        return await sources.ask(
+            self.source, key, default_buffer_prototype(), part, fixed=self.fixed, untold=self.untold
+        )
 
     async def _is_still(self, key: str, entry: Entry, data: memoryview | None) -> bool | None:
         """Whether a piece of an object is at the source what it is in the cache; None where that cannot be told.
@@ -262,7 +299,7 @@ class Reading:
                 return (data[-len(cached) :] if piece.start < 0 else data[piece.start :][: len(cached)]) == cached
             # a request that no reader made fails nobody's read
             with suppress(Exception):
-                answer = await sources.ask(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+                answer = await self._asked_aside(key, byte_range)
                 if answer.value is None or answer.exact:
                     return answer.value is not None and contents(answer.value) == cached
             return None

@@ -87,6 +87,7 @@ async def ask(
     known: str = "",
     certain: bool = False,
     fixed: bool = False,
+    untold: bool = False,
     states: Callable[[], set[str]] = set,
 ) -> Answer:
     """Ask a source for the value of a key.
@@ -103,6 +104,8 @@ async def ask(
         Whether the validator of a whole object is worth a request of its own.
     fixed : bool
         Whether the source can never change.
+    untold : bool
+        Whether what the source says of its states is not to be believed.
     states : callable
         Gives the validators of what is cached of the object: a look at it that was made before.
 
@@ -113,7 +116,7 @@ async def ask(
     """
     if type(source) in _OBSTORES and (options := _range_of(byte_range)) is not None:
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
-        return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
+        return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
     look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
     # where the state comes with the bytes, a look is worth a request only if it is likely to save them
     if look is not None and known and (twin is None or certain):
@@ -131,11 +134,9 @@ async def ask(
         (answer,) = await _between_looks(
             look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
         )
-    if byte_range is None:
-        return answer
-    if answer.value is not None and not answer.exact and answer.size is None and is_clear:
+    if byte_range is not None and answer.value is not None and answer.size is None and is_clear and not answer.exact:
         answer = await _measured(source, key, byte_range, answer)
-    return _labelled([answer], fixed=fixed)[0]
+    return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
 
 
 async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Answer) -> Answer:
@@ -162,6 +163,7 @@ async def ask_for_spans(
     spans: Sequence[Span],
     *,
     fixed: bool = False,
+    untold: bool = False,
     states: Callable[[], set[str]] = set,
     **limits: int,
 ) -> list[Answer]:
@@ -173,7 +175,7 @@ async def ask_for_spans(
     prototype : BufferPrototype
     spans : sequence of (int, int)
         Merged already as `limits` have it.
-    fixed, states
+    fixed, untold, states
         As for `ask`.
     **limits : int
         ``max_concurrency``, ``max_gap_bytes`` and ``max_coalesced_bytes``, as for `Store.get_ranges`.
@@ -190,7 +192,7 @@ async def ask_for_spans(
 
         async def one(byte_range: RangeByteRequest) -> Answer:
             async with turn:
-                return await ask(source, key, prototype, byte_range, fixed=fixed, states=states)
+                return await ask(source, key, prototype, byte_range, fixed=fixed, untold=untold, states=states)
 
         return await all_of(one(byte_range) for byte_range in ranges)
 
@@ -215,7 +217,7 @@ async def ask_for_spans(
 
     look = None if fixed else _look_at(source)
     known = set if isinstance(source, LocalStore) else states
-    return _labelled(await _between_looks(look, key, ranges, known, read), fixed=fixed)
+    return _labelled(await _between_looks(look, key, ranges, known, read), ranges[0], fixed=fixed, untold=untold)
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -265,12 +267,14 @@ async def _between_looks(
     return [_judged(value, byte_range, head) for value, byte_range in zip(values, byte_ranges, strict=True)]
 
 
-def _labelled(answers: list[Answer], *, fixed: bool) -> list[Answer]:
-    """Answers of parts, none without a validator."""
+def _labelled(answers: list[Answer], part: ByteRequest | None, *, fixed: bool, untold: bool) -> list[Answer]:
+    """Answers with no validator that is not to be believed, and of parts with none that is empty."""
+    if part is None:
+        return [answer._replace(validator="") if untold and not answer.unchanged else answer for answer in answers]
     session = uuid.uuid4().hex
     return [
         answer
-        if answer.unchanged or answer.value is None or (tells(answer.validator) and not fixed)
+        if answer.unchanged or answer.value is None or (tells(answer.validator) and not fixed and not untold)
         else answer._replace(validator=FIXED if fixed else once(session, number))
         for number, answer in enumerate(answers)
     ]
