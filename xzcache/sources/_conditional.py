@@ -347,6 +347,9 @@ async def _of_obstore(
             return _judged(value, byte_range, _Head(is_plain=False))
         data = await got.bytes_async()
     except obstore.exceptions.NotModifiedError:
+        if not options.get("if_none_match"):
+            # nobody asked whether it was
+            raise
         return Answer(None, known, unchanged=True)
     except obstore.exceptions.NotSupportedError:
         # Azure knows no suffixes, and Zarr a way around
