@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
-from xzcache.model import beside, differ, fits, is_chunk, is_document, is_json, span, tells
+from xzcache.model import beside, differ, fits, is_chunk, is_document, is_json, span, tells, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +32,8 @@ _PROBE: Final = 1 << 14
 """Bytes that are compared to find out whether an object is what it was."""
 _PROBES: Final = 8
 """Pieces of which one should be there to compare."""
-_LOOKS: Final = 5
-"""Requests of one byte that tell whether a name of a state comes back after another one."""
+_LOOKS: Final = 4
+"""Requests of one byte that tell whether an object has several names at a time."""
 
 
 class Request(NamedTuple):
@@ -245,34 +246,32 @@ class Reading:
             if still and alike and not entry.is_whole:
                 return ticket, beside(validator, state), False
             replaced = still is False
-        if replaced and await self.has_several_names(key, validator):
+        if replaced and await self.has_several_names(key):
             replaced = False
         if replaced:
             self.note_replaced(key)
         return await self.backend.forget(key, ticket), validator, replaced
 
-    async def has_several_names(self, key: str, latest: str = "") -> bool:
+    async def has_several_names(self, key: str) -> bool:
         """Whether an object that seems to be replaced is one that its source gives several names in turn.
 
-        The servers behind a balancer may each make ETags, or have times of modification, of their own. Once a name has
-        come back after another one, what this source says of its states is not believed any more.
-
-        Parameters
-        ----------
-        key : str
-        latest : str
-            The validator that was told last.
+        The servers behind a balancer may each make ETags, or have times of modification, of their own. Of an object that
+        was replaced, two names are told while it is, and one afterwards; where two are told again, what this source says
+        of its states is not believed any more.
         """
-        seen = [latest] if tells(latest) else []
-        for _ in range(_LOOKS):
-            if self.untold:
+        names: set[str] | None = None
+        while not self.untold:
+            # at once, as turns that many readers take could make each of them meet one server
+            looks = [self._asked_aside(key, RangeByteRequest(0, 1)) for _ in range(_LOOKS)]
+            answers = await asyncio.gather(*looks, return_exceptions=True)
+            found = told(answer.validator for answer in answers if isinstance(answer, sources.Answer))
+            if names is None:
+                names = found
+            else:
+                self.untold = len(names & found) > 1
                 break
-            # a request that no reader made fails nobody's read
-            with suppress(Exception):
-                answer = await self._asked_aside(key, RangeByteRequest(0, 1))
-                if tells(answer.validator) and seen[-1:] != [answer.validator]:
-                    self.untold |= answer.validator in seen
-                    seen.append(answer.validator)
+            if len(names) < 2:
+                break
         return self.untold
 
     async def _asked_aside(self, key: str, part: ByteRequest) -> sources.Answer:
