@@ -45,9 +45,11 @@ async def read(store: Store, key: str, part: Part = None) -> bytes | None:
         try:
             return b"".join(await ranges(store, part, key))
         except BaseExceptionGroup as failures:
-            if isinstance(failures.exceptions[0], FileNotFoundError):
-                return None
-            raise failures.exceptions[0] from None
+            failure = failures.exceptions[0]
+        if isinstance(failure, FileNotFoundError):
+            return None
+        # raised while the group is handled, it would lead back to itself, and could not be pickled
+        raise failure
     value = await store.get(key, default_buffer_prototype(), part)
     return None if value is None else value.to_bytes()
 

@@ -132,7 +132,7 @@ class CacheDirectory:
         try:
             os.stat(self.root)
             os.listdir(self.session.meta)
-            fd = os.open(f"{self.session.meta}/lock", os.O_RDONLY | os.O_CLOEXEC)
+            fd = files.open_own(f"{self.session.meta}/lock")
         except FileNotFoundError:
             # there is no cache, which is no fault of the disk
             return
@@ -143,7 +143,7 @@ class CacheDirectory:
             os.close(fd)
         if (path := self.reader.slow_path) and os.path.lexists(path):
             # other files may be as well as ever
-            with suppress(OSError), open(path, "rb", buffering=0) as file:
+            with suppress(OSError), open(path, "rb", buffering=0, opener=files.open_own) as file:
                 file.read(_PROBED)
         with self.session.section(_PATIENCE_OF_A_PROBE):
             pass

@@ -263,7 +263,7 @@ def _finish_notes(session: IndexSession, process: Registration, index: Index) ->
 
 def _finish_note(session: IndexSession, process: Registration, index: Index, path: str) -> list[str]:
     names: list[str] = []
-    with suppress(OSError), open(path, "r+b") as note:
+    with suppress(OSError), open(path, "r+b", opener=files.open_own) as note:
         for line in note.read().decode(errors="replace").splitlines():
             with suppress(ValueError):
                 # the last line may be half a line: then its write has not begun

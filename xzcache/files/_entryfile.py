@@ -477,6 +477,29 @@ def discard_ours(path: str, entry: Entry) -> Whose:
     return found
 
 
+def open_own(path: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a small file of the cache's, if a file is what is there: not a pipe, which would hang, or a link.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or is something else.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "no regular file", path)
+    return fd
+
+
+def remove_strangers(folder: str) -> None:
+    """Remove what is neither a file nor a folder from a folder of the cache's: links, pipes, devices."""
+    with suppress(OSError), os.scandir(folder) as found:
+        for each in found:
+            if not (each.is_file(follow_symlinks=False) or each.is_dir(follow_symlinks=False)):
+                os.unlink(each.path)
+
+
 def disown(path: str) -> bool:
     """Make an entry file that cannot be unlinked unreadable as an entry; returns whether that succeeded.
 

@@ -44,6 +44,7 @@ _LOCKS_OF_OLD: Final = ("storing.lock", "door.lock", "owners.lock", *(f"keys-{i}
 
 _WRITTEN: Final = "written"
 """The directory of the notes that namespaces are being written."""
+_LONGEST_NOTE: Final = 4096
 _NOTE: Final = re.compile(r"([0-9a-f]{16})-(\d+)-\d+")
 _NOTES: Final = 1 << 60
 """The first byte of the lock file that stands for the notes of one process; the owners' bytes lie far below."""
@@ -72,7 +73,7 @@ class WrittenNote(NamedTuple):
 
     def namespace(self) -> str:
         """The namespace; empty for all of them, as where the note is not whole."""
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", opener=files.open_own) as file:
             name = file.read()
         text = name.decode(errors="replace")
         return text[:-1] if text.endswith("\n") else ""
@@ -537,10 +538,9 @@ class IndexSession:
         if found and found.isdecimal() and found != str(FORMAT):
             raise Foreign(f"the cache directory {self.root} has format {found}, but this xzcache uses format {FORMAT}")
         files.make_private(self.root)
-        for name in ("tmp", "trash", "odd", "ranges", "made", "written"):
-            # a link there leads out of the cache: remove the link and leave its target alone
-            if not os.path.islink(self.meta) and os.path.islink(path := f"{self.meta}/{name}"):
-                os.unlink(path)
+        if not os.path.islink(self.meta) and os.path.isdir(self.meta) and files.unsafe(self.meta) is None:
+            # a link leads to files that are not the cache's, which are left alone; whoever opens a pipe waits for ever
+            files.remove_strangers(self.meta)
         folders = [self.root, self.meta, *(f"{self.meta}/{name}" for name in ("tmp", "trash"))]
         for place in folders:
             if place != self.root:
@@ -584,14 +584,14 @@ class IndexSession:
     def write_note(self, name: str, text: str) -> None:
         """Replace a small file; under the guard only."""
         path = f"{self.meta}/{name}"
-        with open(path + ".new", "w", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
+        with open(path + ".new", "w", opener=files.open_own) as file:
             file.write(text)
         os.replace(path + ".new", path)
 
     def read_note(self, name: str) -> str | None:
         """The contents of a small file; None if it is missing."""
-        with suppress(OSError), open(f"{self.meta}/{name}", errors="replace") as file:
-            return file.read().strip()
+        with suppress(OSError), open(f"{self.meta}/{name}", errors="replace", opener=files.open_own) as file:
+            return file.read(_LONGEST_NOTE).strip()
         return None
 
     @contextmanager

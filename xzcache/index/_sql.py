@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import stat
 import time
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -626,12 +627,20 @@ def _is_logged(path: str) -> bool:
 
     Damage is detected by reading the header: SQLite would wait for locks, or treat the file as new.
     """
-    with suppress(FileNotFoundError), open(path, "rb") as file:
+    with suppress(FileNotFoundError), open(path, "rb", opener=_file) as file:
         if (header := file.read(20)).startswith(_MAGIC):
-            if os.path.isdir(path + "-journal"):
-                raise Damaged(f"{path} cannot have a journal")
+            for suffix in ("-journal", "-wal", "-shm"):
+                # SQLite waits for ever for a pipe
+                if os.path.lexists(path + suffix) and not stat.S_ISREG(os.lstat(path + suffix).st_mode):
+                    raise Damaged(f"{path}{suffix} is no file")
             return header[19:] == b"\2"
     raise Damaged(f"{path} is no SQLite file")
+
+
+def _file(path: str, flags: int) -> int:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise Damaged(f"{path} is no file")
+    return os.open(path, flags | os.O_CLOEXEC)
 
 
 def _leave_log(path: str) -> None:

@@ -22,7 +22,15 @@ from xzcache.model.errors import (
     translated,
     without_frames,
 )
-from xzcache.model.metadata import array_documents, arrays_of, fingerprint, is_chunk, is_document, overriding_document
+from xzcache.model.metadata import (
+    array_documents,
+    arrays_of,
+    fingerprint,
+    is_chunk,
+    is_document,
+    is_json,
+    overriding_document,
+)
 from xzcache.model.singleflight import Claim, Claims, Flight, Flights, LeaderCancelled, run_to_completion
 from xzcache.model.spans import NEGLIGIBLE, IntervalSet, Listed, Span, SparseBuffer, cut, merged
 from xzcache.model.validators import (
@@ -74,6 +82,7 @@ __all__ = [
     "is_document",
     "is_expected_fault",
     "is_from_source",
+    "is_json",
     "merged",
     "metadata",
     "namespace_of",

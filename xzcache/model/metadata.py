@@ -32,6 +32,14 @@ def is_document(key: str) -> bool:
     return key.rpartition("/")[2] in DOCUMENTS
 
 
+def is_json(document: bytes | memoryview) -> bool:
+    """Whether a document is one: the page that a proxy answers with instead, or the half of a document, is none."""
+    try:
+        return isinstance(json.loads(bytes(document)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def is_chunk(key: str) -> bool:
     """Whether a key looks like one of a chunk."""
     return not is_document(key) and _PLACE.search(key) is not None

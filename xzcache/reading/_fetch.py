@@ -74,7 +74,15 @@ async def assembled(reading: Reading, request: Request) -> sources.FetchResult |
     # request the last byte again, because a request beyond the end is an error
     asked = [RangeByteRequest(*hole) for hole in holes] + [OffsetByteRequest(ends - 1)]
     answers = await sources.all_of(
-        sources.fetch(reading.source, key, request.prototype, part, fixed=reading.fixed, states=lambda: states)
+        sources.fetch(
+            reading.source,
+            key,
+            request.prototype,
+            part,
+            fixed=reading.fixed,
+            untold=reading.untold,
+            states=lambda: states,
+        )
         for part in asked
     )
     fetched = [contents(answer.value) for answer in answers if answer.value is not None]
@@ -469,7 +477,14 @@ class _Fetch:
         reading = self._reading
         states = partial(self._backend.states_of, self._key)
         return await sources.fetch_spans(
-            reading.source, self._key, self._prototype, spans, fixed=reading.fixed, states=states, **self._limits
+            reading.source,
+            self._key,
+            self._prototype,
+            spans,
+            fixed=reading.fixed,
+            untold=reading.untold,
+            states=states,
+            **self._limits,
         )
 
     async def _lead(self, leads: list[Lead]) -> None:
@@ -551,7 +566,7 @@ class _Fetch:
         """Raise unless all validators are of one state."""
         if len(from_source(validators)) > 1:
             await self._backend.invalidate(self._key, self._version)
-            if not differ(validators):
+            if not differ(validators) or await self._reading.has_several_names(self._key):
                 raise Unclear
             self._reading.record_replaced(self._key)
             raise Replaced(self._key)

@@ -430,12 +430,14 @@ class RangeReads:
         others = [place for place in range(len(byte_ranges)) if place not in together]
         asked += [byte_ranges[place] for place in others]
         turn = asyncio.Semaphore(limits["max_concurrency"])
-        source, fixed = self._reading.source, self._reading.fixed
+        reading = self._reading
 
         async def ask(part: ByteRequest | None) -> FetchResult:
             async with turn:
                 # the state of a whole object may be worth a request here
-                return await sources.fetch(source, key, prototype, part, certain=True, fixed=fixed)
+                return await sources.fetch(
+                    reading.source, key, prototype, part, certain=True, fixed=reading.fixed, untold=reading.untold
+                )
 
         for _ in range(_TRIES):
             try:
@@ -449,7 +451,7 @@ class RangeReads:
             validators = {answer.validator for answer in answers}
             if not differ(validators):
                 break
-        if differ(validators | states):
+        if differ(validators | states) and not await reading.has_several_names(key):
             self._reading.record_replaced(key)
             await self._backend.invalidate(key, None)
             return [Replaced(key)]

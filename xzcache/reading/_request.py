@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import contextmanager, suppress
@@ -14,7 +15,18 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
-from xzcache.model import Entry, adopt_session, are_compatible, differ, is_chunk, is_from_source, span
+from xzcache.model import (
+    Entry,
+    adopt_session,
+    are_compatible,
+    differ,
+    from_source,
+    is_chunk,
+    is_document,
+    is_from_source,
+    is_json,
+    span,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,6 +46,8 @@ _PROBE: Final = 1 << 14
 """The number of bytes that are compared to check that an object is unchanged."""
 _PROBES: Final = 8
 """Pieces of which one should be there to compare."""
+_LOOKS: Final = 4
+"""Requests of one byte that tell whether an object has several names at a time."""
 
 
 class Request(NamedTuple):
@@ -81,6 +95,8 @@ class Reading:
         Bytes read in byte ranges after which an object is fetched whole; None for never.
     fixed : bool
         Whether the source can never change.
+    untold : bool
+        Whether what the source says of its states was found not to be true.
     """
 
     source: Store
@@ -95,6 +111,7 @@ class Reading:
     passes: bool = False
     promote_above: int | None = None
     fixed: bool = False
+    untold: bool = False
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
 
     @contextmanager
@@ -156,6 +173,7 @@ class Reading:
             known=known,
             certain=self.freshness.revalidate is True,
             fixed=self.fixed,
+            untold=self.untold,
             states=partial(self.backend.states_of, request.key),
         )
         fetched = request.entry.start, request.entry.stop
@@ -164,6 +182,9 @@ class Reading:
             self.miss(request.key, size, request.started, [fetched])
         elif logger.isEnabledFor(logging.DEBUG):
             logger.debug("asked the source for %s: not changed", self._described(request.key, [fetched]))
+        if answer.value is not None and is_document(request.key) and not is_json(contents(answer.value)):
+            # it says nothing of what is cached, and is asked for again
+            return answer._replace(exact=False)
         return answer
 
     def miss(self, key: str, size: int | None, began: float, spans: Sequence[Span] = ()) -> None:
@@ -234,9 +255,37 @@ class Reading:
             if still and alike and not entry.is_whole:
                 return version, adopt_session(validator, state), False
             replaced = still is False
+        if replaced and await self.has_several_names(key):
+            replaced = False
         if replaced:
             self.record_replaced(key)
         return await self.backend.invalidate(key, version), validator, replaced
+
+    async def has_several_names(self, key: str) -> bool:
+        """Whether the source gives one state of an object several validators in turn, as servers behind a balancer do.
+
+        A replaced object has two validators only while it is being replaced, so two bursts of requests are compared. If
+        both see the same two validators, those of this source are not believed any more.
+        """
+        names: set[str] | None = None
+        while not self.untold:
+            # at once, as turns that many readers take could make each of them meet one server
+            looks = [self._asked_aside(key, RangeByteRequest(0, 1)) for _ in range(_LOOKS)]
+            answers = await asyncio.gather(*looks, return_exceptions=True)
+            found = from_source(answer.validator for answer in answers if isinstance(answer, sources.FetchResult))
+            if names is None:
+                names = found
+            else:
+                self.untold = len(names & found) > 1
+                break
+            if len(names) < 2:
+                break
+        return self.untold
+
+    async def _asked_aside(self, key: str, part: ByteRequest) -> sources.FetchResult:
+        return await sources.fetch(
+            self.source, key, default_buffer_prototype(), part, fixed=self.fixed, untold=self.untold
+        )
 
     async def _is_still(self, key: str, entry: Entry, data: memoryview | None) -> bool | None:
         """Whether a piece of an object is unchanged at the source; None if that is unknown.
@@ -257,7 +306,7 @@ class Reading:
                 return (data[-len(cached) :] if piece.start < 0 else data[piece.start :][: len(cached)]) == cached
             # a failure of this extra request must not fail the read
             with suppress(Exception):
-                answer = await sources.fetch(self.source, key, default_buffer_prototype(), byte_range, fixed=self.fixed)
+                answer = await self._asked_aside(key, byte_range)
                 if answer.value is None or answer.exact:
                     return answer.value is not None and contents(answer.value) == cached
             return None

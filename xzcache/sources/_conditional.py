@@ -70,6 +70,8 @@ class _Head(NamedTuple):
     """Which bytes of the object the answer holds."""
     is_plain: bool = True
     """Whether the bytes are the object's own, and were not unpacked on the way."""
+    is_clear: bool = True
+    """Whether the answer says which bytes it holds, and where they end."""
 
 
 # -- asking
@@ -84,6 +86,7 @@ async def fetch(
     known: str = "",
     certain: bool = False,
     fixed: bool = False,
+    untold: bool = False,
     states: Callable[[], set[str]] = set,
 ) -> FetchResult:
     """Request the value of a key from a source.
@@ -100,6 +103,8 @@ async def fetch(
         Whether the validator of a whole object is worth a request of its own.
     fixed : bool
         Whether the source can never change.
+    untold : bool
+        Whether what the source says of its states is not to be believed.
     states : callable
         Returns the validators of the cached parts, which replace a metadata request before the read.
 
@@ -110,7 +115,7 @@ async def fetch(
     """
     if type(source) in _OBSTORES and (options := _range_of(byte_range)) is not None:
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
-        return _labelled([answer], fixed=fixed)[0] if byte_range is not None else answer
+        return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
     look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
     # if the validator comes with the bytes, a metadata request pays only if it is likely to save them
     if look is not None and known and (twin is None or certain):
@@ -119,19 +124,18 @@ async def fetch(
         states = lambda: {seen}  # noqa: E731
     elif isinstance(source, LocalStore) or byte_range is None:
         states = set
+    is_clear = True
     if twin is not None:
-        answer = await _noted(twin, key, prototype, byte_range)
+        answer, is_clear = await _noted(twin, key, prototype, byte_range)
     else:
         if byte_range is None and not known and not certain:
             look = None
         (answer,) = await _between_looks(
             look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
         )
-    if byte_range is None:
-        return answer
-    if answer.value is not None and not answer.exact and answer.size is None:
+    if byte_range is not None and answer.value is not None and answer.size is None and is_clear and not answer.exact:
         answer = await _measured(source, key, byte_range, answer)
-    return _labelled([answer], fixed=fixed)[0]
+    return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
 
 
 async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: FetchResult) -> FetchResult:
@@ -158,13 +162,14 @@ async def fetch_spans(
     spans: Sequence[Span],
     *,
     fixed: bool = False,
+    untold: bool = False,
     states: Callable[[], set[str]] = set,
     **limits: int,
 ) -> list[FetchResult]:
     """Request several spans of the value of a key, one request for each span.
 
-    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed` and `states` are as
-    for `fetch`. Exceptions of the source are raised.
+    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed`, `untold`
+    and `states` are as for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
     one_by_one = type(source) in _OBSTORES or _Noting.twin_of(source) is not None
@@ -173,12 +178,13 @@ async def fetch_spans(
 
         async def one(byte_range: RangeByteRequest) -> FetchResult:
             async with turn:
-                return await fetch(source, key, prototype, byte_range, fixed=fixed, states=states)
+                return await fetch(source, key, prototype, byte_range, fixed=fixed, untold=untold, states=states)
 
         return await all_of(one(byte_range) for byte_range in ranges)
 
     async def read() -> list[Buffer | None]:
         values: list[Buffer | None] = [None] * len(ranges)
+        failure: BaseException | None = None
         # the gaps are left out on purpose, and an inexact answer must not be cut
         apart = limits | {"max_gap_bytes": 0, "max_coalesced_bytes": 0}
         try:
@@ -187,14 +193,17 @@ async def fetch_spans(
                     values[at] = value
         except BaseExceptionGroup as failures:
             if (others := failures.split(FileNotFoundError)[1]) is not None:
-                raise _only(others) from None
-            # the object was deleted between two of the requests
-            return [None] * len(ranges)
+                failure = _only(others)
+            # some ranges may have been read before the object was deleted
+            values = [None] * len(ranges)
+        if failure is not None:
+            # raised while the group is handled, it would lead back to itself, and could not be pickled
+            raise failure
         return values
 
     look = None if fixed else _look_at(source)
     known = set if isinstance(source, LocalStore) else states
-    return _labelled(await _between_looks(look, key, ranges, known, read), fixed=fixed)
+    return _labelled(await _between_looks(look, key, ranges, known, read), ranges[0], fixed=fixed, untold=untold)
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -244,12 +253,14 @@ async def _between_looks(
     return [_judged(value, byte_range, head) for value, byte_range in zip(values, byte_ranges, strict=True)]
 
 
-def _labelled(answers: list[FetchResult], *, fixed: bool) -> list[FetchResult]:
-    """Answers of parts, none without a validator."""
+def _labelled(answers: list[FetchResult], part: ByteRequest | None, *, fixed: bool, untold: bool) -> list[FetchResult]:
+    """Answers with no validator that is not to be believed, and of parts with none that is empty."""
+    if part is None:
+        return [answer._replace(validator="") if untold and not answer.unchanged else answer for answer in answers]
     session = uuid.uuid4().hex
     return [
         answer
-        if answer.unchanged or answer.value is None or (is_from_source(answer.validator) and not fixed)
+        if answer.unchanged or answer.value is None or (is_from_source(answer.validator) and not fixed and not untold)
         else answer._replace(validator=FIXED if fixed else session_validator(session, number))
         for number, answer in enumerate(answers)
     ]
@@ -259,11 +270,15 @@ def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -
     """The answer with its metadata, checked for exactness."""
     if value is None:
         return FetchResult(None)
-    return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=head.size)
+    # the size of what was unpacked on the way is not the one that is told
+    size = head.size if head.is_plain and head.is_clear else None
+    return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=size)
 
 
 def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
     wanted = span(byte_range)
+    if not head.is_clear:
+        return False
     if not head.is_plain or wanted is None:
         return byte_range is None
     start, stop = wanted
@@ -318,6 +333,9 @@ async def _of_obstore(
             return _judged(value, byte_range, _Head(is_plain=False))
         data = await got.bytes_async()
     except obstore.exceptions.NotModifiedError:
+        if not options.get("if_none_match"):
+            # the request had no condition
+            raise
         return FetchResult(None, known, unchanged=True)
     except obstore.exceptions.NotSupportedError:
         # Azure does not support suffixes, but Zarr has a workaround
@@ -508,10 +526,13 @@ class _Session:
         async with self._session.get(*args, **options) as answer:
             said = answer.headers
             length = said.get("Content-Length") if answer.status == 200 else None
+            # one that ends when the connection does may have been cut off; 204 and 304 are no answers to a plain GET
+            ends = "Content-Length" in said or "chunked" in said.get("Transfer-Encoding", "").lower()
+            is_clear = ends and (answer.status == 200 or (answer.status == 206 and "Content-Range" in said))
             head = _head("", said.get("Content-Range") if answer.status == 206 else None, length)
             validator = _of_web(said.get("ETag", ""), _date(said.get("Last-Modified")), head.size)
             plain = said.get("Content-Encoding", "identity") == "identity"
-            self._heads.append(head._replace(validator=validator, is_plain=plain))
+            self._heads.append(head._replace(validator=validator, is_plain=plain, is_clear=is_clear))
             yield answer
 
 
@@ -527,19 +548,21 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
 
 async def _noted(
     twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
-) -> FetchResult:
-    """Read through a `_Noting` twin of a store."""
+) -> tuple[FetchResult, bool]:
+    """Read through a `_Noting` twin of a store; returns whether the source said which bytes it sent as well."""
     value = await twin.get(key, prototype, byte_range)
     heads: list[_Head] = twin.fs.heads
     if not heads or value is None:
-        return _judged(value, byte_range, _Head())
+        return _judged(value, byte_range, _Head()), True
     head = heads[-1]
     if len({head.validator for head in heads}) > 1:
         # of several states, if it was read in parts
-        return FetchResult(value, exact=False)
+        return FetchResult(value, exact=False), True
+    if not all(head.is_clear for head in heads):
+        return FetchResult(value, exact=False), False
     if byte_range is None and len(heads) > 1:
         head = _Head(head.validator, head.size)
     elif head.got is None and head.is_plain:
         # an answer without a range is all there is
         head = head._replace(got=(0, len(value)), size=len(value) if head.size is None else head.size)
-    return _judged(value, byte_range, head)
+    return _judged(value, byte_range, head), True
