@@ -1,7 +1,7 @@
 """The index of a cache directory, its counters of writes, and the locks between processes.
 
 Protects the SQLite database, the registration of each process, its lease as the index has it, and the room that is
-left, all by the guard: a mutex and the `flock` of the file ``lock``, which `Books.section` holds for one transaction.
+left, all by the guard: a mutex and the `flock` of the file ``lock``, which is held for one transaction (a section).
 What is left of a lease in this process has a mutex; joining a directory has another. The storing lock keeps leases
 valid while they are spent. Write counters are raised under the guard, but for invalidations that cannot have it, and
 read without. The locks of keys and byte ranges are never waited for. Knows no content of any entry file.
