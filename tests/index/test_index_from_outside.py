@@ -339,6 +339,47 @@ def test_totals_that_are_wrong_are_made_right(tmp_path: Path) -> None:
     audit(str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "UPDATE learned SET serial = NULL",
+        "UPDATE learned SET state = NULL",
+        "UPDATE total SET n = NULL, bytes = NULL",
+        "UPDATE total SET lease = NULL, serial = NULL",
+        "UPDATE entry SET size = NULL, rank = NULL",
+        "UPDATE entry SET key = NULL WHERE id % 2",
+        "UPDATE owner SET lease = NULL",
+    ],
+)
+def test_rows_that_make_no_sense_are_damage_and_no_error_of_the_cache(tmp_path: Path, garbage: str) -> None:
+    """A flipped bit in the head of a record is enough for a value to be missing, in a file that SQLite opens."""
+    make_source(tmp_path, 60)
+    options = "max_size=20_000, policy='adaptive'"
+    finished(script(tmp_path, f"open_store({options}); asyncio.run(read(0, 40))"))
+    with closing(sqlite3.connect(index_of(tmp_path))) as index:
+        index.execute("INSERT OR IGNORE INTO learned(one, serial, state) VALUES(1, 1, x'00')")
+        index.execute("PRAGMA writable_schema = ON")
+        tables = index.execute(
+            "SELECT name, sql FROM sqlite_schema WHERE type = 'table' AND sql IS NOT NULL"
+        ).fetchall()
+        index.execute("UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '') WHERE type = 'table'")
+        index.commit()
+    with closing(sqlite3.connect(index_of(tmp_path))) as index:
+        index.execute("PRAGMA ignore_check_constraints = ON")
+        triggers = index.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+        for name, _ in triggers:
+            index.execute(f"DROP TRIGGER {name}")
+        index.execute(garbage)
+        for _, sql in triggers:
+            index.execute(sql)
+        index.execute("PRAGMA writable_schema = ON")
+        index.executemany("UPDATE sqlite_schema SET sql = ?2 WHERE name = ?1 AND type = 'table'", tables)
+        index.commit()
+    _, said = finished(script(tmp_path, f"open_store({options}); asyncio.run(read(0, 60))"))
+    assert "an error in xzcache itself" not in said
+    audit(str(tmp_path / "cache"))
+
+
 # -- files that are cut, overwritten or put there while they are in use
 
 

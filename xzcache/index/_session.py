@@ -48,6 +48,8 @@ _NOTE: Final = re.compile(r"([0-9a-f]{16})-(\d+)-\d+")
 _NOTES: Final = 1 << 60
 """The first byte of the lock file that stands for the notes of one process; the owners' bytes lie far below."""
 _MOST_NOTES: Final = 16
+_OF_GARBAGE: Final = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+"""What the use of a row raises whose values are not of their columns' kinds."""
 _LONGEST_SYNC: Final = 5.0
 """Seconds that the end of a process waits for the disk."""
 
@@ -671,6 +673,9 @@ class Books:
                         # a new connection looks at the files anew
                         member.disconnect()
                     raise _blamed(translated(error), member) from error
+                if isinstance(error, _OF_GARBAGE) and index is not None and _is_damaged(index):
+                    member.disconnect()
+                    raise _blamed(Damaged("the rows of the index make no sense"), member) from error
                 _blamed(error, member)
                 raise
             finally:
@@ -849,6 +854,14 @@ class Books:
 
 def _nothing() -> None:
     pass
+
+
+def _is_damaged(index: Index) -> bool:
+    """Whether SQLite finds damage: values of the wrong kind come from there, or from an error in this package."""
+    try:
+        return not index.is_sound()
+    except sqlite3.Error:
+        return True
 
 
 def _blamed(error: BaseException, member: Membership) -> BaseException:
