@@ -26,7 +26,8 @@ from servers import S3Server, words
 import xzcache
 
 TESTS = Path(__file__).parent
-PYTHON = os.pathsep.join(map(str, (TESTS, TESTS.parent / "support", TESTS.parents[1] / "examples")))
+ROOT = TESTS.parents[1]
+PYTHON = os.pathsep.join(map(str, (TESTS, TESTS.parent / "support", ROOT, ROOT / "examples")))
 NETWORK = "198.51.100"  # set aside for documentation: nobody is there
 TOOLS = ("ip", "unshare", "nsenter")
 
