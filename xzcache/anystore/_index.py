@@ -1,4 +1,4 @@
-"""The books of a cache that one process keeps for itself: sizes, order, ages, byte ranges, and the writes so far."""
+"""The index of a cache that one process keeps in memory: sizes, order, ages, byte ranges and write versions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MemoryIndex:
         return self._writes[key], self._drops
 
     def count_write(self, key: str) -> WriteVersion:
-        """Count a write of a key; the new ticket."""
+        """Count a write of a key; returns the new version."""
         with self._lock:
             self._writes[key] += 1
             return self.write_version(key)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _BATCH: Final = 256
-"""Rows that are read, or files that are looked up, in one transaction: others wait for the guard that long."""
+"""The rows or files of one transaction; other processes wait for the guard that long."""
 
 
 class Finding(NamedTuple):

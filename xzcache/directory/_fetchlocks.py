@@ -24,7 +24,7 @@ class WriteVersion(NamedTuple):
     counts: tuple[int, ...]
 
     def digest(self) -> int:
-        """A number for the index, by which any process recognizes an equal ticket."""
+        """A number by which any process recognizes an equal version in the index."""
         told = ",".join(map(str, (self.process, self.generation, *self.counts)))
         return int.from_bytes(blake2b(told.encode(), digest_size=8).digest(), "little", signed=True)
 

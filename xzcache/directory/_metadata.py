@@ -120,7 +120,7 @@ class MetadataTracker:
         return unconfirmed
 
     def confirm(self, namespace: str, seen: Mapping[str, bytes], asked: Collection[str]) -> None:
-        """Remember, in this process, of which documents the source was asked in doubt, until they change here."""
+        """Record, in this process, that unconfirmed documents were revalidated; valid until they change here."""
         if asked:
             self._barrier.try_or(lambda: self._remember(namespace, {key: seen[key] for key in asked}), None)
 

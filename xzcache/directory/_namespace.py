@@ -252,7 +252,7 @@ class SharedBackend:
         return await self.directory.promptly(list(seen), self.directory.metadata.unconfirmed, self.namespace, seen)
 
     async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """Remember, in this process, of which documents the source was asked in doubt."""
+        """Record, in this process, that unconfirmed documents were revalidated."""
         await self.directory.promptly(None, self.directory.metadata.confirm, self.namespace, seen, asked)
 
     async def is_document_missing(self, key: str, max_age: Age) -> bool:

@@ -81,7 +81,7 @@ _LEAVING: Final = 32
 _LEAVING_OF_SOME: Final = 16
 _FEWEST: Final = 16
 _CANDIDATES: Final = 900
-"""Of how many watched keys it is asked whether they are here, to find some that are."""
+"""The number of watched keys to look up, of which some may still be cached."""
 _ANYWHERE: Final = 0.125
 _EVERY: Final = 32
 """Learn when the number of uses since the last time is 1/32 of the number of entries."""

@@ -130,7 +130,7 @@ class History:
     # -- ghosts
 
     def add_ghosts(self, leaving: Iterable[tuple[Entry, int]]) -> None:
-        """Remember entries, `(entry, id)`, that are about to leave."""
+        """Record ghosts of entries, `(entry, id)`, before they are evicted."""
         self._do_many(
             "INSERT OR REPLACE INTO ghost(key, tick, gap) SELECT ?, tick, gap FROM entry WHERE id = ? AND tick > 0",
             [(hash_of(entry), id_) for entry, id_ in leaving],

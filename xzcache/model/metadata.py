@@ -33,7 +33,7 @@ def is_document(key: str) -> bool:
 
 
 def is_chunk(key: str) -> bool:
-    """Whether a key looks like one of a chunk."""
+    """Whether a key has the form of a chunk's key."""
     return not is_document(key) and _PLACE.search(key) is not None
 
 

@@ -115,7 +115,7 @@ class Lead:
 
 
 class Piece(NamedTuple):
-    """Bytes that are to be stored."""
+    """Bytes to store."""
 
     lead: Lead
     span: Span
@@ -132,7 +132,7 @@ class Leads:
     def claim(
         self, key: str, what: Hashable, needs: list[Span], cached: list[Span], plan: Plan
     ) -> tuple[list[Lead], list[Claim]]:
-        """Claim the needed spans that nobody fetches, with the gaps between them.
+        """Claim the needed spans that no task fetches, with the gaps between them.
 
         `what` names the object in its current state; `cached` are spans that need not be fetched. Returns the new
         claims, and those of other tasks of this process that overlap the needed spans.
@@ -299,7 +299,7 @@ class _Fetch:
         self._started = time.perf_counter()
         self._left = {entry: (entry.start, entry.stop) for entry in entries}
         self._found: Found = {}
-        # bytes that are at hand, by their validator: of two of them no range is put together
+        # bytes in memory, by validator: no range is assembled from two validators
         self._buffers: dict[str, SparseBuffer] = {}
         self._asked: list[Span] = []
         # the validators of the ranges taken so far
@@ -401,7 +401,7 @@ class _Fetch:
         self._assemble()
 
     def _is_overtaken(self) -> bool:
-        """Whether the object was written since: bytes from before and from after that are not of one state of it."""
+        """Whether the object was invalidated since, so that earlier and later bytes may differ in state."""
         return bool(self._backend.write_version(self._wanted[0]) != self._version)
 
     def _let_go_if_overtaken(self) -> None:

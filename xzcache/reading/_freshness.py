@@ -29,7 +29,7 @@ _WRITING: Final = ("write", "_encode_partial")
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
 """Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
 _DEEPEST: Final = 32
-"""Frames to look at: more than lie between a store and the task that Zarr reads in."""
+"""The number of frames to check; more than lie between a store and Zarr's task."""
 
 
 class Seen:
