@@ -244,10 +244,10 @@ class KnownDocuments:
 
     def is_document_missing(self, key: str, max_age: Age) -> bool:
         """Whether a document is known to be missing from a node that has other documents."""
-        noted = self._absent.get(key)
+        recorded = self._absent.get(key)
         return (
-            noted is not None
-            and is_fresh(noted, max_age)
+            recorded is not None
+            and is_fresh(recorded, max_age)
             and any(Entry(sibling) in self._index for sibling in metadata.siblings(key))
         )
 

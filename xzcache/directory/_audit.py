@@ -171,10 +171,10 @@ class _Pass:
             if not rows:
                 return
             after = rows[-1].id
-            doubtful = [row for row in rows if self._fault_of(row) is not None]
-            if doubtful:
+            suspected = [row for row in rows if self._fault_of(row) is not None]
+            if suspected:
                 with self._session.section() as (_, index):
-                    self._recheck(index, doubtful)
+                    self._recheck(index, suspected)
 
     def _recheck(self, index: Index, rows: Iterable[Row]) -> None:
         for row in rows:

@@ -25,8 +25,8 @@ class WriteVersion(NamedTuple):
 
     def digest(self) -> int:
         """A number by which any process recognizes an equal version in the index."""
-        told = ",".join(map(str, (self.process, self.generation, *self.counts)))
-        return int.from_bytes(blake2b(told.encode(), digest_size=8).digest(), "little", signed=True)
+        text = ",".join(map(str, (self.process, self.generation, *self.counts)))
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def current_version(process: Registration, key: str) -> WriteVersion:

@@ -104,11 +104,11 @@ def describe(key: str, document: bytes | None) -> Description:
             for child, doc in nodes.items()
             if child.rpartition("/")[2] == ".zarray"
         }
-        told = {
+        attributes = {
             _attributes_of(node): _digest(nodes.get(_attributes_of(node.removeprefix(path).strip("/")), {}))
             for node in arrays
         }
-        return Description(arrays, path, told)
+        return Description(arrays, path, attributes)
     elif name == _ATTRIBUTES:
         return Description({}, None, {key: _digest(content)})
     return Description({}, None, {})

@@ -312,7 +312,7 @@ class _Fetch:
         self._leads = Leads(reading.backend)
         # a read that must see every change of the source uses no cached range, and joins no request that may have been
         # answered before it began
-        self._anew = reading.must_ask(key)
+        self._force = reading.must_ask(key)
 
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
@@ -324,7 +324,7 @@ class _Fetch:
             self._let_go_if_overtaken()
             self._version = self._backend.write_version(self._wanted[0])
             needs = self._needs(self._names())
-            alone = self._anew or self._version is None or time.monotonic() >= deadline
+            alone = self._force or self._version is None or time.monotonic() >= deadline
             mine, others = self._claim(needs, alone=alone)
             try:
                 # check after claiming: the previous holder may just have published
@@ -356,7 +356,7 @@ class _Fetch:
 
     def _names(self) -> list[Span]:
         """The spans of cached pieces that overlap the wanted ranges, from the list of their names."""
-        if self._anew:
+        if self._force:
             return []
         listed = self._backend.listed(self._key)
         return [_span_of(piece) for span in self._left.values() for piece in self._usable(listed.overlapping(*span))]
@@ -367,15 +367,15 @@ class _Fetch:
     def _needs(self, names: list[Span]) -> list[Span]:
         """The parts of the wanted ranges that are neither in memory nor in the given spans."""
         there = IntervalSet(names)
-        told = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
-        at_hand = told[0] if told else SparseBuffer()
+        named = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
+        at_hand = named[0] if named else SparseBuffer()
         return [
             part for span in self._left.values() for missing in at_hand.missing(span) for part in there.missing(missing)
         ]
 
     async def _gather(self) -> None:
         """Take cached ranges, whole or in parts."""
-        if self._anew:
+        if self._force:
             return
         listed = self._backend.listed(self._key)
         states = self._backend.states_of(self._key)
@@ -446,7 +446,7 @@ class _Fetch:
         cached = [_span_of(piece) for piece in self._usable(listed.overlapping(*extent))]
         plan = partial(merged, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
         if alone:
-            return [Lead(Claim(span)) for span in plan(needs, excluded=IntervalSet([] if self._anew else cached))], []
+            return [Lead(Claim(span)) for span in plan(needs, excluded=IntervalSet([] if self._force else cached))], []
         return self._leads.claim(self._key, (self._wanted[0].key, self._version), needs, cached, plan)
 
     async def _wait(self, claim: Claim) -> None:
@@ -465,7 +465,7 @@ class _Fetch:
 
     # -- fetching
 
-    async def _ask(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
+    async def _request(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
         reading = self._reading
         states = partial(self._backend.states_of, self._key)
         return await sources.fetch_spans(
@@ -478,7 +478,7 @@ class _Fetch:
         spans = [lead.claim.span for lead in leads]
         stats = self._reading.stats
         try:
-            answers = await self._ask(spans)
+            answers = await self._request(spans)
             fetched = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum(next(IntervalSet(spans).parts(span), None) is not None for span in self._left.values())
@@ -495,7 +495,7 @@ class _Fetch:
                 for lead in leads:
                     # each waiting reader sends its own request
                     lead.claim.flight.set_exception(LeaderCancelled())
-                await self._ask_plainly(dict(zip(spans, answers, strict=True)))
+                await self._request_plainly(dict(zip(spans, answers, strict=True)))
                 return
             await self._must_agree(self._used | {answer.validator for answer in answers})
             asked = self._backend.entry(self._key, *spans[0])
@@ -526,7 +526,7 @@ class _Fetch:
                 lead.claim.flight.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
             raise
 
-    async def _ask_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:
+    async def _request_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:
         """Request each range separately without caching, because the source returns other bytes than requested.
 
         Raises `OSError` if it still does.
@@ -535,7 +535,7 @@ class _Fetch:
             entry for entry, span in self._left.items() if next(IntervalSet(answers).parts(span), None) is not None
         ]
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
-        answers |= dict(zip(again, await self._ask(again) if again else [], strict=True))
+        answers |= dict(zip(again, await self._request(again) if again else [], strict=True))
         for entry in entries:
             first, last = span = self._left[entry]
             answer = answers[span]

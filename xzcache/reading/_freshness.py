@@ -50,8 +50,8 @@ class Seen:
     def of(cls, states: dict[bytes, bytes], *, more: bool) -> Seen:
         """Of states of documents by the digests of their keys, the latest last."""
         kept = list(states.items())[-_CARRIED:]
-        told = b"".join(key + state for key, state in kept).ljust(_LENGTH - 1, b"\0")
-        return cls(bytes([more or len(kept) < len(states)]) + told)
+        entries = b"".join(key + state for key, state in kept).ljust(_LENGTH - 1, b"\0")
+        return cls(bytes([more or len(kept) < len(states)]) + entries)
 
     def __bool__(self) -> bool:
         return bool(self._states)
