@@ -35,9 +35,9 @@ from xzcache.sources import (
     Identity,
     identify,
     is_at_hand,
-    is_found_out_anew,
     is_same_source,
     local_path,
+    must_identify_again,
     open_source,
     remember,
     spelled,
@@ -128,10 +128,10 @@ class ReadableView(SourceView):
     ) -> Buffer | None:
         """The value of a key, or a byte range of it; None where the source has none."""
         prototype = prototype or default_buffer_prototype()
-        anew = False if self.read_only else is_read_for_a_write()
-        if anew is False and byte_range is None and (value := self._reads.get_nowait(key, prototype)) is not None:
+        force = False if self.read_only else is_read_for_a_write()
+        if force is False and byte_range is None and (value := self._reads.get_nowait(key, prototype)) is not None:
             return value
-        return await self._reads.get(key, prototype, byte_range, anew=anew)
+        return await self._reads.get(key, prototype, byte_range, force=force)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -449,7 +449,7 @@ class CacheStore(ReadableView, WritableView):
             cache, token = type(cache)(), self._reads.backend.token
         known: Identity | str | None = self._origin
         if self.source.lasting:
-            known = None if is_found_out_anew(self._store) else self.source
+            known = None if must_identify_again(self._store) else self.source
         seen = self._reads.freshness.seen().packed
         return _restore, (kind, self._store, cache, changed or None, self.read_only, known, seen, token)
 

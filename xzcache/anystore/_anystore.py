@@ -42,7 +42,7 @@ class SingleProcessDefaults:
         self.flights: Flights[memoryview | None] = Flights()
         self.claims = Claims()
         self.evictions = self.faults = 0
-        # keys that are being written, and prefixes that end with a slash
+        # keys being written, and prefixes with a trailing slash
         self._written: Counter[str] = Counter()
 
     async def prepare(self) -> None:
@@ -61,7 +61,7 @@ class SingleProcessDefaults:
         return None
 
     def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """No other process shares these books."""
+        """No other process shares this cache, so the lock is always free."""
         return lambda: None
 
     def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
@@ -84,7 +84,7 @@ class SingleProcessDefaults:
         return []
 
     async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """There were no doubts."""
+        """Do nothing: no document is unconfirmed."""
 
     def fetching(self) -> AbstractAsyncContextManager[None]:
         """A context around a fetch; publishes are awaited anyway."""
@@ -208,7 +208,7 @@ class StoreBackend(SingleProcessDefaults):
         return self._index.write_version(entry.key)
 
     async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
-        """Store an entry, unless it was written since the ticket was taken or is larger than the bound."""
+        """Store an entry, unless it was written since the version was read or is larger than the bound."""
         if self._is_being_written(entry.key):
             # the entry may be from before or from after the write
             return False

@@ -1,4 +1,4 @@
-"""The books of a cache that one process keeps for itself: sizes, order, ages, byte ranges, and the writes so far."""
+"""The index of a cache that one process keeps in memory: sizes, order, ages, byte ranges and write versions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MemoryIndex:
         return self._writes[key], self._drops
 
     def count_write(self, key: str) -> WriteVersion:
-        """Count a write of a key; the new ticket."""
+        """Count a write of a key; returns the new version."""
         with self._lock:
             self._writes[key] += 1
             return self.write_version(key)
@@ -244,10 +244,10 @@ class KnownDocuments:
 
     def is_document_missing(self, key: str, max_age: Age) -> bool:
         """Whether a document is known to be missing from a node that has other documents."""
-        noted = self._absent.get(key)
+        recorded = self._absent.get(key)
         return (
-            noted is not None
-            and is_fresh(noted, max_age)
+            recorded is not None
+            and is_fresh(recorded, max_age)
             and any(Entry(sibling) in self._index for sibling in metadata.siblings(key))
         )
 

@@ -91,7 +91,7 @@ class _Process:
         return any(setup.place == place for setup in self._setups)
 
     def _apply(self) -> None:
-        """The one that came last counts."""
+        """Apply the settings of the latest plugin."""
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None

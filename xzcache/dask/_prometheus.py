@@ -20,7 +20,7 @@ _COUNTERS: Final = {
     "seconds_from_cache": ("xzcache_from_cache_seconds", "Seconds that reads from the cache took, each by itself."),
     "seconds_from_source": ("xzcache_from_source_seconds", "Seconds that reads from the source took, each by itself."),
     "evictions": ("xzcache_evictions", "Entries that this process evicted."),
-    "troubles": ("xzcache_errors", "Times that the cache failed and the source answered."),
+    "faults": ("xzcache_errors", "Times that the cache failed and the source answered."),
 }
 _GAUGES: Final = {
     "used": ("xzcache_used_bytes", "Bytes in the cache of this node."),

@@ -38,7 +38,7 @@ class Usage(NamedTuple):
     seconds_from_cache: float
     seconds_from_source: float
     evictions: int
-    troubles: int
+    faults: int
 
 
 def usage(directory: CacheDirectory) -> Usage:
@@ -59,7 +59,7 @@ def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
         bound=totals.max_size,
         entries=totals.entries,
         evictions=directory.space.evictions,
-        troubles=directory.barrier.faults,
+        faults=directory.barrier.faults,
         **{name: counts[name] for name in Usage._fields if name in counts},
     )
 

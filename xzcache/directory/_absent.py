@@ -57,11 +57,11 @@ class NegativeCache:
 
     def knows(self, key: str, max_age: Age) -> bool | None:
         """Whether a key is known to be missing, without the index; None if the index must be asked. Never waits."""
-        noted = self._recorded.get(key)
-        if noted is not None:
-            if noted.version == self._current_version(key):
+        record = self._recorded.get(key)
+        if record is not None:
+            if record.version == self._current_version(key):
                 # a record that is too old for one store may be fresh for another
-                return is_fresh(noted.at, max_age)
+                return is_fresh(record.at, max_age)
             self._recorded.pop(key, None)
             return False
         array = _array_of(key)
@@ -93,8 +93,8 @@ class NegativeCache:
                     self._remember(name, _Missing(at, version))
         if len(rows) >= _REMEMBERED:
             with self._session.section() as (process, index):
-                noted = index.tables.absent_since(key, current_version(process, key).digest())
-            return noted is not None and is_fresh(noted, max_age)
+                record = index.tables.absent_since(key, current_version(process, key).digest())
+            return record is not None and is_fresh(record, max_age)
         with self._lock:
             if len(self._read_at) > _REMEMBERED:
                 self._read_at.clear()
@@ -126,11 +126,11 @@ class NegativeCache:
 
     def record_missing(self, key: str, version: WriteVersion) -> bool:
         """Remember that the source has no such key; whether `flush` is to be called."""
-        noted = _Missing(time.time(), version)
-        self._remember(key, noted)
+        record = _Missing(time.time(), version)
+        self._remember(key, record)
         with self._lock:
             first = not self._pending
-            self._pending[key] = noted
+            self._pending[key] = record
         return first
 
     def flush(self) -> None:
@@ -143,9 +143,9 @@ class NegativeCache:
     def _flush(self, pending: dict[str, _Missing]) -> None:
         with self._session.section() as (process, index):
             arrays = set()
-            for key, noted in pending.items():
-                if noted.version == current_version(process, key) and not index.tables.is_written(key):
-                    index.tables.set_absent(key, noted.at, noted.version.digest())
+            for key, record in pending.items():
+                if record.version == current_version(process, key) and not index.tables.is_written(key):
+                    index.tables.set_absent(key, record.at, record.version.digest())
                     arrays.add(_array_of(key))
             for array in arrays:
                 with self._lock:
@@ -171,12 +171,12 @@ class NegativeCache:
             return None if process is None else current_version(process, key)
         return None
 
-    def _remember(self, key: str, noted: _Missing) -> None:
+    def _remember(self, key: str, record: _Missing) -> None:
         while len(self._recorded) >= _REMEMBERED:
             # another thread may be doing the same
             with suppress(KeyError, StopIteration, RuntimeError):
                 del self._recorded[next(iter(self._recorded))]
-        self._recorded[key] = noted
+        self._recorded[key] = record
 
 
 def _array_of(key: str) -> str:

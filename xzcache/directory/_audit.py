@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _BATCH: Final = 256
-"""Rows that are read, or files that are looked up, in one transaction: others wait for the guard that long."""
+"""The rows or files of one transaction; other processes wait for the guard that long."""
 
 
 class Finding(NamedTuple):
@@ -171,10 +171,10 @@ class _Pass:
             if not rows:
                 return
             after = rows[-1].id
-            doubtful = [row for row in rows if self._fault_of(row) is not None]
-            if doubtful:
+            suspected = [row for row in rows if self._fault_of(row) is not None]
+            if suspected:
                 with self._session.section() as (_, index):
-                    self._recheck(index, doubtful)
+                    self._recheck(index, suspected)
 
     def _recheck(self, index: Index, rows: Iterable[Row]) -> None:
         for row in rows:

@@ -188,7 +188,7 @@ class CacheDirectory:
                     return otherwise
                 patience = LONG
 
-    async def to_the_end(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def to_completion(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Like `promptly`, for work that must not be skipped: it is awaited even if the disk hangs."""
         future = pool.submit(function, *args, **kwargs)
         try:

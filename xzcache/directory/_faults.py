@@ -68,7 +68,7 @@ class FaultBarrier:
                 return action()
             except Damaged as damage:
                 tries += 1
-                # a rebuild empties directories and keeps everybody waiting: not again at each read
+                # a rebuild empties directories and blocks all processes, so do not repeat it at each read
                 if time.monotonic() < (self._rebuild_after if damage.is_certain else self._doubt_after):
                     raise
                 if mended or tries > _MOST_REPAIRS:
@@ -91,7 +91,7 @@ class FaultBarrier:
 
     @staticmethod
     def _after(took: float) -> float:
-        """When a rebuild may be tried again: a small share of the time goes into rebuilds that are in vain."""
+        """When a rebuild may be tried again: failed rebuilds must take only a small share of the time."""
         return time.monotonic() + _PAUSE_AFTER_FAILURE * max(1.0, _SHARE * took)
 
     def _rebuild(self, damage: Damaged) -> bool:

@@ -24,9 +24,9 @@ class WriteVersion(NamedTuple):
     counts: tuple[int, ...]
 
     def digest(self) -> int:
-        """A number for the index, by which any process recognizes an equal ticket."""
-        told = ",".join(map(str, (self.process, self.generation, *self.counts)))
-        return int.from_bytes(blake2b(told.encode(), digest_size=8).digest(), "little", signed=True)
+        """A number by which any process recognizes an equal version in the index."""
+        text = ",".join(map(str, (self.process, self.generation, *self.counts)))
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def current_version(process: Registration, key: str) -> WriteVersion:

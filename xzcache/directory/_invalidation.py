@@ -234,7 +234,7 @@ class PendingInvalidations:
             os.close(self._note)
             self._note = -1
 
-    # -- by hand
+    # -- invalidation without the index
 
     def _increment_by_hand(self, number: int, failures: list[OSError]) -> None:
         """Increment a counter without the guard: two concurrent increments may merge, which is still a change.

@@ -81,16 +81,16 @@ class MetadataTracker:
     def _is_document_missing(self, namespace: str, key: str, max_age: Age) -> bool:
         full = f"{namespace}/{key}"
         with self._session.section() as (process, index):
-            noted = index.tables.absent_since(full, current_version(process, full).digest())
-            return (noted is not None and is_fresh(noted, max_age)) and any(
+            recorded = index.tables.absent_since(full, current_version(process, full).digest())
+            return (recorded is not None and is_fresh(recorded, max_age)) and any(
                 index.find(Entry(f"{namespace}/{sibling}")) for sibling in metadata.siblings(key)
             )
 
     def record_document(self, namespace: str, key: str, document: bytes) -> None:
         """Record the arrays of a document that was written through the cache; their entries stay valid."""
         described = metadata.describe(key, document)
-        if told := described.arrays | described.attributes:
-            self._barrier.try_or(lambda: self._set_nodes(namespace, told), None)
+        if digests := described.arrays | described.attributes:
+            self._barrier.try_or(lambda: self._set_nodes(namespace, digests), None)
             state = metadata.fingerprint(document)
             self._barrier.try_or(lambda: self._set_seen(f"{namespace}/{key}", state), None)
 
@@ -120,7 +120,7 @@ class MetadataTracker:
         return unconfirmed
 
     def confirm(self, namespace: str, seen: Mapping[str, bytes], asked: Collection[str]) -> None:
-        """Remember, in this process, of which documents the source was asked in doubt, until they change here."""
+        """Record, in this process, that unconfirmed documents were revalidated; valid until they change here."""
         if asked:
             self._barrier.try_or(lambda: self._remember(namespace, {key: seen[key] for key in asked}), None)
 
@@ -156,7 +156,7 @@ class MetadataTracker:
 
         full, absent = f"{namespace}/{key}", document is None
         with self._session.section() as (process, index):
-            changed, noted = [], []
+            changed, recorded = [], []
             seen = index.tables.seen(full)
             before = seen or (b"cached" if index.find(Entry(full)) is not None else None)
             # a state that a copy of a store recorded is only the first bytes
@@ -172,7 +172,7 @@ class MetadataTracker:
                     index.tables.set_node(node, described.arrays[path])
                     if not agreed:
                         # fetches under way may be of an older state
-                        noted.append(path)
+                        recorded.append(path)
                 else:
                     changed.append(path)
             valid = version is not None and version == current_version(process, full)
@@ -182,7 +182,7 @@ class MetadataTracker:
                 index.tables.set_node(_join(namespace, attributes), digest)
             for path in changed:
                 process.writes.increment(prefix_counter(_join(namespace, path)))
-            for path in noted:
+            for path in recorded:
                 process.writes.increment(data_counter(_join(namespace, path)))
             now = current_version(process, full)
             if valid and absent:
@@ -193,11 +193,11 @@ class MetadataTracker:
         known = self._known(namespace, path)
         # the drop was counted when the change was found
         self._writes.drop_now(_join(namespace, path), counted=True)
-        told = {node: digest for node, digest in described.arrays.items() if node == path}
-        told |= {node: digest for node, digest in described.attributes.items() if node.rpartition("/")[0] == path}
-        if told:
+        digests = {node: digest for node, digest in described.arrays.items() if node == path}
+        digests |= {node: digest for node, digest in described.attributes.items() if node.rpartition("/")[0] == path}
+        if digests:
             # an array and its attributes have separate documents: keep the fingerprint that this one does not hold
-            self._set_nodes(namespace, known | told)
+            self._set_nodes(namespace, known | digests)
 
     def _known(self, namespace: str, path: str) -> dict[str, bytes]:
         with self._session.section() as (_, index):

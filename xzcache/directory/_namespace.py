@@ -218,26 +218,26 @@ class SharedBackend:
 
     async def begin_write(self, keys: Sequence[str]) -> list[Begun]:
         """Before the source of some keys is written."""
-        return await self.directory.to_the_end(
+        return await self.directory.to_completion(
             self.directory.writes.begin_write, [f"{self.namespace}/{key}" for key in keys]
         )
 
     async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
         """After the source of some keys was written."""
-        await self.directory.to_the_end(self.directory.writes.end_write, writes, values)
+        await self.directory.to_completion(self.directory.writes.end_write, writes, values)
 
     async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
         """Invalidate a key that changed at the source; returns the version to store it with."""
-        return await self.directory.to_the_end(self.directory.writes.invalidate, f"{self.namespace}/{key}", since)
+        return await self.directory.to_completion(self.directory.writes.invalidate, f"{self.namespace}/{key}", since)
 
     async def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
         """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
         full = f"{self.namespace}/{prefix}".rstrip("/")
-        return await self.directory.to_the_end(self.directory.writes.begin_delete, full, itself=itself)
+        return await self.directory.to_completion(self.directory.writes.begin_delete, full, itself=itself)
 
     async def end_delete(self, begun: Any) -> None:
         """After all keys beneath a prefix were deleted at the source."""
-        await self.directory.to_the_end(self.directory.writes.end_delete, begun)
+        await self.directory.to_completion(self.directory.writes.end_delete, begun)
 
     async def apply_document(self, key: str, document: bytes | None, version: Any) -> WriteVersion | None:
         """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
@@ -245,14 +245,14 @@ class SharedBackend:
             self.directory.metadata.apply_document_later(self.namespace, key, document)
             return None
         apply = self.directory.metadata.apply_document
-        return await self.directory.to_the_end(apply, self.namespace, key, document, version)
+        return await self.directory.to_completion(apply, self.namespace, key, document, version)
 
     async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
         """Documents whose state elsewhere may differ from the state under which entries were cached here."""
         return await self.directory.promptly(list(seen), self.directory.metadata.unconfirmed, self.namespace, seen)
 
     async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """Remember, in this process, of which documents the source was asked in doubt."""
+        """Record, in this process, that unconfirmed documents were revalidated."""
         await self.directory.promptly(None, self.directory.metadata.confirm, self.namespace, seen, asked)
 
     async def is_document_missing(self, key: str, max_age: Age) -> bool:
@@ -284,7 +284,7 @@ class SharedBackend:
 
     async def clear(self) -> None:
         """Forget all entries of this source, and no other's."""
-        await self.directory.to_the_end(self.directory.writes.drop, self.namespace)
+        await self.directory.to_completion(self.directory.writes.drop, self.namespace)
 
     def info(self, *, exact: bool = True) -> dict[str, Any]:
         """The size and the number of entries of this source and of the whole cache; sizes in bytes.

@@ -40,7 +40,7 @@ logger = logging.getLogger("xzcache.directory")
 # -- Entries on their way into the cache.
 
 MOST: Final = 32
-"""Parcels that are published together: it bounds for how long others wait for the guard."""
+"""The most entries that are published together, which limits the wait of others for the guard."""
 
 MOST_BYTES: Final = 4 << 20
 """The most bytes of entries that are published together, which may need room at once."""
@@ -416,7 +416,7 @@ class Publisher:
             recovery.finish(self._session, index, tombstones)
             index.commit()
         except sqlite3.Error as error:
-            # the index counts bytes that are not there: only a new one is right again
+            # the index counts bytes that do not exist: rebuild it
             raise Damaged("an entry without a file could not be taken out of the index") from error
         for item in failed:
             item.is_spent = False

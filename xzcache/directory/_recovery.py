@@ -509,7 +509,7 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
             try:
                 status = os.lstat(path)
             except FileNotFoundError:
-                # unlinked by hand while we walk
+                # unlinked by an invalidation without the index
                 continue
             if stamp is not None and status.st_size == stamp.size and index.find(entry) is None:
                 index.add(entry, hashed=hashed, size=stamp.size, crc=stamp.crc, used=status.st_mtime_ns, owner=0, seq=0)

@@ -134,7 +134,7 @@ class WriteBehind:
                     stack.callback(self._finish, what, future)
 
     def _take(self) -> list[tuple[PendingEntry | Callable[[], None], Future[None]]]:
-        """The next piece of work, or as many of the next parcels as may be published together."""
+        """The next piece of work, or the next entries that may be published together."""
         batch: list[tuple[PendingEntry | Callable[[], None], Future[None]]] = []
         size, entries = 0, set()
         while self._queue and len(batch) < publishing.MOST:
@@ -188,7 +188,7 @@ class WriteBehind:
             return
         self._begin()
         try:
-            # parcels are stored in the order in which they came
+            # entries are stored in order
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
         except TimeoutError:
             self._hangs(True)

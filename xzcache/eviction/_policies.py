@@ -70,9 +70,9 @@ def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C
 # -- The policies.
 
 _BATCH: Final = 128
-_HEARD: Final = 4096
+_QUEUED: Final = 4096
 """The uses of watched keys that may wait before they are learned from."""
-_MOST_HEARD: Final = 4 * _HEARD
+_MOST_QUEUED: Final = 4 * _QUEUED
 """How many uses are learned from at once: of more, the latest."""
 _LOOKED_AT: Final = 4096
 _RUNS: Final = 64
@@ -81,7 +81,7 @@ _LEAVING: Final = 32
 _LEAVING_OF_SOME: Final = 16
 _FEWEST: Final = 16
 _CANDIDATES: Final = 900
-"""Of how many watched keys it is asked whether they are here, to find some that are."""
+"""The number of watched keys to look up, of which some may still be cached."""
 _ANYWHERE: Final = 0.125
 _EVERY: Final = 32
 """Learn when the number of uses since the last time is 1/32 of the number of entries."""
@@ -141,32 +141,32 @@ class Learning:
         self._adaptive = Adaptive()
         self._serial = 0
         self._entries = self._learned_at = 0
-        self._heard = -1
+        self._queued = -1
         self._leaving: list[tuple[int, int]] = []
         self._found_at = 0
         self._random = np.random.default_rng()
 
     def record(self, index: Index, batch: UseBatch) -> None:
         history = index.history
-        if self._heard < 0:
+        if self._queued < 0:
             # other processes may have queued uses and left
-            self._heard = history.heard(_HEARD + 1)
+            self._queued = history.queued_uses(_QUEUED + 1)
         self._entries += len(batch.arrived)
-        self._hear(history, batch.arrived)
+        self._queue(history, batch.arrived)
         if batch.uses:
             before, self._entries = history.pass_time(len(batch.uses))
             latest = sorted(batch.uses.items(), key=lambda use: use[1])
             history.touch((tick, entry, used) for tick, (entry, used) in enumerate(latest, before + 1))
-            self._hear(history, batch.uses)
-        if self._heard > _HEARD:
+            self._queue(history, batch.uses)
+        if self._queued > _QUEUED:
             self._learn(index, is_full=False)
 
-    def _hear(self, history: History, entries: Iterable[Entry]) -> None:
+    def _queue(self, history: History, entries: Iterable[Entry]) -> None:
         limit = limit_for(self._entries) >> 30
         watched = [(hash_of(entry), entry) for entry in entries if lot_of(entry) < limit]
         if watched:
-            history.hear(watched)
-            self._heard += len(watched)
+            history.queue_uses(watched)
+            self._queued += len(watched)
 
     def choose(self, index: Index, want: int) -> list[Row]:
         victims = self._next(index, want)
@@ -244,20 +244,20 @@ class Learning:
             return
         if (serial := history.learned_serial()) != self._serial:
             self._adaptive, self._serial = _restored(index), serial
-            self._heard, self._learned_at = 0, self._adaptive.now
+            self._queued, self._learned_at = 0, self._adaptive.now
             if self._has_learned(now):
                 # another process has learned meanwhile
                 return
-        heard = _columns(history.take_heard(_MOST_HEARD), 4)
+        queued = _columns(history.take_queued(_MOST_QUEUED), 4)
         # without a bound, it is the disk that is full
         room = totals.size if is_full else totals.max_size
-        self._adaptive.learn(Uses(*heard), totals.entries, float("inf") if room is None else float(room))
+        self._adaptive.learn(Uses(*queued), totals.entries, float("inf") if room is None else float(room))
         self._serial = history.set_learned(self._adaptive.to_bytes())
-        self._heard, self._learned_at = 0, now
+        self._queued, self._learned_at = 0, now
         history.forget_ghosts(now - max(_FEWEST_GHOSTS, _GHOSTS * totals.entries), self._serial)
 
     def _has_learned(self, now: int) -> bool:
-        return self._heard <= _HEARD and 0 <= now - self._learned_at < self._entries // _EVERY
+        return self._queued <= _QUEUED and 0 <= now - self._learned_at < self._entries // _EVERY
 
 
 POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] = {

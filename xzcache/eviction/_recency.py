@@ -68,22 +68,22 @@ class Traced(Recency):
     def __init__(self, policy: Policy, path: str) -> None:
         super().__init__(policy)
         self._path = path
-        self._noted: list[tuple[int, Entry]] = []
+        self._trace: list[tuple[int, Entry]] = []
 
     def record_use(self, entry: Entry) -> bool:
         """Record a use; True if `flush_to` is due."""
-        self._noted.append((time.time_ns(), entry))
-        if len(self._noted) > 64 * self._most:
-            self._noted.clear()
+        self._trace.append((time.time_ns(), entry))
+        if len(self._trace) > 64 * self._most:
+            self._trace.clear()
         return super().record_use(entry)
 
     def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
         """Write the recorded uses to the index and to the file."""
-        noted, self._noted = self._noted, []
-        noted += ((time.time_ns(), entry) for entry in arrived)
-        rows = {entry: row for _, entry in noted if (row := index.find(entry)) is not None}
+        trace, self._trace = self._trace, []
+        trace += ((time.time_ns(), entry) for entry in arrived)
+        rows = {entry: row for _, entry in trace if (row := index.find(entry)) is not None}
         lines = (
-            f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in noted if (row := rows.get(entry)) is not None
+            f"{at} {hash_of(entry):016x} {row.size}\n" for at, entry in trace if (row := rows.get(entry)) is not None
         )
         # a failure to write the trace must not fail other work
         with suppress(OSError):

@@ -338,7 +338,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
         make_directories(os.path.dirname(path))
         fd = os.open(path, _WRITE, 0o600)
     try:
-        # the stamp first: a writer that has to work by hand finds the files in flight of its key by their stamps
+        # the stamp first: an invalidation without the index finds temporary files by their stamps
         attach(fd, stamp)
         view = memoryview(data)
         while view:
@@ -352,7 +352,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
 
 
 def attach(file: int | str, stamp: Stamp) -> None:
-    """Set the stamp of a file in flight."""
+    """Set the stamp of a temporary file."""
     if not hasattr(os, "setxattr"):
         return
     try:

@@ -1,4 +1,4 @@
-"""Whether the disk of a cache directory can be relied on: a dying one must not add its time-outs to every read."""
+"""Health of the disk of a cache directory: a failing disk must not add its time-outs to every read."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Quarantine:
 
     @property
     def suspected(self) -> list[str]:
-        """The names that are in suspicion."""
+        """The names of `suspect`."""
         return list(self._suspect)
 
     def record_away(self, names: Iterable[str]) -> None:
@@ -101,12 +101,12 @@ class Quarantine:
         return any(name in self._away for name in _names(key))
 
     def concerns(self, key: str) -> bool:
-        """Whether there is any doubt about a key."""
+        """Whether a key is quarantined, suspected or away."""
         return not self.is_empty and (self.holds(key) or self.suspects(key) or self.is_away(key))
 
     @property
     def held(self) -> list[str]:
-        """The names that are held."""
+        """The names of `hold`."""
         return list(self._held)
 
     @property

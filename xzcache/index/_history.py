@@ -73,7 +73,7 @@ class History:
             ((used, tick, *entry) for tick, entry, used in uses),
         )
 
-    def hear(self, uses: Iterable[tuple[int, Entry]]) -> None:
+    def queue_uses(self, uses: Iterable[tuple[int, Entry]]) -> None:
         """Queue uses of watched keys, `(hash, entry)`, until a process learns from them."""
         self._do_many(
             "INSERT OR IGNORE INTO heard(tick, key, size, id) "
@@ -81,11 +81,11 @@ class History:
             ((key, *entry) for key, entry in uses),
         )
 
-    def heard(self, most: int) -> int:
+    def queued_uses(self, most: int) -> int:
         """How many uses are kept, counted up to a number."""
         return int(self._do("SELECT count(*) FROM (SELECT 1 FROM heard LIMIT ?)", (most,)).fetchone()[0])
 
-    def take_heard(self, most: int) -> list[tuple[int, int, int, int]]:
+    def take_queued(self, most: int) -> list[tuple[int, int, int, int]]:
         """The latest of the uses that were kept, `(tick, hash, size, id)`; none is kept any longer."""
         rows = self._do("SELECT tick, key, size, id FROM heard ORDER BY tick DESC LIMIT ?", (most,)).fetchall()
         self._do("DELETE FROM heard")
@@ -130,7 +130,7 @@ class History:
     # -- ghosts
 
     def add_ghosts(self, leaving: Iterable[tuple[Entry, int]]) -> None:
-        """Remember entries, `(entry, id)`, that are about to leave."""
+        """Record ghosts of entries, `(entry, id)`, before they are evicted."""
         self._do_many(
             "INSERT OR REPLACE INTO ghost(key, tick, gap) SELECT ?, tick, gap FROM entry WHERE id = ? AND tick > 0",
             [(hash_of(entry), id_) for entry, id_ in leaving],

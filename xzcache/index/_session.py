@@ -272,7 +272,7 @@ class Registration:
             self._write(1, serial)
 
     def next_temporary(self) -> tuple[int, str]:
-        """A number that this owner has not used yet, and the path of the file in flight that goes with it."""
+        """An unused number of this owner, and the path of the temporary file with that number."""
         with self.lease_lock:
             self._sequence += 1
             return self._sequence, f"{self.meta}/tmp/{self.owner}/{self._sequence}"

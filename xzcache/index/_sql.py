@@ -225,16 +225,16 @@ class Tables:
 
     # -- the negative cache
 
-    def set_absent(self, key: str, noted: float, ticket: int) -> None:
+    def set_absent(self, key: str, noted: float, version: int) -> None:
         """Note that a key is absent, for as long as its ticket has this digest.
 
         A write that could not use the index has removed no row, but it was counted.
         """
-        self._do("INSERT OR REPLACE INTO absent(key, noted, ticket) VALUES(?, ?, ?)", (key, noted, ticket))
+        self._do("INSERT OR REPLACE INTO absent(key, noted, ticket) VALUES(?, ?, ?)", (key, noted, version))
 
-    def absent_since(self, key: str, ticket: int) -> float | None:
+    def absent_since(self, key: str, version: int) -> float | None:
         """When a key was recorded as missing; None if it was not, or was written since."""
-        row = self._do("SELECT noted FROM absent WHERE key = ? AND ticket = ?", (key, ticket)).fetchone()
+        row = self._do("SELECT noted FROM absent WHERE key = ? AND ticket = ?", (key, version)).fetchone()
         return None if row is None else float(row[0])
 
     def absent_beneath(self, prefix: str, after: str, limit: int) -> list[tuple[str, float, int]]:

@@ -41,7 +41,7 @@ def is_json(document: bytes | memoryview) -> bool:
 
 
 def is_chunk(key: str) -> bool:
-    """Whether a key looks like one of a chunk."""
+    """Whether a key has the form of a chunk's key."""
     return not is_document(key) and _PLACE.search(key) is not None
 
 
@@ -112,11 +112,11 @@ def describe(key: str, document: bytes | None) -> Description:
             for child, doc in nodes.items()
             if child.rpartition("/")[2] == ".zarray"
         }
-        told = {
+        attributes = {
             _attributes_of(node): _digest(nodes.get(_attributes_of(node.removeprefix(path).strip("/")), {}))
             for node in arrays
         }
-        return Description(arrays, path, told)
+        return Description(arrays, path, attributes)
     elif name == _ATTRIBUTES:
         return Description({}, None, {key: _digest(content)})
     return Description({}, None, {})

@@ -88,7 +88,7 @@ class Flights(Generic[T]):
             return flight, True
 
     def finish(self, what: Hashable, flight: Flight[T]) -> None:
-        """The leader is done, one way or the other."""
+        """End a fetch; waiting tasks without a result get `LeaderCancelled`."""
         with self._lock:
             if self._flights.get(what) is flight:
                 del self._flights[what]
@@ -129,7 +129,7 @@ class Claims:
             return made, others
 
     def release(self, what: Hashable, claim: Claim) -> None:
-        """The leader is done, one way or the other; again if need be."""
+        """Release a claim; a second call has no effect."""
         with self._lock:
             claims = self._claims.get(what, [])
             if claim in claims:

@@ -99,7 +99,7 @@ class SparseBuffer:
             self._data.insert(at, data[first - span[0] : last - span[0]])
 
     def missing(self, span: Span) -> list[Span]:
-        """The parts of a span that are not there."""
+        """The parts of a span that are not in the buffer."""
         return IntervalSet(tile for tile, _ in self._within(span)).missing(span)
 
     def of(self, span: Span) -> memoryview:

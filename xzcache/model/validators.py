@@ -2,7 +2,7 @@
 
 A *validator* identifies the state of an object: an ETag or a time of modification, as in RFC 9110. If the source gives
 none, a part gets a validator of a *session* and a number. Parts of one session may be cached side by side, because the
-object was verified to be unchanged when the later one came. Bytes of two sessions never form one range.
+object was verified to be unchanged when the later one came. But bytes of two such answers never form one range.
 
 The rules for reads in parts:
 

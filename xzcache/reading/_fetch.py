@@ -123,7 +123,7 @@ class Lead:
 
 
 class Piece(NamedTuple):
-    """Bytes that are to be stored."""
+    """Bytes to store."""
 
     lead: Lead
     span: Span
@@ -140,7 +140,7 @@ class Leads:
     def claim(
         self, key: str, what: Hashable, needs: list[Span], cached: list[Span], plan: Plan
     ) -> tuple[list[Lead], list[Claim]]:
-        """Claim the needed spans that nobody fetches, with the gaps between them.
+        """Claim the needed spans that no task fetches, with the gaps between them.
 
         `what` names the object in its current state; `cached` are spans that need not be fetched. Returns the new
         claims, and those of other tasks of this process that overlap the needed spans.
@@ -307,7 +307,7 @@ class _Fetch:
         self._started = time.perf_counter()
         self._left = {entry: (entry.start, entry.stop) for entry in entries}
         self._found: Found = {}
-        # bytes that are at hand, by their validator: of two of them no range is put together
+        # bytes in memory, by validator: no range is assembled from two validators
         self._buffers: dict[str, SparseBuffer] = {}
         self._asked: list[Span] = []
         # the validators of the ranges taken so far
@@ -320,7 +320,7 @@ class _Fetch:
         self._leads = Leads(reading.backend)
         # a read that must see every change of the source uses no cached range, and joins no request that may have been
         # answered before it began
-        self._anew = reading.must_ask(key)
+        self._force = reading.must_ask(key)
 
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
@@ -332,7 +332,7 @@ class _Fetch:
             self._let_go_if_overtaken()
             self._version = self._backend.write_version(self._wanted[0])
             needs = self._needs(self._names())
-            alone = self._anew or self._version is None or time.monotonic() >= deadline
+            alone = self._force or self._version is None or time.monotonic() >= deadline
             mine, others = self._claim(needs, alone=alone)
             try:
                 # check after claiming: the previous holder may just have published
@@ -364,7 +364,7 @@ class _Fetch:
 
     def _names(self) -> list[Span]:
         """The spans of cached pieces that overlap the wanted ranges, from the list of their names."""
-        if self._anew:
+        if self._force:
             return []
         listed = self._backend.listed(self._key)
         return [_span_of(piece) for span in self._left.values() for piece in self._usable(listed.overlapping(*span))]
@@ -375,15 +375,15 @@ class _Fetch:
     def _needs(self, names: list[Span]) -> list[Span]:
         """The parts of the wanted ranges that are neither in memory nor in the given spans."""
         there = IntervalSet(names)
-        told = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
-        at_hand = told[0] if told else SparseBuffer()
+        named = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
+        at_hand = named[0] if named else SparseBuffer()
         return [
             part for span in self._left.values() for missing in at_hand.missing(span) for part in there.missing(missing)
         ]
 
     async def _gather(self) -> None:
         """Take cached ranges, whole or in parts."""
-        if self._anew:
+        if self._force:
             return
         listed = self._backend.listed(self._key)
         states = self._backend.states_of(self._key)
@@ -409,7 +409,7 @@ class _Fetch:
         self._assemble()
 
     def _is_overtaken(self) -> bool:
-        """Whether the object was written since: bytes from before and from after that are not of one state of it."""
+        """Whether the object was invalidated since, so that earlier and later bytes may differ in state."""
         return bool(self._backend.write_version(self._wanted[0]) != self._version)
 
     def _let_go_if_overtaken(self) -> None:
@@ -454,7 +454,7 @@ class _Fetch:
         cached = [_span_of(piece) for piece in self._usable(listed.overlapping(*extent))]
         plan = partial(merged, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
         if alone:
-            return [Lead(Claim(span)) for span in plan(needs, excluded=IntervalSet([] if self._anew else cached))], []
+            return [Lead(Claim(span)) for span in plan(needs, excluded=IntervalSet([] if self._force else cached))], []
         return self._leads.claim(self._key, (self._wanted[0].key, self._version), needs, cached, plan)
 
     async def _wait(self, claim: Claim) -> None:
@@ -473,7 +473,7 @@ class _Fetch:
 
     # -- fetching
 
-    async def _ask(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
+    async def _request(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
         reading = self._reading
         states = partial(self._backend.states_of, self._key)
         return await sources.fetch_spans(
@@ -492,7 +492,7 @@ class _Fetch:
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
         try:
-            answers = await self._ask(spans)
+            answers = await self._request(spans)
             fetched = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum(next(IntervalSet(spans).parts(span), None) is not None for span in self._left.values())
@@ -509,7 +509,7 @@ class _Fetch:
                 for lead in leads:
                     # each waiting reader sends its own request
                     lead.claim.flight.set_exception(LeaderCancelled())
-                await self._ask_plainly(dict(zip(spans, answers, strict=True)))
+                await self._request_plainly(dict(zip(spans, answers, strict=True)))
                 return
             await self._must_agree(self._used | {answer.validator for answer in answers})
             asked = self._backend.entry(self._key, *spans[0])
@@ -540,7 +540,7 @@ class _Fetch:
                 lead.claim.flight.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
             raise
 
-    async def _ask_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:
+    async def _request_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:
         """Request each range separately without caching, because the source returns other bytes than requested.
 
         Raises `OSError` if it still does.
@@ -549,7 +549,7 @@ class _Fetch:
             entry for entry, span in self._left.items() if next(IntervalSet(answers).parts(span), None) is not None
         ]
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
-        answers |= dict(zip(again, await self._ask(again) if again else [], strict=True))
+        answers |= dict(zip(again, await self._request(again) if again else [], strict=True))
         for entry in entries:
             first, last = span = self._left[entry]
             answer = answers[span]

@@ -29,7 +29,7 @@ _WRITING: Final = ("write", "_encode_partial")
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
 """Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
 _DEEPEST: Final = 32
-"""Frames to look at: more than lie between a store and the task that Zarr reads in."""
+"""The number of frames to check; more than lie between a store and Zarr's task."""
 
 
 class Seen:
@@ -50,8 +50,8 @@ class Seen:
     def of(cls, states: dict[bytes, bytes], *, more: bool) -> Seen:
         """Of states of documents by the digests of their keys, the latest last."""
         kept = list(states.items())[-_CARRIED:]
-        told = b"".join(key + state for key, state in kept).ljust(_LENGTH - 1, b"\0")
-        return cls(bytes([more or len(kept) < len(states)]) + told)
+        entries = b"".join(key + state for key, state in kept).ljust(_LENGTH - 1, b"\0")
+        return cls(bytes([more or len(kept) < len(states)]) + entries)
 
     def __bool__(self) -> bool:
         return bool(self._states)

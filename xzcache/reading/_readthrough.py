@@ -115,20 +115,20 @@ class ReadThrough:
         return None if data is None else buffer_of(data, prototype)
 
     async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, anew: bool | None = False
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
     ) -> Buffer | None:
         """The value of a key or a byte range of it, like `Store.get`.
 
-        With `anew`, a chunk is revalidated because a write depends on it; None if that is unknown. Raises `Replaced` if
-        the range belongs to a new object and this Zarr reads shards by `get`.
+        With `force`, a chunk is revalidated because a write depends on it; None if that is unknown. Raises `Replaced`
+        if the range belongs to a new object and this Zarr reads shards by `get`.
         """
         if not is_document(key):
-            return await self._get(key, prototype, byte_range, anew=anew)
+            return await self._get(key, prototype, byte_range, force=force)
         with self.freshness.asking(key):
             return await self._get(key, prototype, byte_range)
 
     async def _get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, anew: bool | None = False
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
     ) -> Buffer | None:
         started = time.perf_counter()
         wanted = span(byte_range)
@@ -141,17 +141,17 @@ class ReadThrough:
             return None if value is None else value[slice(*clip(*wanted, len(value)))]
         await self.get_ready(key)
         request = Request(key, entry, prototype, byte_range, started)
-        may_write = anew is None
-        if anew is None:
+        may_write = force is None
+        if force is None:
             # a missing chunk is fetched in any case, once for all readers that began before the request
-            anew = await self.backend.get(entry, "infinity") is not None or await self.reading.is_known_missing(key)
-        if anew or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
+            force = await self.backend.get(entry, "infinity") is not None or await self.reading.is_known_missing(key)
+        if force or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
         data = await self.reading.get_cached(entry)
         if data is not None or await self._is_known_missing(key):
             return self.reading.hit(request, data)
         try:
-            return await self.fetch(request, anew=may_write)
+            return await self.fetch(request, force=may_write)
         except Exception:
             if self.freshness.revalidate is False and await self.reading.was_missing(key):
                 return self.reading.hit(request, None)
@@ -166,8 +166,8 @@ class ReadThrough:
     async def _is_vouched_for(self, request: Request) -> bool:
         """Whether the cached document is the one that the original of this copy has seen."""
         key = request.key
-        told = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
-        if not told or self.freshness.inherited.state(key) is None:
+        may_vouch = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
+        if not may_vouch or self.freshness.inherited.state(key) is None:
             return False
         data = await self.reading.get_cached(request.entry)
         absent = data is None and await self.backend.is_document_missing(key, self.reading.max_age)
@@ -202,45 +202,45 @@ class ReadThrough:
 
     # -- misses
 
-    async def fetch(self, request: Request, *, anew: bool = False) -> Buffer | None:
-        """Fetch a missing entry once for all readers; `anew` joins no request from before this read."""
+    async def fetch(self, request: Request, *, force: bool = False) -> Buffer | None:
+        """Fetch a missing entry once for all readers; `force` joins no earlier request."""
         entry = request.entry
-        since = request.started if anew else -math.inf
+        since = request.started if force else -math.inf
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
             version = self.backend.write_version(entry)
             if version is None:
-                return await self._lead(Flight(), None, request, anew=anew)
-            flight, leads = self.backend.flights.join((entry, version, anew), since)
-            if leads:
-                return await self._lead(flight, version, request, anew=anew)
+                return await self._lead(Flight(), None, request, force=force)
+            flight, is_leader = self.backend.flights.join((entry, version, force), since)
+            if is_leader:
+                return await self._lead(flight, version, request, force=force)
             try:
                 data = await asyncio.wait_for(flight.outcome(), self.reading.timeout)
             except LeaderCancelled:
-                data = None if anew else await self.reading.get_cached(entry)
+                data = None if force else await self.reading.get_cached(entry)
                 if data is None:
                     continue
             except TimeoutError:
                 # the leader may never finish, for example after its event loop was stopped
-                return await self._lead(Flight(), version, request, anew=anew)
+                return await self._lead(Flight(), version, request, force=force)
             return self.reading.hit(request, data)
 
     async def _lead(
-        self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
+        self, flight: Flight[memoryview | None], version: Any, request: Request, *, force: bool
     ) -> Buffer | None:
         """Fetch for all readers in this process, unless another process does so."""
         async with self.backend.fetching():
-            return await self._fetch_and_publish(flight, version, request, anew=anew)
+            return await self._fetch_and_publish(flight, version, request, force=force)
 
     async def _fetch_and_publish(
-        self, flight: Flight[memoryview | None], version: Any, request: Request, *, anew: bool
+        self, flight: Flight[memoryview | None], version: Any, request: Request, *, force: bool
     ) -> Buffer | None:
         key, entry = request.key, request.entry
         unlock: Callable[[], None] | None = None
         began = version
 
         def done() -> None:
-            self.backend.flights.finish((entry, began, anew), flight)
+            self.backend.flights.finish((entry, began, force), flight)
             if unlock is not None:
                 # a lock that cannot be given back goes with the process
                 with suppress(OSError):
@@ -248,7 +248,7 @@ class ReadThrough:
 
         publishing = False
         try:
-            if anew:
+            if force:
                 # another process may have sent its request before this read began
                 await asyncio.sleep(0)
                 flight.mark_sent()
@@ -256,7 +256,7 @@ class ReadThrough:
             else:
                 unlock, data = await self._acquire_or_wait(entry)
                 if data is None:
-                    answer, data = await self._ask(request)
+                    answer, data = await self._fetch_or_revalidate(request)
             if data is not None:
                 flight.set_result(data)
                 return self.reading.hit(request, data)
@@ -289,7 +289,7 @@ class ReadThrough:
             raise Replaced(request.key)
         return version, validator
 
-    async def _ask(self, request: Request) -> tuple[FetchResult, memoryview | None]:
+    async def _fetch_or_revalidate(self, request: Request) -> tuple[FetchResult, memoryview | None]:
         """Request an entry; returns the cached bytes if they were only too old and the source confirms them."""
         if request.entry.is_whole and not is_document(request.key):
             answer = await assembled(self.reading, request)
@@ -408,11 +408,11 @@ class RangeReads:
         if not missing or (alone and len(byte_ranges) > 1):
             is_clear &= self._backend.write_version(entry) == since
         if not is_clear:
-            return await self._anew(key, byte_ranges, wanted, prototype, limits, from_source(states))
+            return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
         return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
 
-    async def _anew(
+    async def _refetch(
         self,
         key: str,
         byte_ranges: Sequence[ByteRequest | None],
@@ -432,7 +432,7 @@ class RangeReads:
         turn = asyncio.Semaphore(limits["max_concurrency"])
         reading = self._reading
 
-        async def ask(part: ByteRequest | None) -> FetchResult:
+        async def fetch_part(part: ByteRequest | None) -> FetchResult:
             async with turn:
                 # the state of a whole object may be worth a request here
                 return await sources.fetch(
@@ -441,7 +441,7 @@ class RangeReads:
 
         for _ in range(_TRIES):
             try:
-                answers = await sources.all_of(map(ask, asked))
+                answers = await sources.all_of(map(fetch_part, asked))
             except Exception as error:
                 return [error]
             values = [answer.value for answer in answers if answer.value is not None]

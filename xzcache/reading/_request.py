@@ -250,7 +250,7 @@ class Reading:
                 # nothing is stored beside it
                 return version, adopt_session(validator, state), False
             still = await self._is_still(key, entry, data)
-            # parts that are cached without a state fit none that has one
+            # a part without a validator is not compatible with one that has a validator
             alike = not is_told and all(are_compatible(state, other) or state == other for other in states)
             if still and alike and not entry.is_whole:
                 return version, adopt_session(validator, state), False

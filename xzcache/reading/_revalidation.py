@@ -92,8 +92,8 @@ class Revalidation:
             if began is None:
                 flight: Flight[memoryview | None] = Flight()
                 break
-            flight, leads = self._backend.flights.join((id(self._freshness), key, began), since)
-            if leads:
+            flight, is_leader = self._backend.flights.join((id(self._freshness), key, began), since)
+            if is_leader:
                 break
             try:
                 data = await asyncio.wait_for(flight.outcome(), self._reading.timeout)
@@ -151,8 +151,8 @@ class Revalidation:
         cached = await self._backend.get(entry, "infinity")
         if data is not None and cached == data:
             known = await self._backend.validator(entry)
-            told = not is_from_source(validator) or validator == known
-            if told and await self._reading.get_cached(entry) is not None:
+            is_same = not is_from_source(validator) or validator == known
+            if is_same and await self._reading.get_cached(entry) is not None:
                 return
         if cached is not None:
             version = await self._backend.invalidate(key, version)
@@ -196,8 +196,8 @@ class Revalidation:
     async def _confirm(self, vouched: dict[str, bytes]) -> None:
         name = ("settle", self._backend.namespace, tuple(sorted(vouched.items())))
         while True:
-            flight, leads = self._backend.flights.join(name)
-            if leads:
+            flight, is_leader = self._backend.flights.join(name)
+            if is_leader:
                 break
             try:
                 await asyncio.wait_for(flight.outcome(), self._reading.timeout)

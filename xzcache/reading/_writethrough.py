@@ -1,4 +1,4 @@
-"""Writing through a cache: the source is written between two looks at the cache, so that neither is ever ahead."""
+"""Write-through: the cache is invalidated before and after the source is written, so that it is never stale."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ async def fetch(
     if type(source) in _OBSTORES and (options := _range_of(byte_range)) is not None:
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
         return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
-    look, twin = None if fixed else _look_at(source), _Noting.twin_of(source)
+    look, twin = None if fixed else _look_at(source), _Recording.twin_of(source)
     # if the validator comes with the bytes, a metadata request pays only if it is likely to save them
     if look is not None and known and (twin is None or certain):
         if (seen := (await look(key)).validator) == known:
@@ -126,7 +126,7 @@ async def fetch(
         states = set
     is_clear = True
     if twin is not None:
-        answer, is_clear = await _noted(twin, key, prototype, byte_range)
+        answer, is_clear = await _fetch_recorded(twin, key, prototype, byte_range)
     else:
         if byte_range is None and not known and not certain:
             look = None
@@ -172,7 +172,7 @@ async def fetch_spans(
     and `states` are as for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
-    one_by_one = type(source) in _OBSTORES or _Noting.twin_of(source) is not None
+    one_by_one = type(source) in _OBSTORES or _Recording.twin_of(source) is not None
     if len(ranges) == 1 or one_by_one or not hasattr(source, "get_ranges"):
         turn = asyncio.Semaphore(limits["max_concurrency"])
 
@@ -370,11 +370,11 @@ def _of_content(etag: str) -> str:
 def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
     # obstore replaces a missing time by the epoch
     if modified is not None and modified.timestamp() > 0:
-        if (told := _of_content(etag)) and not _is_of_the_time(etag, modified):
-            return told
+        if (validator := _of_content(etag)) and not _is_of_the_time(etag, modified):
+            return validator
         if datetime.now(UTC).timestamp() - modified.timestamp() <= _SETTLED_SECONDS:
             return ""
-        return told or f"time {modified} {size} {etag}"
+        return validator or f"time {modified} {size} {etag}"
     return _of_content(etag)
 
 
@@ -472,7 +472,7 @@ def _is_s3fs(fs: Any) -> bool:
     return type(fs).__name__ == "S3FileSystem" and type(fs).__module__.startswith("s3fs")
 
 
-class _Noting:
+class _Recording:
     """An fsspec file system for one read that records the metadata of the responses.
 
     fsspec returns bytes alone. This lets s3fs and fsspec's HTTP client read as usual, and records the headers.
@@ -539,17 +539,17 @@ class _Session:
 def _head(validator: str, content_range: str | None, length: str | None) -> _Head:
     if content_range is None:
         return _Head(validator, int(length) if length and length.isdecimal() else None)
-    if (told := re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())) is None:
+    if (match := re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())) is None:
         # no bytes of any object
         return _Head(validator, got=(0, 0))
-    first, last, size = told.groups()
+    first, last, size = match.groups()
     return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
 
 
-async def _noted(
+async def _fetch_recorded(
     twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
 ) -> tuple[FetchResult, bool]:
-    """Read through a `_Noting` twin of a store; returns whether the source said which bytes it sent as well."""
+    """Read through a `_Recording` twin of a store; returns whether the source said which bytes it sent as well."""
     value = await twin.get(key, prototype, byte_range)
     heads: list[_Head] = twin.fs.heads
     if not heads or value is None:

@@ -192,7 +192,7 @@ def is_same_source(one: Store, other: Store) -> bool:
     return bool(one == other)
 
 
-def is_found_out_anew(store: Store) -> bool:
+def must_identify_again(store: Store) -> bool:
     """Whether a copy of a store in another process should be identified again there.
 
     In another environment it may read other data, or identifying it is cheap.

@@ -232,7 +232,7 @@ _OBJECT_STORES: Final[Mapping[str, Callable[[str, dict[str, Any]], Location]]] =
 
 
 def is_filesystem(value: object) -> bool:
-    """Whether an object is an fsspec file system, by its looks."""
+    """Whether an object has the attributes of an fsspec file system."""
     return hasattr(value, "storage_options") and hasattr(value, "protocol")
 
 

@@ -223,7 +223,7 @@ def _check_engine(engine: object) -> None:
 
 @contextmanager
 def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
-    """The store that xarray opens instead, the keywords that are left for it, and a function for the result."""
+    """The store that xarray opens instead, its remaining keywords, and a function for the result."""
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
     finish = _decoding_cached if parse_flag(_PIPELINE, rest.pop(_PIPELINE, True)) else _as_it_is
     settings = {name: value for name, value in keywords.items() if name in SETTINGS}
@@ -273,7 +273,7 @@ def _arrays_of(opened: Any) -> Iterator[zarr.Array[Any]]:
     """The Zarr arrays of a dataset or node, as far as they can be found; Zarr decodes the others as configured."""
     store: Any = getattr(opened._close, "__self__", None)
     if getattr(store, "_cache_members", False):
-        # the very objects that are read, behind Dask's arrays as well
+        # the objects that are read, also behind Dask's arrays
         yield from (member for member in store.members.values() if isinstance(member, zarr.Array))
         return
     for variable in opened.variables.values():
