@@ -255,9 +255,9 @@ class Reading:
     async def has_several_names(self, key: str) -> bool:
         """Whether an object that seems to be replaced is one that its source gives several names in turn.
 
-        The servers behind a balancer may each make ETags, or have times of modification, of their own. Of an object that
-        was replaced, two names are told while it is, and one afterwards; where two are told again, what this source says
-        of its states is not believed any more.
+        The servers behind a balancer may each make ETags, or have times of modification, of their own. Of an object
+        that was replaced, two names are told while it is, and one afterwards; where two are told again, what this
+        source says of its states is not believed any more.
         """
         names: set[str] | None = None
         while not self.untold:
