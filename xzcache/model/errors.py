@@ -111,7 +111,9 @@ def translated(error: sqlite3.Error) -> CacheFault:
         return NoRoom(f"no room for the index: {error}")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
         return Busy(f"another program uses the index: {error}")
-    damaged = any(name.startswith(code) for code in _DAMAGE) or "no such " in str(error)
+    # sums overflow where a row has a size that no file has
+    shown = any(part in str(error) for part in ("no such ", "integer overflow"))
+    damaged = any(name.startswith(code) for code in _DAMAGE) or shown
     if damaged or (isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)):
         damage = Damaged(f"the index is damaged: {error}")
         damage.is_certain = not name.startswith("SQLITE_IOERR") or name == "SQLITE_IOERR_SHORT_READ"
