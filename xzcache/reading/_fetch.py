@@ -80,7 +80,7 @@ async def assembled(reading: Reading, request: Request) -> sources.FetchResult |
             request.prototype,
             part,
             fixed=reading.fixed,
-            untold=reading.untold,
+            ignore_validators=reading.ignore_validators,
             states=lambda: states,
         )
         for part in asked
@@ -482,7 +482,7 @@ class _Fetch:
             self._prototype,
             spans,
             fixed=reading.fixed,
-            untold=reading.untold,
+            ignore_validators=reading.ignore_validators,
             states=states,
             **self._limits,
         )

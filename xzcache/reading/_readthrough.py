@@ -436,7 +436,13 @@ class RangeReads:
             async with turn:
                 # the state of a whole object may be worth a request here
                 return await sources.fetch(
-                    reading.source, key, prototype, part, certain=True, fixed=reading.fixed, untold=reading.untold
+                    reading.source,
+                    key,
+                    prototype,
+                    part,
+                    certain=True,
+                    fixed=reading.fixed,
+                    ignore_validators=reading.ignore_validators,
                 )
 
         for _ in range(_TRIES):

@@ -95,7 +95,7 @@ class Reading:
         Bytes read in byte ranges after which an object is fetched whole; None for never.
     fixed : bool
         Whether the source can never change.
-    untold : bool
+    ignore_validators : bool
         Whether what the source says of its states was found not to be true.
     """
 
@@ -111,7 +111,7 @@ class Reading:
     passes: bool = False
     promote_above: int | None = None
     fixed: bool = False
-    untold: bool = False
+    ignore_validators: bool = False
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
 
     @contextmanager
@@ -173,7 +173,7 @@ class Reading:
             known=known,
             certain=self.freshness.revalidate is True,
             fixed=self.fixed,
-            untold=self.untold,
+            ignore_validators=self.ignore_validators,
             states=partial(self.backend.states_of, request.key),
         )
         fetched = request.entry.start, request.entry.stop
@@ -268,7 +268,7 @@ class Reading:
         both see the same two validators, those of this source are not believed any more.
         """
         names: set[str] | None = None
-        while not self.untold:
+        while not self.ignore_validators:
             # at once, as turns that many readers take could make each of them meet one server
             looks = [self._asked_aside(key, RangeByteRequest(0, 1)) for _ in range(_LOOKS)]
             answers = await asyncio.gather(*looks, return_exceptions=True)
@@ -276,15 +276,20 @@ class Reading:
             if names is None:
                 names = found
             else:
-                self.untold = len(names & found) > 1
+                self.ignore_validators = len(names & found) > 1
                 break
             if len(names) < 2:
                 break
-        return self.untold
+        return self.ignore_validators
 
     async def _asked_aside(self, key: str, part: ByteRequest) -> sources.FetchResult:
         return await sources.fetch(
-            self.source, key, default_buffer_prototype(), part, fixed=self.fixed, untold=self.untold
+            self.source,
+            key,
+            default_buffer_prototype(),
+            part,
+            fixed=self.fixed,
+            ignore_validators=self.ignore_validators,
         )
 
     async def _is_still(self, key: str, entry: Entry, data: memoryview | None) -> bool | None:

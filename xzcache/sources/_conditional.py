@@ -86,7 +86,7 @@ async def fetch(
     known: str = "",
     certain: bool = False,
     fixed: bool = False,
-    untold: bool = False,
+    ignore_validators: bool = False,
     states: Callable[[], set[str]] = set,
 ) -> FetchResult:
     """Request the value of a key from a source.
@@ -103,7 +103,7 @@ async def fetch(
         Whether the validator of a whole object is worth a request of its own.
     fixed : bool
         Whether the source can never change.
-    untold : bool
+    ignore_validators : bool
         Whether what the source says of its states is not to be believed.
     states : callable
         Returns the validators of the cached parts, which replace a metadata request before the read.
@@ -115,7 +115,7 @@ async def fetch(
     """
     if type(source) in _OBSTORES and (options := _range_of(byte_range)) is not None:
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
-        return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
+        return _labelled([answer], byte_range, fixed=fixed, ignore_validators=ignore_validators)[0]
     look, twin = None if fixed else _look_at(source), _Recording.twin_of(source)
     # if the validator comes with the bytes, a metadata request pays only if it is likely to save them
     if look is not None and known and (twin is None or certain):
@@ -135,7 +135,7 @@ async def fetch(
         )
     if byte_range is not None and answer.value is not None and answer.size is None and is_clear and not answer.exact:
         answer = await _measured(source, key, byte_range, answer)
-    return _labelled([answer], byte_range, fixed=fixed, untold=untold)[0]
+    return _labelled([answer], byte_range, fixed=fixed, ignore_validators=ignore_validators)[0]
 
 
 async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: FetchResult) -> FetchResult:
@@ -162,13 +162,13 @@ async def fetch_spans(
     spans: Sequence[Span],
     *,
     fixed: bool = False,
-    untold: bool = False,
+    ignore_validators: bool = False,
     states: Callable[[], set[str]] = set,
     **limits: int,
 ) -> list[FetchResult]:
     """Request several spans of the value of a key, one request for each span.
 
-    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed`, `untold`
+    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed`, `ignore_validators`
     and `states` are as for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
@@ -178,7 +178,9 @@ async def fetch_spans(
 
         async def one(byte_range: RangeByteRequest) -> FetchResult:
             async with turn:
-                return await fetch(source, key, prototype, byte_range, fixed=fixed, untold=untold, states=states)
+                return await fetch(
+                    source, key, prototype, byte_range, fixed=fixed, ignore_validators=ignore_validators, states=states
+                )
 
         return await all_of(one(byte_range) for byte_range in ranges)
 
@@ -203,7 +205,12 @@ async def fetch_spans(
 
     look = None if fixed else _look_at(source)
     known = set if isinstance(source, LocalStore) else states
-    return _labelled(await _between_looks(look, key, ranges, known, read), ranges[0], fixed=fixed, untold=untold)
+    return _labelled(
+        await _between_looks(look, key, ranges, known, read),
+        ranges[0],
+        fixed=fixed,
+        ignore_validators=ignore_validators,
+    )
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -253,14 +260,21 @@ async def _between_looks(
     return [_judged(value, byte_range, head) for value, byte_range in zip(values, byte_ranges, strict=True)]
 
 
-def _labelled(answers: list[FetchResult], part: ByteRequest | None, *, fixed: bool, untold: bool) -> list[FetchResult]:
+def _labelled(
+    answers: list[FetchResult], part: ByteRequest | None, *, fixed: bool, ignore_validators: bool
+) -> list[FetchResult]:
     """Answers with no validator that is not to be believed, and of parts with none that is empty."""
     if part is None:
-        return [answer._replace(validator="") if untold and not answer.unchanged else answer for answer in answers]
+        return [
+            answer._replace(validator="") if ignore_validators and not answer.unchanged else answer
+            for answer in answers
+        ]
     session = uuid.uuid4().hex
     return [
         answer
-        if answer.unchanged or answer.value is None or (is_from_source(answer.validator) and not fixed and not untold)
+        if answer.unchanged
+        or answer.value is None
+        or (is_from_source(answer.validator) and not fixed and not ignore_validators)
         else answer._replace(validator=FIXED if fixed else session_validator(session, number))
         for number, answer in enumerate(answers)
     ]
