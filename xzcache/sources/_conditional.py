@@ -168,8 +168,8 @@ async def fetch_spans(
 ) -> list[FetchResult]:
     """Request several spans of the value of a key, one request for each span.
 
-    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. `fixed`, `ignore_validators`
-    and `states` are as for `fetch`. Exceptions of the source are raised.
+    The spans are merged already as `limits` require, which are those of `Store.get_ranges`. The other parameters are as
+    for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
     one_by_one = type(source) in _OBSTORES or _Recording.twin_of(source) is not None
