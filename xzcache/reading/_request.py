@@ -46,7 +46,7 @@ _PROBE: Final = 1 << 14
 """The number of bytes that are compared to check that an object is unchanged."""
 _PROBES: Final = 8
 """Pieces of which one should be there to compare."""
-_LOOKS: Final = 4
+_LOOKS: Final = 8
 """Requests of one byte that tell whether an object has several names at a time."""
 
 
