@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from processes import Child, Made, Team, audit, barrier, frozen, made, run, usage, version_of
+from processes import PATIENCE, Child, Made, Team, audit, barrier, frozen, made, run, usage, version_of
 from sources import Part, between, by_ranges, read
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import default_buffer_prototype
@@ -227,10 +227,13 @@ def test_a_lower_bound_holds_at_once_while_others_write(tmp_path: Path) -> None:
             started = time.monotonic()
             run(ask_for, root, bound)
             elapsed = time.monotonic() - started
-            samples = sample(root, team, 1.0)
-            print(f"{samples}: {samples.largest / bound:.3f} of the bound, which took {elapsed:.2f} s")
-            assert samples.largest <= bound
-            assert samples.largest > 0.7 * bound
+            filled, end = 0, time.monotonic() + PATIENCE
+            while filled <= 0.7 * bound and time.monotonic() < end:
+                samples = sample(root, team, 1.0)
+                print(f"{samples}: {samples.largest / bound:.3f} of the bound, which took {elapsed:.2f} s")
+                filled = samples.largest
+                assert filled <= bound
+            assert filled > 0.7 * bound
         for child in team:
             child.send("stop")
         team.results()

@@ -25,6 +25,7 @@ USER = 54321
 PATIENCE = 120.0
 
 _PACKAGE = Path(xzcache.__file__).parent.parent
+_HERE = Path(__file__).parent
 
 
 @cache
@@ -112,7 +113,8 @@ def environment() -> dict[str, str]:
     """Nothing that says where a cache might be."""
     out = ("XZCACHE_DIRECTORY", "XDG_CACHE_HOME", "TMPDIR")
     kept = {name: value for name, value in os.environ.items() if name not in out}
-    return {**kept, "PYTHONPATH": os.pathsep.join([str(_PACKAGE), str(Path(__file__).parent)]), "XZCACHE_MIN_FREE": "0"}
+    path = os.pathsep.join(map(str, (_PACKAGE, _HERE, _HERE.parent / "files")))
+    return {**kept, "PYTHONPATH": path, "XZCACHE_MIN_FREE": "0"}
 
 
 def run(words: Sequence[str], **how: object) -> subprocess.CompletedProcess[str]:
