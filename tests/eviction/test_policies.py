@@ -287,8 +287,8 @@ def test_what_short_sessions_heard_is_learned_from(tmp_path: Path, monkeypatch: 
     for _ in range(3):
         run(hear_a_little, root)
     assert query(root, "SELECT count(*) FROM heard") == [(3 * 25 * 20,)]
-    monkeypatch.setattr("xzcache.eviction._policies._HEARD", 1000)
-    monkeypatch.setattr("xzcache.eviction._policies._MOST_HEARD", 400)
+    monkeypatch.setattr("xzcache.eviction._policies._QUEUED", 1000)
+    monkeypatch.setattr("xzcache.eviction._policies._MOST_QUEUED", 400)
     store = xzcache.LockedLocalStore(root, policy="adaptive")
     store.get_sync("k1")
     store.directory.flush()

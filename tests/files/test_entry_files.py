@@ -21,9 +21,9 @@ def _has_stamps(tmp_path: Path) -> None:
 
 
 def test_a_whole_object_lies_at_its_key_and_a_range_beside_the_others_of_its_object() -> None:
-    assert files.relative_path(WHOLE, odd=False) == WHOLE.key
-    assert os.path.dirname(files.relative_path(PIECE, odd=False)) == files.range_directory(WHOLE.key)
-    assert files.relative_path(PIECE, odd=False).startswith(META)
+    assert files.relative_path(WHOLE, hashed=False) == WHOLE.key
+    assert os.path.dirname(files.relative_path(PIECE, hashed=False)) == files.range_directory(WHOLE.key)
+    assert files.relative_path(PIECE, hashed=False).startswith(META)
 
 
 @pytest.mark.parametrize("key", ["a/c/0", "zarr.json", "a b/é", "a." + "x" * 250])
@@ -34,7 +34,7 @@ def test_keys_that_are_paths(key: str) -> None:
 @pytest.mark.parametrize("key", ["", "../a", "a//b", "./a", "a/..", "a\0b", f"{META}/index", "x" * 256])
 def test_keys_that_are_not(key: str) -> None:
     assert not files.is_plain(key)
-    assert files.relative_path(Entry(key), odd=True).startswith(f"{META}/odd/")
+    assert files.relative_path(Entry(key), hashed=True).startswith(f"{META}/odd/")
 
 
 def test_keys_that_a_file_system_without_case_would_mix_up() -> None:
