@@ -16,7 +16,7 @@ import pytest
 import zarr
 from fsspec.asyn import AsyncFileSystem
 from processes import PATIENCE, Team
-from sources import CountingStore, again, between, cached, local_source, ranges, read
+from sources import CountingStore, again, between, by_ranges, cached, local_source, ranges, read
 from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore
 
@@ -63,7 +63,7 @@ READS = pytest.mark.parametrize(
         pytest.param(CHUNK, one_range, id="range"),
         pytest.param(CHUNK, suffix, id="suffix"),
         pytest.param(CHUNK, one_of_many, id="one-of-many-ranges"),
-        pytest.param(CHUNK, many, id="many-ranges"),
+        pytest.param(CHUNK, many, id="many-ranges", marks=by_ranges),
         pytest.param(DOCUMENT, whole, id="document"),
     ],
 )
