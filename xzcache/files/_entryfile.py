@@ -478,7 +478,7 @@ def discard_ours(path: str, entry: Entry) -> Whose:
 
 
 def open_own(path: str, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a small file of the cache's, if a file is what is there: not a pipe, which would hang, or a link.
+    """Open a small regular file of the cache; a pipe, which could hang, and a link are refused.
 
     Raises
     ------

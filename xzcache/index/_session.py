@@ -539,7 +539,7 @@ class IndexSession:
             raise Foreign(f"the cache directory {self.root} has format {found}, but this xzcache uses format {FORMAT}")
         files.make_private(self.root)
         if not os.path.islink(self.meta) and os.path.isdir(self.meta) and files.unsafe(self.meta) is None:
-            # a link leads to files that are not the cache's, which are left alone; whoever opens a pipe waits for ever
+            # a link leads out of the cache, and opening a pipe can block for ever: both are removed, not followed
             files.remove_strangers(self.meta)
         folders = [self.root, self.meta, *(f"{self.meta}/{name}" for name in ("tmp", "trash"))]
         for place in folders:

@@ -1,6 +1,6 @@
 """Errors of the cache itself.
 
-None of them reaches a user who reads data: the read is served from the source instead. Only `Replaced`, which reports a
+A reader never sees them, because the read is served from the source instead. Only `Replaced`, which reports a
 change of the source, is raised to the reader.
 
     CacheFault

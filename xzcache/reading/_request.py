@@ -183,7 +183,7 @@ class Reading:
         elif logger.isEnabledFor(logging.DEBUG):
             logger.debug("asked the source for %s: not changed", self._described(request.key, [fetched]))
         if answer.value is not None and is_document(request.key) and not is_json(contents(answer.value)):
-            # it says nothing of what is cached, and is asked for again
+            # a page of a proxy, perhaps: it does not invalidate what is cached, and is not stored
             return answer._replace(exact=False)
         return answer
 
