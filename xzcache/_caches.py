@@ -19,7 +19,7 @@ from xzcache._config import UNSET, Unset, as_found, chosen_max_size, config, par
 from xzcache.anystore import StoreBackend
 from xzcache.directory import SharedBackend, can_be_made, is_plain, private_name, resolve_directory, temporary
 from xzcache.local import LockedLocalStore
-from xzcache.model import META, Backend
+from xzcache.model import META, Cache
 from xzcache.sources import identify
 
 logger = logging.getLogger("xzcache")
@@ -181,10 +181,14 @@ def store_backend(cache_store: Store, source: str) -> StoreBackend:
         return backend
 
 
-def backend_of(cache: Store, namespace: str, policy: str, *, lasting: bool) -> Backend:
-    """The backend of one source in a cache store."""
+def backend_of(
+    cache: Store, namespace: str, policy: str, *, max_size: int | Unset | None = UNSET, lasting: bool
+) -> Cache:
+    """The backend of one source in a cache store; `max_size` bounds a store without a bound of its own."""
     if isinstance(cache, LockedLocalStore):
         return SharedBackend(cache.directory, namespace, lasting=lasting)
     backend = store_backend(cache, namespace)
     backend.evicts = policy != "none"
+    if not isinstance(max_size, Unset):
+        backend.bound = max_size
     return backend

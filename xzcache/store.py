@@ -354,7 +354,7 @@ class CacheStore(ReadableView, WritableView):
         """A cache over a cache in the same place would wait for its own fetch: read past the inner one."""
         inner = self._store
         while (beneath := getattr(inner, "_store", None)) is not None:
-            if isinstance(inner, CacheStore) and inner._reads.backend.is_same_cache(self._reads.backend):
+            if isinstance(inner, CacheStore) and inner._backend.is_same_cache(self._backend):
                 if inner is not self._store:
                     raise ValueError("store reads through the same cache already: give its source")
                 self._store, self.source = beneath, identify(beneath)
@@ -367,14 +367,15 @@ class CacheStore(ReadableView, WritableView):
     def _read_through(self, freshness: Freshness) -> None:
         given = self._given_namespace
         lasting = bool(given) or self.source.lasting
-        backend = backend_of(self._cache, given or self.source.namespace, self.policy, lasting=lasting)
+        name = given or self.source.namespace
+        backend = backend_of(self._cache, name, self.policy, max_size=self._asked_max_size, lasting=lasting)
+        self._backend = backend
         reading = Reading(
             self._store,
             backend,
             freshness=freshness,
             stats=self._stats,
             max_age=self.max_age_seconds,
-            max_size=None if isinstance(self._asked_max_size, Unset) else self._asked_max_size,
             missing_max_age=self._missing_max_age(freshness),
             timeout=settings.parse_seconds("fetch_timeout", config.get("fetch_timeout")),
             writable=not self.read_only,
@@ -384,7 +385,7 @@ class CacheStore(ReadableView, WritableView):
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
-        self._writes = WriteThrough(backend, freshness, reading.max_size, passes=reading.passes)
+        self._writes = WriteThrough(backend, freshness, passes=reading.passes)
 
     def _missing_max_age(self, freshness: Freshness) -> Age:
         """The time for which a missing chunk is not requested again, in seconds."""
@@ -399,17 +400,17 @@ class CacheStore(ReadableView, WritableView):
     @property
     def namespace(self) -> str:
         """The name under which the entries of this source are kept."""
-        return self._reads.backend.namespace
+        return self._backend.namespace
 
     @property
     def max_size(self) -> int | None:
         """The bound of the whole cache, in bytes; None for no bound."""
-        return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._reads.backend.bound
+        return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._backend.bound
 
     def close(self) -> None:
         """Close the source, and release the cache. The entries stay, and the store can be used again."""
         super().close()
-        self._reads.backend.close()
+        self._backend.close()
         if isinstance(self._cache, LockedLocalStore) and self._cache is not self._given_cache:
             self._cache.let_go()
 
@@ -444,9 +445,9 @@ class CacheStore(ReadableView, WritableView):
         kind = None if type(self) is CacheStore else type(self)
         changed = {name: value for name, value in self._settings().items() if value != AS_ZARR.get(name, value)}
         cache, token = self._given_cache, None
-        if isinstance(cache, MemoryStore) and isinstance(self._reads.backend, StoreBackend):
+        if isinstance(cache, MemoryStore) and isinstance(self._backend, StoreBackend):
             # a copy gets an empty cache of its own
-            cache, token = type(cache)(), self._reads.backend.token
+            cache, token = type(cache)(), self._backend.token
         known: Identity | str | None = self._origin
         if self.source.lasting:
             known = None if must_identify_again(self._store) else self.source
@@ -461,7 +462,7 @@ class CacheStore(ReadableView, WritableView):
         return (
             type(other) is type(self)
             and (is_same_source(self._store, other._store) or self._is_copy_with_same_contents(other))
-            and self._reads.backend.is_same_cache(other._reads.backend)
+            and self._backend.is_same_cache(other._backend)
             and self._settings() == other._settings()
         )
 
@@ -480,7 +481,7 @@ class CacheStore(ReadableView, WritableView):
         return one_line(f"xzcache({self.source.label})")
 
     def _repr_html_(self) -> str:
-        is_open = self._reads.backend.is_open
+        is_open = self._backend.is_open
         info: dict[str, Any] = {}
         if is_open:
             # a notebook runs an event loop, so do not wait for publishes or for other processes
@@ -508,7 +509,7 @@ class CacheStore(ReadableView, WritableView):
         return self._info(exact=True)
 
     def _info(self, *, exact: bool) -> dict[str, Any]:
-        info = self._reads.backend.info(exact=exact)
+        info = self._backend.info(exact=exact)
         if not isinstance(self._asked_max_size, Unset):
             info["max_size"] = self._asked_max_size
         return info | {"max_age_seconds": self.max_age_seconds, "cache_set_data": self.cache_set_data}
@@ -523,12 +524,12 @@ class CacheStore(ReadableView, WritableView):
             ``bytes_from_cache``, ``bytes_from_source``, ``seconds_from_cache``, ``seconds_from_source``;
             ``cache_errors``: how often the cache failed and the source answered.
         """
-        backend = self._reads.backend
+        backend = self._backend
         return {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
 
     async def clear_cache(self) -> None:
         """Invalidate the cached entries of this source, for every process."""
-        await self._reads.backend.clear()
+        await self._backend.clear()
 
 
 def _restore(
@@ -549,6 +550,6 @@ def _restore(
     if isinstance(known, str):
         store._origin = known
     store._read_through(store._fresh(Seen(seen)))
-    if isinstance(store._reads.backend, StoreBackend):
-        store._reads.backend.token = token or store._reads.backend.token
+    if isinstance(store._backend, StoreBackend):
+        store._backend.token = token or store._backend.token
     return store

@@ -32,14 +32,14 @@ from zarr.core.buffer import default_buffer_prototype
 
 import xzcache
 from xzcache.index._session import Registration
-from xzcache.model.entry import Entry
+from xzcache.model.entry import END
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here"),
     pytest.mark.timeout(60),
 ]
 
-KEY = Entry("source/k")
+KEY = "source/k"
 
 
 def forked(action: Callable[[], Any]) -> Callable[[], None]:
@@ -116,10 +116,10 @@ def probe(link: Connection, root: str) -> None:
     while question := link.recv():
         kind, what = question
         if kind == "key":
-            unlock = store.directory.fetch_locks.try_acquire(what)
-            if unlock is not None:
+            unlock = store.directory.fetch_locks.acquire(what, (0, END))
+            if not isinstance(unlock, tuple):
                 unlock()
-            link.send(unlock is not None)
+            link.send(not isinstance(unlock, tuple))
         else:
             free = member.owners.try_lock(what)
             if free:
@@ -142,14 +142,14 @@ def host(link: Connection, root: str, scene: str) -> None:
 
 def key_lock_stays(root: str, is_free: Callable[[str, Any], bool]) -> None:
     store, _ = opened(root)
-    unlock = store.directory.fetch_locks.try_acquire(KEY)
-    assert unlock is not None
+    unlock = store.directory.fetch_locks.acquire(KEY, (0, END))
+    assert not isinstance(unlock, tuple)
     assert not is_free("key", KEY)
 
     def child() -> None:
         # the parent leads, for the child as for anybody
         put(store, "from-child")
-        assert store.directory.fetch_locks.try_acquire(KEY) is None
+        assert isinstance(store.directory.fetch_locks.acquire(KEY, (0, END)), tuple)
         store.directory.close()
 
     forked(child)()

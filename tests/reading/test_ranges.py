@@ -37,7 +37,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
-from xzcache.model.entry import END
+from xzcache.model.entry import END, Entry
 from xzcache.model.metadata import is_document
 from xzcache.model.spans import IntervalSet, Span
 
@@ -708,14 +708,19 @@ async def test_parts_of_two_states_are_not_stored_side_by_side(
     _, store = await opened(cache_kind, tmp_path)
     backend = store._reads.backend
     await backend.prepare()
-    one, other = (backend.entry(KEY, *part) for part in (first, second))
-    assert one is not None
-    assert other is not None
-    begun, late = backend.write_version(one), backend.write_version(other)
-    assert await backend.publish(one, b"old", begun, None, "etag old")
-    assert not await backend.publish(other, b"new", late, None, "etag new")
-    assert backend.states_of(KEY) == {"etag old"}
-    assert await backend.publish(other, b"old", late, None, "etag old")
+    one, other = (Entry(backend.prefix + KEY, *part) for part in (first, second))
+    version = backend.write_version(KEY)
+
+    async def publish(entry: Entry, data: bytes, validator: str) -> bool:
+        await backend.publish(entry, data, version, validator)
+        await backend.stored(KEY)
+        pieces = backend.parts(KEY).pieces.by_size()
+        return entry in pieces if not entry.is_whole else await backend.get(entry, "infinity") == data
+
+    assert await publish(one, b"old", "etag old")
+    assert not await publish(other, b"new", "etag new")
+    assert backend.parts(KEY).states == {"etag old"}
+    assert await publish(other, b"old", "etag old")
 
 
 # -- a model

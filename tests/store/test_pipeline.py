@@ -170,13 +170,15 @@ def read_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any
         assert (array[:] == values).all()
         store.cache_info()
     straight: list[bool] = []
-    into = SharedBackend.readinto_nowait
+    into = SharedBackend.get_nowait
 
-    def watched(*args: Any, **options: Any) -> bool:
-        straight.append(into(*args, **options))
-        return straight[-1]
+    def watched(*args: Any, **options: Any) -> Any:
+        found = into(*args, **options)
+        if options.get("place") is not None:
+            straight.append(found is not None)
+        return found
 
-    monkeypatch.setattr(SharedBackend, "readinto_nowait", watched)
+    monkeypatch.setattr(SharedBackend, "get_nowait", watched)
     return array, values, straight
 
 

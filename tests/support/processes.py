@@ -176,26 +176,17 @@ def barrier(link: Connection) -> None:
 
 def tell_when_waiting(link: Connection) -> None:
     """In a child: send "waiting" once for each entry, or object of which bytes are wanted, that another process has."""
-    lead, claim = FetchLocks.try_acquire, FetchLocks.claim
+    acquire = FetchLocks.acquire
     told = set()
 
-    def tell(what: Entry | str) -> None:
-        if what not in told:
-            told.add(what)
+    def watched(self: FetchLocks, key: str, span: Span) -> Any:
+        if isinstance(answer := acquire(self, key, span), tuple) and key not in told:
+            told.add(key)
             link.send("waiting")
-
-    def watched_lead(self: FetchLocks, entry: Entry) -> Any:
-        if (unlock := lead(self, entry)) is None:
-            tell(entry)
-        return unlock
-
-    def watched_claim(self: FetchLocks, key: str, span: Span) -> Any:
-        if isinstance(answer := claim(self, key, span), tuple):
-            tell(key)
         return answer
 
     # so that a race can be an event
-    FetchLocks.try_acquire, FetchLocks.claim = watched_lead, watched_claim  # type: ignore[method-assign]
+    FetchLocks.acquire = watched  # type: ignore[method-assign]
 
 
 def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:

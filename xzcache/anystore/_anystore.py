@@ -10,163 +10,134 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xzcache.anystore._index import KnownDocuments, MemoryIndex, WriteVersion
-from xzcache.model import Claims, Entry, Flights, Listed, are_compatible, clip, report_bug, run_to_completion, within
+from xzcache.model import (
+    MISSING,
+    Backend,
+    Entry,
+    are_compatible,
+    clip,
+    nothing,
+    report_bug,
+    run_to_completion,
+    within,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    import numpy as np
     from zarr.abc.store import Store
 
     from xzcache._config import Age
-    from xzcache.model import Data, Span
+    from xzcache.model import Cached, Data, Listed
 
-
-# -- Defaults for a cache that no other process shares.
-
-
-class SingleProcessDefaults:
-    """Backend methods that are trivial without other processes, and the negative cache."""
-
-    is_open = True
-    _documents: KnownDocuments
-
-    def __init__(self) -> None:
-        self.flights: Flights[memoryview | None] = Flights()
-        self.claims = Claims()
-        self.evictions = self.faults = 0
-        # keys being written, and prefixes with a trailing slash
-        self._written: Counter[str] = Counter()
-
-    async def prepare(self) -> None:
-        """Do nothing: there is nothing to open."""
-
-    def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
-        """Return None: reading from a cache store always waits."""
-        return None
-
-    def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """Return False: reading from a cache store always waits."""
-        return False
-
-    def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """Nor by a thread, which is not the one of that store's event loop."""
-        return None
-
-    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """No other process shares this cache, so the lock is always free."""
-        return lambda: None
-
-    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """As `try_acquire`, of some bytes of an object."""
-        return lambda: None
-
-    def _write_begins(self, *written: str) -> None:
-        self._written.update(written)
-
-    def _write_ends(self, *written: str) -> None:
-        self._written -= Counter(written)
-
-    def _is_being_written(self, key: str) -> bool:
-        return bool(self._written) and any(
-            key == written or (written.endswith("/") and key.startswith(written)) for written in list(self._written)
-        )
-
-    async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
-        """Return no document: no other process changes this cache."""
-        return []
-
-    async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """Do nothing: no document is unconfirmed."""
-
-    def fetching(self) -> AbstractAsyncContextManager[None]:
-        """A context around a fetch; publishes are awaited anyway."""
-        return nullcontext()
-
-    async def is_document_missing(self, key: str, max_age: Age) -> bool:
-        """Whether a document is known to be missing from a node that has other documents."""
-        return self._documents.is_document_missing(key, max_age)
-
-    def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
-        """Whether a chunk is known to be missing at the source."""
-        return self._documents.is_known_missing(key, max_age)
-
-    async def is_known_missing(self, key: str, max_age: Age) -> bool:
-        """As `is_known_missing_nowait`."""
-        return self._documents.is_known_missing(key, max_age)
-
-    async def record_missing(self, key: str, version: Any) -> None:
-        """Record that a chunk is missing at the source."""
-        self._documents.record_missing(key, version)
-
-    async def record_document(self, key: str, document: bytes) -> None:
-        """Remember the arrays of a metadata document that was written through the cache."""
-        self._documents.record_document(key, document)
-
-
-# -- The cache itself.
 
 logger = logging.getLogger("xzcache.anystore")
 
 _RANGES_WITHOUT_BOUND: Final = 256 << 20  # bytes that byte ranges may take of memory where the cache has no bound
 
 
-class StoreBackend(SingleProcessDefaults):
+class Begun(NamedTuple):
+    """A write that has begun: of some keys and the versions of each, and perhaps of all keys beneath a path."""
+
+    keys: list[str]
+    versions: list[WriteVersion | None]
+    beneath: str | None
+
+
+class StoreParts:
+    """The cached parts of one object in a cache store."""
+
+    def __init__(self, index: MemoryIndex, key: str, *, is_held: bool) -> None:
+        self._index = index
+        self._key = key
+        self._is_held = is_held
+
+    @property
+    def pieces(self) -> Listed:
+        """The cached byte ranges."""
+        return self._index.listed(self._key)
+
+    @property
+    def states(self) -> set[str]:
+        """The validators of all parts; an empty string stands for an unknown state."""
+        return {self._index.validator(entry) for entry in self._index.of_key(self._key)}
+
+    def validator(self, entry: Entry) -> str:
+        """The validator of a cached entry; empty if it has none."""
+        return self._index.validator(entry)
+
+    def size(self, max_age: Age) -> int | None:
+        """The size of the whole object, if it was stored or read by this process."""
+        may_serve = not self._is_held and self._index.may_serve(Entry(self._key), max_age)
+        return self._index.size_of(Entry(self._key)) if may_serve else None
+
+
+class StoreBackend(Backend):
     """A cache store and its index; `source` is the namespace of its only source.
 
     Safe for threads and event loops. Space is taken before a value is written, and freed after it is deleted.
+
+    `max_size` is the bound in bytes; None for no bound but that of the cache store itself.
     """
 
+    is_open = True
+    prefix = ""
     evicts = True
-    bound: int | None = None  # the cache store sets its own limit
 
-    def __init__(self, cache_store: Store, source: str) -> None:
+    def __init__(self, cache_store: Store, source: str, max_size: int | None = None) -> None:
+        self.bound = max_size
+        self.evictions = self.faults = 0
+        # keys being written, and prefixes with a trailing slash
+        self._written: Counter[str] = Counter()
         self.cache_store = cache_store
         # a pickled copy with a cache in memory is equal if its token is
         self.token = uuid.uuid4().hex
         self.namespace = source
-        super().__init__()
         self._index = MemoryIndex()
         self._documents = KnownDocuments(self._index)
         self._logged_kinds: set[type[Exception]] = set()
         self._quarantined: set[str] = set()
         self._quarantines_all = False
 
-    def entry(self, key: str, start: int, stop: int) -> Entry | None:
-        """The entry of a span of an object."""
-        return Entry(key, start, stop)
+    @property
+    def cache_id(self) -> object:
+        """This object, which all stores over one cache store share."""
+        return self
 
     # -- finding
 
-    async def get(self, entry: Entry, max_age: Age) -> memoryview | None:
+    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
         """The bytes of an entry, or of a span of the whole object, no older than `max_age` seconds."""
+        data = await self._find(entry, max_age)
+        if data is None and missing_max_age != 0 and self._documents.is_missing(entry.key, missing_max_age):
+            return MISSING
+        return data
+
+    async def _find(self, entry: Entry, max_age: Age) -> memoryview | None:
         data = await self._find_whole(entry.whole, max_age)
         if data is not None:
             return data[slice(*clip(entry.start, entry.stop, len(data)))]
         if entry.is_whole:
             return None
         version = self._index.write_version(entry.key)
-        for piece in self.listed(entry.key).covering(entry):
+        for piece in self._index.listed(entry.key).covering(entry):
             if self._index.may_serve(piece, max_age):
                 data = self._index.data(piece)
                 if data is not None and self._index.used(piece, len(data), version):
                     return data[slice(*within(entry, piece, len(data)))]
         return None
 
-    def listed(self, key: str) -> Listed:
-        """The byte ranges that are cached of an object."""
-        return Listed(key, [(piece.start, piece.stop) for piece in self._index.pieces(key)])
-
-    def states_of(self, key: str) -> set[str]:
-        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
-        return {self._index.validator(entry) for entry in self._index.of_key(key)}
+    def parts(self, key: str) -> StoreParts:
+        """The cached parts of an object."""
+        is_held = self._quarantines_all or key in self._quarantined
+        return StoreParts(self._index, key, is_held=is_held)
 
     async def _find_whole(self, entry: Entry, max_age: Age) -> memoryview | None:
         version = self._index.write_version(entry.key)
@@ -181,38 +152,36 @@ class StoreBackend(SingleProcessDefaults):
             return None
         return memoryview(value.to_bytes())
 
-    async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of a whole object that `get` would find, in bytes."""
-        if self._quarantines_all or entry.key in self._quarantined or not self._index.may_serve(entry, max_age):
-            return None
-        try:
-            return await self.cache_store.getsize(entry.key)
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            self._record_fault(error)
-            return None
-
-    async def validator(self, entry: Entry) -> str:
-        """The validator of a cached entry; empty if there is none."""
-        return self._index.validator(entry)
-
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
         """Restart the age of an entry."""
         self._index.mark_validated(entry)
 
     # -- fetching once, publishing
 
-    def write_version(self, entry: Entry) -> WriteVersion | None:
-        """The write version of an entry, read before its fetch begins."""
-        return self._index.write_version(entry.key)
+    def write_version(self, key: str) -> WriteVersion | None:
+        """The write version of a key, read before its fetch begins."""
+        return self._index.write_version(key)
 
-    async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
+    async def publish(
+        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+    ) -> None:
+        """Store an entry now, as a cache store has to be written by the event loop that it belongs to."""
+        try:
+            if version is None:
+                return
+            if data is None:
+                self._documents.record_missing(entry.key, version)
+            else:
+                await self._store(entry, data, version, validator)
+        finally:
+            done()
+
+    async def _store(self, entry: Entry, data: Data, version: WriteVersion, validator: str) -> bool:
         """Store an entry, unless it was written since the version was read or is larger than the bound."""
         if self._is_being_written(entry.key):
             # the entry may be from before or from after the write
             return False
-        size, limit = len(data), max_size
+        size, limit = len(data), self.bound
         if limit is None and not entry.is_whole:
             limit = self._index.size - self._index.in_memory + _RANGES_WITHOUT_BOUND
         if (limit is not None and size > limit) or not self._index.arrive(entry.key):
@@ -228,18 +197,6 @@ class StoreBackend(SingleProcessDefaults):
         if cancelled:
             raise asyncio.CancelledError
         return stored
-
-    async def publish_soon(
-        self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str, done: Callable[[], None]
-    ) -> None:
-        """As `publish`: a cache store has to be written by the event loop that it belongs to."""
-        try:
-            await self.publish(entry, data, version, max_size, validator)
-        finally:
-            done()
-
-    async def stored(self, key: str) -> None:
-        """As the backend of a directory has it: here a fetch ends when its bytes are stored."""
 
     async def _publish(
         self, entry: Entry, data: Data, version: WriteVersion, limit: int | None, validator: str
@@ -301,38 +258,37 @@ class StoreBackend(SingleProcessDefaults):
 
     # -- writes
 
-    async def begin_write(self, keys: Sequence[str]) -> list[tuple[str, WriteVersion | None]]:
-        """Before the source of some keys is written: forget them."""
-        self._write_begins(*keys)
-        return [(key, await self._invalidate(key)) for key in keys]
+    async def begin_write(self, keys: Sequence[str], beneath: str | None = None) -> Begun:
+        """Before the source of some keys, or all keys beneath a path, are written: forget them."""
+        self._written.update(keys)
+        versions = [await self._invalidate(key) for key in keys]
+        if beneath is not None:
+            self._written.update([f"{beneath}/"])
+            await self.drop(beneath)
+        return Begun(list(keys), versions, beneath)
 
-    async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
+    async def end_write(self, begun: Begun, values: Sequence[Data | None] = ()) -> None:
         """Invalidate keys again after the source was written, and store the new values."""
-        self._write_ends(*(key for key, _ in writes))
-        for (key, begun), value in zip(writes, values, strict=True):
-            version = await self.invalidate(key, begun)
-            if value is not None and version is not None:
-                await self.publish(Entry(key), value, version, max_size)
+        self._written -= Counter(begun.keys)
+        if begun.beneath is not None:
+            self._written -= Counter([f"{begun.beneath}/"])
+            await self.drop(begun.beneath)
+        for key, version, value in zip_longest(begun.keys, begun.versions, values):
+            new = await self.invalidate(key, version)
+            if value is not None:
+                await self.publish(Entry(key), value, new)
+
+    def _is_being_written(self, key: str) -> bool:
+        return bool(self._written) and any(
+            key == written or (written.endswith("/") and (written == "/" or key.startswith(written)))
+            for written in list(self._written)
+        )
 
     async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
         """Invalidate a key that changed at the source; returns the version to store it with."""
         alone = since is not None and since == self._index.write_version(key)
         version = await self._invalidate(key)
         return version if alone else None
-
-    async def begin_delete(self, prefix: str, *, itself: bool = False) -> tuple[str, Sequence[Any]]:
-        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
-        begun = await self.begin_write([prefix]) if itself else []
-        self._write_begins(f"{prefix}/")
-        await self.drop(prefix)
-        return prefix, begun
-
-    async def end_delete(self, begun: Any) -> None:
-        """After they were deleted."""
-        prefix, writes = begun
-        self._write_ends(f"{prefix}/")
-        await self.drop(prefix)
-        await self.end_write(writes, [None] * len(writes), None)
 
     async def _invalidate(self, key: str) -> WriteVersion | None:
         version = self._index.count_write(key)
@@ -367,8 +323,13 @@ class StoreBackend(SingleProcessDefaults):
             self._quarantines_all = True
             self._record_fault(error)
 
-    async def apply_document(self, key: str, document: bytes | None, version: Any) -> WriteVersion | None:
+    async def apply_document(
+        self, key: str, document: bytes | None, version: Any, *, is_written: bool = False
+    ) -> WriteVersion | None:
         """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
+        if is_written:
+            self._documents.record_document(key, document)
+            return None
         return await self._documents.apply_document(key, document, version, self.drop)
 
     def close(self) -> None:

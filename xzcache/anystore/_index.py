@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache._config import is_fresh
 from xzcache._fork import renew_after_fork
-from xzcache.model import Entry, metadata
+from xzcache.model import Entry, Listed, is_document, metadata
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -120,10 +120,16 @@ class MemoryIndex:
                 self.size += size
             return True
 
-    def pieces(self, key: str) -> list[Entry]:
+    def size_of(self, entry: Entry) -> int | None:
+        """The size of a recorded entry."""
+        with self._lock:
+            record = self._records.get(entry)
+            return None if record is None else record.size
+
+    def listed(self, key: str) -> Listed:
         """The byte ranges of a key."""
         with self._lock:
-            return list(self._pieces.get(key, ()))
+            return Listed(key, [(piece.start, piece.stop) for piece in self._pieces.get(key, ())])
 
     def of_key(self, key: str) -> list[Entry]:
         """The whole object and all byte ranges of a key."""
@@ -242,7 +248,7 @@ class KnownDocuments:
             self._absent[key] = time.time()
         return expected
 
-    def is_document_missing(self, key: str, max_age: Age) -> bool:
+    def _is_document_missing(self, key: str, max_age: Age) -> bool:
         """Whether a document is known to be missing from a node that has other documents."""
         recorded = self._absent.get(key)
         return (
@@ -251,8 +257,10 @@ class KnownDocuments:
             and any(Entry(sibling) in self._index for sibling in metadata.siblings(key))
         )
 
-    def is_known_missing(self, key: str, max_age: Age) -> bool:
-        """Whether a chunk is known to be missing at the source."""
+    def is_missing(self, key: str, max_age: Age) -> bool:
+        """Whether a key is known to be missing at the source."""
+        if is_document(key):
+            return self._is_document_missing(key, max_age)
         at, version = self._missing.get(key, (0.0, None))
         return version == self._index.write_version(key) and is_fresh(at, max_age)
 
@@ -262,7 +270,7 @@ class KnownDocuments:
             self._missing.clear()
         self._missing[key] = time.time(), version
 
-    def record_document(self, key: str, document: bytes) -> None:
+    def record_document(self, key: str, document: bytes | None) -> None:
         """Remember the arrays of a document that was written through the cache."""
         described = metadata.describe(key, document)
         self._digests.update(described.arrays | described.attributes)

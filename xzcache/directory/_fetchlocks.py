@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache.index import counters_of
-from xzcache.model import Entry, is_document
+from xzcache.model import LARGEST, Entry, is_document, nothing, placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from xzcache.directory._faults import FaultBarrier
     from xzcache.index import Registration
     from xzcache.model import Span
+
+
+_LOCKABLE: Final = 1 << 40
+"""The bytes of one object that have locks of their own."""
 
 
 class WriteVersion(NamedTuple):
@@ -61,42 +66,36 @@ class FetchLocks:
         self._barrier = barrier
         self._session = barrier.session
 
-    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to take the fetch lock of an entry; returns the function that releases it, or None if it is taken."""
+    def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
+        """Try to lock a span of an object; returns a function to release it, or a part that another process holds.
+
+        A suffix, which begins nobody knows where, is locked by a byte of its own.
+        """
         process = self._session.current
         if process is None:
-            return lambda: None
-        offset = entry.lock_offset()
+            return nothing
         try:
-            if not process.keys.try_lock(offset):
-                return None
+            if span[0] < 0:
+                offset = Entry(key, *span).lock_offset()
+                return partial(process.keys.unlock, offset) if process.keys.try_lock(offset) else span
+            number = Entry(key).lock_offset()
+            span = placed(span)
+            if (taken := process.keys.try_lock_span(number, span)) is None:
+                return partial(process.keys.unlock_span, number, span)
+            # no byte beyond is locked by itself
+            return (taken[0], LARGEST) if taken[1] >= _LOCKABLE else taken
         except OSError as error:
             # a lock is only there to save a fetch
             self._barrier.record_fault(error)
-            return lambda: None
-        return lambda: process.keys.unlock(offset)
+            return nothing
 
-    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """Try to lock a span of an object; returns a function to release it, or a part that another process holds."""
-        process = self._session.current
-        if process is None:
-            return lambda: None
-        number = Entry(key).lock_offset()
-        try:
-            if (taken := process.keys.try_lock_span(number, span)) is not None:
-                return taken
-        except OSError as error:
-            self._barrier.record_fault(error)
-            return lambda: None
-        return lambda: process.keys.unlock_span(number, span)
-
-    def write_version(self, entry: Entry) -> WriteVersion | None:
-        """The write version of an entry before a fetch, perhaps slightly old. Never waits."""
+    def write_version(self, key: str) -> WriteVersion | None:
+        """The write version of a key before a fetch, perhaps slightly old. Never waits."""
         process = self._session.current
         if process is None:
             return None
         try:
-            counters = counters_of(entry.key, data=not is_document(entry.key))
+            counters = counters_of(key, data=not is_document(key))
             return WriteVersion(process.number, process.generation, process.writes.before(counters))
         except OSError as error:
             self._barrier.record_fault(error)

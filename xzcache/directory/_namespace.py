@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import os
-from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from xzcache import _threads as pool
 from xzcache._config import is_fresh
 from xzcache._fork import renew_after_fork
+from xzcache.directory._invalidation import Deletion
 from xzcache.directory._publish import PendingEntry
 from xzcache.files import allowance
-from xzcache.model import Claims, Entry, Flights, Listed, is_cacheable, within
+from xzcache.model import END, MISSING, Entry, Listed, is_document, nothing, within
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import numpy as np
 
     from xzcache._config import Age
     from xzcache.directory._directory import CacheDirectory
     from xzcache.directory._fetchlocks import WriteVersion
-    from xzcache.directory._invalidation import Begun, Deletion
+    from xzcache.directory._invalidation import Begun
+    from xzcache.directory._writebehind import WriteBehind
     from xzcache.files import Found
-    from xzcache.model import Data, Span
+    from xzcache.model import Cached, Data, Span
 
 
 _INLINE: Final = 1 << 20
 """Up to this many bytes are read on the event loop, where they are in memory: a thread would take longer to wake."""
-
-_flights: Final[Flights[memoryview | None]] = Flights()
-_claims: Final = Claims()
 
 
 class SharedBackend:
@@ -39,12 +38,10 @@ class SharedBackend:
     `namespace` is the path component of the source. `lasting` tells that the source is the same one in other processes.
     """
 
-    flights = _flights
-    claims = _claims
-
     def __init__(self, directory: CacheDirectory, namespace: str, *, lasting: bool = True) -> None:
         self.directory = directory
         self.namespace = namespace
+        self.prefix = f"{namespace}/"
         self._use = directory.used_by(self)
         if not lasting:
             renew_after_fork(self)
@@ -52,11 +49,12 @@ class SharedBackend:
     def after_fork_in_child(self) -> None:
         """Change the namespace: a source in memory differs between parent and child."""
         self.namespace = f"{self.namespace}-{os.getpid()}"
+        self.prefix = f"{self.namespace}/"
 
-    def entry(self, key: str, start: int, stop: int) -> Entry | None:
-        """The entry of a span of an object; None for a key that cannot be cached."""
-        full = f"{self.namespace}/{key}"
-        return Entry(full, start, stop) if is_cacheable(full) else None
+    @property
+    def cache_id(self) -> object:
+        """The directory, of which a process has one object."""
+        return self.directory
 
     @property
     def is_aside(self) -> bool:
@@ -77,34 +75,33 @@ class SharedBackend:
         if not self._use.alive:
             self._use = self.directory.used_by(self)
 
-    def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
-        """The value of a key if it can be read without waiting; None means that `get` must be called."""
+    def get_nowait(
+        self,
+        entry: Entry,
+        max_age: Age,
+        missing_max_age: Age = 0,
+        *,
+        place: np.ndarray[Any, Any] | None = None,
+        patient: bool = False,
+    ) -> Cached:
+        """A cached value that can be read without waiting for anything but, with `patient`, the disk."""
         directory = self.directory
         if directory.health.is_aside or not directory.is_ready:
             return None
-        entry = Entry(f"{self.namespace}/{key}")
-        data = directory.reader.get_nowait(entry, None if max_age == "infinity" else int(max_age * 1e9), _INLINE)
-        if data is not None and directory.recency.record_use(entry):
-            pool.spawn(directory.flush)
-        return data
+        data = None
+        if entry.stop == END and not entry.start:
+            max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
+            if place is None:
+                data = directory.reader.get_nowait(entry, max_age_ns, _INLINE)
+            elif directory.reader.readinto_nowait(entry, max_age_ns, place, patient=patient):
+                data = memoryview(place)
+            if data is not None:
+                if directory.recency.record_use(entry):
+                    pool.spawn(directory.flush)
+                return data
+        return None if not patient or place is not None else self._get_patiently(entry, max_age, missing_max_age)
 
-    def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """Like `get_nowait`, into an array, which is undefined after False."""
-        directory = self.directory
-        if directory.health.is_aside or not directory.is_ready:
-            return False
-        entry = Entry(f"{self.namespace}/{key}")
-        max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
-        if not directory.reader.readinto_nowait(entry, max_age_ns, place, patient=patient):
-            return False
-        if directory.recency.record_use(entry):
-            pool.spawn(directory.flush)
-        return True
-
-    def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """As `get`, where waiting for the disk is no harm."""
-        if self.directory.health.is_aside or not self.directory.is_ready:
-            return None
+    def _get_patiently(self, entry: Entry, max_age: Age, missing_max_age: Age) -> Cached:
         reader = self.directory.reader
         for found in reader.open_covering(entry):
             if not _is_fresh(found, max_age):
@@ -112,25 +109,38 @@ class SharedBackend:
                 continue
             span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
             if (data := reader.read(found, *span)) is not None:
-                if self.directory.recency.record_use(found.entry):
-                    pool.spawn(self.directory.flush)
+                self._record_use(found.entry)
                 return data
-        return None
+        is_missing = missing_max_age != 0 and self.directory.negative_cache.knows(entry.key, missing_max_age)
+        return MISSING if is_missing else None
 
-    async def get(self, entry: Entry, max_age: Age) -> memoryview | None:
+    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
-        reader = self.directory.reader
-        if self.is_aside or not self.directory.may_serve:
+        directory = self.directory
+        if directory.health.is_aside or not directory.may_serve:
             return None
+        reader = directory.reader
         for found in reader.open_covering(entry):
             if not _is_fresh(found, max_age):
                 # another file that holds it may be younger
                 reader.close(found)
             elif (data := await self._read(found, entry)) is not None:
-                if self.directory.recency.record_use(found.entry):
-                    pool.spawn(self.directory.flush)
+                self._record_use(found.entry)
                 return data
-        return None
+        return MISSING if missing_max_age != 0 and await self._is_missing(entry.key, missing_max_age) else None
+
+    def _record_use(self, entry: Entry) -> None:
+        if self.directory.recency.record_use(entry):
+            pool.spawn(self.directory.flush)
+
+    async def _is_missing(self, full: str, max_age: Age) -> bool:
+        """Whether a key is known to be missing at the source."""
+        directory = self.directory
+        key = full[len(self.prefix) :]
+        if is_document(key):
+            return await directory.promptly(False, directory.metadata.is_document_missing, self.namespace, key, max_age)
+        known = directory.negative_cache.knows(full, max_age)
+        return await directory.promptly(False, directory.negative_cache.look, full, max_age) if known is None else known
 
     async def _read(self, found: Found, entry: Entry) -> memoryview | None:
         reader = self.directory.reader
@@ -142,145 +152,91 @@ class SharedBackend:
         patience = allowance(found.size)
         return await self.directory.promptly(None, reader.read, found, first, last, patience=patience)
 
-    async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size in bytes of a whole object that `get` would find; the file is read only if it has no stamp."""
-        reader = self.directory.reader
-        if self.is_aside or not self.directory.may_serve or (found := reader.open_entry(entry)) is None:
-            return None
-        if not _is_fresh(found, max_age):
-            reader.close(found)
-            return None
-        if (size := reader.size(found)) is None:
-            data = await self.get(entry, max_age)
-            return None if data is None else len(data)
-        return size
+    def parts(self, key: str) -> DirectoryParts:
+        """The cached parts of an object."""
+        return DirectoryParts(self.directory, f"{self.prefix}{key}")
 
-    def listed(self, key: str) -> Listed:
-        """The byte ranges that are cached of an object."""
-        full = f"{self.namespace}/{key}"
-        return Listed(full, ()) if self.is_aside else self.directory.reader.listed(full)
-
-    def states_of(self, key: str) -> set[str]:
-        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
-        return set() if self.is_aside else self.directory.reader.states_of(f"{self.namespace}/{key}")
-
-    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to take the fetch lock of an entry; returns the function that releases it, or None."""
-        return _nothing if self.is_aside else self.directory.fetch_locks.try_acquire(entry)
-
-    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
+    def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
         """Try to lock a span of an object; returns a function to release it, or a part that another process holds."""
-        return _nothing if self.is_aside else self.directory.fetch_locks.claim(f"{self.namespace}/{key}", span)
+        if self.directory.health.is_aside:
+            return nothing
+        return self.directory.fetch_locks.acquire(f"{self.prefix}{key}", span)
 
-    def write_version(self, entry: Entry) -> WriteVersion | None:
-        """The write version of an entry, read before its fetch begins."""
-        return None if self.is_aside else self.directory.fetch_locks.write_version(entry)
+    def write_version(self, key: str) -> WriteVersion | None:
+        """The write version of a key, read before its fetch begins."""
+        directory = self.directory
+        return None if directory.health.is_aside else directory.fetch_locks.write_version(f"{self.prefix}{key}")
 
-    async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
-        """Store an entry with its validator, unless its key was written since the version was read."""
-        if self.is_aside:
-            return False
-        return await self.directory.promptly(False, self.directory.publisher.publish, entry, data, version, validator)
-
-    async def publish_soon(
-        self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str, done: Callable[[], None]
+    async def publish(
+        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
     ) -> None:
-        """As `publish`, but without waiting for it: the last to leave `fetching` does."""
-        if self.is_aside:
+        """Store an entry, or its absence, in the background; the last to leave `fetching` waits for it."""
+        directory = self.directory
+        if version is None or directory.health.is_aside:
             done()
+        elif data is not None:
+            directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
         else:
-            self.directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
+            if directory.negative_cache.record_missing(entry.key, version):
+                directory.write_behind.add(directory.negative_cache.flush)
+            done()
 
     async def stored(self, key: str) -> None:
         """Wait until no publish of an object by this process is pending."""
         if not self.is_aside:
-            await self.directory.write_behind.stored(f"{self.namespace}/{key}")
+            await self.directory.write_behind.stored(f"{self.prefix}{key}")
 
-    @asynccontextmanager
-    async def fetching(self) -> AsyncIterator[None]:
+    def fetching(self) -> Fetching:
         """A context around a fetch; the last one to exit waits for pending publishes."""
         self._use_again()
-        self.directory.write_behind.begin_fetch()
-        try:
-            yield
-            await self.directory.write_behind.drain_if_last()
-        finally:
-            self.directory.write_behind.end_fetch()
-
-    async def validator(self, entry: Entry) -> str:
-        """The validator of a cached entry; empty if there is none."""
-        return "" if self.is_aside else self.directory.reader.validator(entry)
+        return Fetching(self.directory.write_behind)
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
         """Restart the age of an entry, if ages matter."""
         if max_age != "infinity" and not self.is_aside:
             self.directory.reader.mark_validated(entry)
 
-    async def begin_write(self, keys: Sequence[str]) -> list[Begun]:
-        """Before the source of some keys is written."""
-        return await self.directory.to_completion(
-            self.directory.writes.begin_write, [f"{self.namespace}/{key}" for key in keys]
-        )
+    async def begin_write(self, keys: Sequence[str], beneath: str | None = None) -> list[Begun] | Deletion:
+        """Before the source of some keys, or all keys beneath a path, are written."""
+        writes = self.directory.writes
+        if beneath is None:
+            return await self.directory.to_completion(writes.begin_write, [f"{self.prefix}{key}" for key in keys])
+        full = f"{self.prefix}{beneath}".rstrip("/")
+        return await self.directory.to_completion(writes.begin_delete, full, itself=bool(keys))
 
-    async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
-        """After the source of some keys was written."""
-        await self.directory.to_completion(self.directory.writes.end_write, writes, values)
+    async def end_write(self, begun: Any, values: Sequence[Data | None] = ()) -> None:
+        """After they were written."""
+        writes = self.directory.writes
+        if isinstance(begun, Deletion):
+            await self.directory.to_completion(writes.end_delete, begun)
+        else:
+            await self.directory.to_completion(writes.end_write, begun, values or [None] * len(begun))
 
     async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
         """Invalidate a key that changed at the source; returns the version to store it with."""
-        return await self.directory.to_completion(self.directory.writes.invalidate, f"{self.namespace}/{key}", since)
+        return await self.directory.to_completion(self.directory.writes.invalidate, f"{self.prefix}{key}", since)
 
-    async def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
-        """Before all keys beneath a prefix, and perhaps the prefix as a key, are deleted at the source."""
-        full = f"{self.namespace}/{prefix}".rstrip("/")
-        return await self.directory.to_completion(self.directory.writes.begin_delete, full, itself=itself)
-
-    async def end_delete(self, begun: Any) -> None:
-        """After all keys beneath a prefix were deleted at the source."""
-        await self.directory.to_completion(self.directory.writes.end_delete, begun)
-
-    async def apply_document(self, key: str, document: bytes | None, version: Any) -> WriteVersion | None:
+    async def apply_document(
+        self, key: str, document: bytes | None, version: Any, *, is_written: bool = False
+    ) -> WriteVersion | None:
         """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
-        if self.is_aside:
-            self.directory.metadata.apply_document_later(self.namespace, key, document)
+        directory, tracker = self.directory, self.directory.metadata
+        if is_written:
+            if document is not None:
+                await directory.promptly(None, tracker.record_document, self.namespace, key, document)
             return None
-        apply = self.directory.metadata.apply_document
-        return await self.directory.to_completion(apply, self.namespace, key, document, version)
+        if directory.health.is_aside:
+            tracker.apply_document_later(self.namespace, key, document)
+            return None
+        return await directory.to_completion(tracker.apply_document, self.namespace, key, document, version)
 
-    async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
+    async def unconfirmed(self, seen: Mapping[str, bytes], asked: Collection[str] = ()) -> list[str]:
         """Documents whose state elsewhere may differ from the state under which entries were cached here."""
-        return await self.directory.promptly(list(seen), self.directory.metadata.unconfirmed, self.namespace, seen)
-
-    async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """Record, in this process, that unconfirmed documents were revalidated."""
-        await self.directory.promptly(None, self.directory.metadata.confirm, self.namespace, seen, asked)
-
-    async def is_document_missing(self, key: str, max_age: Age) -> bool:
-        """Whether a document is known to be missing from a node that has other documents."""
-        return await self.directory.promptly(
-            False, self.directory.metadata.is_document_missing, self.namespace, key, max_age
-        )
-
-    def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
-        """Like `is_known_missing`, without asking the index."""
-        return not self.is_aside and self.directory.negative_cache.knows(f"{self.namespace}/{key}", max_age) is True
-
-    async def is_known_missing(self, key: str, max_age: Age) -> bool:
-        """Whether a chunk is known to be missing at the source."""
-        negative_cache = self.directory.negative_cache
-        if self.is_aside or not self.directory.may_serve:
-            return False
-        known = negative_cache.knows(full := f"{self.namespace}/{key}", max_age)
-        return await self.directory.promptly(False, negative_cache.look, full, max_age) if known is None else known
-
-    async def record_missing(self, key: str, version: WriteVersion) -> None:
-        """Record that a chunk is missing at the source."""
-        if self.directory.negative_cache.record_missing(f"{self.namespace}/{key}", version):
-            self.directory.write_behind.add(self.directory.negative_cache.flush)
-
-    async def record_document(self, key: str, document: bytes) -> None:
-        """Remember the arrays of a metadata document that was written through the cache."""
-        await self.directory.promptly(None, self.directory.metadata.record_document, self.namespace, key, document)
+        tracker = self.directory.metadata
+        if asked:
+            await self.directory.promptly(None, tracker.confirm, self.namespace, seen, asked)
+            return [key for key in seen if key not in asked]
+        return await self.directory.promptly(list(seen), tracker.unconfirmed, self.namespace, seen)
 
     async def clear(self) -> None:
         """Forget all entries of this source, and no other's."""
@@ -335,8 +291,56 @@ class SharedBackend:
         return isinstance(other, SharedBackend) and self.directory is other.directory
 
 
-def _nothing() -> None:
-    pass
+class Fetching:
+    """A fetch that is under way: its pending publishes are awaited by the last one to end."""
+
+    __slots__ = ("_write_behind",)
+
+    def __init__(self, write_behind: WriteBehind) -> None:
+        self._write_behind = write_behind
+
+    async def __aenter__(self) -> None:
+        self._write_behind.begin_fetch()
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                await self._write_behind.drain_if_last()
+        finally:
+            self._write_behind.end_fetch()
+
+
+class DirectoryParts:
+    """The cached parts of one object in a directory."""
+
+    def __init__(self, directory: CacheDirectory, key: str) -> None:
+        self._reader = None if directory.health.is_aside else directory.reader
+        self._may_serve = directory.may_serve
+        self._key = key
+
+    @cached_property
+    def pieces(self) -> Listed:
+        """The cached byte ranges."""
+        return Listed(self._key, ()) if self._reader is None else self._reader.listed(self._key)
+
+    @cached_property
+    def states(self) -> set[str]:
+        """The validators of all parts; an empty string stands for an unknown state."""
+        return set() if self._reader is None else self._reader.states_of(self._key)
+
+    def validator(self, entry: Entry) -> str:
+        """The validator of a cached entry at this moment; empty if it has none."""
+        return "" if self._reader is None else self._reader.validator(entry)
+
+    def size(self, max_age: Age) -> int | None:
+        """The size of the whole object; the file is not read."""
+        reader = self._reader
+        if reader is None or not self._may_serve or (found := reader.open_entry(Entry(self._key))) is None:
+            return None
+        if not _is_fresh(found, max_age):
+            reader.close(found)
+            return None
+        return reader.size(found)
 
 
 def _is_fresh(found: Found, max_age: Age) -> bool:

@@ -6,7 +6,7 @@ were logged.
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import Backend
+from xzcache.model.backend import MISSING, Backend, Cache, Cached, Parts, nothing
 from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, namespace_of, span, within
 from xzcache.model.errors import (
     Busy,
@@ -32,7 +32,18 @@ from xzcache.model.metadata import (
     overriding_document,
 )
 from xzcache.model.singleflight import Claim, Claims, Flight, Flights, LeaderCancelled, run_to_completion
-from xzcache.model.spans import NEGLIGIBLE, IntervalSet, Listed, Span, SparseBuffer, cut, merged
+from xzcache.model.spans import (
+    LARGEST,
+    NEGLIGIBLE,
+    IntervalSet,
+    Listed,
+    Span,
+    SparseBuffer,
+    cut,
+    merged,
+    placed,
+    unplaced,
+)
 from xzcache.model.validators import (
     FIXED,
     adopt_session,
@@ -46,11 +57,15 @@ from xzcache.model.validators import (
 __all__ = [
     "END",
     "FIXED",
+    "LARGEST",
     "META",
+    "MISSING",
     "NEGLIGIBLE",
     "Backend",
     "Busy",
+    "Cache",
     "CacheFault",
+    "Cached",
     "Claim",
     "Claims",
     "Damaged",
@@ -63,6 +78,7 @@ __all__ = [
     "LeaderCancelled",
     "Listed",
     "NoRoom",
+    "Parts",
     "Replaced",
     "Span",
     "SparseBuffer",
@@ -86,12 +102,15 @@ __all__ = [
     "merged",
     "metadata",
     "namespace_of",
+    "nothing",
     "overriding_document",
+    "placed",
     "report_bug",
     "run_to_completion",
     "session_validator",
     "span",
     "translated",
+    "unplaced",
     "within",
     "without_frames",
 ]

@@ -1,19 +1,57 @@
-"""The contract between reading and a cache, which is a directory that processes share or any other Zarr store."""
+"""The contract between reading and a cache, which is a directory that processes share or any other Zarr store.
+
+Keys are those of the source. Only the key of an `Entry` has the `prefix` of the backend in front.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractAsyncContextManager, nullcontext
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import numpy as np
 
     from xzcache._config import Age
     from xzcache.model.entry import Data, Entry
-    from xzcache.model.singleflight import Claims, Flights
     from xzcache.model.spans import Listed, Span
+
+
+class Absence(Enum):
+    """The type of `MISSING`."""
+
+    MISSING = "missing"
+
+
+MISSING: Final = Absence.MISSING
+"""The answer of a lookup for a key that is known to be missing at the source."""
+
+Cached = memoryview | Literal[Absence.MISSING] | None
+"""The answer of a lookup: bytes, `MISSING`, or None if the source must be asked."""
+
+
+def nothing() -> None:
+    """Release a lock that needs no release."""
+
+
+class Parts(Protocol):
+    """The cached parts of one object. Each answer is read from the cache at its first use, and kept."""
+
+    @property
+    def pieces(self) -> Listed:
+        """The cached byte ranges, without the whole object."""
+
+    @property
+    def states(self) -> set[str]:
+        """The validators of all parts, the whole object included; an empty string stands for an unknown state."""
+
+    def validator(self, entry: Entry) -> str:
+        """The validator of a cached entry at this moment; empty if it has none."""
+
+    def size(self, max_age: Age) -> int | None:
+        """The size of the whole object, if `get` would find it; None also if only `get` can tell."""
 
 
 class Backend(Protocol):
@@ -23,13 +61,127 @@ class Backend(Protocol):
     stored is not stored, and one that cannot be invalidated is not served. All methods are safe for threads and event
     loops. A *write version* counts the writes to a key: an entry is published only if no process that shares the cache
     has written its key since the version was read.
+
+    The bodies here are those of a cache that no other process shares.
     """
 
     namespace: str
-    flights: Flights[memoryview | None]
-    """The fetches of this process that are under way, by entry."""
-    claims: Claims
-    """The byte ranges that this process is fetching."""
+    """The name of the source in the cache."""
+    prefix: str
+    """Precedes the keys of the source in the keys of entries; empty for a cache of a single source."""
+
+    @property
+    def cache_id(self) -> object:
+        """The same object for all backends of one cache in this process. Weakly referable, compared by identity."""
+
+    async def prepare(self) -> None:
+        """Open the cache, if it is not open. Every other method works without, but may find and store nothing."""
+        return
+
+    # -- looking up
+
+    def get_nowait(
+        self,
+        entry: Entry,
+        max_age: Age,
+        missing_max_age: Age = 0,
+        *,
+        place: np.ndarray[Any, Any] | None = None,
+        patient: bool = False,
+    ) -> Cached:
+        """Like `get`, without waiting for anything but, with `patient`, the disk; None means that `get` must be called.
+
+        With a `place`, an array of bytes as long as the entry, the bytes are read into it and it is returned as the
+        answer. After None, the contents of the place are undefined.
+        """
+        return None
+
+    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+        """The bytes of an entry, no older than `max_age` and exactly those that were published.
+
+        They may be part of another entry. No entry is returned that any process invalidated before the call. A key
+        that was found missing in the last `missing_max_age` seconds, and not written since, is `MISSING`.
+        """
+
+    def parts(self, key: str) -> Parts:
+        """The cached parts of an object, which other processes may change at any moment."""
+
+    async def mark_validated(self, entry: Entry, max_age: Age) -> None:
+        """Restart the age of an entry that the source has confirmed, for all processes."""
+
+    # -- fetching once, and storing
+
+    def fetching(self) -> AbstractAsyncContextManager[None]:
+        """A context around a fetch; the last one of this process to exit waits for pending publishes."""
+        return nullcontext()
+
+    def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
+        """Try to lock a span of an object against other processes, without waiting.
+
+        Returns the function that releases the lock, or a part of the span that another process has locked. The lock
+        goes with the process. The whole object is `(0, END)`; a suffix is locked against equal suffixes only. Threads
+        of one process must not lock the same bytes twice, except a suffix.
+        """
+        return nothing
+
+    def write_version(self, key: str) -> Any:
+        """The write version of a key, read before its fetch begins; None if nothing can be stored. Never waits."""
+
+    async def publish(
+        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+    ) -> None:
+        """Store an entry, perhaps later; with None for `data`, record that the key is missing at the source.
+
+        Nothing is stored if the version is None, if any process has written the key since the version was read or is
+        writing it now, or if a part with an incompatible validator is cached. Readers see all of an entry or nothing.
+        A whole object replaces its pieces. `done` is called exactly once, when other processes can find the entry or
+        it was dropped.
+        """
+
+    async def stored(self, key: str) -> None:
+        """Wait until no publish of an object by this process is pending."""
+        return
+
+    # -- invalidation: after these return, no process serves what was stored before
+
+    async def begin_write(self, keys: Sequence[str], beneath: str | None = None) -> Any:
+        """Invalidate keys before the source is written; until `end_write`, no process stores them.
+
+        With `beneath`, all keys beneath that path are invalidated; `keys` then has the path itself or nothing.
+        """
+
+    async def end_write(self, begun: Any, values: Sequence[Data | None] = ()) -> None:
+        """Invalidate the same keys again after the source was written, and store their new values.
+
+        A value, one for each of `keys`, is not stored if another process wrote the key at the same time.
+        """
+
+    async def invalidate(self, key: str, since: Any) -> Any:
+        """Invalidate a key that changed at the source.
+
+        Returns the version to publish the new value with; None if the key was written after the version `since`.
+        """
+
+    # -- metadata documents
+
+    async def apply_document(self, key: str, document: bytes | None, version: Any, *, is_written: bool = False) -> Any:
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with.
+
+        `document` is None if the source has none. With `is_written`, the document was written through the cache: it is
+        remembered, and nothing is invalidated.
+        """
+
+    async def unconfirmed(self, seen: Mapping[str, bytes], asked: Collection[str] = ()) -> list[str]:
+        """The documents whose recorded state may not be the one under which the chunks were cached.
+
+        `seen` has the first bytes of the states that another machine has seen. The documents in `asked` were just
+        revalidated, and are confirmed for this process from now on.
+        """
+        return []
+
+
+class Cache(Backend, Protocol):
+    """A backend as the store over it needs it."""
 
     @property
     def is_open(self) -> bool:
@@ -47,12 +199,6 @@ class Backend(Protocol):
     def faults(self) -> int:
         """How many times the cache failed."""
 
-    def entry(self, key: str, start: int, stop: int) -> Entry | None:
-        """The entry of a span of an object; None for a key that cannot be cached."""
-
-    async def prepare(self) -> None:
-        """Open the cache, if it is not open."""
-
     def close(self) -> None:
         """Leave the cache until the next use."""
 
@@ -62,104 +208,5 @@ class Backend(Protocol):
     def info(self, *, exact: bool = True) -> dict[str, Any]:
         """The size and the number of entries of this source and of the whole cache; sizes in bytes."""
 
-    # -- looking up: never older than `max_age`, never of other bytes than were stored
-
-    def get_nowait(self, key: str, max_age: Age) -> memoryview | None:
-        """The value of a key if it can be read without waiting; None means that `get` must be called."""
-
-    def readinto_nowait(self, key: str, max_age: Age, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
-        """As `get_nowait`, into an array of bytes, which is undefined after False."""
-
-    def get_blocking(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """Like `get`, blocking, for threads; None means that `get` must be called."""
-
-    async def get(self, entry: Entry, max_age: Age) -> memoryview | None:
-        """The bytes of an entry."""
-
-    async def size(self, entry: Entry, max_age: Age) -> int | None:
-        """The size of a whole object that `get` would find."""
-
-    def listed(self, key: str) -> Listed:
-        """The byte ranges that are cached of an object."""
-
-    def states_of(self, key: str) -> set[str]:
-        """The validators of all cached parts of an object; an empty string stands for an unknown state."""
-
-    async def validator(self, entry: Entry) -> str:
-        """The validator of a cached entry; empty if it has none."""
-
-    async def mark_validated(self, entry: Entry, max_age: Age) -> None:
-        """Restart the age of an entry that the source has confirmed."""
-
-    # -- fetching once, and storing
-
-    def fetching(self) -> AbstractAsyncContextManager[None]:
-        """A context around a fetch; the last one to exit waits for pending publishes."""
-
-    def try_acquire(self, entry: Entry) -> Callable[[], None] | None:
-        """Try to take the fetch lock of an entry, without waiting; returns the function that releases it."""
-
-    def claim(self, key: str, span: Span) -> Callable[[], None] | Span:
-        """Like `try_acquire`, for a span of an object; a span that another process fetches if one does."""
-
-    def write_version(self, entry: Entry) -> Any:
-        """The write version of an entry, read before its fetch begins; None if nothing can be stored."""
-
-    async def publish(self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str = "") -> bool:
-        """Store an entry unless its key was written since the version was read; readers see all of it or nothing."""
-
-    async def publish_soon(
-        self, entry: Entry, data: Data, version: Any, max_size: int | None, validator: str, done: Callable[[], None]
-    ) -> None:
-        """Like `publish`, perhaps later; `done` is always called in the end."""
-
-    async def stored(self, key: str) -> None:
-        """Wait until no publish of an object by this process is pending."""
-
-    # -- invalidation: after these return, no process serves what was stored before
-
-    async def begin_write(self, keys: Sequence[str]) -> Sequence[Any]:
-        """Invalidate keys before the source is written; until `end_write`, no process stores them."""
-
-    async def end_write(self, writes: Sequence[Any], values: Sequence[Data | None], max_size: int | None) -> None:
-        """Invalidate the keys again after the source was written, and store their new values."""
-
-    async def invalidate(self, key: str, since: Any) -> Any:
-        """Invalidate a key that changed at the source; returns the version to publish the new value with."""
-
-    async def begin_delete(self, prefix: str, *, itself: bool = False) -> Any:
-        """Like `begin_write`, for all keys beneath a prefix, and with `itself` for the prefix as a key."""
-
-    async def end_delete(self, begun: Any) -> None:
-        """Like `end_write`, for `begin_delete`."""
-
     async def clear(self) -> None:
         """Invalidate all entries of this source."""
-
-    # -- metadata documents
-
-    async def apply_document(self, key: str, document: bytes | None, version: Any) -> Any:
-        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with."""
-
-    async def record_document(self, key: str, document: bytes) -> None:
-        """Remember the arrays of a metadata document that was written through the cache."""
-
-    async def unconfirmed(self, seen: Mapping[str, bytes]) -> list[str]:
-        """The documents whose recorded state may not be the one under which the chunks were cached."""
-
-    async def confirm(self, seen: Mapping[str, bytes], asked: Sequence[str]) -> None:
-        """Record, in this process, that unconfirmed documents were revalidated."""
-
-    # -- the negative cache
-
-    async def is_document_missing(self, key: str, max_age: Age) -> bool:
-        """Whether a metadata document is known to be missing at the source."""
-
-    def is_known_missing_nowait(self, key: str, max_age: Age) -> bool:
-        """Whether a chunk is known to be missing at the source, without waiting."""
-
-    async def is_known_missing(self, key: str, max_age: Age) -> bool:
-        """Whether a chunk is known to be missing at the source."""
-
-    async def record_missing(self, key: str, version: Any) -> None:
-        """Record that a chunk is missing at the source, unless its key was written since the version was read."""

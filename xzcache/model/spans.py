@@ -17,8 +17,21 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 
+LARGEST: Final = 1 << 62
+"""Stands for the end of an object in arithmetic; no object reaches so far."""
+
 NEGLIGIBLE: Final = 1 << 14
 """So many bytes are not worth a request of their own to save."""
+
+
+def placed(span: Span) -> Span:
+    """A span whose end is a number: `LARGEST` for `END`."""
+    return (span[0], LARGEST) if span[1] == END else span
+
+
+def unplaced(span: Span) -> Span:
+    """Undo `placed`."""
+    return (span[0], END) if span[1] >= LARGEST else span
 
 
 class IntervalSet:
@@ -115,15 +128,12 @@ class SparseBuffer:
                 yield self._tiles[at], self._data[at]
 
 
-_LARGEST: Final = 1 << 63
-
-
 class Listed:
     """The cached pieces of one object: those counted from the start, in order, and the suffixes."""
 
     def __init__(self, key: str, spans: Iterable[tuple[int, int]]) -> None:
         spans = list(spans)
-        ordered = sorted((start, _LARGEST if stop == END else stop) for start, stop in spans if start >= 0)
+        ordered = sorted((start, LARGEST if stop == END else stop) for start, stop in spans if start >= 0)
         self.starts = [start for start, _ in ordered]
         self.stops = [stop for _, stop in ordered]
         # how far any piece reaches that begins here or before
@@ -139,7 +149,7 @@ class Listed:
         return map(self._piece, range(len(self.starts)))
 
     def _piece(self, at: int) -> Entry:
-        return Entry(self._key, self.starts[at], END if self.stops[at] == _LARGEST else self.stops[at])
+        return Entry(self._key, self.starts[at], END if self.stops[at] == LARGEST else self.stops[at])
 
     def by_size(self) -> list[Entry]:
         """The pieces whose name gives their length, shortest first."""
@@ -157,7 +167,7 @@ class Listed:
         if entry.start < 0:
             yield from (Entry(self._key, start, END) for start in self.suffixes if start <= entry.start)
             return
-        stop = _LARGEST if entry.stop == END else entry.stop
+        stop = LARGEST if entry.stop == END else entry.stop
         at = bisect_right(self.starts, entry.start) - 1
         while at >= 0 and self.reach[at] >= stop:
             if self.stops[at] >= stop:

@@ -17,6 +17,7 @@ from xzcache.model import (
     END,
     NEGLIGIBLE,
     Claim,
+    Entry,
     IntervalSet,
     LeaderCancelled,
     Replaced,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from zarr.core.buffer import BufferPrototype
 
-    from xzcache.model import Backend, Entry, Span
+    from xzcache.model import Span
     from xzcache.reading._request import Reading, Request
     from xzcache.sources import FetchResult
 
@@ -53,9 +54,9 @@ async def assembled(reading: Reading, request: Request) -> sources.FetchResult |
     verified to be of the current object.
     """
     backend, key = reading.backend, request.key
-    listed = backend.listed(key)
+    listed = backend.parts(key).pieces
     pieces = [piece for piece in listed if piece.start >= 0 and piece.stop != END]
-    if sum(piece.stop - piece.start for piece in pieces) <= NEGLIGIBLE or len(states := backend.states_of(key)) != 1:
+    if sum(piece.stop - piece.start for piece in pieces) <= NEGLIGIBLE or len(states := backend.parts(key).states) != 1:
         return None
     if not is_from_source(state := min(states)):
         return None
@@ -63,8 +64,8 @@ async def assembled(reading: Reading, request: Request) -> sources.FetchResult |
     ends = 0
     for piece in pieces:
         # check each piece: they may have been stored before and after the object changed
-        fitting = await backend.validator(piece) == state and (data := await reading.get_cached(piece))
-        if fitting and data and await backend.validator(piece) == state:
+        fitting = backend.parts(key).validator(piece) == state and (data := await reading.get_cached(piece))
+        if fitting and data and backend.parts(key).validator(piece) == state:
             had.add((piece.start, piece.start + len(data)), data)
             ends = max(ends, piece.start + len(data))
     holes = had.missing((0, ends))
@@ -134,8 +135,9 @@ class Piece(NamedTuple):
 class Leads:
     """Claims spans of the objects of one source."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._backend = reading.backend
 
     def claim(
         self, key: str, what: Hashable, needs: list[Span], cached: list[Span], plan: Plan
@@ -157,10 +159,10 @@ class Leads:
 
         mine: list[Lead] = []
         while True:
-            made, others = self._backend.claims.make(what, choose)
+            made, others = self._reading.tables.claims.make(what, choose)
             refused = False
             for lead in [Lead(claim, what) for claim in made]:
-                answer = self._backend.claim(key, lead.claim.span)
+                answer = self._backend.acquire(key, lead.claim.span)
                 if isinstance(answer, tuple):
                     taken.append(answer)
                     refused = True
@@ -177,22 +179,22 @@ class Leads:
     def release(self, lead: Lead) -> None:
         """Release a claim; a second call has no effect."""
         if lead.what is not None:
-            self._backend.claims.release(lead.what, lead.claim)
+            self._reading.tables.claims.release(lead.what, lead.claim)
         unlock, lead.unlock = lead.unlock, None
         if unlock is not None:
             # a lock that cannot be given back goes with the process
             with suppress(OSError):
                 unlock()
 
-    async def store(self, key: str, pieces: Sequence[Piece], version: Any, max_size: int | None) -> None:
+    async def store(self, key: str, pieces: Sequence[Piece], version: Any) -> None:
         """Store pieces; storing the last piece of a claim releases it."""
         for piece in pieces:
             piece.lead.unstored += 1
         try:
             for lead, (first, last), data, validator in pieces:
-                entry = self._backend.entry(key, first, last)
+                entry = self._reading.entry(key, first, last)
                 assert entry is not None
-                await self._backend.publish_soon(entry, data, version, max_size, validator, partial(self._stored, lead))
+                await self._backend.publish(entry, data, version, validator, partial(self._stored, lead))
         except BaseException:
             for piece in pieces:
                 piece.lead.unstored = 0
@@ -243,7 +245,7 @@ class RangeFetches:
 
     async def look(self, key: str, entries: Iterable[Entry]) -> tuple[Found, list[Entry]]:
         """The cached ranges among some entries, and the missing ones."""
-        listed = self._reading.backend.listed(key)
+        listed = self._reading.backend.parts(key).pieces
         found: Found = {}
         missing: list[Entry] = []
         for entry in entries:
@@ -317,7 +319,7 @@ class _Fetch:
         # cached pieces that are damaged, too old, gone, or of an unknown state
         self._unfit: set[Entry] = set()
         self._version: Any = None
-        self._leads = Leads(reading.backend)
+        self._leads = Leads(reading)
         # a read that must see every change of the source uses no cached range, and joins no request that may have been
         # answered before it began
         self._force = reading.must_ask(key)
@@ -325,12 +327,12 @@ class _Fetch:
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
         pause = _FIRST_POLL
-        if not all(is_from_source(state) for state in self._backend.states_of(self._key)):
+        if not all(is_from_source(state) for state in self._backend.parts(self._key).states):
             # then all ranges are fetched together
-            self._unfit.update(self._backend.listed(self._key))
+            self._unfit.update(self._backend.parts(self._key).pieces)
         while True:
             self._let_go_if_overtaken()
-            self._version = self._backend.write_version(self._wanted[0])
+            self._version = self._backend.write_version(self._key)
             needs = self._needs(self._names())
             alone = self._force or self._version is None or time.monotonic() >= deadline
             mine, others = self._claim(needs, alone=alone)
@@ -366,7 +368,7 @@ class _Fetch:
         """The spans of cached pieces that overlap the wanted ranges, from the list of their names."""
         if self._force:
             return []
-        listed = self._backend.listed(self._key)
+        listed = self._backend.parts(self._key).pieces
         return [_span_of(piece) for span in self._left.values() for piece in self._usable(listed.overlapping(*span))]
 
     def _usable(self, pieces: Iterable[Entry]) -> list[Entry]:
@@ -385,8 +387,8 @@ class _Fetch:
         """Take cached ranges, whole or in parts."""
         if self._force:
             return
-        listed = self._backend.listed(self._key)
-        states = self._backend.states_of(self._key)
+        listed = self._backend.parts(self._key).pieces
+        states = self._backend.parts(self._key).states
         found, missing = await self._fetches.look(self._key, self._left)
         overlapping = [piece for span in self._left.values() for piece in listed.overlapping(*span)]
         # unfit pieces can be served if nothing is missing any more: another reader has stored the rest in the same
@@ -397,8 +399,10 @@ class _Fetch:
                 self._take(entry, data)
         pieces = {piece for span in self._left.values() for piece in self._usable(listed.overlapping(*span))}
         for piece in pieces:
-            state = await self._backend.validator(piece)
-            if (data := await self._reading.get_cached(piece)) is None or await self._backend.validator(piece) != state:
+            state = self._backend.parts(self._key).validator(piece)
+            if (data := await self._reading.get_cached(piece)) is None or self._backend.parts(self._key).validator(
+                piece
+            ) != state:
                 self._unfit.add(piece)
                 continue
             self._buffers.setdefault(state, SparseBuffer()).add(_span_of(piece), data)
@@ -410,7 +414,7 @@ class _Fetch:
 
     def _is_overtaken(self) -> bool:
         """Whether the object was invalidated since, so that earlier and later bytes may differ in state."""
-        return bool(self._backend.write_version(self._wanted[0]) != self._version)
+        return bool(self._backend.write_version(self._key) != self._version)
 
     def _let_go_if_overtaken(self) -> None:
         """Drop bytes that cannot be compared with later ones, if the object was invalidated meanwhile."""
@@ -449,7 +453,7 @@ class _Fetch:
     def _claim(self, needs: list[Span], *, alone: bool) -> tuple[list[Lead], list[Claim]]:
         if not needs:
             return [], []
-        listed = self._backend.listed(self._key)
+        listed = self._backend.parts(self._key).pieces
         extent = min(first for first, _ in needs), max(last for _, last in needs)
         cached = [_span_of(piece) for piece in self._usable(listed.overlapping(*extent))]
         plan = partial(merged, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
@@ -475,7 +479,7 @@ class _Fetch:
 
     async def _request(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
         reading = self._reading
-        states = partial(self._backend.states_of, self._key)
+        states = lambda: self._backend.parts(self._key).states  # noqa: E731
         return await sources.fetch_spans(
             reading.source,
             self._key,
@@ -502,7 +506,7 @@ class _Fetch:
             if len(fetched) < len(answers):
                 for lead in leads:
                     lead.claim.flight.set_result((None, ""))
-                await self._reading.record_missing(self._key, self._version)
+                await self._reading.record_missing(Entry(self._wanted[0].key), self._key, self._version)
                 self._deliver(spans[0], None, "")
                 return
             if not all(answer.exact for answer in answers):
@@ -512,7 +516,7 @@ class _Fetch:
                 await self._request_plainly(dict(zip(spans, answers, strict=True)))
                 return
             await self._must_agree(self._used | {answer.validator for answer in answers})
-            asked = self._backend.entry(self._key, *spans[0])
+            asked = self._reading.entry(self._key, *spans[0])
             assert asked is not None
             before = self._version
             self._version, validator, replaced = await self._reading.agree(
@@ -530,11 +534,11 @@ class _Fetch:
             there: list[Span] = []
             if is_from_source(answers[0].validator):
                 # cached spans are not stored again
-                listed = self._backend.listed(self._key)
+                listed = self._backend.parts(self._key).pieces
                 there = [_span_of(piece) for span in spans for piece in self._usable(listed.overlapping(*span))]
             boundaries = {boundary for entry in self._wanted for boundary in (entry.start, entry.stop)}
             pieces = pieces_of(leads, answers, there, boundaries)
-            await self._leads.store(self._key, pieces, self._version, self._reading.max_size)
+            await self._leads.store(self._key, pieces, self._version)
         except BaseException as error:
             for lead in leads:
                 lead.claim.flight.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)

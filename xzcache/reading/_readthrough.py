@@ -14,6 +14,8 @@ from zarr.abc.store import RangeByteRequest, Store
 from xzcache import sources
 from xzcache.model import (
     END,
+    MISSING,
+    Entry,
     Flight,
     LeaderCancelled,
     Replaced,
@@ -27,7 +29,7 @@ from xzcache.model import (
     span,
 )
 from xzcache.reading._fetch import RangeFetches, assembled
-from xzcache.reading._request import Request, buffer_of, contents, request_for, whole
+from xzcache.reading._request import Request, buffer_of, contents, request_for
 from xzcache.reading._revalidation import Revalidation
 from xzcache.sources import FetchResult
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from xzcache.model import Entry
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
@@ -75,8 +76,8 @@ class ReadThrough:
         if not self._may_serve(key):
             return None
         started = time.perf_counter()
-        data = self.backend.get_nowait(key, self.reading.max_age)
-        if data is None:
+        data = self.backend.get_nowait(Entry(self.backend.prefix + key), self.reading.max_age)
+        if data is None or data is MISSING:
             return None
         (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
         return buffer_of(data, prototype)
@@ -84,9 +85,10 @@ class ReadThrough:
     def readinto_nowait(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
         """Like `get_nowait`, into an array, which is undefined after False."""
         started = time.perf_counter()
-        if not self._may_serve(key) or not self.backend.readinto_nowait(
-            key, self.reading.max_age, place, patient=patient
-        ):
+        if not self._may_serve(key):
+            return False
+        entry = Entry(self.backend.prefix + key)
+        if self.backend.get_nowait(entry, self.reading.max_age, place=place, patient=patient) is None:
             return False
         self.reading.stats.hit(len(place), time.perf_counter() - started)
         return True
@@ -104,13 +106,14 @@ class ReadThrough:
         if byte_range is None and (value := self.get_nowait(key, prototype, count)) is not None:
             return value
         wanted = span(byte_range)
-        entry = None if wanted is None or is_document(key) else self.backend.entry(key, *wanted)
+        entry = None if wanted is None or is_document(key) else self.reading.entry(key, *wanted)
         if entry is None or not self._may_serve(key):
             raise NotCached
         started = time.perf_counter()
-        data = self.backend.get_blocking(entry, self.reading.max_age)
-        if data is None and not self.reading.is_known_missing_nowait(key):
+        found = self.backend.get_nowait(entry, self.reading.max_age, self.reading.age_of_absence(key), patient=True)
+        if found is None:
             raise NotCached
+        data = None if found is MISSING else found
         count(0 if data is None else len(data), time.perf_counter() - started)
         return None if data is None else buffer_of(data, prototype)
 
@@ -132,7 +135,7 @@ class ReadThrough:
     ) -> Buffer | None:
         started = time.perf_counter()
         wanted = span(byte_range)
-        entry = None if wanted is None or self.reading.passes else self.backend.entry(key, *wanted)
+        entry = None if wanted is None or self.reading.passes else self.reading.entry(key, *wanted)
         if wanted is None or entry is None:
             return await self._past_the_cache(key, prototype, byte_range, started)
         if not entry.is_whole and is_document(key):
@@ -144,16 +147,16 @@ class ReadThrough:
         may_write = force is None
         if force is None:
             # a missing chunk is fetched in any case, once for all readers that began before the request
-            force = await self.backend.get(entry, "infinity") is not None or await self.reading.is_known_missing(key)
+            force = await self.backend.get(entry, "infinity", self.reading.age_of_absence(key)) is not None
         if force or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
-        data = await self.reading.get_cached(entry)
-        if data is not None or await self._is_known_missing(key):
-            return self.reading.hit(request, data)
+        data = await self.backend.get(entry, self.reading.max_age, self.reading.age_of_absence(key))
+        if data is not None:
+            return self.reading.hit(request, None if data is MISSING else data)
         try:
             return await self.fetch(request, force=may_write)
         except Exception:
-            if self.freshness.revalidate is False and await self.reading.was_missing(key):
+            if self.freshness.revalidate is False and await self.reading.was_missing(entry, key):
                 return self.reading.hit(request, None)
             raise
 
@@ -169,29 +172,27 @@ class ReadThrough:
         may_vouch = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
         if not may_vouch or self.freshness.inherited.state(key) is None:
             return False
-        data = await self.reading.get_cached(request.entry)
-        absent = data is None and await self.backend.is_document_missing(key, self.reading.max_age)
-        return (data is not None or absent) and self.freshness.vouches(key, data)
+        data = await self.backend.get(request.entry, self.reading.max_age, self.reading.max_age)
+        return data is not None and self.freshness.vouches(key, None if data is MISSING else data)
 
     async def cached_size(self, key: str) -> int | None:
         """The size of a value, in bytes, if it is cached and may be served; else None."""
-        entry = self.backend.entry(key, *whole())
+        entry = self.reading.entry(key)
         if entry is None or self.reading.passes or self.reading.must_ask(key):
             return None
         await self.get_ready(key)
-        return await self.backend.size(entry, self.reading.max_age)
+        size = self.backend.parts(key).size(self.reading.max_age)
+        if size is None and (data := await self.reading.get_cached(entry)) is not None:
+            size = len(data)
+        return size
 
     async def is_known_missing(self, key: str) -> bool:
         """Whether a key is known to be missing at the source, so that no request is needed."""
-        if self.backend.entry(key, *whole()) is None or self.reading.passes or self.reading.must_ask(key):
+        entry, max_age = self.reading.entry(key), self.reading.age_of_absence(key)
+        if entry is None or self.reading.passes or self.reading.must_ask(key) or max_age == 0:
             return False
         await self.get_ready(key)
-        return await self._is_known_missing(key)
-
-    async def _is_known_missing(self, key: str) -> bool:
-        if is_document(key):
-            return await self.backend.is_document_missing(key, self.reading.max_age)
-        return await self.reading.is_known_missing(key)
+        return await self.backend.get(entry, self.reading.max_age, max_age) is MISSING
 
     async def _past_the_cache(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
@@ -208,10 +209,10 @@ class ReadThrough:
         since = request.started if force else -math.inf
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
-            version = self.backend.write_version(entry)
+            version = self.backend.write_version(request.key)
             if version is None:
                 return await self._lead(Flight(), None, request, force=force)
-            flight, is_leader = self.backend.flights.join((entry, version, force), since)
+            flight, is_leader = self.reading.tables.flights.join((entry, version, force), since)
             if is_leader:
                 return await self._lead(flight, version, request, force=force)
             try:
@@ -240,7 +241,7 @@ class ReadThrough:
         began = version
 
         def done() -> None:
-            self.backend.flights.finish((entry, began, force), flight)
+            self.reading.tables.flights.finish((entry, began, force), flight)
             if unlock is not None:
                 # a lock that cannot be given back goes with the process
                 with suppress(OSError):
@@ -254,7 +255,7 @@ class ReadThrough:
                 flight.mark_sent()
                 answer, data = await self.reading.revalidate(request)
             else:
-                unlock, data = await self._acquire_or_wait(entry)
+                unlock, data = await self._acquire_or_wait(request)
                 if data is None:
                     answer, data = await self._fetch_or_revalidate(request)
             if data is not None:
@@ -262,7 +263,7 @@ class ReadThrough:
                 return self.reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             if data is None:
-                await self.reading.record_missing(key, version)
+                await self.reading.record_missing(entry, key, version)
             if is_document(key) and answer.exact:
                 version = await self.backend.apply_document(key, None if data is None else bytes(data), version)
                 self.freshness.mark_validated(key, data)
@@ -273,7 +274,7 @@ class ReadThrough:
             flight.set_result(data)
             if data is not None and answer.exact:
                 publishing = True
-                await self.backend.publish_soon(entry, data, version, self.reading.max_size, validator, done)
+                await self.backend.publish(entry, data, version, validator, done)
             return answer.value
         except BaseException as error:
             flight.set_exception(error)
@@ -299,15 +300,17 @@ class ReadThrough:
             return await self.reading.fetch(request), None
         return await self.reading.revalidate(request)
 
-    async def _acquire_or_wait(self, entry: Entry) -> tuple[Callable[[], None] | None, memoryview | None]:
+    async def _acquire_or_wait(self, request: Request) -> tuple[Callable[[], None] | None, memoryview | None]:
         """Take the fetch lock, or wait for the entry that another process fetches.
 
         After the deadline neither is returned: the other process may be stopped, so this one fetches as well.
         """
+        entry = request.entry
         deadline = time.monotonic() + self.reading.timeout
         pause = _FIRST_POLL
         while True:
-            unlock = self.backend.try_acquire(entry)
+            answer = self.backend.acquire(request.key, (entry.start, entry.stop))
+            unlock = None if isinstance(answer, tuple) else answer
             try:
                 # check with the lock held: the previous holder may just have published
                 data = await self.reading.get_cached(entry)
@@ -379,13 +382,13 @@ class RangeReads:
         limits: dict[str, int],
     ) -> list[Outcome]:
         """All ranges of a call, of one state as far as known; or the exceptions."""
-        entry = self._backend.entry(key, 0, END)
+        entry = self._reading.entry(key)
         if entry is None:
             return await self._apart(key, byte_ranges, alone, prototype, limits)
         await self._reads.get_ready(key)
-        since = self._backend.write_version(entry)
+        since = self._backend.write_version(key)
         found, missing = await self._fetches.look(key, wanted)
-        states = self._backend.states_of(key) if missing or alone else set()
+        states = self._backend.parts(key).states if missing or alone else set()
         if missing and found and not all(map(is_from_source, states)):
             # cached ranges of an unknown state are fetched together with the missing ones
             found, missing = {}, list(wanted)
@@ -404,9 +407,9 @@ class RangeReads:
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
         if alone or promoted:
             # the compared ranges are gone: evicted, or found to be of another state
-            is_clear &= from_source(states) <= self._backend.states_of(key)
+            is_clear &= from_source(states) <= self._backend.parts(key).states
         if not missing or (alone and len(byte_ranges) > 1):
-            is_clear &= self._backend.write_version(entry) == since
+            is_clear &= self._backend.write_version(key) == since
         if not is_clear:
             return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
         hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
@@ -485,7 +488,7 @@ class RangeReads:
         wanted = span(byte_range) if isinstance(byte_range, RangeByteRequest) else None
         if wanted is None or wanted[0] == wanted[1] or is_document(key):
             return None
-        return self._backend.entry(key, *wanted)
+        return self._reading.entry(key, *wanted)
 
     def _hit(
         self, key: str, entry: Entry, places: list[int], data: memoryview | None, prototype: BufferPrototype
@@ -520,7 +523,7 @@ class RangeReads:
         most = self._reading.promote_above
         if most is None or key in self._promoted:
             return False
-        pieces = [*self._backend.listed(key), *missing]
+        pieces = [*self._backend.parts(key).pieces, *missing]
         due: bool = most < sum(piece.stop - piece.start for piece in pieces if piece.stop != END)
         if due:
             if len(self._promoted) >= _REMEMBERED:

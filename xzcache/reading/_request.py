@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
@@ -16,16 +18,20 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
 from xzcache.model import (
+    END,
+    MISSING,
+    Claims,
     Entry,
+    Flights,
     adopt_session,
     are_compatible,
     differ,
     from_source,
+    is_cacheable,
     is_chunk,
     is_document,
     is_from_source,
     is_json,
-    span,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +67,30 @@ class Request(NamedTuple):
     """When it was asked for, by `time.perf_counter`."""
 
 
+class Tables:
+    """The fetches of one cache that are under way in this process."""
+
+    def __init__(self) -> None:
+        self.flights: Flights[memoryview | None] = Flights()
+        self.claims = Claims()
+
+
+_tables: Final[WeakKeyDictionary[object, Tables]] = WeakKeyDictionary()
+_tables_lock: Final = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_tables_lock.acquire, after_in_parent=_tables_lock.release, after_in_child=_tables_lock.release
+    )
+
+
+def tables_of(backend: Backend) -> Tables:
+    """The tables of a cache, which all stores over it in this process share."""
+    with _tables_lock:
+        if (tables := _tables.get(backend.cache_id)) is None:
+            tables = _tables[backend.cache_id] = Tables()
+        return tables
+
+
 @dataclass(eq=False)
 class Watch:
     """A reader of several ranges that must be notified if the object is replaced."""
@@ -81,8 +111,6 @@ class Reading:
     stats : Stats
     max_age : float or "infinity"
         Seconds for which an entry is served.
-    max_size : int or None
-        The bound in bytes, for a backend without a bound of its own.
     missing_max_age : float or "infinity"
         Seconds for which a missing chunk is not requested again.
     timeout : float
@@ -104,7 +132,6 @@ class Reading:
     freshness: Freshness
     stats: Stats
     max_age: Age
-    max_size: int | None
     missing_max_age: Age
     timeout: float
     writable: bool = False
@@ -112,7 +139,11 @@ class Reading:
     promote_above: int | None = None
     fixed: bool = False
     ignore_validators: bool = False
+    tables: Tables = field(init=False, repr=False)
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.tables = tables_of(self.backend)
 
     @contextmanager
     def watching(self, key: str) -> Iterator[Watch]:
@@ -134,29 +165,30 @@ class Reading:
         """Whether a key must be revalidated even if it is cached."""
         return self.freshness.must_ask(key, writable=self.writable)
 
-    async def is_known_missing(self, key: str) -> bool:
-        """Whether a chunk is known to be missing at the source."""
-        return self._remembers(key) and await self.backend.is_known_missing(key, self.missing_max_age)
+    def entry(self, key: str, start: int = 0, stop: int = END) -> Entry | None:
+        """The entry of a span of an object; None for a key that cannot be cached."""
+        full = self.backend.prefix + key
+        return Entry(full, start, stop) if is_cacheable(full) else None
 
-    async def was_missing(self, key: str) -> bool:
+    def age_of_absence(self, key: str) -> Age:
+        """The time for which a key that was found missing is not requested again, in seconds."""
+        if is_document(key):
+            return self.max_age
+        return self.missing_max_age if self.missing_max_age != 0 and is_chunk(key) else 0
+
+    async def was_missing(self, entry: Entry, key: str) -> bool:
         """Whether a chunk was missing at the last request, however long ago."""
-        return self._remembers(key) and await self.backend.is_known_missing(key, "infinity")
+        return self.age_of_absence(key) != 0 and await self.backend.get(entry, self.max_age, "infinity") is MISSING
 
-    def is_known_missing_nowait(self, key: str) -> bool:
-        """Like `is_known_missing`, without waiting."""
-        return self._remembers(key) and self.backend.is_known_missing_nowait(key, self.missing_max_age)
-
-    async def record_missing(self, key: str, version: Any) -> None:
+    async def record_missing(self, entry: Entry, key: str, version: Any) -> None:
         """Record that a chunk is missing; the version is from before the request."""
-        if version is not None and self._remembers(key):
-            await self.backend.record_missing(key, version)
+        if not is_document(key) and self.age_of_absence(key) != 0:
+            await self.backend.publish(entry, None, version)
 
-    def _remembers(self, key: str) -> bool:
-        return self.missing_max_age != 0 and is_chunk(key)
-
-    async def get_cached(self, entry: Entry) -> memoryview | None:
+    async def get_cached(self, entry: Entry, max_age: Age | None = None) -> memoryview | None:
         """The cached bytes of an entry, if fresh."""
-        return await self.backend.get(entry, self.max_age)
+        data = await self.backend.get(entry, self.max_age if max_age is None else max_age)
+        return None if data is MISSING else data
 
     def hit(self, request: Request, data: memoryview | None) -> Buffer | None:
         """Count a read that the source was not asked for, and answer it."""
@@ -174,7 +206,7 @@ class Reading:
             certain=self.freshness.revalidate is True,
             fixed=self.fixed,
             ignore_validators=self.ignore_validators,
-            states=partial(self.backend.states_of, request.key),
+            states=lambda: self.backend.parts(request.key).states,
         )
         fetched = request.entry.start, request.entry.stop
         if not answer.unchanged:
@@ -205,12 +237,13 @@ class Reading:
 
     async def revalidate(self, request: Request) -> tuple[sources.FetchResult, memoryview | None]:
         """Ask the source whether a cached entry has changed; returns the answer, and the cached bytes if it has not."""
-        known = await self.backend.validator(request.entry)
+        parts = self.backend.parts(request.key)
+        known = parts.validator(request.entry)
         answer = await self.fetch(request, known=known)
         if not answer.unchanged:
             return answer, None
-        data = await self.backend.get(request.entry, "infinity")
-        if data is not None and await self.backend.validator(request.entry) == known:
+        data = await self.get_cached(request.entry, "infinity")
+        if data is not None and parts.validator(request.entry) == known:
             await self.backend.mark_validated(request.entry, self.max_age)
             return answer, data
         # it was evicted or replaced while the source was asked, or is damaged
@@ -230,17 +263,18 @@ class Reading:
         if not is_from_source(validator):
             # pending publishes belong to a session as well; wait, so that no other session is cached beside them
             await self.backend.stored(key)
-        if entry.is_whole and self.backend.listed(key).any() is None:
+        parts = self.backend.parts(key)
+        if entry.is_whole and parts.pieces.any() is None:
             # a whole object replaces another whole one of any state
             return version, validator, False
         if entry.start == entry.stop:
             # no bytes are of any state
             return version, validator, False
-        states = self.backend.states_of(key)
+        states = parts.states
         if all(are_compatible(validator, state) for state in states):
             return version, validator, False
         replaced = any(differ((validator, state)) for state in states)
-        if not replaced and self.backend.write_version(entry) != version:
+        if not replaced and self.backend.write_version(key) != version:
             # the cached parts are newer than this answer, which will not be stored
             return version, validator, False
         if not replaced:
@@ -297,7 +331,7 @@ class Reading:
 
         The piece is compared with `data` if that is the whole object; otherwise it is fetched again.
         """
-        pieces = self.backend.listed(key).by_size()[:_PROBES]
+        pieces = self.backend.parts(key).pieces.by_size()[:_PROBES]
         for piece in pieces if entry.is_whole else [*pieces, entry.whole]:
             if not (cached := await self.get_cached(piece)):
                 continue
@@ -316,13 +350,6 @@ class Reading:
                     return answer.value is not None and contents(answer.value) == cached
             return None
         return None
-
-
-def whole() -> tuple[int, int]:
-    """The span of a whole object."""
-    wanted = span(None)
-    assert wanted is not None
-    return wanted
 
 
 def request_for(key: str, entry: Entry) -> Request:

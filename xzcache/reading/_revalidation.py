@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from zarr.core.buffer import default_buffer_prototype
 
 from xzcache.model import (
+    MISSING,
     Flight,
     LeaderCancelled,
     array_documents,
@@ -17,13 +18,14 @@ from xzcache.model import (
     is_from_source,
     overriding_document,
 )
-from xzcache.reading._request import Request, contents, whole
+from xzcache.reading._request import Request, contents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zarr.core.buffer import Buffer
 
+    from xzcache.model import Entry
     from xzcache.reading._request import Reading
     from xzcache.sources import FetchResult
 
@@ -50,7 +52,7 @@ class Revalidation:
                 return self._reading.hit(request, None)
             data = await self._document(request, unless_asked=True)
             return None if data is None else request.prototype.buffer.from_bytes(data)
-        version = self._backend.write_version(request.entry)
+        version = self._backend.write_version(request.key)
         answer, data = await self._reading.revalidate(request)
         if data is not None:
             return self._reading.hit(request, data)
@@ -65,18 +67,19 @@ class Revalidation:
         exists, the documents of format 2 that were missing before need no request.
         """
         rules = None if self._reading.writable else overriding_document(request.key)
-        if rules is None or not self._freshness.is_asking(rules) or not await self._is_document_missing(request.key):
+        if rules is None or not self._freshness.is_asking(rules) or not await self._is_missing(request.entry):
             return False
-        entry = self._backend.entry(rules, *whole())
+        entry = self._reading.entry(rules)
         if entry is None:
             return False
         if self._reading.must_ask(rules):
             other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
             return await self._document(other, unless_asked=True) is not None
-        return await self._backend.get(entry, "infinity") is not None
+        return await self._reading.get_cached(entry, "infinity") is not None
 
-    async def _is_document_missing(self, key: str) -> bool:
-        return await self._backend.is_document_missing(key, self._reading.max_age)
+    async def _is_missing(self, document: Entry) -> bool:
+        max_age = self._reading.max_age
+        return await self._backend.get(document, max_age, max_age) is MISSING
 
     async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
         """A metadata document from the source, requested once for all tasks that want it now.
@@ -88,11 +91,11 @@ class Revalidation:
         key, entry = request.key, request.entry
         since = request.started - self._freshness.tolerance(writable=self._reading.writable)
         while True:
-            version = began = self._backend.write_version(entry)
+            version = began = self._backend.write_version(key)
             if began is None:
                 flight: Flight[memoryview | None] = Flight()
                 break
-            flight, is_leader = self._backend.flights.join((id(self._freshness), key, began), since)
+            flight, is_leader = self._reading.tables.flights.join((id(self._freshness), key, began), since)
             if is_leader:
                 break
             try:
@@ -107,15 +110,16 @@ class Revalidation:
         try:
             if unless_asked and not self._reading.must_ask(key):
                 # another task has validated the document between the check and the join
-                data = await self._reading.get_cached(entry)
-                if data is not None or await self._is_document_missing(key):
+                cached = await self._backend.get(entry, self._reading.max_age, self._reading.max_age)
+                if cached is not None:
+                    data = None if cached is MISSING else cached
                     flight.set_result(data)
                     self._reading.hit(request, data)
                     return data
             # tasks that were called together with this one share the request
             await asyncio.sleep(0)
             # changes that these tasks found in other documents are no writes after this request
-            version = self._backend.write_version(entry)
+            version = self._backend.write_version(key)
             flight.mark_sent()
             asked = time.monotonic()
             answer, data = await self._reading.revalidate(request._replace(prototype=default_buffer_prototype()))
@@ -127,7 +131,7 @@ class Revalidation:
                 # it shows nothing of the document
                 flight.set_result(data)
                 return data
-            if data is None or await self._backend.get(entry, "infinity") != data:
+            if data is None or await self._reading.get_cached(entry, "infinity") != data:
                 version = await self._backend.apply_document(key, None if data is None else bytes(data), version)
             if not answer.unchanged:
                 await self._agree(request, data, version, answer)
@@ -141,16 +145,16 @@ class Revalidation:
                 await self._backend.apply_document(key, None, version)
             raise
         finally:
-            self._backend.flights.finish((id(self._freshness), key, began), flight)
+            self._reading.tables.flights.finish((id(self._freshness), key, began), flight)
 
     async def _agree(self, request: Request, data: memoryview | None, version: Any, answer: FetchResult) -> None:
         """Store the answer of the source if the cache differs."""
         key, entry, validator = request.key, request.entry, answer.validator
         if data is not None and not answer.exact:
             return
-        cached = await self._backend.get(entry, "infinity")
+        cached = await self._reading.get_cached(entry, "infinity")
         if data is not None and cached == data:
-            known = await self._backend.validator(entry)
+            known = self._backend.parts(key).validator(entry)
             is_same = not is_from_source(validator) or validator == known
             if is_same and await self._reading.get_cached(entry) is not None:
                 return
@@ -159,7 +163,8 @@ class Revalidation:
         elif data is not None:
             version, validator, _ = await self._reading.agree(key, entry, validator, version, data)
         if data is not None and version is not None:
-            await self._backend.publish(entry, data, version, self._reading.max_size, validator)
+            await self._backend.publish(entry, data, version, validator)
+            await self._backend.stored(key)
 
     # -- metadata that the original of a copy has seen
 
@@ -196,7 +201,7 @@ class Revalidation:
     async def _confirm(self, vouched: dict[str, bytes]) -> None:
         name = ("settle", self._backend.namespace, tuple(sorted(vouched.items())))
         while True:
-            flight, is_leader = self._backend.flights.join(name)
+            flight, is_leader = self._reading.tables.flights.join(name)
             if is_leader:
                 break
             try:
@@ -210,15 +215,15 @@ class Revalidation:
         try:
             asked = await self._backend.unconfirmed(vouched)
             for key in asked:
-                if (entry := self._backend.entry(key, *whole())) is not None:
+                if (entry := self._reading.entry(key)) is not None:
                     await self._document(Request(key, entry, default_buffer_prototype(), None, time.perf_counter()))
-            await self._backend.confirm(vouched, asked)
+            await self._backend.unconfirmed(vouched, asked)
             flight.set_result(None)
         except BaseException as error:
             flight.set_exception(error)
             raise
         finally:
-            self._backend.flights.finish(name, flight)
+            self._reading.tables.flights.finish(name, flight)
 
 
 def _nodes_above(key: str) -> Iterator[str]:

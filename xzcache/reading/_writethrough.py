@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from xzcache.model import is_document, run_to_completion
-from xzcache.reading._request import contents, whole
+from xzcache.model import is_cacheable, is_document, run_to_completion
+from xzcache.reading._request import contents
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
     from zarr.core.buffer import Buffer
 
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 class WriteThrough:
     """Writes to one source through one backend.
 
-    If a write raises, the key is invalidated: the state of the source is unknown. `max_size` is the bound in bytes for
-    a backend without a bound of its own; `passes` tells that nothing of the source may be cached.
+    If a write raises, the key is invalidated: the state of the source is unknown. `passes` tells that nothing of the
+    source may be cached.
     """
 
-    def __init__(self, backend: Backend, freshness: Freshness, max_size: int | None, *, passes: bool) -> None:
+    def __init__(self, backend: Backend, freshness: Freshness, *, passes: bool) -> None:
         self._backend = backend
         self._freshness = freshness
-        self._max_size = max_size
         self._passes = passes
 
     async def values(
@@ -47,7 +46,6 @@ class WriteThrough:
             await write()
             return
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
-        begun: Sequence[Any]
         begun, cancelled = await run_to_completion(self._backend.begin_write([key for key, _ in pairs]))
         done = False
         try:
@@ -59,14 +57,12 @@ class WriteThrough:
             _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
             _honour(cancelled and done)
 
-    async def _end(
-        self, begun: Sequence[Any], values: list[memoryview | None], certain: list[tuple[str, Buffer]]
-    ) -> None:
-        await self._backend.end_write(begun, values, self._max_size)
+    async def _end(self, begun: Any, values: list[memoryview | None], certain: list[tuple[str, Buffer]]) -> None:
+        await self._backend.end_write(begun, values)
         for key, value in certain:
             if is_document(key):
                 document = value.to_bytes()
-                await self._backend.record_document(key, document)
+                await self._backend.apply_document(key, document, None, is_written=True)
                 self._freshness.mark_validated(key, document)
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
@@ -84,16 +80,18 @@ class WriteThrough:
         await self._deletion(prefix.rstrip("/"), delete, itself=False)
 
     async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
-        begun, cancelled = await run_to_completion(self._backend.begin_delete(prefix, itself=itself))
+        begun, cancelled = await run_to_completion(
+            self._backend.begin_write([prefix] if itself else [], beneath=prefix)
+        )
         try:
             _honour(cancelled)
             await delete()
         finally:
-            _, cancelled = await run_to_completion(self._backend.end_delete(begun))
+            _, cancelled = await run_to_completion(self._backend.end_write(begun))
         _honour(cancelled)
 
     def _is_cacheable(self, key: str) -> bool:
-        return not self._passes and self._backend.entry(key, *whole()) is not None
+        return not self._passes and is_cacheable(self._backend.prefix + key)
 
 
 def _honour(cancelled: bool) -> None:
