@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache.index import counters_of
-from xzcache.model import LARGEST, Entry, is_document, nothing, placed
+from xzcache.model import Entry, is_document, nothing, placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,11 +79,10 @@ class FetchLocks:
                 offset = Entry(key, *span).lock_offset()
                 return partial(process.keys.unlock, offset) if process.keys.try_lock(offset) else span
             number = Entry(key).lock_offset()
-            span = placed(span)
-            if (taken := process.keys.try_lock_span(number, span)) is None:
-                return partial(process.keys.unlock_span, number, span)
+            if (taken := process.keys.try_lock_span(number, placed(span))) is None:
+                return partial(process.keys.unlock_span, number, placed(span))
             # no byte beyond is locked by itself
-            return (taken[0], LARGEST) if taken[1] >= _LOCKABLE else taken
+            return (taken[0], span[1]) if taken[1] >= _LOCKABLE else taken
         except OSError as error:
             # a lock is only there to save a fetch
             self._barrier.record_fault(error)

@@ -134,7 +134,8 @@ class Backend(Protocol):
 
         Nothing is stored if the version is None, if any process has written the key since the version was read or is
         writing it now, or if a part with an incompatible validator is cached. Readers see all of an entry or nothing.
-        A whole object replaces its pieces. `done` is called exactly once, when other processes can find the entry or
+        An absence that was found during a write is forgotten when the write ends. A whole object replaces its pieces.
+        `done` is called exactly once, when other processes can find the entry or
         it was dropped.
         """
 
