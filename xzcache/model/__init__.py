@@ -1,7 +1,7 @@
 """Words that every room speaks: entries, byte ranges, metadata documents, validators, errors, a cache's contract.
 
 Knows no other room, no file and no network. Its state are the tables of fetches that are under way in a process
-(`Flights`, `Claims`), each under a lock that is never held while anything is waited for, and which errors of the code
+(`Claims`), each under a lock that is never held while anything is waited for, and which errors of the code
 were logged.
 """
 
@@ -31,16 +31,19 @@ from xzcache.model.metadata import (
     is_json,
     overriding_document,
 )
-from xzcache.model.singleflight import Claim, Claims, Flight, Flights, LeaderCancelled, run_to_completion
+from xzcache.model.singleflight import Claim, Claims, Fetched, LeaderCancelled, run_to_completion
 from xzcache.model.spans import (
     LARGEST,
     NEGLIGIBLE,
+    WHOLE,
     IntervalSet,
     Listed,
     Span,
     SparseBuffer,
+    covers,
     cut,
     merged,
+    part,
     placed,
     unplaced,
 )
@@ -61,6 +64,7 @@ __all__ = [
     "META",
     "MISSING",
     "NEGLIGIBLE",
+    "WHOLE",
     "Backend",
     "Busy",
     "Cache",
@@ -71,8 +75,7 @@ __all__ = [
     "Damaged",
     "Data",
     "Entry",
-    "Flight",
-    "Flights",
+    "Fetched",
     "Foreign",
     "IntervalSet",
     "LeaderCancelled",
@@ -89,6 +92,7 @@ __all__ = [
     "array_documents",
     "arrays_of",
     "clip",
+    "covers",
     "cut",
     "differ",
     "fingerprint",
@@ -104,6 +108,7 @@ __all__ = [
     "namespace_of",
     "nothing",
     "overriding_document",
+    "part",
     "placed",
     "report_bug",
     "run_to_completion",

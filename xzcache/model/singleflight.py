@@ -1,4 +1,4 @@
-"""Single-flight: each object is fetched once at a time within a process.
+"""Single-flight: each byte of an object is fetched once at a time within a process.
 
 State: a table of the fetches under way, under a lock that is held for one dictionary operation. The futures belong to
 threads, not to tasks, so that several event loops can wait for the same fetch.
@@ -11,15 +11,13 @@ import math
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from xzcache._fork import renew_after_fork
+from xzcache.model.spans import WHOLE, Span, covers, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Hashable
-
-    from xzcache.model.spans import Span
 
 
 T = TypeVar("T")
@@ -29,12 +27,24 @@ class LeaderCancelled(Exception):
     """The task that fetched was cancelled, so one of the waiting tasks must fetch."""
 
 
-class Flight(Generic[T]):
-    """One fetch that is under way."""
+class Fetched(NamedTuple):
+    """The outcome of a fetch for all that waited for it."""
 
-    def __init__(self) -> None:
-        self._future: Future[T] = Future()
-        self.waiters = 0
+    data: memoryview | None
+    """None if the object is missing."""
+    validator: str = ""
+    exact: bool = True
+    """Whether the bytes are certainly those of the claimed span, so that a part of them is that part of the object."""
+
+
+class Claim:
+    """A span of one object, as `placed` gives it, that one task fetches for all tasks that wait for it."""
+
+    __slots__ = ("_future", "sent_at", "span")
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self._future: Future[Fetched] = Future()
         self.sent_at = math.inf
         """When the source was asked, by `time.perf_counter`."""
 
@@ -42,16 +52,19 @@ class Flight(Generic[T]):
         """Record that the request is sent now: the answer may miss later changes."""
         self.sent_at = time.perf_counter()
 
-    async def outcome(self) -> T:
-        """Wait for the result; raises `LeaderCancelled`, or the exception that the source raised."""
+    async def outcome(self, timeout: float) -> Fetched:
+        """Wait for the result.
+
+        Raises `LeaderCancelled`, `TimeoutError`, or the exception that the source raised.
+        """
         waiting = asyncio.wrap_future(self._future)
         # a waiter that gave up must not get a warning about an exception that was never retrieved
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(waiting)
+        return await asyncio.wait_for(asyncio.shield(waiting), timeout)
 
-    def set_result(self, result: T) -> None:
+    def set_result(self, data: memoryview | None, validator: str = "", *, exact: bool = True) -> None:
         if not self._future.done():
-            self._future.set_result(result)
+            self._future.set_result(Fetched(data, validator, exact))
 
     def set_exception(self, error: BaseException) -> None:
         if not self._future.done():
@@ -61,51 +74,12 @@ class Flight(Generic[T]):
             self._future.exception()
 
 
-class Flights(Generic[T]):
-    """The fetches that are under way in this process. Safe for threads and event loops; empty after a fork."""
-
-    def __init__(self) -> None:
-        self.after_fork_in_child()
-        renew_after_fork(self)
-
-    def after_fork_in_child(self) -> None:
-        """Start with an empty table."""
-        self._lock = threading.Lock()
-        self._flights: dict[Hashable, Flight[T]] = {}
-
-    def join(self, what: Hashable, since: float = -math.inf) -> tuple[Flight[T], bool]:
-        """The fetch with this name, and whether the caller must run it.
-
-        A fetch that sent its request before `since` (by `time.perf_counter`) is not joined. A new fetch takes its
-        place.
-        """
-        with self._lock:
-            flight = self._flights.get(what)
-            if flight is not None and flight.sent_at >= since:
-                flight.waiters += 1
-                return flight, False
-            flight = self._flights[what] = Flight()
-            return flight, True
-
-    def finish(self, what: Hashable, flight: Flight[T]) -> None:
-        """End a fetch; waiting tasks without a result get `LeaderCancelled`."""
-        with self._lock:
-            if self._flights.get(what) is flight:
-                del self._flights[what]
-        flight.set_exception(LeaderCancelled())
-
-
-@dataclass(eq=False)
-class Claim:
-    """A span of one object that one task fetches for all tasks that wait for it."""
-
-    span: Span
-    flight: Flight[tuple[memoryview | None, str]] = field(default_factory=Flight)
-    """Resolves to the bytes, or None, and the validator of the object."""
-
-
 class Claims:
-    """Which bytes of which objects this process is fetching, none twice. As `Flights`, safe and empty after a fork."""
+    """Which bytes of which objects this process is fetching. Safe for threads and event loops; empty after a fork.
+
+    An object is named by its key and the write version before the fetch: a fetch from before a write is none to wait
+    for after it.
+    """
 
     def __init__(self) -> None:
         self.after_fork_in_child()
@@ -116,27 +90,49 @@ class Claims:
         self._lock = threading.Lock()
         self._claims: dict[Hashable, list[Claim]] = {}
 
+    def join(
+        self, what: Hashable, span: Span = WHOLE, since: float = -math.inf, *, apart: bool = True
+    ) -> tuple[Claim | None, bool]:
+        """The claim that covers a span of an object, and whether the caller made it and must fetch.
+
+        A claim whose request was sent before `since` (by `time.perf_counter`) is not joined. Unless `apart`, the answer
+        is None if others have claimed a part of the span: then only the rest should be fetched.
+        """
+        with self._lock:
+            claims = self._claims.get(what)
+            if claims is None:
+                claims = self._claims[what] = []
+            for claim in claims:
+                if covers(claim.span, span) and claim.sent_at >= since:
+                    return claim, False
+            if not apart and any(overlap(claim.span, span) for claim in claims):
+                return None, False
+            claim = Claim(span)
+            claims.append(claim)
+            return claim, True
+
     def make(self, what: Hashable, choose: Callable[[list[Span]], list[Span]]) -> tuple[list[Claim], list[Claim]]:
         """Claim spans of an object; returns the new claims and those that existed before.
 
-        `choose` maps the spans that are claimed already to the spans to claim, which must not overlap them.
+        `choose` maps the spans that are claimed already to the spans to claim, which should not overlap them. Suffixes
+        are left out.
         """
         with self._lock:
-            others = list(self._claims.get(what, ()))
+            others = [claim for claim in self._claims.get(what, ()) if claim.span[0] >= 0]
             made = [Claim(span) for span in choose([claim.span for claim in others])]
             if made:
                 self._claims.setdefault(what, []).extend(made)
             return made, others
 
     def release(self, what: Hashable, claim: Claim) -> None:
-        """Release a claim; a second call has no effect."""
+        """Release a claim, giving waiting tasks without a result `LeaderCancelled`; a second call has no effect."""
         with self._lock:
             claims = self._claims.get(what, [])
             if claim in claims:
                 claims.remove(claim)
                 if not claims:
                     del self._claims[what]
-        claim.flight.set_exception(LeaderCancelled())
+        claim.set_exception(LeaderCancelled())
 
 
 async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:

@@ -20,6 +20,9 @@ Span = tuple[int, int]
 LARGEST: Final = 1 << 62
 """Stands for the end of an object in arithmetic; no object reaches so far."""
 
+WHOLE: Final = 0, LARGEST
+"""The span of a whole object."""
+
 NEGLIGIBLE: Final = 1 << 14
 """So many bytes are not worth a request of their own to save."""
 
@@ -32,6 +35,27 @@ def placed(span: Span) -> Span:
 def unplaced(span: Span) -> Span:
     """Undo `placed`."""
     return (span[0], END) if span[1] >= LARGEST else span
+
+
+def covers(outer: Span, span: Span) -> bool:
+    """Whether a placed span certainly holds another one; either may be a suffix, which begins at an unknown byte."""
+    if span[0] < 0 or outer[0] < 0:
+        return outer == WHOLE or (outer[0] <= span[0] < 0)
+    return outer[0] <= span[0] and span[1] <= outer[1]
+
+
+def overlap(span: Span, other: Span) -> bool:
+    """Whether two placed spans have bytes in common; of a suffix that is unknown, so that it counts as no."""
+    return min(span[0], other[0]) >= 0 and max(span[0], other[0]) < min(span[1], other[1])
+
+
+def part(data: memoryview, outer: Span, span: Span) -> memoryview:
+    """The bytes of a span within those of one that covers it; fewer where the object ends."""
+    if span == outer:
+        return data
+    if span[0] < 0:
+        return data[max(0, len(data) + span[0]) :]
+    return data[span[0] - outer[0] : span[1] - outer[0]]
 
 
 class IntervalSet:

@@ -10,27 +10,32 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from zarr.abc.store import OffsetByteRequest, RangeByteRequest
+from zarr.abc.store import OffsetByteRequest
 
 from xzcache import sources
 from xzcache.model import (
     END,
-    NEGLIGIBLE,
+    LARGEST,
     Claim,
     Entry,
+    Fetched,
     IntervalSet,
     LeaderCancelled,
     Replaced,
     SparseBuffer,
     Unclear,
     adopt_session,
+    covers,
     cut,
     differ,
     from_source,
     is_from_source,
     merged,
+    part,
+    placed,
+    unplaced,
 )
-from xzcache.reading._request import contents, request_for
+from xzcache.reading._request import contents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -38,66 +43,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import BufferPrototype
 
     from xzcache.model import Span
-    from xzcache.reading._request import Reading, Request
-    from xzcache.sources import FetchResult
-
-
-# -- A whole object assembled from cached pieces; only the gaps are requested.
-
-_MOST_REQUESTS: Final = 8
-
-
-async def assembled(reading: Reading, request: Request) -> sources.FetchResult | None:
-    """Assemble a whole object of which pieces are cached, requesting only the gaps.
-
-    Returns None if a plain request is better: too little is cached, the gaps are too many, or the pieces cannot be
-    verified to be of the current object.
-    """
-    backend, key = reading.backend, request.key
-    listed = backend.parts(key).pieces
-    pieces = [piece for piece in listed if piece.start >= 0 and piece.stop != END]
-    if sum(piece.stop - piece.start for piece in pieces) <= NEGLIGIBLE or len(states := backend.parts(key).states) != 1:
-        return None
-    if not is_from_source(state := min(states)):
-        return None
-    had = SparseBuffer()
-    ends = 0
-    for piece in pieces:
-        # check each piece: they may have been stored before and after the object changed
-        fitting = backend.parts(key).validator(piece) == state and (data := await reading.get_cached(piece))
-        if fitting and data and backend.parts(key).validator(piece) == state:
-            had.add((piece.start, piece.start + len(data)), data)
-            ends = max(ends, piece.start + len(data))
-    holes = had.missing((0, ends))
-    if ends <= NEGLIGIBLE or len(holes) >= _MOST_REQUESTS:
-        return None
-    begun = time.perf_counter()
-    # request the last byte again, because a request beyond the end is an error
-    asked = [RangeByteRequest(*hole) for hole in holes] + [OffsetByteRequest(ends - 1)]
-    answers = await sources.all_of(
-        sources.fetch(
-            reading.source,
-            key,
-            request.prototype,
-            part,
-            fixed=reading.fixed,
-            ignore_validators=reading.ignore_validators,
-            states=lambda: states,
-        )
-        for part in asked
-    )
-    fetched = [contents(answer.value) for answer in answers if answer.value is not None]
-    reading.miss(key, sum(map(len, fetched)) if fetched else None, begun, [*holes, (ends - 1, END)])
-    if len(fetched) < len(asked) or any(answer.validator != state or not answer.exact for answer in answers):
-        return None
-    for hole, data in zip(holes, fetched, strict=False):
-        had.add(hole, data)
-    whole: Span = (0, ends - 1)
-    data = memoryview(b"".join([had.of(whole), fetched[-1]]))
-    size = answers[-1].size
-    if size is not None and len(data) != size:
-        return None
-    return sources.FetchResult(request.prototype.buffer.from_bytes(data), state, size=size)
+    from xzcache.reading._request import Reading
 
 
 # -- Claims of byte ranges, among the tasks of this process and among the processes of a machine.
@@ -118,6 +64,7 @@ class Lead:
 
     claim: Claim
     what: Hashable = None
+    """The name of the object in the table of claims; None for a claim that is not in it."""
     unlock: Callable[[], None] | None = None
     unstored: int = 0
     """The pieces that are still to be stored; storing the last one releases the claim."""
@@ -159,12 +106,12 @@ class Leads:
 
         mine: list[Lead] = []
         while True:
-            made, others = self._reading.tables.claims.make(what, choose)
+            made, others = self._reading.claims.make(what, choose)
             refused = False
             for lead in [Lead(claim, what) for claim in made]:
-                answer = self._backend.acquire(key, lead.claim.span)
+                answer = self._backend.acquire(key, unplaced(lead.claim.span))
                 if isinstance(answer, tuple):
-                    taken.append(answer)
+                    taken.append(placed(answer))
                     refused = True
                     self.release(lead)
                 else:
@@ -179,7 +126,7 @@ class Leads:
     def release(self, lead: Lead) -> None:
         """Release a claim; a second call has no effect."""
         if lead.what is not None:
-            self._reading.tables.claims.release(lead.what, lead.claim)
+            self._reading.claims.release(lead.what, lead.claim)
         unlock, lead.unlock = lead.unlock, None
         if unlock is not None:
             # a lock that cannot be given back goes with the process
@@ -207,30 +154,35 @@ class Leads:
 
 
 def pieces_of(
-    leads: Sequence[Lead], answers: Sequence[FetchResult], there: list[Span], boundaries: set[int]
+    leads: Sequence[Lead], fetched: Sequence[Fetched], there: list[Span], boundaries: set[int]
 ) -> list[Piece]:
     """The fetched pieces that are not cached yet, cut at the ends of the requested ranges."""
     cached = IntervalSet(there)
     pieces = []
-    for lead, answer in zip(leads, answers, strict=True):
-        if answer.value is None:
+    for lead, (data, validator, _) in zip(leads, fetched, strict=True):
+        first, last = lead.claim.span
+        if data is None:
             continue
-        asked, data = lead.claim.span, contents(answer.value)
-        for part in cached.missing(asked):
-            for first, last in cut(part, boundaries, _PIECE):
-                if of := data[first - asked[0] : last - asked[0]]:
-                    pieces.append(Piece(lead, (first, last), of, answer.validator))
+        for gap in cached.missing((first, min(last, first + len(data)) if last >= LARGEST else last)):
+            for begin, end in cut(gap, boundaries, _PIECE):
+                if of := data[begin - first : end - first]:
+                    pieces.append(Piece(lead, (begin, end), of, validator))
     return pieces
 
 
 # -- Fetching the byte ranges that are not cached.
 
-_FIRST_POLL: Final = 0.001
-_LONGEST_POLL: Final = 0.005
+FIRST_POLL: Final = 0.001
+LONGEST_POLL: Final = 0.005
 _TRIES: Final = 3
 """How often ranges without validators are fetched again because entries were invalidated meanwhile."""
 
-Found = dict["Entry", memoryview | None]
+Found = dict[Entry, memoryview | None]
+
+ONE: Final = {"max_concurrency": 10, "max_gap_bytes": LARGEST, "max_coalesced_bytes": LARGEST}
+"""The limits for a single entry of which parts are cached or under way: they never make it more than one request."""
+_MOST_REQUESTS: Final = 8
+"""Gaps of an object that are worth a request each; more are requested at once, with what lies between."""
 
 
 class RangeFetches:
@@ -263,7 +215,7 @@ class RangeFetches:
         key: str,
         entries: Sequence[Entry],
         prototype: BufferPrototype,
-        limits: dict[str, int],
+        limits: dict[str, int] = ONE,
         states: Iterable[str] = (),
     ) -> Found:
         """The bytes of some ranges, None if the object is missing, from the source or from another task's fetch.
@@ -307,7 +259,10 @@ class _Fetch:
         self._prototype = prototype
         self._limits = limits
         self._started = time.perf_counter()
-        self._left = {entry: (entry.start, entry.stop) for entry in entries}
+        self._left = {entry: placed((entry.start, entry.stop)) for entry in entries}
+        self._single = limits is ONE
+        # where the object ends, if that is known
+        self._end = LARGEST
         self._found: Found = {}
         # bytes in memory, by validator: no range is assembled from two validators
         self._buffers: dict[str, SparseBuffer] = {}
@@ -323,10 +278,12 @@ class _Fetch:
         # a read that must see every change of the source uses no cached range, and joins no request that may have been
         # answered before it began
         self._force = reading.must_ask(key)
+        self._is_whole_stored = False
+        self._inexact = False
 
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
-        pause = _FIRST_POLL
+        pause = FIRST_POLL
         if not all(is_from_source(state) for state in self._backend.parts(self._key).states):
             # then all ranges are fetched together
             self._unfit.update(self._backend.parts(self._key).pieces)
@@ -334,7 +291,7 @@ class _Fetch:
             self._let_go_if_overtaken()
             self._version = self._backend.write_version(self._key)
             needs = self._needs(self._names())
-            alone = self._force or self._version is None or time.monotonic() >= deadline
+            alone = self._force or self._version is None or self._inexact or time.monotonic() >= deadline
             mine, others = self._claim(needs, alone=alone)
             try:
                 # check after claiming: the previous holder may just have published
@@ -348,6 +305,8 @@ class _Fetch:
                 await sources.all_of([self._lead(mine), *calls] if mine else calls)
                 if not self._left:
                     break
+                if self._inexact and self._single:
+                    raise Unclear
             finally:
                 for lead in mine:
                     if not lead.unstored:
@@ -355,11 +314,13 @@ class _Fetch:
             if not mine and not others:
                 # another process is fetching
                 await asyncio.sleep(pause)
-                pause = min(pause * 1.2, _LONGEST_POLL)
+                pause = min(pause * 1.2, LONGEST_POLL)
         await self._must_agree(self._used)
         if len(self._used) > 1 and from_source(self._used):
             # the state of some ranges is unknown
             raise Unclear
+        if self._asked and not self._is_whole_stored:
+            await self._store_whole([])
         return self._found
 
     # -- cached pieces
@@ -380,8 +341,15 @@ class _Fetch:
         named = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
         at_hand = named[0] if named else SparseBuffer()
         return [
-            part for span in self._left.values() for missing in at_hand.missing(span) for part in there.missing(missing)
+            part
+            for span in map(self._trimmed, self._left.values())
+            for missing in at_hand.missing(span)
+            for part in there.missing(missing)
         ]
+
+    def _trimmed(self, span: Span) -> Span:
+        """A span that ends where the object does, if that is known."""
+        return (span[0], max(span[0], self._end)) if span[1] >= LARGEST else span
 
     async def _gather(self) -> None:
         """Take cached ranges, whole or in parts."""
@@ -405,7 +373,7 @@ class _Fetch:
             ) != state:
                 self._unfit.add(piece)
                 continue
-            self._buffers.setdefault(state, SparseBuffer()).add(_span_of(piece), data)
+            self._add(_span_of(piece), data, state)
             if not is_from_source(state):
                 # it serves its own bytes only
                 self._unfit.add(piece)
@@ -429,24 +397,38 @@ class _Fetch:
         if self._tries > _TRIES:
             raise Unclear
         self._found.clear()
-        self._left = {entry: (entry.start, entry.stop) for entry in self._wanted}
+        self._left = {entry: placed((entry.start, entry.stop)) for entry in self._wanted}
+        self._end = LARGEST
         self._used = set(self._known)
 
     def _assemble(self) -> None:
         for entry, span in list(self._left.items()):
             for validator, buffer in self._buffers.items():
                 # pieces without a validator may be of different answers
-                if validator and not buffer.missing(span):
+                if validator and not buffer.missing(trimmed := self._trimmed(span)):
                     self._used.add(validator)
-                    self._take(entry, buffer.of(span))
+                    self._take(entry, buffer.of(trimmed))
                     break
+
+    def _add(self, span: Span, data: memoryview, validator: str) -> None:
+        """Keep the bytes of a span; all of a range that lies within is served at once, whatever its validator."""
+        for entry, wanted in list(self._left.items()):
+            if covers(span, wanted):
+                self._used.add(validator)
+                self._take(entry, part(data, span, wanted))
+        if not validator:
+            return
+        if len(data) < span[1] - span[0]:
+            # the object ends here
+            self._end = min(self._end, span[0] + len(data))
+            span = span[0], max(self._end, span[0])
+        self._buffers.setdefault(validator, SparseBuffer()).add(span, data)
 
     def _take(self, entry: Entry, data: memoryview | None) -> None:
         span = self._left.pop(entry)
         self._found[entry] = data
         if next(IntervalSet(self._asked).parts(span), None) is None:
-            request = request_for(self._key, entry)._replace(started=self._started)
-            self._reading.hit(request, data)
+            self._reading.stats.hit(0 if data is None else len(data), time.perf_counter() - self._started)
 
     # -- claiming the missing spans
 
@@ -456,93 +438,154 @@ class _Fetch:
         listed = self._backend.parts(self._key).pieces
         extent = min(first for first, _ in needs), max(last for _, last in needs)
         cached = [_span_of(piece) for piece in self._usable(listed.overlapping(*extent))]
-        plan = partial(merged, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
+        plan = partial(self._planned, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
         if alone:
             return [Lead(Claim(span)) for span in plan(needs, excluded=IntervalSet([] if self._force else cached))], []
-        return self._leads.claim(self._key, (self._wanted[0].key, self._version), needs, cached, plan)
+        return self._leads.claim(self._key, (self._wanted[0].key, self._version, False), needs, cached, plan)
+
+    def _planned(self, spans: Iterable[Span], *, gap: int, most: int, excluded: IntervalSet) -> list[Span]:
+        asked = merged(spans, gap=gap, most=most, excluded=excluded)
+        if self._single and len(asked) > _MOST_REQUESTS:
+            return [(asked[0][0], asked[-1][1])]
+        return asked
 
     async def _wait(self, claim: Claim) -> None:
         """Wait for another task's fetch; a cancelled one gives nothing."""
         with suppress(LeaderCancelled, TimeoutError):
-            self._deliver(claim.span, *await asyncio.wait_for(claim.flight.outcome(), self._reading.timeout))
+            data, validator, exact = await claim.outcome(self._reading.timeout)
+            if not exact:
+                # it is the answer to another request than this reader's
+                self._inexact = True
+            elif data is not None:
+                self._let_go_if_overtaken()
+                self._add(claim.span, data, validator)
+                self._assemble()
+            else:
+                self._is_missing()
 
-    def _deliver(self, span: Span, data: memoryview | None, validator: str) -> None:
-        if data is not None:
-            self._let_go_if_overtaken()
-            self._buffers.setdefault(validator, SparseBuffer()).add(span, data)
-            self._assemble()
-        else:
-            for entry in list(self._left):
-                self._take(entry, None)
+    def _is_missing(self) -> None:
+        for entry in list(self._left):
+            self._take(entry, None)
 
     # -- fetching
 
     async def _request(self, spans: Sequence[Span]) -> list[sources.FetchResult]:
+        """Request spans; the last one may reach to the end of the object."""
         reading = self._reading
-        states = lambda: self._backend.parts(self._key).states  # noqa: E731
-        return await sources.fetch_spans(
-            reading.source,
-            self._key,
-            self._prototype,
-            spans,
-            fixed=reading.fixed,
-            ignore_validators=reading.ignore_validators,
-            states=states,
-            **self._limits,
-        )
+        options: dict[str, Any] = {
+            "fixed": reading.fixed,
+            "ignore_validators": reading.ignore_validators,
+            "states": lambda: self._backend.parts(self._key).states,
+        }
+        bounded = [span for span in spans if span[1] < LARGEST]
+        calls = []
+        if bounded:
+            calls.append(
+                sources.fetch_spans(reading.source, self._key, self._prototype, bounded, **(options | self._limits))
+            )
+        for span in spans:
+            if span[1] >= LARGEST:
+                calls.append(self._request_tail(span[0], options))
+        answers = [answer for call in await sources.all_of(calls) for answer in call]
+        order = [*bounded, *(span for span in spans if span[1] >= LARGEST)]
+        return [answers[order.index(span)] for span in spans]
+
+    async def _request_tail(self, first: int, options: dict[str, Any]) -> list[sources.FetchResult]:
+        """Request an object from a byte on: its last known byte again, because a request beyond its end is an error."""
+        byte_range = OffsetByteRequest(first - 1) if first else None
+        try:
+            answer = await sources.fetch(self._reading.source, self._key, self._prototype, byte_range, **options)
+        except Exception as error:
+            if first:
+                # the object may be shorter by now
+                raise Unclear from error
+            raise
+        if first and answer.value is not None:
+            if not len(answer.value):
+                raise Unclear
+            answer = answer._replace(value=answer.value[1:])
+        return [answer]
 
     async def _lead(self, leads: list[Lead]) -> None:
         """Fetch the claimed spans for all waiting readers."""
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
+        reading, key = self._reading, self._key
         try:
             answers = await self._request(spans)
-            fetched = [contents(answer.value) for answer in answers if answer.value is not None]
+            there = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum(next(IntervalSet(spans).parts(span), None) is not None for span in self._left.values())
-            self._reading.miss(self._key, sum(map(len, fetched)) if fetched else None, begun, spans)
+            reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
             for _ in range(misses - 1):
-                self._reading.stats.miss(0, 0.0)
-            if len(fetched) < len(answers):
+                reading.stats.miss(0, 0.0)
+            if len(there) < len(answers):
                 for lead in leads:
-                    lead.claim.flight.set_result((None, ""))
-                await self._reading.record_missing(Entry(self._wanted[0].key), self._key, self._version)
-                self._deliver(spans[0], None, "")
+                    lead.claim.set_result(None)
+                await reading.record_missing(Entry(self._wanted[0].key), key, self._version)
+                self._is_missing()
                 return
             if not all(answer.exact for answer in answers):
+                if self._single:
+                    raise Unclear
                 for lead in leads:
                     # each waiting reader sends its own request
-                    lead.claim.flight.set_exception(LeaderCancelled())
+                    lead.claim.set_exception(LeaderCancelled())
                 await self._request_plainly(dict(zip(spans, answers, strict=True)))
                 return
+            reading.has_validators = is_from_source(answers[0].validator)
             await self._must_agree(self._used | {answer.validator for answer in answers})
-            asked = self._reading.entry(self._key, *spans[0])
+            asked = reading.entry(key, *unplaced(spans[0]))
             assert asked is not None
             before = self._version
-            self._version, validator, replaced = await self._reading.agree(
-                self._key, asked, answers[0].validator, before, fetched[0] if len(fetched) == 1 else None
+            self._version, validator, replaced = await reading.agree(
+                key, asked, answers[0].validator, before, there[0] if len(there) == 1 else None
             )
             if replaced:
-                raise Replaced(self._key)
+                raise Replaced(key)
             if self._version != before or self._is_overtaken():
                 self._let_go()
-            answers = [answer._replace(validator=adopt_session(answer.validator, validator)) for answer in answers]
-            for lead, answer, data in zip(leads, answers, fetched, strict=True):
-                lead.claim.flight.set_result((data, answer.validator))
-                self._buffers.setdefault(answer.validator, SparseBuffer()).add(lead.claim.span, data)
+            fetched = [
+                Fetched(data, adopt_session(answer.validator, validator))
+                for answer, data in zip(answers, there, strict=True)
+            ]
+            for lead, of in zip(leads, fetched, strict=True):
+                lead.claim.set_result(of.data, of.validator)
+                assert of.data is not None
+                self._add(lead.claim.span, of.data, of.validator)
             self._assemble()
-            there: list[Span] = []
+            if not self._left and await self._store_whole(leads):
+                return
+            # others may wait for these bytes while this reader waits for others
+            known: list[Span] = []
             if is_from_source(answers[0].validator):
                 # cached spans are not stored again
-                listed = self._backend.parts(self._key).pieces
-                there = [_span_of(piece) for span in spans for piece in self._usable(listed.overlapping(*span))]
+                listed = self._backend.parts(key).pieces
+                known = [_span_of(piece) for span in spans for piece in self._usable(listed.overlapping(*span))]
             boundaries = {boundary for entry in self._wanted for boundary in (entry.start, entry.stop)}
-            pieces = pieces_of(leads, answers, there, boundaries)
-            await self._leads.store(self._key, pieces, self._version)
+            await self._leads.store(key, pieces_of(leads, fetched, known, boundaries), self._version)
         except BaseException as error:
             for lead in leads:
-                lead.claim.flight.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
+                lead.claim.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
             raise
+
+    async def _store_whole(self, leads: Sequence[Lead]) -> bool:
+        """Store the whole object, if that was wanted and its state is known; then release the claims."""
+        (entry, *others) = self._wanted
+        data = self._found.get(entry)
+        if others or not entry.is_whole or data is None or len(self._used) > 1 or self._is_overtaken():
+            return False
+        for lead in leads:
+            lead.unstored = 1
+
+        def done() -> None:
+            for lead in leads:
+                lead.unstored = 0
+                self._leads.release(lead)
+
+        self._is_whole_stored = True
+        await self._backend.publish(entry, data, self._version, min(self._used), done)
+        return True
 
     async def _request_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:
         """Request each range separately without caching, because the source returns other bytes than requested.

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import RangeByteRequest, Store
@@ -15,8 +15,9 @@ from xzcache import sources
 from xzcache.model import (
     END,
     MISSING,
+    NEGLIGIBLE,
+    Claim,
     Entry,
-    Flight,
     LeaderCancelled,
     Replaced,
     Unclear,
@@ -26,9 +27,12 @@ from xzcache.model import (
     is_document,
     is_from_source,
     merged,
+    part,
+    placed,
     span,
+    unplaced,
 )
-from xzcache.reading._fetch import RangeFetches, assembled
+from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches
 from xzcache.reading._request import Request, buffer_of, contents, request_for
 from xzcache.reading._revalidation import Revalidation
 from xzcache.sources import FetchResult
@@ -46,12 +50,14 @@ if TYPE_CHECKING:
 
 _READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
 """Then a byte range may depend on an index that was read before."""
-_FIRST_POLL: Final = 0.001
-_LONGEST_POLL: Final = 0.005
 
 
 Count = Callable[[int, float], None]
 """Called for a hit with its bytes and its seconds."""
+
+
+class Divided(Exception):
+    """Parts of an entry are cached, or another process fetches them, so that only the rest should be requested."""
 
 
 class NotCached(Exception):
@@ -70,6 +76,8 @@ class ReadThrough:
         self.backend = reading.backend
         self.freshness = reading.freshness
         self._revalidation = Revalidation(reading)
+        self._fetches = RangeFetches(reading)
+        self._leads = Leads(reading)
 
     def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
         """The value of a cached chunk if it can be read without waiting; None means that `get` must be called."""
@@ -205,123 +213,147 @@ class ReadThrough:
 
     async def fetch(self, request: Request, *, force: bool = False) -> Buffer | None:
         """Fetch a missing entry once for all readers; `force` joins no earlier request."""
-        entry = request.entry
+        key, entry, reading = request.key, request.entry, self.reading
+        span = placed((entry.start, entry.stop))
         since = request.started if force else -math.inf
+        # parts of it that are cached or under way are not requested again
+        may_divide = not force and span[0] >= 0 and not is_document(key)
         while True:
             # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
-            version = self.backend.write_version(request.key)
+            version = self.backend.write_version(key)
             if version is None:
-                return await self._lead(Flight(), None, request, force=force)
-            flight, is_leader = self.reading.tables.flights.join((entry, version, force), since)
-            if is_leader:
-                return await self._lead(flight, version, request, force=force)
+                return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
+            what = entry.key, version, force
+            # without validators, parts of several answers cannot be put together
+            apart = not may_divide or reading.has_validators is False
+            claim, is_leader = reading.claims.join(what, span, since, apart=apart)
             try:
-                data = await asyncio.wait_for(flight.outcome(), self.reading.timeout)
+                if claim is None:
+                    return await self._fetch_rest(request)
+                if is_leader:
+                    return await self._lead(Lead(claim, what), version, request, force=force, may_divide=may_divide)
+                fetched = await claim.outcome(reading.timeout)
+            except Unclear:
+                # what there is cannot be put together
+                may_divide = False
+                continue
             except LeaderCancelled:
-                data = None if force else await self.reading.get_cached(entry)
+                data = None if force else await reading.get_cached(entry)
                 if data is None:
                     continue
             except TimeoutError:
                 # the leader may never finish, for example after its event loop was stopped
-                return await self._lead(Flight(), version, request, force=force)
-            return self.reading.hit(request, data)
+                return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
+            else:
+                if not fetched.exact and claim.span != span:
+                    return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
+                data = None if fetched.data is None else part(fetched.data, claim.span, span)
+            return reading.hit(request, data)
+
+    async def _fetch_rest(self, request: Request) -> Buffer | None:
+        """Put an entry together of parts that are cached or under way, and of those that are not.
+
+        Raises `Unclear` if they cannot be shown to be of one state.
+        """
+        try:
+            found = await self._fetches.fetch(request.key, [request.entry], request.prototype)
+        except Replaced:
+            if _READS_SHARDS_BY_GET and request.entry.start > 0:
+                raise
+            raise Unclear from None
+        data = found[request.entry]
+        return None if data is None else buffer_of(data, request.prototype)
 
     async def _lead(
-        self, flight: Flight[memoryview | None], version: Any, request: Request, *, force: bool
+        self, lead: Lead, version: Any, request: Request, *, force: bool, may_divide: bool
     ) -> Buffer | None:
         """Fetch for all readers in this process, unless another process does so."""
         async with self.backend.fetching():
-            return await self._fetch_and_publish(flight, version, request, force=force)
+            try:
+                return await self._fetch_and_publish(lead, version, request, force=force, may_divide=may_divide)
+            except Divided:
+                pass
+        return await self._fetch_rest(request)
 
     async def _fetch_and_publish(
-        self, flight: Flight[memoryview | None], version: Any, request: Request, *, force: bool
+        self, lead: Lead, version: Any, request: Request, *, force: bool, may_divide: bool
     ) -> Buffer | None:
-        key, entry = request.key, request.entry
-        unlock: Callable[[], None] | None = None
-        began = version
-
-        def done() -> None:
-            self.reading.tables.flights.finish((entry, began, force), flight)
-            if unlock is not None:
-                # a lock that cannot be given back goes with the process
-                with suppress(OSError):
-                    unlock()
-
+        key, entry, claim, reading = request.key, request.entry, lead.claim, self.reading
         publishing = False
         try:
             if force:
                 # another process may have sent its request before this read began
                 await asyncio.sleep(0)
-                flight.mark_sent()
-                answer, data = await self.reading.revalidate(request)
+                claim.mark_sent()
+                answer, data = await reading.revalidate(request)
             else:
-                unlock, data = await self._acquire_or_wait(request)
+                data = await self._acquire_or_wait(lead, request, may_divide=may_divide)
                 if data is None:
-                    answer, data = await self._fetch_or_revalidate(request)
+                    if may_divide and self._has_parts(request):
+                        raise Divided
+                    if reading.max_age == "infinity":
+                        answer = await reading.fetch(request)
+                    else:
+                        answer, data = await reading.revalidate(request)
             if data is not None:
-                flight.set_result(data)
-                return self.reading.hit(request, data)
+                claim.set_result(data)
+                return reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
+            validator, may_store = answer.validator, answer.exact and data is not None
             if data is None:
-                await self.reading.record_missing(entry, key, version)
-            if is_document(key) and answer.exact:
+                await reading.record_missing(entry, key, version)
+            elif not is_document(key):
+                reading.has_validators = is_from_source(validator)
+            if answer.exact and is_document(key):
                 version = await self.backend.apply_document(key, None if data is None else bytes(data), version)
                 self.freshness.mark_validated(key, data)
-            validator = answer.validator
-            if data is not None and answer.exact:
-                version, validator = await self._agree(request, data, validator, version)
+            if data is not None and may_store:
+                version, validator, replaced = await reading.agree(key, entry, validator, version, data)
+                if replaced and _READS_SHARDS_BY_GET and entry.start > 0:
+                    raise Replaced(key)
             # readers need not wait for the disk
-            flight.set_result(data)
-            if data is not None and answer.exact:
+            claim.set_result(data, validator, exact=answer.exact)
+            if data is not None and may_store:
                 publishing = True
-                await self.backend.publish(entry, data, version, validator, done)
+                await self.backend.publish(entry, data, version, validator, partial(self._leads.release, lead))
             return answer.value
         except BaseException as error:
-            flight.set_exception(error)
+            claim.set_exception(LeaderCancelled() if isinstance(error, Divided) else error)
             raise
         finally:
             if not publishing:
-                done()
+                self._leads.release(lead)
 
-    async def _agree(self, request: Request, data: memoryview, validator: str, version: Any) -> tuple[Any, str]:
-        """Invalidate parts of an older object; returns the version and the validator to publish with."""
-        version, validator, replaced = await self.reading.agree(request.key, request.entry, validator, version, data)
-        if replaced and _READS_SHARDS_BY_GET and request.entry.start > 0:
-            raise Replaced(request.key)
-        return version, validator
+    def _has_parts(self, request: Request) -> bool:
+        """Whether so much of a whole object is cached in pieces that only the rest should be requested."""
+        if not request.entry.is_whole:
+            return False
+        parts = self.backend.parts(request.key)
+        size = sum(piece.stop - piece.start for piece in parts.pieces if piece.stop != END)
+        return size > NEGLIGIBLE and all(map(is_from_source, parts.states))
 
-    async def _fetch_or_revalidate(self, request: Request) -> tuple[FetchResult, memoryview | None]:
-        """Request an entry; returns the cached bytes if they were only too old and the source confirms them."""
-        if request.entry.is_whole and not is_document(request.key):
-            answer = await assembled(self.reading, request)
-            if answer is not None:
-                return answer, None
-        if self.reading.max_age == "infinity":
-            return await self.reading.fetch(request), None
-        return await self.reading.revalidate(request)
-
-    async def _acquire_or_wait(self, request: Request) -> tuple[Callable[[], None] | None, memoryview | None]:
+    async def _acquire_or_wait(self, lead: Lead, request: Request, *, may_divide: bool) -> memoryview | None:
         """Take the fetch lock, or wait for the entry that another process fetches.
 
-        After the deadline neither is returned: the other process may be stopped, so this one fetches as well.
+        After the deadline neither is done: the other process may be stopped, so this one fetches as well. Raises
+        `Divided` if another process fetches a part only.
         """
-        entry = request.entry
+        span = lead.claim.span
         deadline = time.monotonic() + self.reading.timeout
-        pause = _FIRST_POLL
+        pause = FIRST_POLL
         while True:
-            answer = self.backend.acquire(request.key, (entry.start, entry.stop))
-            unlock = None if isinstance(answer, tuple) else answer
-            try:
-                # check with the lock held: the previous holder may just have published
-                data = await self.reading.get_cached(entry)
-            except BaseException:
-                if unlock is not None:
-                    unlock()
-                raise
-            if unlock is not None or data is not None or time.monotonic() >= deadline:
-                return unlock, data
+            if lead.what is not None:
+                answer = self.backend.acquire(request.key, unplaced(span))
+                if not isinstance(answer, tuple):
+                    lead.unlock = answer
+                elif may_divide and placed(answer) != span:
+                    raise Divided
+            # check with the lock held: the previous holder may just have published
+            data = await self.reading.get_cached(request.entry)
+            if lead.unlock is not None or data is not None or time.monotonic() >= deadline or lead.what is None:
+                return data
             await asyncio.sleep(pause)
-            pause = min(pause * 1.2, _LONGEST_POLL)
+            pause = min(pause * 1.2, LONGEST_POLL)
 
 
 # -- Many byte ranges of one object, as Zarr's sharding codec reads them; missing ranges are requested together.
@@ -338,7 +370,7 @@ class RangeReads:
         self._reads = reads
         self._reading = reads.reading
         self._backend = reads.backend
-        self._fetches = RangeFetches(reads.reading)
+        self._fetches = reads._fetches
         self._promoted: set[str] = set()
 
     async def get(

@@ -22,7 +22,6 @@ from xzcache.model import (
     MISSING,
     Claims,
     Entry,
-    Flights,
     adopt_session,
     are_compatible,
     differ,
@@ -67,28 +66,20 @@ class Request(NamedTuple):
     """When it was asked for, by `time.perf_counter`."""
 
 
-class Tables:
-    """The fetches of one cache that are under way in this process."""
-
-    def __init__(self) -> None:
-        self.flights: Flights[memoryview | None] = Flights()
-        self.claims = Claims()
-
-
-_tables: Final[WeakKeyDictionary[object, Tables]] = WeakKeyDictionary()
-_tables_lock: Final = threading.Lock()
+_claims: Final[WeakKeyDictionary[object, Claims]] = WeakKeyDictionary()
+_claims_lock: Final = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_tables_lock.acquire, after_in_parent=_tables_lock.release, after_in_child=_tables_lock.release
+        before=_claims_lock.acquire, after_in_parent=_claims_lock.release, after_in_child=_claims_lock.release
     )
 
 
-def tables_of(backend: Backend) -> Tables:
-    """The tables of a cache, which all stores over it in this process share."""
-    with _tables_lock:
-        if (tables := _tables.get(backend.cache_id)) is None:
-            tables = _tables[backend.cache_id] = Tables()
-        return tables
+def claims_of(backend: Backend) -> Claims:
+    """The fetches of a cache that are under way, which all stores over it in this process share."""
+    with _claims_lock:
+        if (claims := _claims.get(backend.cache_id)) is None:
+            claims = _claims[backend.cache_id] = Claims()
+        return claims
 
 
 @dataclass(eq=False)
@@ -125,6 +116,11 @@ class Reading:
         Whether the source can never change.
     ignore_validators : bool
         Whether what the source says of its states was found not to be true.
+    claims : Claims
+        The fetches of this cache that are under way in this process.
+    has_validators : bool or None
+        Whether the last answer had a validator of the source; None before the first one. Without, parts of different
+        answers are never put together.
     """
 
     source: Store
@@ -139,11 +135,12 @@ class Reading:
     promote_above: int | None = None
     fixed: bool = False
     ignore_validators: bool = False
-    tables: Tables = field(init=False, repr=False)
+    claims: Claims = field(init=False, repr=False)
+    has_validators: bool | None = None
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.tables = tables_of(self.backend)
+        self.claims = claims_of(self.backend)
 
     @contextmanager
     def watching(self, key: str) -> Iterator[Watch]:

@@ -10,7 +10,8 @@ from zarr.core.buffer import default_buffer_prototype
 
 from xzcache.model import (
     MISSING,
-    Flight,
+    WHOLE,
+    Claim,
     LeaderCancelled,
     array_documents,
     arrays_of,
@@ -39,6 +40,7 @@ class Revalidation:
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
         self._backend = reading.backend
+        self._claims = reading.claims
         self._freshness = reading.freshness
         self._seen = self._freshness.inherited
         asks = not isinstance(self._freshness.revalidate, bool)
@@ -93,17 +95,19 @@ class Revalidation:
         while True:
             version = began = self._backend.write_version(key)
             if began is None:
-                flight: Flight[memoryview | None] = Flight()
+                claim: Claim = Claim(WHOLE)
                 break
-            flight, is_leader = self._reading.tables.flights.join((id(self._freshness), key, began), since)
+            joined, is_leader = self._claims.join((id(self._freshness), key, began), since=since)
+            assert joined is not None
+            claim = joined
             if is_leader:
                 break
             try:
-                data = await asyncio.wait_for(flight.outcome(), self._reading.timeout)
+                data = (await claim.outcome(self._reading.timeout)).data
             except LeaderCancelled:
                 continue
             except TimeoutError:
-                flight = Flight()
+                claim = Claim(WHOLE)
                 break
             self._reading.hit(request, data)
             return data
@@ -113,14 +117,14 @@ class Revalidation:
                 cached = await self._backend.get(entry, self._reading.max_age, self._reading.max_age)
                 if cached is not None:
                     data = None if cached is MISSING else cached
-                    flight.set_result(data)
+                    claim.set_result(data)
                     self._reading.hit(request, data)
                     return data
             # tasks that were called together with this one share the request
             await asyncio.sleep(0)
             # changes that these tasks found in other documents are no writes after this request
             version = self._backend.write_version(key)
-            flight.mark_sent()
+            claim.mark_sent()
             asked = time.monotonic()
             answer, data = await self._reading.revalidate(request._replace(prototype=default_buffer_prototype()))
             if data is not None:
@@ -129,23 +133,23 @@ class Revalidation:
                 data = contents(answer.value)
             if not answer.exact:
                 # it shows nothing of the document
-                flight.set_result(data)
+                claim.set_result(data)
                 return data
             if data is None or await self._reading.get_cached(entry, "infinity") != data:
                 version = await self._backend.apply_document(key, None if data is None else bytes(data), version)
             if not answer.unchanged:
                 await self._agree(request, data, version, answer)
             self._freshness.mark_validated(key, data, asked)
-            flight.set_result(data)
+            claim.set_result(data)
             return data
         except BaseException as error:
-            flight.set_exception(error)
+            claim.set_exception(error)
             if isinstance(error, FileNotFoundError):
                 # the directory of the document is missing as well
                 await self._backend.apply_document(key, None, version)
             raise
         finally:
-            self._reading.tables.flights.finish((id(self._freshness), key, began), flight)
+            self._claims.release((id(self._freshness), key, began), claim)
 
     async def _agree(self, request: Request, data: memoryview | None, version: Any, answer: FetchResult) -> None:
         """Store the answer of the source if the cache differs."""
@@ -201,15 +205,17 @@ class Revalidation:
     async def _confirm(self, vouched: dict[str, bytes]) -> None:
         name = ("settle", self._backend.namespace, tuple(sorted(vouched.items())))
         while True:
-            flight, is_leader = self._reading.tables.flights.join(name)
+            joined, is_leader = self._claims.join(name)
+            assert joined is not None
+            claim = joined
             if is_leader:
                 break
             try:
-                await asyncio.wait_for(flight.outcome(), self._reading.timeout)
+                await claim.outcome(self._reading.timeout)
             except LeaderCancelled:
                 continue
             except TimeoutError:
-                flight = Flight()
+                claim = Claim(WHOLE)
                 break
             return
         try:
@@ -218,12 +224,12 @@ class Revalidation:
                 if (entry := self._reading.entry(key)) is not None:
                     await self._document(Request(key, entry, default_buffer_prototype(), None, time.perf_counter()))
             await self._backend.unconfirmed(vouched, asked)
-            flight.set_result(None)
+            claim.set_result(None)
         except BaseException as error:
-            flight.set_exception(error)
+            claim.set_exception(error)
             raise
         finally:
-            self._reading.tables.flights.finish(name, flight)
+            self._claims.release(name, claim)
 
 
 def _nodes_above(key: str) -> Iterator[str]:
