@@ -493,6 +493,74 @@ def test_four_processes_read_random_boxes(largest: float, most: float, tmp_path:
     assert through.distinct <= without.distinct
 
 
+class Held(Tallying):
+    """Answers no request for a chunk before it is let go."""
+
+    gate: asyncio.Event
+    held = 0
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        if not is_document(key):
+            self.held += 1
+            await self.gate.wait()
+        return await super().get(key, prototype, byte_range)
+
+
+LONG = bytes(random.Random(1).randbytes(200_000))
+READERS: dict[str, sources.Part] = {
+    "whole": None,
+    "parts": between((10_000, 60_000), (100_000, 150_000)),
+    "other parts": between((50_000, 110_000), (199_000, 199_500)),
+    "range": RangeByteRequest(20_000, 120_000),
+    "rest": OffsetByteRequest(90_000),
+}
+
+
+@by_ranges
+@pytest.mark.parametrize("order", [*READERS, "backwards"])
+async def test_readers_of_parts_and_of_the_whole_request_no_byte_twice(
+    order: str, cache_kind: str, tmp_path: Path
+) -> None:
+    source = Held(tmp_path / "source")
+    await source.set(KEY, buffer(LONG))
+    age(source)
+    store = cached(cache_kind, source, tmp_path)
+    source.gate = asyncio.Event()
+    source.gate.set()
+    # the directory is open from here on
+    await read(store, "a/c/1")
+    source.gate.clear()
+    source.held = 0
+    source.asked()
+    names = [*reversed(READERS)] if order == "backwards" else sorted(READERS, key=lambda name: name != order)
+    tasks = {}
+    for name in names:
+        part = READERS[name]
+        wanted = ranges(store, part, max_gap_bytes=0) if isinstance(part, list) else read(store, KEY, part)
+        tasks[name] = asyncio.create_task(wanted)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        # the later ones find the first one waiting
+        assert source.held > 0
+    source.gate.set()
+    found = {name: await task for name, task in tasks.items()}
+    assert found["whole"] == LONG
+    assert found["range"] == LONG[20_000:120_000]
+    assert found["rest"] == LONG[90_000:]
+    for name in ("parts", "other parts"):
+        assert found[name] == [LONG[part.start : part.end] for part in READERS[name]]  # type: ignore[union-attr]
+    asked = source.asked()
+    assert asked.distinct == len(LONG)
+    # of the last known byte, the rest is asked for with it, as a request beyond the end is an error
+    assert asked.bytes <= asked.distinct + 2
+    for name, part in READERS.items():
+        again = await (ranges(store, part) if isinstance(part, list) else read(store, KEY, part))
+        assert again == found[name]
+    assert source.asked().requests == 0
+
+
 # -- what is not there
 
 
