@@ -378,7 +378,7 @@ class Publisher:
                 item.failure = error
         try:
             self._commit_and_reveal(index, moves)
-        except sqlite3.Error:
+        except (sqlite3.Error, Damaged):
             for item in entering:
                 item.is_spent = False
             raise
