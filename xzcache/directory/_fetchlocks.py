@@ -36,27 +36,22 @@ class WriteVersion(NamedTuple):
 
 def current_version(process: Registration, key: str) -> WriteVersion:
     """The current write version of a key."""
-    return WriteVersions(process).of(key)
+    counters = counters_of(key, data=not is_document(key))
+    return WriteVersion(process.number, process.generation, process.writes.before(counters))
 
 
 class WriteVersions:
-    """The write versions of several keys at one moment; each counter is read once."""
+    """The write versions of several keys at one moment: one read of the totals, and of each counter after a write."""
 
     def __init__(self, process: Registration) -> None:
         self._process = process
-        self._lost = process.writes.lost()
-        self._counts: dict[int, int] = {}
+        self._lost, self._counts = process.writes.current()
 
     def of(self, key: str) -> WriteVersion:
         """The write version of a key, with counters read at their first use."""
-        counts = self._counts
-        counters = counters_of(key, data=not is_document(key))
-        for counter in counters:
-            if counter not in counts:
-                counts[counter] = self._process.writes.read(counter)
-        return WriteVersion(
-            self._process.number, self._process.generation, (self._lost, *[counts[counter] for counter in counters])
-        )
+        process = self._process
+        values = process.writes.values(counters_of(key, data=not is_document(key)), self._counts)
+        return WriteVersion(process.number, process.generation, (self._lost, *values))
 
 
 class FetchLocks:

@@ -9,12 +9,13 @@ import logging
 import os
 import secrets
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import files
 from xzcache.directory._fetchlocks import WriteVersion, current_version
+from xzcache.directory._publish import MOST, MOST_BYTES, PendingEntry
 from xzcache.directory._recovery import UNDONE
 from xzcache.directory._space import HideReport
 from xzcache.files import Whose, beneath, is_plain, range_directory, relative_path
@@ -474,30 +475,56 @@ class Writes:
 
     def end_write(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
         """Invalidate the keys again after the source was written, and store the new values."""
-        versions = [version for batch in _batches(writes) for version in self._end(batch)]
-        for write, version, value in zip(writes, versions, values, strict=True):
-            if value is not None and version is not None:
-                self._publisher.publish(Entry(write.key), value, version)
+        batch: list[tuple[Begun, Data | None]] = []
+        size = 0
+        for write, value in zip(writes, values, strict=True):
+            size += len(value or b"")
+            if batch and (size > MOST_BYTES or len(batch) >= MOST or write.key in {other.key for other, _ in batch}):
+                self._end(batch)
+                batch, size = [], len(value or b"")
+            batch.append((write, value))
+        if batch:
+            self._end(batch)
 
-    def _end(self, writes: Sequence[Begun]) -> list[WriteVersion | None]:
+    def _end(self, batch: Sequence[tuple[Begun, Data | None]]) -> None:
+        writes = [write for write, _ in batch]
         keys = [write.key for write in writes]
         report = HideReport()
 
-        def act() -> list[WriteVersion | None]:
-            versions: list[WriteVersion | None] = []
-            with self._session.section() as (process, index):
-                for write in writes:
-                    # if the begin was not recorded, concurrent writes may have been missed
-                    alone = write.version is not None and write.version == current_version(process, write.key)
-                    version = self._count(process, index, write.key)
-                    versions.append(version if alone else None)
-                index.tables.drop_writings(write.row for write in writes)
-                tombstones = self._mark_keys_deleted(process, index, keys, report)
-            self._unlink_deleted(tombstones)
-            return versions
+        def end(new: Sequence[PendingEntry]) -> None:
+            tombstones: list[Tombstone] = []
+            with ExitStack() as stack:
+                stack.callback(lambda: self._unlink_deleted(tombstones))
+                staged = self._publisher.try_staged(new, stack)
+                with self._session.section() as (process, index), self._space.freeing_tombstones(index):
+                    # a value that another process wrote meanwhile is not stored
+                    alone = [item for item in staged.items if item.pending.is_current(process)]
+                    versions = {key: self._count(process, index, key) for key in keys}
+                    index.tables.drop_writings(write.row for write in writes)
+                    tombstones += self._mark_keys_deleted(process, index, keys, report)
+                    for item in alone:
+                        item.pending.version = versions[item.pending.entry.key]
+                    staged.enter(process, index, alone)
+                    index.commit()
+            for item in staged.items:
+                if item.failure is not None:
+                    self._pending.record_fault(item.failure)
+
+        def act() -> None:
+            # without its begin in the index, a write may have missed concurrent ones
+            new = [
+                PendingEntry(Entry(write.key), value, write.version)
+                for write, value in batch
+                if value is not None and write.version is not None
+            ]
+            try:
+                end(new)
+            except NoRoom:
+                # the index has no room for the new rows: the old ones must go nevertheless
+                end([])
 
         try:
-            return self._must_invalidate(keys, act, report, "a write has ended", writes) or [None] * len(writes)
+            self._must_invalidate(keys, act, report, "a write has ended", writes)
         finally:
             # a row that remains belongs to no write from here on: the next recovery invalidates its key
             self._session.writing.difference_update(write.row for write in writes)

@@ -103,6 +103,8 @@ class Guard:
 
     def __init__(self, path: str, timeout: float) -> None:
         self.fd = open_lock_file(path)
+        status = os.fstat(self.fd)
+        self.identity = status.st_dev, status.st_ino
         self._path = path
         self.timeout = timeout
         self._mutex = threading.Lock()
@@ -161,7 +163,7 @@ class Guard:
             there = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return os.path.samestat(there, os.fstat(self.fd))
+        return (there.st_dev, there.st_ino) == self.identity
 
     def before_fork(self) -> bool:
         """Block all threads from the guard before a fork; returns False if a thread held it for too long."""

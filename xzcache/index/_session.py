@@ -116,7 +116,7 @@ class Registration:
         except BaseException:
             self.guard.close()
             raise
-        self.number = os.fstat(self.guard.fd).st_ino << 64 | os.fstat(self.writes.fd).st_ino
+        self.number = self.guard.identity[1] << 64 | os.fstat(self.writes.fd).st_ino
         self.storing = StoringLock(self.writes.fd, self.guard.fd)
         self.owners = ByteLocks(self.guard.fd)
         self.keys = ByteLocks(self.writes.fd)
@@ -136,8 +136,7 @@ class Registration:
         self._recorded: dict[str, str] = {}
         self._note_number = 0
         self.is_writing = False
-        status = os.fstat(self.guard.fd)
-        self.identity = status.st_dev, status.st_ino
+        self.identity = self.guard.identity
         """Distinguishes this directory from another one at the same path."""
 
     def waits_for_others(self, seconds: float) -> bool:
@@ -266,7 +265,7 @@ class Registration:
 
     def write_serial(self, index: Index) -> None:
         """Write down how far the index got, so that one that lost its last transactions is noticed; under the guard."""
-        serial = index.serial()
+        serial = index.committed_serial
         if serial != self._serial:
             self._serial = serial
             self._write(1, serial)
@@ -773,7 +772,7 @@ class IndexSession:
             with suppress(OSError):
                 os.rmdir(f"{self.meta}/tmp/{process.owner}")
             if self.checked is not None and self.checked[0] == process.generation:
-                self.checked = process.generation, index.serial()
+                self.checked = process.generation, index.committed_serial
 
     # -- fork
 

@@ -314,6 +314,8 @@ class Index:
             self.connection.close()
             raise
         self._do = self.connection.execute
+        self._changes = -1
+        self.committed_serial = 0
         self.tables = Tables(self.connection)
         self.history = History(self.connection)
 
@@ -345,8 +347,12 @@ class Index:
             time.sleep(_PAUSE)
 
     def commit(self) -> None:
-        if self.connection.in_transaction:
+        connection = self.connection
+        if connection.in_transaction:
+            # read in the transaction: afterwards, SQLite would take its locks and look for a journal once more
+            serial = self.serial() if connection.total_changes != self._changes else self.committed_serial
             self._do("COMMIT")
+            self._changes, self.committed_serial = connection.total_changes, serial
 
     def rollback(self) -> None:
         if self.connection.in_transaction:

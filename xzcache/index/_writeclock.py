@@ -12,7 +12,7 @@ from xzcache.index._locks import open_lock_file
 from xzcache.model import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 _MOST_SEEN: Final = 4096
@@ -74,25 +74,31 @@ class WriteCounters:
     def read(self, counter: int) -> int:
         return self._read(counter % self.COUNT)
 
-    def lost(self) -> int:
-        """The number of writes that could not be counted; each may have been to any key."""
-        return self._read(self.COUNT + 1)
+    def current(self) -> tuple[int, dict[int, int]]:
+        """The number of lost writes, and the counters that were read since the last write: one read of the file.
 
-    def before(self, counters: Sequence[int]) -> tuple[int, ...]:
-        """The lost writes and the values of some counters, perhaps from just before a concurrent increment.
-
-        Most calls need only one read of the file. Slightly old values are safe: a publish compares them with the
-        current ones.
+        A counter that is being incremented without the guard may still have its old value, as its total is incremented
+        last. That is safe, because no file is unlinked before that: a publish that misses the increment comes before
+        the invalidation.
         """
         totals = os.pread(self.fd, 16, self.COUNT * 8)
         seen, counts = self._seen
         if seen != totals or len(counts) > _MOST_SEEN:
             counts = {}
             self._seen = totals, counts
+        return int.from_bytes(totals[8:], "little"), counts
+
+    def values(self, counters: Sequence[int], counts: dict[int, int]) -> Iterator[int]:
+        """The values of some counters; those that are not in `counts` are read and added to it."""
         for counter in counters:
-            if counter not in counts:
-                counts[counter] = self.read(counter)
-        return (int.from_bytes(totals[8:], "little"), *[counts[counter] for counter in counters])
+            if (value := counts.get(counter)) is None:
+                value = counts[counter] = self._read(counter % self.COUNT)
+            yield value
+
+    def before(self, counters: Sequence[int]) -> tuple[int, ...]:
+        """The lost writes and the values of some counters; most calls need only one read of the file."""
+        lost, counts = self.current()
+        return (lost, *self.values(counters, counts))
 
     def increment(self, counter: int) -> None:
         """Count one write."""
@@ -102,7 +108,12 @@ class WriteCounters:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._raise(self.COUNT + 1)
-        self._raise(self.COUNT)
+        try:
+            self._raise(self.COUNT)
+        except OSError:
+            # a counter that was raised counts only once the totals have changed
+            self._raise(self.COUNT + 1)
+            raise
 
     def _read(self, position: int) -> int:
         raw = os.pread(self.fd, 8, position * 8)
