@@ -58,10 +58,14 @@ def in_section(session: IndexSession, action: Callable[[Index], Any]) -> Any:
 
 def test_a_section_is_one_transaction(session: IndexSession, other: IndexSession) -> None:
     in_section(session, lambda index: add(index, "s/a"))
-    with pytest.raises(KeyError), session.section() as (_, index):
+
+    def fail(index: Index) -> None:
         add(index, "s/b")
         add(index, "t/b")
         raise KeyError
+
+    with pytest.raises(KeyError):
+        in_section(session, fail)
     assert [row.entry.key for row in in_section(other, lambda index: list(index.rows()))] == ["s/a"]
     # a source that only the transaction knew is known again
     in_section(session, lambda index: add(index, "t/b"))
@@ -218,8 +222,8 @@ def test_a_lease_is_not_taken_back_while_it_is_spent(session: IndexSession, othe
         assert not other.process().storing.exclude(0.05)
     assert other.process().storing.exclude(PATIENCE)
     try:
+        session.timeout = 0.05
         with pytest.raises(Busy):
-            session.timeout = 0.05
             session.storing().__enter__()
         with other.section() as (process, index):
             process.revoke_leases(index)

@@ -74,11 +74,11 @@ def test_what_a_stamp_cannot_hold_is_not_cacheable() -> None:
 # -- errors
 
 
-def failing(path: Path, *statements: str) -> sqlite3.Error:
+def failing(path: Path, statement: str, before: str = "") -> sqlite3.Error:
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as connection:
+        connection.execute(before)
         with pytest.raises(sqlite3.Error) as caught:
-            for statement in statements:
-                connection.execute(statement)
+            connection.execute(statement)
         return caught.value
 
 
@@ -89,7 +89,7 @@ def test_an_error_of_sqlite_becomes_the_fault_that_it_is(tmp_path: Path) -> None
         other.execute("BEGIN EXCLUSIVE")
         assert type(model.translated(failing(path, "SELECT * FROM entry"))) is model.Busy
         other.execute("COMMIT")
-    full = failing(path, "PRAGMA max_page_count = 3", "INSERT INTO entry VALUES(zeroblob(100000))")
+    full = failing(path, "INSERT INTO entry VALUES(zeroblob(100000))", "PRAGMA max_page_count = 3")
     assert type(model.translated(full)) is model.NoRoom
     garbage.write_bytes(b"no index at all " * 256)
     for damage in (failing(garbage, "SELECT * FROM entry"), failing(path, "SELECT * FROM other")):
