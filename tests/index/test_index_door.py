@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import PATIENCE, until
 
 from xzcache import index as door
 from xzcache.index import Index, IndexSession, Registration, WriteCounters
 from xzcache.model import Busy, CacheFault, Damaged, Entry, Foreign
-
-PATIENCE = 60.0
 
 
 def begin(session: IndexSession, generation: int) -> None:
@@ -233,6 +232,30 @@ def test_a_lease_is_not_taken_back_while_it_is_spent(session: IndexSession, othe
     session.timeout = PATIENCE
     with session.storing() as spending:
         assert spending.free == 0
+
+
+def test_who_wants_to_be_alone_is_not_starved(session: IndexSession, other: IndexSession) -> None:
+    in_section(other, lambda index: index.serial())
+    sharing, alone = session.process().storing, other.process().storing
+
+    def is_kept_out(lock: Any) -> bool:
+        if lock.share(0):
+            lock.unshare()
+            return False
+        return True
+
+    assert sharing.share(0)
+    with ThreadPoolExecutor(1) as threads:
+        closing_the_door = threads.submit(alone.exclude, PATIENCE)
+        until(lambda: is_kept_out(sharing) and is_kept_out(alone))
+        assert not closing_the_door.done()
+        sharing.unshare()
+        assert closing_the_door.result(PATIENCE)
+    assert is_kept_out(sharing)
+    assert is_kept_out(alone)
+    alone.readmit()
+    assert not is_kept_out(sharing)
+    assert not is_kept_out(alone)
 
 
 def test_a_process_is_alive_while_its_byte_is_locked(session: IndexSession, other: IndexSession) -> None:
