@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from urllib.request import urlopen
 import pytest
 from browser import browser, needs_browser
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
-from processes import PATIENCE, Dataset
+from processes import PATIENCE, Dataset, until
 
 import xzcache
 from xzcache.dask import CacheDashboard
@@ -34,15 +33,6 @@ PAGE = "/individual-xzcache"
 needs_bokeh = pytest.mark.skipif(
     importlib.util.find_spec("bokeh") is None, reason="without bokeh there is no dashboard"
 )
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for what comes by a timer of somebody else's."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never happens"
-        time.sleep(0.2)
-    return found
 
 
 @contextmanager

@@ -24,10 +24,10 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from clusters import Address, cluster, kill_one, metrics, pids, threads, total, until
+from clusters import Address, cluster, kill_one, metrics, pids, threads, total
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, get_task_stream
 from distributed.protocol import serialize_bytelist
-from processes import PATIENCE, Child, Dataset, Gate, Source, Team, audit, findings, opened_index, visit
+from processes import PATIENCE, Child, Dataset, Gate, Source, Team, audit, findings, opened_index, until, visit
 from servers import S3Server, s3_server, words
 from zarr.storage import LocalStore
 

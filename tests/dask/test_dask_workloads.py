@@ -18,9 +18,9 @@ import dask
 import dask.array
 import pytest
 import zarr
-from clusters import cluster, kill_one, metrics, pids, total, until
+from clusters import cluster, kill_one, metrics, pids, total
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, span
-from processes import PATIENCE, Dataset, audit, visit
+from processes import PATIENCE, Dataset, audit, until, visit
 
 import xzcache
 from xzcache.directory import _registry as registry

@@ -12,17 +12,15 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import PATIENCE, until
 
 PACKAGE = Path(__file__).parents[2]
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
-PATIENCE = 60.0
 
 PROGRAM = """
 import asyncio, os, signal, sys
@@ -155,13 +153,6 @@ def test_nobody_serves_by_path_before_the_loss_of_power_was_seen_to(folder: Path
         connection.execute("BEGIN EXCLUSIVE")
         assert perform(folder, "get:a/c/0", "get:a/c/0", prefix=another_boot(folder)) == ["a/c/0 new"] * 2
     assert perform(folder, "get:a/c/0", prefix=another_boot(folder)) == ["a/c/0 new"]
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def hits_of(folder: Path, number: int) -> list[str]:

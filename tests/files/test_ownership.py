@@ -15,7 +15,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import zarr
 from containers import PATIENCE, USER, container, environment, needs_containers, reachable, run
+from processes import until
 from sources import CountingStore
 from zarr.storage import LocalStore, MemoryStore
 
@@ -351,13 +351,6 @@ def _used(dask_worker: Any) -> float:
     """As the worker tells the scheduler, and with it the dashboard."""
     used: float = dask_worker.metrics["xzcache_used"](dask_worker)
     return used
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # -- umask

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from processes import audit, visit
+from processes import audit, until, visit
 from sources import buffer, neighbours
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -37,16 +37,6 @@ META = ".xzcache"
 PROTOTYPE = default_buffer_prototype()
 SIZE = 1000
 linux = pytest.mark.skipif(sys.platform != "linux", reason="descriptors and locks are looked at as Linux shows them")
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    """Whether something comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def descriptors(root: Path) -> list[str]:

@@ -23,6 +23,7 @@ from xzcache import pipeline
 from xzcache.directory._namespace import SharedBackend
 
 OURS = "xzcache.pipeline.CachePipeline"
+ZARRS = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 SHAPE = (37, 50)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "raw": {"chunks": (8, 16), "compressors": None},
@@ -58,12 +59,13 @@ def opened(store: Any, path: str = OURS) -> zarr.Array[Any]:
         return zarr.open_array(store, path="a", mode="r")
 
 
+@pytest.mark.parametrize("path", [OURS, ZARRS], ids=["ours", "zarrs"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_selections_show_the_truth_and_ask_once(layout: str, cache_kind: str, tmp_path: Path) -> None:
+def test_all_selections_show_the_truth_and_ask_once(layout: str, path: str, cache_kind: str, tmp_path: Path) -> None:
     source, values = made(layout)
     cache = tmp_path / "cache" if cache_kind == "directory" else zarr.storage.MemoryStore()
-    array = opened(xzcache.CacheStore(source, cache_store=cache))
-    assert type(array.async_array.codec_pipeline) is pipeline.CachePipeline
+    array = opened(xzcache.CacheStore(source, cache_store=cache), path)
+    assert (type(array.async_array.codec_pipeline) is pipeline.CachePipeline) == (path == OURS)
     for selection in SELECTIONS:
         np.testing.assert_array_equal(array[selection], values[selection])
     source.calls.clear()

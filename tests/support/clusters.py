@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import cloudpickle
 import dask
 from distributed import Client, LocalCluster
-from processes import PATIENCE
+from processes import until
 
 Address = str
 
@@ -34,15 +33,6 @@ def cluster(workers: int, **options: Any) -> Iterator[Client]:
 def threads(workers: int, **options: Any) -> Any:
     """A cluster whose workers all run in this process."""
     return cluster(workers, processes=False, **options)
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for what Dask tells nobody about."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never happens"
-        time.sleep(0.1)
-    return found
 
 
 async def _beat(dask_worker: Any) -> None:

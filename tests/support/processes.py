@@ -23,7 +23,7 @@ from contextlib import closing, contextmanager, suppress
 from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -43,6 +43,18 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "xzc
 
 PATIENCE = 60.0
 """Seconds after which something that should have happened long ago is taken for a failure."""
+
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], seconds: float = PATIENCE, *, pause: float = 0.02) -> T:
+    """Wait for something that nothing announces; returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(pause)
+    return found
 
 
 # -- processes

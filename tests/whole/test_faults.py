@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import zarr
-from clusters import until
 from damage import (
     BOUND,
     Faults,
@@ -48,6 +47,7 @@ from damage import (
     read,
     read_anew,
 )
+from processes import until
 from sources import CountingStore, buffer, memory_source
 from sources import read as get
 from zarr.core.sync import sync
@@ -509,9 +509,7 @@ def test_a_call_that_always_fails(
         assert faults.fired
     # when it works again, so does the cache: at once, or after the next probe of a disk that was put aside
     for store in (filled, fresh):
-        end = time.monotonic() + 30
-        while passes(store, counting, "ab")[-1].requests and time.monotonic() < end:
-            time.sleep(0.1)
+        until(lambda store=store: not passes(store, counting, "ab")[-1].requests)
         found = passes(store, counting, "ab", 3)
         assert [p.values for p in found] == expected * 3
         assert [p.requests for p in found[-2:]] == [0, 0]
