@@ -329,7 +329,7 @@ class CacheStore(ReadableView, WritableView):
         self.policy: str = settings.chosen("policy", policy, settings.parse_policy)
         self._asked_policy = policy if isinstance(policy, Unset) else self.policy
         settings.parse_threads("threads", config.get("threads"))
-        self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
+        self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_bound("max_size", max_size)
         settings.parse_flag("read_only", read_only)
         self._given_namespace = checked_namespace(namespace)
         self._given_cache = cache_store
