@@ -100,14 +100,15 @@ def _as_json(value: Any) -> Any:
 class _Shown:
     """A result with a short display for consoles, a table for notebooks, and a dictionary for programs."""
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return self._table().text()
+        return self.table().text()
 
     def _repr_html_(self) -> str:
-        return self._table().html()
+        return self.table().html()
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +162,8 @@ class Info(_Shown):
         """The figures as plain values, for JSON."""
         return dict(vars(self))
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         rows = {"directory": self.directory}
         if self.trouble:
             rows["state"] = self.trouble
@@ -245,7 +247,8 @@ class Sources(_Shown, Sequence[Source]):
         rows = [{**item._asdict(), "last_used": _when(item.last_used)} for item in self]
         return {"directory": self.directory, "state": self.state, "trouble": self.trouble, "sources": rows}
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         names = _display_names(self.items)
         rows = [
             (name, f"{s.entries:,}", shown_size(s.size), f"{s.share:.0%}", _shown_time(s.last_used))
@@ -280,7 +283,8 @@ class Arrays(_Shown, Sequence[Array]):
         source = {**self.source._asdict(), "last_used": _when(self.source.last_used)}
         return {"directory": self.directory, "source": source, "arrays": rows, "other_size": self.other_size}
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         rows = []
         for item in self:
             shape = "x".join(map(str, item.shape)) if item.shape else "scalar" if item.shape == () else "?"
@@ -326,7 +330,8 @@ class Cleared(_Shown):
         where = f" of {self.what}" if self.what else ""
         return f"{did} {self.entries:,} entr{'y' if self.entries == 1 else 'ies'}{where}, {shown_size(self.size)}"
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         return Table("xzcache", note=repr(self))
 
 
@@ -354,7 +359,8 @@ class Resized(_Shown):
             text += f"; {self.evicted:,} entries, {shown_size(self.evicted_size)}, were evicted"
         return f"{text}\n{self.note}" if self.note else text
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         return Table("xzcache", note=repr(self))
 
 
@@ -380,7 +386,8 @@ class Settings(_Shown, Sequence["Setting"]):
         """The settings as plain values, for JSON."""
         return {"settings": [item._asdict() for item in self], "problems": list(self.problems)}
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
         rows = [(item.name, str(item.value), item.origin) for item in self]
         return Table("xzcache", ("setting", "value", "from"), rows, note="\n".join(self.problems))
 
