@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar, overload
 
@@ -366,10 +366,16 @@ class Resized(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Settings(_Shown, Sequence["Setting"]):
-    """The settings of this process and their origins; `problems` are names that xzcache does not know."""
+    """The settings of this process and their origins.
 
-    items: tuple[Setting, ...] = ()
-    problems: tuple[str, ...] = field(default=())
+    `problems` are names that xzcache does not know; `directory` is the cache that is meant, and `bound` the bound that
+    it has, which a configured one changes only when the cache is opened.
+    """
+
+    items: tuple[Setting, ...]
+    problems: tuple[str, ...]
+    directory: str
+    bound: str | None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -384,12 +390,15 @@ class Settings(_Shown, Sequence["Setting"]):
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON."""
-        return {"settings": [item._asdict() for item in self], "problems": list(self.problems)}
+        rows = [item._asdict() for item in self]
+        return {"settings": rows, "problems": list(self.problems), "directory": self.directory, "bound": self.bound}
 
     def table(self) -> Table:
         """The figures as a table, for displays."""
         rows = [(item.name, str(item.value), item.origin) for item in self]
-        return Table("xzcache", ("setting", "value", "from"), rows, note="\n".join(self.problems))
+        bound = f", its bound is {self.bound}" if self.bound else ""
+        note = "\n".join([f"the cache is {self.directory}{bound}", *self.problems])
+        return Table("xzcache", ("setting", "value", "from"), rows, note=note)
 
 
 class Setting(NamedTuple):
@@ -457,10 +466,10 @@ def _must(root: str, action: Callable[[], T]) -> T:
         raise CacheUnavailable(_state_of(error, root)[1]) from error
 
 
-def _sources(inspector: Inspector, *, before: int = 0) -> tuple[list[Source], dict[str, tuple[int, int]]]:
-    """The sources, and for each what was not used since a time, in ns."""
+def _sources(inspector: Inspector, before: int | None = 0) -> tuple[list[Source], dict[str, tuple[int, int]]]:
+    """The sources, and for each what was not used since a time, in ns; with None, their uses are left out."""
     found = inspector.sources()
-    uses = inspector.uses(before)
+    uses = {} if before is None else inspector.uses(before)
     whole = sum(source.size for source in found)
     listed = []
     old = {}
@@ -611,7 +620,7 @@ def ls(source: Any = None, directory: str | os.PathLike[str] | None = None) -> S
     _settled(root)
     try:
         with Inspector(root) as inspector:
-            found, _ = _sources(inspector)
+            found, _ = _sources(inspector, 0 if source is None else None)
             if source is None:
                 return Sources(root, tuple(found))
             return _arrays(inspector, _find(source, found, root))
@@ -646,6 +655,7 @@ def _arrays(inspector: Inspector, source: Source) -> Arrays:
         size += objects.size
         if (grid := grids.get(path)) is not None or objects != Objects():
             rows.append(_row(path or "/", grid, objects))
+    source = source._replace(last_used=max((row.last_used for row in rows if row.last_used is not None), default=None))
     return Arrays(inspector.root, source, tuple(rows), max(0, source.size - size))
 
 
@@ -730,9 +740,12 @@ def clear(
         return Cleared(root, None, 0, 0, dry_run)
     _settled(root)
     since = 0 if age is None else time.time_ns() - int(age * 1e9)
+    opened = open_directory(root)
+    if not dry_run:
+        # a damaged index is rebuilt
+        _must(root, opened.must_prepare)
     what, entries, size = _counted(root, source, since)
     if not dry_run:
-        opened = open_directory(root)
         if age is None and what != "":
             _must(root, lambda: opened.clear(what or ""))
         else:
@@ -743,16 +756,12 @@ def clear(
 
 def _counted(root: str, source: Any, since: int) -> tuple[str | None, int, int]:
     """The namespace that is meant, None for all, and what would be removed of it."""
-    try:
+
+    def count() -> tuple[list[Source], dict[str, tuple[int, int]]]:
         with Inspector(root) as inspector:
-            found, old = _sources(inspector, before=since)
-    except Damaged as error:
-        # a rebuilt index is cleared as well, but nobody can tell of how much
-        if source is None:
-            return None, 0, 0
-        raise CacheUnavailable(_state_of(error, root)[1]) from error
-    except (CacheFault, OSError) as error:
-        raise CacheUnavailable(_state_of(error, root)[1]) from error
+            return _sources(inspector, since or None)
+
+    found, old = _must(root, count)
     if source is not None:
         found = [_find(source, found, root)]
     counts = [old[s.namespace] if since else (s.entries, s.size) for s in found]
@@ -797,8 +806,10 @@ def resize(max_size: int | str | None, directory: str | os.PathLike[str] | None 
         words = "" if bound is None else f"; max_size={shown_size(bound)!r} or XZCACHE_MAX_SIZE sets its first bound"
         raise CacheUnavailable(_state_of(FileNotFoundError(), root)[1] + words)
     _settled(root)
-    before = _must(root, lambda: _totals(root))
     opened = open_directory(root)
+    # a damaged index is rebuilt
+    _must(root, opened.must_prepare)
+    before = _must(root, lambda: _totals(root))
     _must(root, lambda: opened.change_bound(bound))
     after = _must(root, lambda: _totals(root))
     note = ""
@@ -849,7 +860,9 @@ def check(directory: str | os.PathLike[str] | None = None, *, repair: bool = Fal
     return _must(root, lambda: audit(opened, repair=repair))
 
 
-def settings() -> Settings:
-    """Each setting of this process, its value, and where it came from."""
+def settings(directory: str | os.PathLike[str] | None = None) -> Settings:
+    """Each setting of this process, its value, and where it came from; and the bound that the cache has by now."""
     items = tuple(Setting(name, config.get(name, default), origin_of(name)) for name, default in DEFAULTS.items())
-    return Settings(items, tuple(unknown_settings()))
+    now = info(directory)
+    bound = shown_bound(now.max_size) if now.state == "ok" else None
+    return Settings(items, tuple(unknown_settings()), now.directory, bound)

@@ -245,6 +245,11 @@ def clear(
 
     The sources themselves are left alone, and running programs go on: they fetch again what they need.
     """
+    if older_than is not None:
+        try:
+            manage.parse_since("--older-than", older_than)
+        except ValueError:
+            raise BadInput(f'--older-than {older_than!r} is not accepted: give "7d", "12h", "30m" or "90s"') from None
     if not dry_run and not yes:
         would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
         if would.entries:
@@ -273,7 +278,10 @@ def resize(size: str, yes: bool, directory: str | None, as_json: bool) -> None:
 
     What does not fit any more is evicted at once, the least recently used first.
     """
-    bound = None if size.lower() in ("none", "null") else parse_bound("SIZE", size)
+    try:
+        bound = None if size.lower() in ("none", "null") else parse_bound("SIZE", size)
+    except ValueError:
+        raise BadInput(f'SIZE {size!r} is not accepted: give "50GB", "500 MB" or, for no bound, "none"') from None
     used = manage.info(directory).used
     if bound is not None and used > bound:
         _confirm(f"evict {shown_size(used - bound)} to come down to {shown_bound(bound)}", yes=yes)
@@ -319,14 +327,15 @@ Examples:
 """,
     short_help="Each setting, its value, and where it came from.",
 )
+@_directory
 @_json
 @_one_line_errors
-def config_(as_json: bool) -> None:
+def config_(directory: str | None, as_json: bool) -> None:
     """Show each setting, its value, and where it came from: the environment, a YAML file, Dask, or the default.
 
     The exit code is 1 if a name is configured that is no setting.
     """
-    found = manage.settings()
+    found = manage.settings(directory)
     _print(found, as_json=as_json)
     _end(ok=found.ok)
 

@@ -351,7 +351,7 @@ class CacheDirectory:
         self.barrier.request_bound(max_size)
         self.barrier.reapply_bound()
         self._prepared = None
-        self._must(lambda: None)
+        self.must_prepare()
 
     def clear(self, namespace: str) -> None:
         """Invalidate all entries of a namespace, or, with an empty one, of the cache.
@@ -383,12 +383,16 @@ class CacheDirectory:
             after = end
 
     def _must(self, action: Callable[[], T]) -> T:
-        """Prepare the directory and run an action, where a failure is the caller's to report."""
+        self.must_prepare()
+        return self.barrier.with_rebuild(action)
+
+    def must_prepare(self) -> None:
+        """Like `prepare`, where a failure is the caller's to report; raises `CacheFault` or `OSError`."""
         if self.health.is_aside:
             raise Busy(f"the disk of {self.root} does not answer")
+        self.reopen()
         with self._preparing:
             self.barrier.with_rebuild(lambda: self.is_prepared or self._prepare())
-        return self.barrier.with_rebuild(action)
 
     def set_min_free(self, min_free: float | int) -> None:
         """Ask for another reserve of free disk, in this process."""

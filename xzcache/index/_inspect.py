@@ -233,35 +233,25 @@ class Inspector:
         """The cached objects beneath a prefix, but for those with the name of a document directly beneath it."""
         where, bounds = range_of(prefix)
         besides = tuple(f"{prefix}/{name}" for name in documents)
-        at: tuple[str, int, int] = ("", -1, -1)
         with self._section() as index:
             (missing,) = index.execute(f"SELECT count(*) FROM absent{where}", bounds).fetchone()
         counted = Objects(missing=missing)
-        while True:
+        after: str | None = ""
+        while after is not None:
             with self._section() as index:
-                rows = index.execute(
-                    f"SELECT key, start, stop, size, used FROM entry{where} AND (key, start, stop) > (?, ?, ?) "
-                    "ORDER BY key, start, stop LIMIT ?",
-                    (*bounds, *at, _BATCH),
-                ).fetchall()
-            counted = _add(counted, rows, at[0], besides)
-            if len(rows) < _BATCH:
-                return counted
-            at = rows[-1][:3]
-
-
-def _add(
-    counted: Objects, rows: list[tuple[str, int, int, int, int]], before: str, besides: tuple[str, ...]
-) -> Objects:
-    whole, partial, missing, size, last = counted
-    for key, start, stop, bytes_, used in rows:
-        if key in besides:
-            continue
-        size += bytes_
-        last = max(last, used)
-        if start == 0 and stop == -1:
-            whole += 1
-        elif key != before:
-            partial += 1
-        before = key
-    return Objects(whole, partial, missing, size, last)
+                end = index.execute(
+                    f"SELECT key FROM entry{where} AND key > ? ORDER BY key LIMIT 1 OFFSET ?", (*bounds, after, _BATCH)
+                ).fetchone()
+                until = ("", ()) if end is None else (" AND key <= ?", end)
+                whole, partial, size, last = index.execute(
+                    "SELECT coalesce(sum(start = 0 AND stop = -1), 0), "
+                    "count(DISTINCT CASE WHEN start != 0 OR stop != -1 THEN key END), coalesce(sum(size), 0), "
+                    f"coalesce(max(used), 0) FROM entry{where} AND key > ?{until[0]} "
+                    f"AND key NOT IN ({', '.join('?' * len(besides))})",
+                    (*bounds, after, *until[1], *besides),
+                ).fetchone()
+            counted = Objects(
+                counted.whole + whole, counted.partial + partial, missing, counted.size + size, max(counted.last, last)
+            )
+            after = None if end is None else end[0]
+        return counted
