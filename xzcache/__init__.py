@@ -11,7 +11,7 @@ from xzcache._config import config
 from xzcache._xarray_hook import install
 from xzcache.directory import cleanup_resources
 from xzcache.local import LockedLocalStore
-from xzcache.store import CacheStore
+from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache._manage import CacheUnavailable, check, clear, info, ls, resize
@@ -25,7 +25,9 @@ __version__ = version("xzcache")
 sys.modules.update(dict.fromkeys(("xzcache._identity", "xzcache._sources"), import_module("xzcache.sources")))
 
 __all__ = [
+    "CacheInfo",
     "CachePlugin",
+    "CacheStats",
     "CacheStore",
     "CacheUnavailable",
     "LockedLocalStore",

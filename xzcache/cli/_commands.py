@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import os
 import sys
 from functools import wraps
@@ -285,8 +284,6 @@ def resize(size: str, yes: bool, directory: str | None, as_json: bool) -> None:
     used = manage.info(directory).used
     if bound is not None and used > bound:
         _confirm(f"evict {shown_size(used - bound)} to come down to {shown_bound(bound)}", yes=yes)
-    # the result says what the log would
-    logging.getLogger("xzcache").setLevel(logging.ERROR)
     _print(manage.resize(bound, directory), as_json=as_json)
 
 

@@ -314,9 +314,8 @@ class CacheDirectory:
         left = recovery.recover(self.session)
         self.writes.invalidate_returned()
         self.writes.adopt(left)
-        before = self.barrier.apply_bound()
         evictions = self.space.evictions
-        freed = self.space.enforce_bound()
+        before, freed = self._apply_bound()
         if freed and before is not UNSET:
             logger.warning(
                 "max_size=%s lowers the bound of the cache in %s from %s: %d entries, %s, are evicted",
@@ -331,6 +330,10 @@ class CacheDirectory:
             pool.spawn(self._remove_dead_notes)
         self._prepared = self.session.current, bound
         return True
+
+    def _apply_bound(self) -> tuple[int | Unset | None, int]:
+        """Apply the requested bound; returns the bound before, if it was lowered, and the bytes that were freed."""
+        return self.barrier.apply_bound(), self.space.enforce_bound()
 
     def _remove_dead_notes(self) -> None:
         self.barrier.try_or(lambda: recovery.remove_dead_notes(self.session), None)
@@ -350,8 +353,7 @@ class CacheDirectory:
         """Change the bound now, evicting what it leaves no room for; raises `CacheFault` or `OSError` if that fails."""
         self.barrier.request_bound(max_size)
         self.barrier.reapply_bound()
-        self._prepared = None
-        self.must_prepare()
+        self.barrier.with_rebuild(self._apply_bound)
 
     def clear(self, namespace: str) -> None:
         """Invalidate all entries of a namespace, or, with an empty one, of the cache.
