@@ -15,10 +15,11 @@ from typing import Final, NamedTuple
 
 TABLE: Final[Mapping[str, str]] = {
     # room: rooms, or modules of the package itself, that it may import
-    "__init__": "store local _xarray_hook xarray dask directory",
+    "__init__": "store local _manage _xarray_hook xarray dask directory",
+    "cli __main__": "_manage",
     "xarray": "store pipeline _xarray_hook sources",
     "dask": "_caches directory reading",
-    "store local pipeline _caches _display _xarray_hook": "reading sources directory anystore",
+    "store local pipeline _caches _display _manage _xarray_hook": "reading sources directory anystore",
     "reading": "sources",
     "directory": "files index eviction",
     "eviction": "index",

@@ -11,9 +11,10 @@ from xzcache._config import config
 from xzcache._xarray_hook import install
 from xzcache.directory import cleanup_resources
 from xzcache.local import LockedLocalStore
-from xzcache.store import CacheStore
+from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
+    from xzcache._manage import CacheUnavailable, check, clear, info, ls, resize
     from xzcache.dask import CachePlugin, cluster_info
     from xzcache.xarray import open_mfdataset, open_zarr
 
@@ -24,22 +25,36 @@ __version__ = version("xzcache")
 sys.modules.update(dict.fromkeys(("xzcache._identity", "xzcache._sources"), import_module("xzcache.sources")))
 
 __all__ = [
+    "CacheInfo",
     "CachePlugin",
+    "CacheStats",
     "CacheStore",
+    "CacheUnavailable",
     "LockedLocalStore",
     "__version__",
+    "check",
     "cleanup_resources",
+    "clear",
     "cluster_info",
     "config",
+    "info",
+    "ls",
     "open_mfdataset",
     "open_zarr",
+    "resize",
 ]
 
 _LATE: Final = {
     "CachePlugin": "xzcache.dask",
+    "CacheUnavailable": "xzcache._manage",
+    "check": "xzcache._manage",
+    "clear": "xzcache._manage",
     "cluster_info": "xzcache.dask",
+    "info": "xzcache._manage",
+    "ls": "xzcache._manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
+    "resize": "xzcache._manage",
 }
 """Names whose modules take long to import."""
 

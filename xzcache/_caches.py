@@ -100,9 +100,12 @@ def cache_store_of(
             return given
         return given.with_bound(max_size, policy)
     if given is None:
-        bound = chosen_max_size() if isinstance(max_size, Unset) else max_size
         with as_found():
-            return _located("directory", default_directory(), bound, policy)
+            if isinstance(max_size, Unset):
+                store = _located("directory", default_directory(), chosen_max_size(), policy)
+                store.is_default = True
+                return store
+            return LockedLocalStore.of_default_cache(default_directory(), max_size, policy)
     if type(given) is LocalStore:
         if isinstance(max_size, Unset) and not _is_cache(given.root):
             # as with Zarr; a directory that is a cache already keeps its bound

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import operator
 import os
@@ -16,16 +18,20 @@ import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 
 import dask.config
 from dask.utils import parse_bytes
 from donfig import Config
+from donfig.config_obj import collect_env, collect_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+
+logger = logging.getLogger("xzcache")
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     # where the default cache of this node is; None: the platform's user cache directory
@@ -126,6 +132,43 @@ def parse_size(name: str, value: Any) -> int | None:
     if size < 0:
         raise _refuse(name, value, accepted)
     return size
+
+
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+_SMALL: Final = 1_000_000
+
+
+def shown_size(size: float) -> str:
+    """A size for people, in decimal units, as sizes are asked for: ``"20 GB"``, ``"1.23 MB"``."""
+    unit = 0
+    while abs(size) >= 999.5 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    text = f"{size:.0f}" if unit == 0 or abs(size) >= 99.95 else f"{size:.3g}"
+    return f"{text} {_UNITS[unit]}"
+
+
+def shown_bound(bound: int | Unset | None) -> str:
+    """The bound of a cache for people."""
+    return shown_size(bound) if isinstance(bound, int) else "no bound"
+
+
+def parse_bound(name: str, value: Any) -> int | None:
+    """As `parse_size`, for the bound of a cache: a bound that holds hardly any chunk is logged, once for each."""
+    size = parse_size(name, value)
+    if size is not None and size < _SMALL:
+        _warn_of_small(size, repr(value) if isinstance(value, str) else str(value))
+    return size
+
+
+@cache
+def _warn_of_small(size: int, given: str) -> None:
+    unit = " (without a unit, it is a number of bytes)" if given[1:-1].strip().isdecimal() and given[0] == "'" else ""
+    logger.warning(
+        'max_size=%s is %s, a bound that holds hardly any chunk%s: sizes are given as "10 GB" or "500 MB"',
+        given,
+        shown_size(size),
+        unit,
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -320,4 +363,48 @@ def chosen_max_size() -> int | Unset | None:
     A directory keeps its bound; the default must not lower it.
     """
     value = config.get("max_size")
-    return UNSET if value == DEFAULTS["max_size"] else parse_size("max_size", value)
+    return UNSET if value == DEFAULTS["max_size"] else parse_bound("max_size", value)
+
+
+def origin_of(name: str) -> str:
+    """Where the value of a setting came from, for people."""
+    value, key = config.get(name, None), f"{config.env_prefix}{name.upper()}"
+    if key in config.env and _is_of_environment(key, value):
+        return f"environment, {key}"
+    for path, found in reversed(_yaml_files()):
+        if found.get(name, found.get(name.replace("_", "-"), UNSET)) == value:
+            return f"file {path}"
+    if name in (section := _of_dask()) and section[name] == value:
+        return f"Dask's configuration, xzcache.{name}"
+    return "default" if value == DEFAULTS.get(name) else "xzcache.config.set"
+
+
+def _is_of_environment(key: str, value: Any) -> bool:
+    collected = collect_env(config.env_prefix, {key: config.env[key]})
+    return bool(collected == {key[len(config.env_prefix) :].lower(): value})
+
+
+def _yaml_files() -> list[tuple[str, dict[str, Any]]]:
+    """The configuration files in the order in which they are read, and their contents."""
+    found = []
+    for place in config.paths:
+        names = sorted(os.listdir(place)) if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK) else []
+        for path in [os.path.join(place, name) for name in names] if os.path.isdir(place) else [place]:
+            if path.lower().endswith((".json", ".yaml", ".yml")):
+                found += [(path, each) for each in collect_yaml([path]) if isinstance(each, dict)]
+    return found
+
+
+def unknown_settings() -> list[str]:
+    """One line for each configured name that is no setting of xzcache."""
+    prefix, ours = config.env_prefix, {"CONFIG", "ROOT_CONFIG", "INTERNAL_INHERIT_CONFIG"}
+    named = [(f"environment, {key}", key[len(prefix) :]) for key in config.env if key.startswith(prefix)]
+    named = [(where, key.lower()) for where, key in named if key not in ours]
+    named += [(f"file {path}", str(name)) for path, found in _yaml_files() for name in found]
+    named += [("Dask's configuration", name) for name in _of_dask()]
+    lines = []
+    for where, name in named:
+        if (plain := name.replace("-", "_")) not in DEFAULTS:
+            close = difflib.get_close_matches(plain, DEFAULTS, 1)
+            lines.append(f"{where}: {name} is no setting" + (f", did you mean {close[0]}?" if close else ""))
+    return lines

@@ -21,11 +21,11 @@ from xzcache._config import (
     Unset,
     as_found,
     config,
+    parse_bound,
     parse_flag,
     parse_min_free,
     parse_policy,
     parse_root,
-    parse_size,
     parse_threads,
 )
 from xzcache._display import one_line
@@ -75,6 +75,9 @@ class LockedLocalStore(LocalStore):
     it. Pickling carries the root and the settings.
     """
 
+    is_default = False
+    """Whether this is the default cache of the machine, whose bound a `max_size` raises but never lowers."""
+
     def __init__(
         self,
         root: Path | str,
@@ -87,7 +90,7 @@ class LockedLocalStore(LocalStore):
         place = parse_root(root)
         parse_flag("read_only", read_only)
         parse_threads("threads", config.get("threads"))
-        self.max_size = max_size if isinstance(max_size, Unset) else parse_size("max_size", max_size)
+        self.max_size = max_size if isinstance(max_size, Unset) else parse_bound("max_size", max_size)
         self.min_free = min_free if isinstance(min_free, Unset) else parse_min_free("min_free", min_free)
         parse_policy("policy", config.get("policy") if isinstance(policy, Unset) else policy)
         self.policy = policy
@@ -96,6 +99,15 @@ class LockedLocalStore(LocalStore):
         is_there = os.path.realpath(place) == self._directory.root
         super().__init__(place if is_there else Path(self._directory.root), read_only=read_only)
         self._use = self._directory.used_by(self)
+
+    @classmethod
+    def of_default_cache(cls, root: str, max_size: int | Unset | None, policy: str | Unset) -> Self:
+        """The default cache, for `CacheStore`, with a bound that was asked for there."""
+        store = cls(root, policy=policy)
+        store.is_default = True
+        if not isinstance(max_size, Unset):
+            store._directory.set_bound(max_size, only_raise=True)
+        return store
 
     @property
     def directory(self) -> CacheDirectory:
@@ -110,6 +122,8 @@ class LockedLocalStore(LocalStore):
     def with_bound(self, max_size: int | Unset | None, policy: str | Unset) -> Self:
         """The same directory, for `CacheStore`, with a bound and a policy that were asked for there."""
         with as_found():
+            if self.is_default:
+                return self.of_default_cache(self._given_root, max_size, policy)
             return type(self)(self._given_root, max_size=max_size, policy=policy)
 
     @classmethod

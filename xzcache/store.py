@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import inspect
+import warnings
+from collections.abc import Coroutine, Generator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, cast
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from xzcache import _config as settings
@@ -235,6 +238,71 @@ class WritableView(SourceView):
 
 # -- The store itself.
 
+
+class CacheInfo(TypedDict):
+    """The result of `CacheStore.cache_info`; sizes in bytes."""
+
+    cache_store_type: str
+    max_age_seconds: Age
+    max_size: int | None
+    cache_set_data: bool
+    current_size: int
+    tracked_keys: int
+    cached_keys: int
+    total_size: int
+    total_keys: int
+    cache_directory: str | None
+
+
+class CacheStats(TypedDict):
+    """The result of `CacheStore.cache_stats`; sizes in bytes, times in seconds."""
+
+    hits: int
+    misses: int
+    evictions: int
+    total_requests: int
+    hit_rate: float
+    bytes_from_cache: int
+    bytes_from_source: int
+    seconds_from_cache: float
+    seconds_from_source: float
+    cache_errors: int
+
+
+class _Clearing(Coroutine[Any, Any, None]):
+    """The coroutine of `CacheStore.clear_cache`, which says what to write if it is never awaited."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._coroutine = coroutine
+        self._is_used = False
+
+    def send(self, value: Any) -> Any:
+        self._is_used = True
+        return self._coroutine.send(value)
+
+    def throw(self, *args: Any) -> Any:
+        self._is_used = True
+        return self._coroutine.throw(*args)
+
+    def close(self) -> None:
+        self._is_used = True
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        self._is_used = True
+        return self._coroutine.__await__()
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            self.close()
+            warnings.warn(
+                "nothing was cleared: clear_cache() is a coroutine, as in Zarr, and was not awaited; write `await "
+                "store.clear_cache()`, or `store.clear_cache_sync()`, which needs no event loop",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 _LONGEST_LOOK: Final = 0.2
 """Seconds for which a table in a notebook may wait for its figures."""
 
@@ -329,7 +397,7 @@ class CacheStore(ReadableView, WritableView):
         self.policy: str = settings.chosen("policy", policy, settings.parse_policy)
         self._asked_policy = policy if isinstance(policy, Unset) else self.policy
         settings.parse_threads("threads", config.get("threads"))
-        self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_size("max_size", max_size)
+        self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_bound("max_size", max_size)
         settings.parse_flag("read_only", read_only)
         self._given_namespace = checked_namespace(namespace)
         self._given_cache = cache_store
@@ -405,7 +473,13 @@ class CacheStore(ReadableView, WritableView):
     @property
     def max_size(self) -> int | None:
         """The bound of the whole cache, in bytes; None for no bound."""
-        return self._asked_max_size if not isinstance(self._asked_max_size, Unset) else self._backend.bound
+        return self._backend.bound if isinstance(self._certain_bound, Unset) else self._certain_bound
+
+    @property
+    def _certain_bound(self) -> int | Unset | None:
+        """The bound that was asked for, where the cache has it: the default cache may have a larger one."""
+        is_default = isinstance(self._cache, LockedLocalStore) and self._cache.is_default
+        return UNSET if is_default else self._asked_max_size
 
     def close(self) -> None:
         """Close the source, and release the cache. The entries stay, and the store can be used again."""
@@ -482,7 +556,7 @@ class CacheStore(ReadableView, WritableView):
 
     def _repr_html_(self) -> str:
         is_open = self._backend.is_open
-        info: dict[str, Any] = {}
+        info: Mapping[str, Any] = {}
         if is_open:
             # a notebook runs an event loop, so do not wait for publishes or for other processes
             with suppress(TimeoutError):
@@ -492,15 +566,15 @@ class CacheStore(ReadableView, WritableView):
 
     # -- the cache
 
-    def cache_info(self) -> dict[str, Any]:
+    def cache_info(self) -> CacheInfo:
         """The state of the cache, under Zarr's names and those of xzcache.
 
         Returns
         -------
-        dict
-            ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; of this source ``current_size``
-            (bytes), ``tracked_keys``, ``cached_keys``; of the whole cache, which `max_size` bounds, ``total_size`` and
-            ``total_keys``; ``cache_directory``.
+        CacheInfo
+            A dictionary: ``cache_store_type``, ``max_age_seconds``, ``max_size``, ``cache_set_data``; of this source
+            ``current_size`` (bytes), ``tracked_keys``, ``cached_keys``; of the whole cache, which `max_size` bounds,
+            ``total_size`` and ``total_keys``; ``cache_directory``.
 
         Notes
         -----
@@ -508,28 +582,38 @@ class CacheStore(ReadableView, WritableView):
         """
         return self._info(exact=True)
 
-    def _info(self, *, exact: bool) -> dict[str, Any]:
-        info = self._backend.info(exact=exact)
-        if not isinstance(self._asked_max_size, Unset):
-            info["max_size"] = self._asked_max_size
-        return info | {"max_age_seconds": self.max_age_seconds, "cache_set_data": self.cache_set_data}
+    def _info(self, *, exact: bool) -> CacheInfo:
+        info: dict[str, Any] = self._backend.info(exact=exact)
+        if not isinstance(self._certain_bound, Unset):
+            info["max_size"] = self._certain_bound
+        info |= {"max_age_seconds": self.max_age_seconds, "cache_set_data": self.cache_set_data}
+        return cast(CacheInfo, info)
 
-    def cache_stats(self) -> dict[str, Any]:
+    def cache_stats(self) -> CacheStats:
         """The reads of this store, and of its `with_read_only` copies, in this process.
 
         Returns
         -------
-        dict
-            ``hits``, ``misses``, ``evictions`` (by this process, of any source), ``total_requests``, ``hit_rate``;
-            ``bytes_from_cache``, ``bytes_from_source``, ``seconds_from_cache``, ``seconds_from_source``;
+        CacheStats
+            A dictionary: ``hits``, ``misses``, ``evictions`` (by this process, of any source), ``total_requests``,
+            ``hit_rate``; ``bytes_from_cache``, ``bytes_from_source``, ``seconds_from_cache``, ``seconds_from_source``;
             ``cache_errors``: how often the cache failed and the source answered.
         """
         backend = self._backend
-        return {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
+        stats = {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
+        return cast(CacheStats, stats)
 
-    async def clear_cache(self) -> None:
-        """Invalidate the cached entries of this source, for every process."""
-        await self._backend.clear()
+    def clear_cache(self) -> Coroutine[Any, Any, None]:
+        """Invalidate the cached entries of this source, for every process: a coroutine, as in Zarr."""
+        return _Clearing(self._backend.clear())
+
+    if hasattr(inspect, "markcoroutinefunction"):
+        # Python 3.12
+        clear_cache = inspect.markcoroutinefunction(clear_cache)
+
+    def clear_cache_sync(self) -> None:
+        """As `clear_cache`, but synchronous: in a script, in a notebook, and within a running event loop."""
+        sync(self._backend.clear())
 
 
 def _restore(

@@ -358,7 +358,7 @@ def test_the_table(nodes: Nodes) -> None:
     for row, node in zip(rows, nodes.info, strict=True):
         assert row.startswith(node.node[:8])
         assert node.directory in row.split()
-        assert "10.00 GiB" in row
+        assert "10.7 GB" in row
 
 
 def test_the_table_in_a_notebook(nodes: Nodes) -> None:

@@ -80,7 +80,7 @@ async def test_nothing_is_waited_for(tmp_path: Path) -> None:
     store = cached("directory", source, tmp_path)
     await read(store, "c/0")
     used_before = Page(store._repr_html_()).row("used")
-    assert used_before == "0.98 kiB of 10.00 GiB, 0.98 kiB by this source"
+    assert used_before == "1 kB of 10.7 GB, 1 kB by this source"
     with open(tmp_path / "cache" / ".xzcache" / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         reading = asyncio.create_task(read(store, "c/1"))
@@ -107,9 +107,9 @@ async def test_a_table_for_notebooks(cache_kind: str, tmp_path: Path) -> None:
     page = Page(store._repr_html_())
     assert page.row("source") == store.source.label
     assert page.row("cache") == (str(tmp_path / "cache") if cache_kind == "directory" else "MemoryStore")
-    assert page.row("used") == "0.98 kiB of 3.91 kiB, 0.98 kiB by this source"
-    assert page.row("hits") == "2 (67% of reads), 1.95 kiB saved"
-    assert page.row("misses") == "1, 0.98 kiB from the source"
+    assert page.row("used") == "1 kB of 4 kB, 1 kB by this source"
+    assert page.row("hits") == "2 (67% of reads), 2 kB saved"
+    assert page.row("misses") == "1, 1 kB from the source"
     assert page.filled == "25.0"
     assert "CacheStore" in page.text
 
@@ -126,7 +126,7 @@ async def test_two_sources_in_one_directory(tmp_path: Path) -> None:
     other = await used("directory", tmp_path)
     for store in (one, other):
         page = Page(store._repr_html_())
-        assert page.row("used") == "1.95 kiB of 3.91 kiB, 0.98 kiB by this source"
+        assert page.row("used") == "2 kB of 4 kB, 1 kB by this source"
         assert page.filled == "50.0"
     assert one.source.label in repr(one)
 

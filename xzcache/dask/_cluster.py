@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dask.utils import format_bytes, format_time
+from dask.utils import format_time
 
 from xzcache._caches import default_directory
+from xzcache._config import shown_size
 from xzcache.dask._usage import Usage, usage
 from xzcache.directory import open_directory
 
@@ -44,11 +45,11 @@ class Node(NamedTuple):
     """
 
     def _cells(self) -> list[str]:
-        bound = "-" if self.bound is None else format_bytes(self.bound)
-        saved = f"{format_bytes(self.saved_bytes)}, {format_time(self.saved_seconds)}"
+        bound = "-" if self.bound is None else shown_size(self.bound)
+        saved = f"{shown_size(self.saved_bytes)}, {format_time(self.saved_seconds)}"
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
         counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
-        return [self.node[:8] or "-", hosts, workers, self.directory, format_bytes(self.used), bound, *counts, saved]
+        return [self.node[:8] or "-", hosts, workers, self.directory, shown_size(self.used), bound, *counts, saved]
 
 
 @dataclass(frozen=True)

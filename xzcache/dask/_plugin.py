@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache.dask")
 
 _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
-    "max_size": settings.parse_size,
+    "max_size": settings.parse_bound,
     "min_free": settings.parse_min_free,
     "max_age_seconds": settings.parse_age,
     "missing_max_age_seconds": settings.parse_age,

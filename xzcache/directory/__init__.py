@@ -7,24 +7,31 @@ file is unlinked, but for invalidations that cannot use the index. The order of 
 have a mutex each, under which nothing is waited for.
 """
 
-from xzcache.directory._audit import Audit, audit
+from xzcache.directory._audit import Audit, Finding, audit
 from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._namespace import SharedBackend
-from xzcache.directory._registry import cleanup_resources, open_directory
-from xzcache.files import can_be_made, is_on_network, is_plain, private_name, resolve_directory, temporary
-from xzcache.index import Totals
+from xzcache.directory._registry import cleanup_resources, open_directory, opened_directory
+from xzcache.files import can_be_made, free_bytes, is_on_network, is_plain, private_name, resolve_directory, temporary
+from xzcache.index import Inspector, Objects, Source, Totals, Uses
 
 __all__ = [
     "Audit",
     "CacheDirectory",
+    "Finding",
+    "Inspector",
+    "Objects",
     "SharedBackend",
+    "Source",
     "Totals",
+    "Uses",
     "audit",
     "can_be_made",
     "cleanup_resources",
+    "free_bytes",
     "is_on_network",
     "is_plain",
     "open_directory",
+    "opened_directory",
     "private_name",
     "resolve_directory",
     "temporary",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import shutil
 import threading
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 from xzcache import _threads as pool
 from xzcache import files
-from xzcache._config import Unset
+from xzcache._config import UNSET, Unset, shown_bound, shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.directory._absent import NegativeCache
 from xzcache.directory._faults import FaultBarrier
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from xzcache.index import Registration
 
 
+logger = logging.getLogger("xzcache.directory")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -52,6 +55,8 @@ _GLANCE: Final = 0.02
 _PROBED: Final = 1 << 16
 _PATIENCE_OF_A_PROBE: Final = 0.2
 _users: Final = itertools.count()
+_WINDOW: Final = 512
+"""The entries that one section of `evict_unused` looks at."""
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 """Seconds between retries of pending invalidations."""
@@ -101,9 +106,9 @@ class CacheDirectory:
         self._quarantine = Quarantine()
         self._start(max_size, default_max_size)
 
-    def _start(self, max_size: int | Unset | None, default_max_size: int | None) -> None:
+    def _start(self, max_size: int | Unset | None, default_max_size: int | None, *, only_raise: bool = False) -> None:
         self.recency = recency_for(POLICIES[self._policy]())
-        self.barrier = FaultBarrier(self.session, max_size, default_max_size, self.health)
+        self.barrier = FaultBarrier(self.session, max_size, default_max_size, self.health, only_raise=only_raise)
         self.session.when_used = self.health.record_progress
         self.space = Space(self.session, self.recency, self._min_free)
         folds = files.folds_case(self.session.meta)
@@ -309,24 +314,87 @@ class CacheDirectory:
         left = recovery.recover(self.session)
         self.writes.invalidate_returned()
         self.writes.adopt(left)
-        self.barrier.apply_bound()
-        self.space.enforce_bound()
+        evictions = self.space.evictions
+        before, freed = self._apply_bound()
+        if freed and before is not UNSET:
+            logger.warning(
+                "max_size=%s lowers the bound of the cache in %s from %s: %d entries, %s, are evicted",
+                shown_bound(self.barrier.bound),
+                self.root,
+                shown_bound(before),
+                self.space.evictions - evictions,
+                shown_size(freed),
+            )
         if not left and recovery.has_dead_notes(self.session):
             # that waits for the disk
             pool.spawn(self._remove_dead_notes)
         self._prepared = self.session.current, bound
         return True
 
+    def _apply_bound(self) -> tuple[int | Unset | None, int]:
+        """Apply the requested bound; returns the bound before, if it was lowered, and the bytes that were freed."""
+        return self.barrier.apply_bound(), self.space.enforce_bound()
+
     def _remove_dead_notes(self) -> None:
         self.barrier.try_or(lambda: recovery.remove_dead_notes(self.session), None)
 
-    def set_bound(self, max_size: int | None) -> None:
-        """Ask for another bound, for all processes; a smaller one evicts at the next use."""
-        if self.barrier.bound != max_size:
-            self.barrier.bound = max_size
+    def set_bound(self, max_size: int | None, *, only_raise: bool = False) -> None:
+        """Ask for another bound, for all processes; a smaller one evicts at the next use.
+
+        With `only_raise`, a bound that is smaller than that of the directory is logged, and not applied.
+        """
+        if self.barrier.request_bound(max_size, only_raise=only_raise):
             self._prepare_after = 0.0
+            self._prepared = None
         if self.session.current is None:
             self.barrier.reapply_bound()
+
+    def change_bound(self, max_size: int | None) -> None:
+        """Change the bound now, evicting what it leaves no room for; raises `CacheFault` or `OSError` if that fails."""
+        self.barrier.request_bound(max_size)
+        self.barrier.reapply_bound()
+        self.barrier.with_rebuild(self._apply_bound)
+
+    def clear(self, namespace: str) -> None:
+        """Invalidate all entries of a namespace, or, with an empty one, of the cache.
+
+        Raises `CacheFault` or `OSError` if that fails.
+        """
+        self.write_behind.wait()
+        self._must(lambda: self.writes.drop_now(namespace))
+
+    def evict_unused(self, since: int, namespace: str | None = None) -> tuple[int, int]:
+        """Evict the entries whose last use was before a time, in ns since the epoch; returns their number and bytes.
+
+        Raises `CacheFault` or `OSError` if that fails.
+        """
+        self.write_behind.wait()
+        return self._must(lambda: self._evict_unused(since, namespace))
+
+    def _evict_unused(self, since: int, namespace: str | None) -> tuple[int, int]:
+        after, count, size = -1, 0, 0
+        while True:
+            with self.session.section() as (process, index):
+                self.recency.flush_to(index)
+                rows, end = index.unused_since(since, namespace, after, _WINDOW)
+                tombstones = self.space.mark_deleted(process, index, rows)
+            self.space.unlink_deleted(tombstones)
+            count, size = count + len(tombstones), size + sum(item.size for item in tombstones)
+            if end < 0:
+                return count, size
+            after = end
+
+    def _must(self, action: Callable[[], T]) -> T:
+        self.must_prepare()
+        return self.barrier.with_rebuild(action)
+
+    def must_prepare(self) -> None:
+        """Like `prepare`, where a failure is the caller's to report; raises `CacheFault` or `OSError`."""
+        if self.health.is_aside:
+            raise Busy(f"the disk of {self.root} does not answer")
+        self.reopen()
+        with self._preparing:
+            self.barrier.with_rebuild(lambda: self.is_prepared or self._prepare())
 
     def set_min_free(self, min_free: float | int) -> None:
         """Ask for another reserve of free disk, in this process."""
@@ -467,4 +535,4 @@ class CacheDirectory:
         self.health = Health(self.root, self._probe, self._retry_pending)
         self.pending.let_go_of_note()
         # the users are there in the child, too
-        self._start(self.barrier.bound, self.barrier.default_bound)
+        self._start(self.barrier.bound, self.barrier.default_bound, only_raise=self.barrier.only_raise)

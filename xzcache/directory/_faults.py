@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from xzcache._config import UNSET, Unset
+from xzcache._config import UNSET, Unset, shown_bound, shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.model import Busy, Damaged, NoRoom, report_bug, without_frames
 
@@ -31,16 +32,24 @@ _MOST_REPAIRS: Final = 5
 class FaultBarrier:
     """Runs actions on the index session for reads that must not fail.
 
-    `bound` is the requested bound in bytes, None for none, or UNSET. `default_bound` is for a directory without a bound
+    `bound` is the requested bound in bytes, None for none, or UNSET; with `only_raise`, it may raise the bound of the
+    directory but not lower it. `default_bound` is for a directory without a bound
     of its own. `faults` counts the failures of the cache in this process; `latest_fault` is the last one.
     """
 
     def __init__(
-        self, session: IndexSession, bound: int | Unset | None, default_bound: int | None, health: Health
+        self,
+        session: IndexSession,
+        bound: int | Unset | None,
+        default_bound: int | None,
+        health: Health,
+        *,
+        only_raise: bool = False,
     ) -> None:
         self.session = session
         self.health = health
         self.bound = bound
+        self.only_raise = only_raise
         self.default_bound = default_bound
         self.faults = 0
         self.latest_fault: BaseException | None = None
@@ -102,16 +111,36 @@ class FaultBarrier:
             logger.warning("the index of the cache in %s was damaged and has been rebuilt", self.session.root)
         return mended
 
-    def apply_bound(self) -> None:
-        """Apply the requested bound to the directory; a lower bound revokes all leases."""
+    def request_bound(self, max_size: int | None, *, only_raise: bool = False) -> bool:
+        """Set the requested bound; False if there is nothing new to apply."""
+        waiting = self.bound
+        if only_raise and not isinstance(waiting, Unset) and waiting != self._applied and _is_lower(max_size, waiting):
+            # the larger one was requested a moment ago, and is not applied yet
+            _warn_that_it_stays(self.session.root, max_size, waiting)
+            return False
+        is_new = waiting != max_size or (self.only_raise and not only_raise)
+        self.bound, self.only_raise = max_size, only_raise
+        if is_new:
+            self._applied = UNSET
+        return is_new
+
+    def apply_bound(self) -> int | Unset | None:
+        """Apply the requested bound to the directory; a lower bound revokes all leases.
+
+        Returns the bound before, if it was lowered; else UNSET.
+        """
         if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._must_revoke):
             # a bound that another process requested later holds, even when this process joins again
-            return
+            return UNSET
         with self.session.section() as (process, index):
             old = index.totals().max_size
         if old == self.bound and not self._must_revoke:
             self._applied = self.bound
-            return
+            return UNSET
+        if self.only_raise and _is_lower(self.bound, old):
+            _warn_that_it_stays(self.session.root, self.bound, old)
+            self._applied = self.bound
+            return UNSET
         lower = self.bound is not None and (old is None or self.bound <= old)
         alone = lower and process.storing.exclude(self.session.timeout)
         try:
@@ -128,6 +157,7 @@ class FaultBarrier:
         if self._must_revoke:
             raise Busy("another process is writing, and may still use a lease of the old bound")
         self._applied = self.bound
+        return old if lower else UNSET
 
     def reapply_bound(self) -> None:
         """Apply the requested bound again at the next `apply_bound`."""
@@ -154,6 +184,22 @@ class FaultBarrier:
                 self._logged_kinds.add((type(cause), cause.errno))
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.session.root, error)
         self.latest_fault = without_frames(error)
+
+
+def _is_lower(asked: int | None, current: int | None) -> bool:
+    return asked is not None and (current is None or asked < current)
+
+
+@cache
+def _warn_that_it_stays(root: str, asked: int, current: int | None) -> None:
+    logger.warning(
+        "max_size=%s does not lower the bound of the default cache in %s, which other datasets share: it keeps %s. "
+        "`xzcache resize %s` lowers it, and cache_store=PATH gives a dataset a cache of its own",
+        repr(shown_size(asked)),
+        root,
+        shown_bound(current),
+        shown_size(asked).replace(" ", ""),
+    )
 
 
 def _lacks_descriptors(error: BaseException) -> bool:

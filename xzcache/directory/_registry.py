@@ -61,6 +61,12 @@ def open_directory(
     return directory
 
 
+def opened_directory(root: str) -> CacheDirectory | None:
+    """The object of a cache directory that this process has opened already, else None."""
+    with _lock:
+        return _directories.get(resolve_directory(root))
+
+
 def _forget_removed() -> None:
     """Forget removed and unused directories from time to time: test suites create thousands of them."""
     if len(_directories) % 64 == 63:

@@ -212,12 +212,11 @@ class Space:
             for item in tombstones:
                 logger.debug("evicted %s: %d bytes", item.entry, item.size)
 
-    def enforce_bound(self) -> None:
-        """Evict until the directory is within its bound."""
+    def enforce_bound(self) -> int:
+        """Evict until the directory is within its bound; returns the bytes freed."""
         with self.session.section() as (_, index):
             room = index.totals().room
-        if room is not None and room < 0:
-            self.evict(-room)
+        return self.evict(-room) if room is not None and room < 0 else 0
 
     def mark_deleted(
         self, process: Registration, index: Index, rows: Iterable[Row], report: HideReport | None = None

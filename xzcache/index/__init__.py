@@ -8,6 +8,7 @@ it, and read without. The locks of keys and byte ranges are never waited for. Kn
 """
 
 from xzcache.index._history import History, hash_of, lot_of
+from xzcache.index._inspect import Inspector, Objects, Source, Uses
 from xzcache.index._session import IndexSession, Registration, written_notes
 from xzcache.index._sql import Index, Row, Tombstone, Totals
 from xzcache.index._writeclock import (
@@ -23,10 +24,14 @@ __all__ = [
     "History",
     "Index",
     "IndexSession",
+    "Inspector",
+    "Objects",
     "Registration",
     "Row",
+    "Source",
     "Tombstone",
     "Totals",
+    "Uses",
     "WriteCounters",
     "counters_of",
     "data_counter",

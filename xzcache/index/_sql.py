@@ -296,9 +296,9 @@ class Index:
         if create:
             # SQLite gives its other files the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        elif _is_logged(path) or self.is_logged:
+        elif is_write_ahead(path) or self.is_logged:
             _leave_log(path)
-        self.connection = _connect(path)
+        self.connection = connect(path)
         try:
             # A rollback journal maps no memory, so that a file truncated by another program is an error and does not
             # end the process; a miss takes 20 us more than with a write-ahead log. A kill is harmless without a sync,
@@ -561,6 +561,20 @@ class Index:
         rows = self._do(f"SELECT {_COLUMNS} FROM entry WHERE id > ? ORDER BY id LIMIT ?", (id_, limit))
         return [_row(r) for r in rows]
 
+    def unused_since(self, time_: int, namespace: str | None, after: int, limit: int) -> tuple[list[Row], int]:
+        """Of the next entries by id, those whose last use was before a time, in ns; and the id to go on after."""
+        columns = _COLUMNS.replace(", ", ", e.")
+        window = f"SELECT {_COLUMNS}, ns FROM entry WHERE id > ? ORDER BY id LIMIT ?"
+        where, values = (" AND ns.name = ?", (namespace,)) if namespace is not None else ("", ())
+        rows = self._do(
+            f"SELECT e.{columns} FROM ({window}) e JOIN ns ON ns.id = e.ns WHERE e.used < ?{where}",
+            (after, limit, time_, *values),
+        ).fetchall()
+        (end,) = self._do(
+            "SELECT coalesce(max(id), -1) FROM (SELECT id FROM entry WHERE id > ? ORDER BY id LIMIT ?)", (after, limit)
+        ).fetchone()
+        return [_row(row) for row in rows], end
+
     def rows(self) -> Iterator[Row]:
         for row in self._do(f"SELECT {_COLUMNS} FROM entry"):
             yield _row(row)
@@ -615,8 +629,9 @@ class Index:
         self.connection.executemany("DELETE FROM dying WHERE id = ?", [(id_,) for id_ in ids])
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + "?mode=rw"
+def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
+    """A connection that neither waits nor creates a file; `mode` is ``"rw"`` or ``"ro"``."""
+    uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
     # no waiting in SQLite: while it waits, every process waits for the guard
     return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
 
@@ -628,7 +643,7 @@ def is_locked(error: sqlite3.Error) -> bool:
     )
 
 
-def _is_logged(path: str) -> bool:
+def is_write_ahead(path: str) -> bool:
     """Whether the header of an index file names a write-ahead log, as in older versions.
 
     Damage is detected by reading the header: SQLite would wait for locks, or treat the file as new.
@@ -651,7 +666,7 @@ def _file(path: str, flags: int) -> int:
 
 def _leave_log(path: str) -> None:
     """Merge a write-ahead log into its index permanently, without mapping memory."""
-    with closing(_connect(path)) as connection:
+    with closing(connect(path)) as connection:
         # in exclusive mode, SQLite keeps its shared memory on the heap instead of in a mapped file
         connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         (mode,) = connection.execute("PRAGMA journal_mode=DELETE").fetchone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -120,6 +121,58 @@ def describe(key: str, document: bytes | None) -> Description:
     elif name == _ATTRIBUTES:
         return Description({}, None, {key: _digest(content)})
     return Description({}, None, {})
+
+
+class Grid(NamedTuple):
+    """The shape of an array and of the objects that hold it; `sharded` objects hold several chunks each."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...] | None
+    """The shape of one object; None if the document does not tell one shape for all."""
+    dtype: str
+    sharded: bool
+
+    @property
+    def objects(self) -> int | None:
+        """The number of objects of the array; None if it is unknown."""
+        if self.chunks is None or len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1:
+            return None
+        return math.prod(-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
+
+
+def grids(key: str, document: bytes) -> dict[str, Grid]:
+    """The arrays that a document describes, by their paths."""
+    path, _, name = key.rpartition("/")
+    content = _parse(document)
+    nodes: dict[str, object] = {}
+    if name == "zarr.json":
+        nodes = {"": content, **_mapping(_mapping(content.get("consolidated_metadata")).get("metadata"))}
+    elif name == ".zarray":
+        nodes = {"": content}
+    elif name == ".zmetadata":
+        found = _mapping(content.get("metadata")).items()
+        nodes = {key.removesuffix(".zarray").rstrip("/"): doc for key, doc in found if key.endswith(".zarray")}
+    known = {_join(path, node): _grid(_mapping(doc)) for node, doc in nodes.items()}
+    return {node: grid for node, grid in known.items() if grid is not None}
+
+
+def _grid(content: dict[str, Any]) -> Grid | None:
+    shape = _lengths(content.get("shape"))
+    if shape is None or content.get("node_type", "array") != "array":
+        return None
+    if "chunk_grid" not in content:
+        return Grid(shape, _lengths(content.get("chunks")), str(content.get("dtype", "")), False)
+    grid, codecs = _mapping(content.get("chunk_grid")), content.get("codecs")
+    chunks = _lengths(_mapping(grid.get("configuration")).get("chunk_shape")) if grid.get("name") == "regular" else None
+    names = [_mapping(codec).get("name") for codec in codecs] if isinstance(codecs, list) else []
+    dtype = content.get("data_type", "")
+    return Grid(shape, chunks, str(_mapping(dtype).get("name", dtype) if dtype else ""), "sharding_indexed" in names)
+
+
+def _lengths(value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, list) or not all(type(length) is int and length >= 0 for length in value):
+        return None
+    return tuple(value)
 
 
 def changed_arrays(

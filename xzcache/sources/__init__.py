@@ -5,7 +5,7 @@ and the libraries that read them: options and URLs are never shown with them.
 """
 
 from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
-from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember
+from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember, slug_of
 from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, path_of, spelled
 from xzcache.sources._urls import scrub, shown
 
@@ -28,5 +28,6 @@ __all__ = [
     "remember",
     "scrub",
     "shown",
+    "slug_of",
     "spelled",
 ]

@@ -143,13 +143,17 @@ class Identity(NamedTuple):
     @property
     def namespace(self) -> str:
         """A directory name that a person recognizes and no other source has."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[-80:].strip("-") or "source"
-        return f"{slug}-{self.digest}"
+        return f"{slug_of(self.label)}-{self.digest}"
 
     @property
     def url(self) -> str | None:
         """The URL or path of a source that has one, without credentials."""
         return self.label if self.lasting and re.match(r"/|[\w+.-]+(://|::)", self.label) else None
+
+
+def slug_of(label: str) -> str:
+    """The readable part of a namespace."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[-80:].strip("-") or "source"
 
 
 def identity(

@@ -1,0 +1,5 @@
+"""``python -m xzcache``: the command ``xzcache``."""
+
+from xzcache.cli import main
+
+main()

@@ -1,0 +1,361 @@
+"""The commands, their options, and how results and errors are shown."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
+
+import click
+
+from xzcache import _manage as manage
+from xzcache._config import parse_bound, shown_bound, shown_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+
+_FAILED: Final = 1
+_BAD_INPUT: Final = 2
+
+
+class BadInput(click.ClickException):
+    """A value that is not accepted: the message names it and the accepted values."""
+
+    exit_code = _BAD_INPUT
+
+
+class Commands(click.Group):
+    """A group that suggests the command that may be meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which there are."""
+        if (given := args[0]) not in self.commands and not given.startswith("-"):
+            close = difflib.get_close_matches(given, self.commands, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(self.commands)}"
+            raise BadInput(f"no command is called {given!r}: {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  xzcache info                             how full the cache is
+  xzcache ls                               what is in it
+  xzcache ls era5                          how much of each array of that source
+  xzcache clear era5 --dry-run             what clearing it would remove
+  xzcache clear --older-than 30d --yes     remove what was not used for a month
+  xzcache resize 50GB                      how much it may hold
+\b
+Exit codes: 0 all is well, 1 trouble was found or the command failed, 2 bad input.
+Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh_source, fish_source.
+""",
+)
+@click.version_option(package_name="xzcache")
+def cli() -> None:
+    """See, clear, size and check the cache of Zarr chunks that all processes of this machine share."""
+
+
+def _directory(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "-d", "--directory", metavar="PATH", help="The cache directory; default: this user's cache on this machine."
+    )(function)
+
+
+def _json(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes.")(function)
+
+
+def _yes(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
+
+
+def _one_line_errors(function: Callable[P, None]) -> Callable[P, None]:
+    """Errors that a user can act on become one line and an exit code."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except (manage.UnknownSource, TypeError, ValueError) as error:
+            if not isinstance(error, manage.UnknownSource) and "accepted" not in str(error):
+                # a bug, and no bad input
+                raise
+            raise BadInput(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
+
+    return called
+
+
+def _sources(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The names that a shell completes."""
+    try:
+        found = manage.ls(None, context.params.get("directory"))
+    except (OSError, ValueError, TypeError):
+        return []
+    return [source.name for source in found if source.name.startswith(incomplete)]
+
+
+# -- what is shown
+
+
+def _print(result: Any, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), indent=2, default=str))
+    elif (pretty := _pretty(result)) is None:
+        click.echo(repr(result))
+    else:
+        pretty()
+
+
+def _pretty(result: Any) -> Callable[[], None] | None:
+    """A function that prints a result in colours; None where nobody would see them."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return None
+    table = result.table()
+    if not table.rows and not table.pairs:
+        return None
+    grid = Table(box=None, pad_edge=False, show_header=bool(table.rows), header_style="dim")
+    if table.rows:
+        for name in table.columns:
+            grid.add_column(name, overflow="fold", justify="right" if name in _RIGHT else "left")
+        for row in table.rows:
+            grid.add_row(*(Text(cell) for cell in row))
+    else:
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for name, value in (table.pairs or {}).items():
+            grid.add_row(Text(name), Text(f"{_bar(table.bar)} {value}" if name == "used" and table.bar else value))
+
+    def show() -> None:
+        console = Console(highlight=False)
+        console.print(grid)
+        if table.note:
+            console.print(Text(table.note, style="yellow"))
+
+    return show
+
+
+_RIGHT: Final = ("entries", "size", "share", "cached")
+
+
+def _bar(share: float | None, width: int = 20) -> str:
+    full = round((share or 0) * width)
+    return "█" * full + "░" * (width - full)
+
+
+def _end(*, ok: bool) -> None:
+    if not ok:
+        raise click.exceptions.Exit(_FAILED)
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    """Ask before anything is removed; without a terminal to ask at, remove nothing."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise BadInput(f"nothing was removed: there is no terminal to ask at, so give --yes ({question})")
+    if not click.confirm(f"{question}?", err=True):
+        raise click.ClickException("nothing was removed")
+
+
+# -- the commands
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache info
+  xzcache info --directory /scratch/cache --json
+""",
+    short_help="How full the cache is, and whether it is well.",
+)
+@_directory
+@_json
+@_one_line_errors
+def info(directory: str | None, as_json: bool) -> None:
+    """Show where the cache is, how full it is, of how many sources, and what is wrong with it.
+
+    Changes nothing. The exit code is 1 if the cache cannot be used; no cache yet is no trouble.
+    """
+    found = manage.info(directory)
+    _print(found, as_json=as_json)
+    _end(ok=found.ok)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache ls
+  xzcache ls s3://bucket/era5.zarr
+  xzcache ls era5 --json
+""",
+    short_help="The sources in the cache, or the arrays of one.",
+)
+@click.argument("source", required=False, shell_complete=_sources)
+@_directory
+@_json
+@_one_line_errors
+def ls(source: str | None, directory: str | None, as_json: bool) -> None:
+    """List the sources in the cache, largest first; with SOURCE, its arrays and how much of each is cached.
+
+    SOURCE is a name from the list or an unambiguous part of one, or the URL or path of a source. Changes nothing.
+    """
+    found: manage.Sources | manage.Arrays = manage.ls(source, directory) if source else manage.ls(None, directory)
+    _print(found, as_json=as_json)
+    _end(ok=found.ok)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache clear era5 --dry-run
+  xzcache clear --older-than 7d
+  xzcache clear --yes
+""",
+    short_help="Remove what is cached: all, a source, or what is old.",
+)
+@click.argument("source", required=False, shell_complete=_sources)
+@click.option("--older-than", metavar="AGE", help='Only what was not used for this time: "7d", "12h", "30m".')
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
+@_yes
+@_directory
+@_json
+@_one_line_errors
+def clear(
+    source: str | None, older_than: str | None, dry_run: bool, yes: bool, directory: str | None, as_json: bool
+) -> None:
+    """Remove what is cached: everything, one SOURCE, or what was not used for some time.
+
+    The sources themselves are left alone, and running programs go on: they fetch again what they need.
+    """
+    if older_than is not None:
+        try:
+            manage.parse_since("--older-than", older_than)
+        except ValueError:
+            raise BadInput(f'--older-than {older_than!r} is not accepted: give "7d", "12h", "30m" or "90s"') from None
+    if not dry_run and not yes:
+        would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
+        if would.entries:
+            whose = f" of {would.what}" if would.what else ""
+            _confirm(
+                f"remove {would.entries:,} entries{whose}, {shown_size(would.size)}, from {would.directory}", yes=yes
+            )
+    _print(manage.clear(source, older_than=older_than, directory=directory, dry_run=dry_run), as_json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache resize 50GB
+  xzcache resize none --directory /scratch/cache
+""",
+    short_help="Change how much the cache may hold.",
+)
+@click.argument("size")
+@_yes
+@_directory
+@_json
+@_one_line_errors
+def resize(size: str, yes: bool, directory: str | None, as_json: bool) -> None:
+    """Change the bound of the cache to SIZE, such as 50GB or "512 MiB", for all processes; "none" is no bound.
+
+    What does not fit any more is evicted at once, the least recently used first.
+    """
+    try:
+        bound = None if size.lower() in ("none", "null") else parse_bound("SIZE", size)
+    except ValueError:
+        raise BadInput(f'SIZE {size!r} is not accepted: give "50GB", "500 MB" or, for no bound, "none"') from None
+    used = manage.info(directory).used
+    if bound is not None and used > bound:
+        _confirm(f"evict {shown_size(used - bound)} to come down to {shown_bound(bound)}", yes=yes)
+    _print(manage.resize(bound, directory), as_json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache check
+  xzcache check --repair
+""",
+    short_help="Compare the cache with its index and checksums.",
+)
+@click.option("--repair", is_flag=True, help="Remove damaged entries and leftovers, and correct the totals.")
+@_directory
+@_json
+@_one_line_errors
+def check(repair: bool, directory: str | None, as_json: bool) -> None:
+    """Read every entry and compare it with the index and its checksum, and look for leftovers of killed processes.
+
+    Takes as long as reading the whole cache; other processes may go on using it. The exit code is 1 if anything is
+    wrong and not repaired.
+    """
+    audit = manage.check(directory, repair=repair)
+    if as_json:
+        findings = [finding._asdict() for finding in audit.findings]
+        figures = {"entries": audit.entries, "size": audit.size, "repaired": audit.repaired, "findings": findings}
+        click.echo(json.dumps({"directory": audit.root, "ok": audit.ok, **figures}, indent=2))
+    else:
+        click.echo(str(audit))
+    _end(ok=audit.ok)
+
+
+@cli.command(
+    "config",
+    epilog="""\b
+Examples:
+  xzcache config
+  XZCACHE_MAX_SIZE=50GB xzcache config
+""",
+    short_help="Each setting, its value, and where it came from.",
+)
+@_directory
+@_json
+@_one_line_errors
+def config_(directory: str | None, as_json: bool) -> None:
+    """Show each setting, its value, and where it came from: the environment, a YAML file, Dask, or the default.
+
+    The exit code is 1 if a name is configured that is no setting.
+    """
+    found = manage.settings(directory)
+    _print(found, as_json=as_json)
+    _end(ok=found.ok)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and end the process with its exit code."""
+    try:
+        code = cli.main(arguments, prog_name="xzcache", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("xzcache: interrupted", err=True)
+        code = 130
+    except click.ClickException as error:
+        click.echo(f"xzcache: {_one_line(error)}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(error: click.ClickException) -> str:
+    text = " ".join(error.format_message().split())
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{text} (see {error.ctx.command_path} --help)"
+    return text

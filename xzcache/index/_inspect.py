@@ -1,0 +1,257 @@
+"""A look at an index without joining its directory: nothing is created, repaired or upgraded.
+
+So it works where this process may only read, and shows damage instead of mending it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+import time
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache import files
+from xzcache.index._locks import try_flock
+from xzcache.index._session import FORMAT
+from xzcache.index._sql import UPGRADES, VERSION, Totals, connect, is_write_ahead, range_of
+from xzcache.model import META, Busy, CacheFault, Damaged, Foreign, Unusable, namespace_of, translated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_BATCH: Final = 20_000
+"""The rows of one section: some 10 ms, for which the other processes wait for the guard."""
+_PAUSE: Final = 0.001
+_PATIENCE: Final = 5.0
+
+
+class Source(NamedTuple):
+    """One namespace of the index; the size in bytes."""
+
+    id: int
+    namespace: str
+    entries: int
+    size: int
+
+
+class Uses(NamedTuple):
+    """The uses of the entries of one source: the last one, in ns since the epoch, and what was not used for long."""
+
+    last: int = 0
+    old_entries: int = 0
+    old_size: int = 0
+
+
+class Objects(NamedTuple):
+    """The cached objects beneath a prefix, without documents.
+
+    `whole` counts objects that are cached whole, `partial` those of which only byte ranges are, and `missing` those
+    that are known to be missing at the source.
+    """
+
+    whole: int = 0
+    partial: int = 0
+    missing: int = 0
+    size: int = 0
+    last: int = 0
+
+
+class Inspector:
+    """The index of a cache directory, for reading only.
+
+    Each method is one section, or several: they hold the guard for a short time each, so that a large index can be
+    counted while other processes work. Their figures may then be of different moments.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no cache in the directory.
+    Busy, Damaged, Foreign, Unusable
+        By each method: the index cannot be read, and why.
+    """
+
+    def __init__(self, root: str, patience: float = _PATIENCE) -> None:
+        self.root = root
+        self.meta = f"{root}/{META}"
+        self._patience = patience
+        self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int, int] | None = None
+
+    def __enter__(self) -> Inspector:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index."""
+        connection, self._connection, self._opened = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+    def note(self, name: str) -> str:
+        """A small file of the cache; empty if it is missing."""
+        with suppress(OSError), open(f"{self.meta}/{name}", errors="replace", opener=files.open_own) as file:
+            return file.read(4096).strip()
+        return ""
+
+    @contextmanager
+    def _section(self) -> Iterator[sqlite3.Connection]:
+        """The index, under the guard: SQLite's own lock would make the others' transactions fail."""
+        self._check_owner()
+        try:
+            guard = os.open(f"{self.meta}/lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise Damaged(f"the lock file of the cache in {self.root} is missing") from None
+        except OSError as error:
+            raise Unusable(f"the cache in {self.root} cannot be read: {error.strerror}") from error
+        try:
+            status = os.fstat(guard)
+            if not stat.S_ISREG(status.st_mode):
+                raise Damaged(f"the lock file of the cache in {self.root} is no file")
+            deadline = time.monotonic() + self._patience
+            while not try_flock(guard, fcntl.LOCK_SH):
+                if time.monotonic() >= deadline:
+                    raise Busy(f"another process holds the lock of the cache in {self.root}")
+                time.sleep(_PAUSE)
+            try:
+                yield self._open((status.st_dev, status.st_ino, int.from_bytes(os.pread(guard, 8, 0), "little")))
+            except sqlite3.Error as error:
+                self.close()
+                raise translated(error) from error
+        finally:
+            os.close(guard)
+
+    def _check_owner(self) -> None:
+        try:
+            for place in (self.root, self.meta):
+                if (why := files.unsafe(place)) is not None:
+                    raise Foreign(why)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise Unusable(f"{place} cannot be used: {error.strerror}") from error
+        written = self.note("format")
+        if written.isdecimal() and written != str(FORMAT):
+            raise Foreign(f"the cache in {self.root} has format {written}, but this xzcache uses format {FORMAT}")
+
+    def _open(self, current: tuple[int, int, int]) -> sqlite3.Connection:
+        if self._connection is not None and self._opened == current:
+            return self._connection
+        self.close()
+        if not current[2]:
+            raise Damaged(f"the cache in {self.root} has no index yet")
+        path = f"{self.meta}/index-{current[2]}.db"
+        try:
+            if is_write_ahead(path):
+                raise CacheFault(f"the index in {self.root} is of an older version, which the next read upgrades")
+            connection = self._readable(path)
+        except OSError as error:
+            raise Unusable(f"the index in {self.root} cannot be read: {error.strerror}") from error
+        try:
+            connection.execute("PRAGMA cache_size=-16000")
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        if version != VERSION:
+            connection.close()
+            if version in UPGRADES:
+                raise CacheFault(f"the index in {self.root} is of an older version, which the next read upgrades")
+            raise Damaged(f"the index in {self.root} is not of version {VERSION}")
+        self._connection, self._opened = connection, current
+        return connection
+
+    @staticmethod
+    def _readable(path: str) -> sqlite3.Connection:
+        connection = connect(path, "ro")
+        try:
+            connection.execute("SELECT 1 FROM total").fetchone()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if not (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_READONLY"):
+                raise
+            # a process was killed in a transaction, which SQLite rolls back for the first one that may write
+            connection = connect(path, "rw")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    # -- the figures
+
+    def totals(self) -> Totals:
+        """The totals of the directory."""
+        with self._section() as index:
+            row = index.execute("SELECT n, bytes, lease, dying, max_size FROM total").fetchone()
+        if row is None or not all(isinstance(value, int) for value in row[:4]):
+            raise Damaged(f"the totals of the index in {self.root} are missing")
+        return Totals(*row)
+
+    def processes(self) -> int:
+        """How many processes have joined the directory."""
+        with self._section() as index:
+            return int(index.execute("SELECT count(*) FROM owner").fetchone()[0])
+
+    def sources(self) -> list[Source]:
+        """The sources that have entries, largest first."""
+        query = "SELECT id, name, n, bytes FROM ns WHERE n > 0 ORDER BY bytes DESC, name"
+        with self._section() as index:
+            return [Source(*row) for row in index.execute(query)]
+
+    def uses(self, before: int = 0) -> dict[int, Uses]:
+        """The uses of each source, by its id; entries whose last use is before a time, in ns, are counted."""
+        found: dict[int, Uses] = {}
+        after = -1
+        while True:
+            with self._section() as index:
+                rows = index.execute(
+                    "SELECT ns, max(used), sum(used < ?), sum((used < ?) * size), max(id) FROM "
+                    "(SELECT id, ns, used, size FROM entry WHERE id > ? ORDER BY id LIMIT ?) GROUP BY ns",
+                    (before, before, after, _BATCH),
+                ).fetchall()
+            if not rows:
+                return found
+            for ns, last, entries, size, _ in rows:
+                known = found.get(ns, Uses())
+                found[ns] = Uses(max(known.last, last), known.old_entries + entries, known.old_size + size)
+            after = max(row[4] for row in rows)
+
+    def nodes(self, namespace: str) -> list[str]:
+        """Paths, below a namespace, of the arrays whose documents were read."""
+        where, bounds = range_of(namespace, column="path")
+        with self._section() as index:
+            paths = [path for (path,) in index.execute(f"SELECT path FROM node{where} ORDER BY path", bounds)]
+        if not namespace:
+            return [path for path in paths if not namespace_of(path)]
+        return [path[len(namespace) + 1 :] for path in paths]
+
+    def objects(self, prefix: str, documents: Sequence[str]) -> Objects:
+        """The cached objects beneath a prefix, but for those with the name of a document directly beneath it."""
+        where, bounds = range_of(prefix)
+        besides = tuple(f"{prefix}/{name}" for name in documents)
+        with self._section() as index:
+            (missing,) = index.execute(f"SELECT count(*) FROM absent{where}", bounds).fetchone()
+        counted = Objects(missing=missing)
+        after: str | None = ""
+        while after is not None:
+            with self._section() as index:
+                end = index.execute(
+                    f"SELECT key FROM entry{where} AND key > ? ORDER BY key LIMIT 1 OFFSET ?", (*bounds, after, _BATCH)
+                ).fetchone()
+                until = ("", ()) if end is None else (" AND key <= ?", end)
+                whole, partial, size, last = index.execute(
+                    "SELECT coalesce(sum(start = 0 AND stop = -1), 0), "
+                    "count(DISTINCT CASE WHEN start != 0 OR stop != -1 THEN key END), coalesce(sum(size), 0), "
+                    f"coalesce(max(used), 0) FROM entry{where} AND key > ?{until[0]} "
+                    f"AND key NOT IN ({', '.join('?' * len(besides))})",
+                    (*bounds, after, *until[1], *besides),
+                ).fetchone()
+            counted = Objects(
+                counted.whole + whole, counted.partial + partial, missing, counted.size + size, max(counted.last, last)
+            )
+            after = None if end is None else end[0]
+        return counted
