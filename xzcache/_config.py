@@ -54,6 +54,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "trace": None,
     # the library that reads URLs: "obstore", "fsspec", or "auto", obstore if it can
     "upstream": "auto",
+    # whether `xzcache.pipeline.CachePipeline` reads arrays over a `CacheStore`, where Zarr has its default pipeline
+    "pipeline": True,
     # an object of which so many bytes were read in byte ranges is fetched whole at the next one; None: never
     "promote_above": None,
     # seconds to wait for another process's fetch of the same object before fetching it ourselves

@@ -1,7 +1,8 @@
 """A codec pipeline for arrays in a cache: reads and decodes cached chunks without an event loop.
 
-``zarr.config.set({"codec_pipeline.path": "xzcache.pipeline.CachePipeline"})`` selects it for arrays that are opened
-later. The engine ``"zcache"`` sets it on each array that it opens, without changing Zarr's configuration.
+It is a default of Zarr's configuration once xzcache is imported: arrays over a `CacheStore` are read with it, and
+arrays over other stores get exactly the pipeline that Zarr would give them. A pipeline that the user configures stays.
+``xzcache.config.set(pipeline=False)`` switches it off for arrays that are opened later.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from zarr.abc import codec
 from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, CodecPipeline
 from zarr.codecs import BytesCodec
 from zarr.core import codec_pipeline as zarrs
+from zarr.core.array import create_codec_pipeline
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import register_pipeline
 from zarr.storage import StorePath
 
 from xzcache import _threads as pool
+from xzcache._config import UNSET, chosen, parse_flag
 from xzcache.model import Replaced, report_bug
 from xzcache.reading import NotCached
 from xzcache.store import CacheStore
@@ -204,12 +207,23 @@ class CachePipeline(CodecPipeline):
     # -- as the pipeline behind it
 
     @classmethod
-    def from_codecs(cls, codecs: Iterable[Codec], **options: Any) -> Self:
-        return cls(cls.behind.from_codecs(codecs, **options))
+    def from_codecs(cls, codecs: Iterable[Codec], **options: Any) -> CodecPipeline:  # type: ignore[override]
+        """The pipeline behind, alone: for arrays of other stores, and for what lies in a shard."""
+        made: CodecPipeline = cls.behind.from_codecs(codecs, **options)
+        return made
 
     @classmethod
-    def from_array_metadata_and_store(cls, array_metadata: ArrayMetadata, store: Store) -> Self:
-        return cls(cls.behind.from_array_metadata_and_store(array_metadata=array_metadata, store=store))
+    def from_array_metadata_and_store(  # type: ignore[override]
+        cls, array_metadata: ArrayMetadata, store: Store
+    ) -> CodecPipeline:
+        """This pipeline for an array of a `CacheStore`, and the pipeline behind for all other arrays."""
+        made: CodecPipeline
+        try:
+            made = cls.behind.from_array_metadata_and_store(array_metadata=array_metadata, store=store)
+        except NotImplementedError:
+            # as Zarr does it
+            made = create_codec_pipeline(array_metadata)
+        return cls(made) if isinstance(store, CacheStore) and chosen("pipeline", UNSET, parse_flag) else made
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
         return type(self)(self.inner.evolve_from_array_spec(array_spec))
@@ -382,6 +396,15 @@ def _is_replaced(error: BaseException) -> bool:
 
 
 register_pipeline(CachePipeline)
+# a default, which gives way to what the user has configured, and not a setting
+zarr.config.update_defaults({"codec_pipeline": {"path": f"{CachePipeline.__module__}.{CachePipeline.__qualname__}"}})
+
+
+def take(array: zarr.Array[Any]) -> None:
+    """Give an array the pipeline that is behind this one, alone."""
+    holder = array.async_array
+    if isinstance(holder.codec_pipeline, CachePipeline):
+        object.__setattr__(holder, "codec_pipeline", holder.codec_pipeline.inner)
 
 
 def give(array: zarr.Array[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_each_member_of_a_pipeline_is_passed_on() -> None:
 
 
 def test_it_is_what_is_behind_it() -> None:
-    source = memory_source()
+    source = xzcache.CacheStore(memory_source(), cache_store=MemoryStore())
     zarr.create_array(source, name="a", shape=(4,), dtype="i4", chunks=(2,), filters=None, compressors=ZstdCodec())
     plain: Any = opened(source, ZARRS).async_array.codec_pipeline
     ours: Any = opened(source).async_array.codec_pipeline
@@ -117,8 +118,42 @@ def test_it_is_what_is_behind_it() -> None:
     assert ours != plain
     assert repr(plain) in repr(ours)
     assert pickle.loads(pickle.dumps(ours)) == ours
-    raw = CachePipeline.from_codecs([BytesCodec()], batch_size=3)
-    assert raw.batch_size == 3
+    assert CachePipeline.from_codecs([BytesCodec()], batch_size=3).batch_size == 3
+
+
+@pytest.mark.parametrize("chosen", [None, ZARRS, OURS])
+def test_arrays_of_other_stores_have_the_pipeline_of_zarr(chosen: str | None, tmp_path: Path) -> None:
+    expected = {False: BatchedCodecPipeline, True: BatchedCodecPipeline if chosen == ZARRS else CachePipeline}
+    with zarr.config.set({"codec_pipeline.path": chosen} if chosen else {}):
+        for name, layout in LAYOUTS.items():
+            plain = LocalStore(tmp_path / f"{name}-{chosen}")
+            zarr.create_array(plain, name="a", shape=(4,), dtype="i2", **layout)[:] = [1, 2, 3, 4]
+            through = xzcache.CacheStore(plain, cache_store=tmp_path / "cache")
+            for is_cached, store in enumerate((plain, through)):
+                array = zarr.open_array(store, path="a")
+                assert type(array.async_array.codec_pipeline) is expected[bool(is_cached)]
+                assert type(zarr.open_group(store)["a"].async_array.codec_pipeline) is expected[bool(is_cached)]
+                array.resize((3,))
+                array.append(np.asarray([5], "i2"))
+                assert array[:].tolist()[-2:] == [3, 5]
+
+
+def test_it_is_a_default_that_can_be_switched_off(tmp_path: Path) -> None:
+    """A process that imports xzcache reads with it, unless its configuration or Zarr's says something else."""
+    zarr.create_array(LocalStore(tmp_path / "source"), name="a", shape=(4,), dtype="i2")[:] = [1, 2, 3, 4]
+    code = """
+import sys, zarr, xzcache
+store = xzcache.CacheStore(sys.argv[1], cache_store=sys.argv[2])
+print(type(zarr.open_array(store, path="a", mode="r").async_array.codec_pipeline).__name__)
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "source"), str(tmp_path / "cache")]
+    for environment, expected in (
+        ({}, "CachePipeline"),
+        ({"XZCACHE_PIPELINE": "false"}, "BatchedCodecPipeline"),
+        ({"ZARR_CODEC_PIPELINE__PATH": OURS}, "CachePipeline"),
+    ):
+        done = subprocess.run(arguments, env=os.environ | environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_another_pipeline_may_be_behind_it() -> None:
@@ -143,7 +178,7 @@ def test_pickles_of_earlier_versions_are_read() -> None:
     """They name a function and the codecs."""
     codecs: Any = ((), BytesCodec(), (ZstdCodec(),), 1)
     old = b"cxzcache.pipeline\n_restored\n" + pickle.dumps(codecs, protocol=2)[2:-1] + b"R."
-    assert pickle.loads(old) == CachePipeline.from_codecs([BytesCodec(), ZstdCodec()], batch_size=1)
+    assert pickle.loads(old) == CachePipeline(CachePipeline.from_codecs([BytesCodec(), ZstdCodec()], batch_size=1))
 
 
 # -- arrays of other threads
@@ -198,7 +233,7 @@ def test_what_others_make_while_the_engine_opens_is_theirs(how: str, dataset: Pa
         opening = thread.submit(ways[how], Slow(dataset, read_only=True), cache_store=tmp_path / "cache")
         try:
             assert Slow.asked.wait(PATIENCE)
-            assert made_meanwhile() == ("BatchedCodecPipeline", ZARRS, [9, 9, 3, 4])
+            assert made_meanwhile() == ("BatchedCodecPipeline", OURS, [9, 9, 3, 4])
         finally:
             Slow.go.set()
         ds = opening.result(PATIENCE)

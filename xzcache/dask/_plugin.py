@@ -42,6 +42,7 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "cache_set_data": settings.parse_flag,
     "policy": settings.parse_policy,
     "upstream": settings.parse_upstream,
+    "pipeline": settings.parse_flag,
     "promote_above": settings.parse_size,
     "fetch_timeout": settings.parse_seconds,
     "lock_timeout": settings.parse_seconds,
@@ -119,8 +120,8 @@ class CachePlugin(WorkerPlugin):
     max_size : int or str, optional
         The bound of the whole cache of a node, in bytes or as ``"200 GB"``. If it is neither given nor configured, a
         directory keeps its bound.
-    min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, promote_above,
-    fetch_timeout, lock_timeout, threads
+    min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, pipeline,
+    promote_above, fetch_timeout, lock_timeout, threads
         As in `xzcache.config`. The default is the configuration of the client, never the environment of the workers.
     remove_on_close : bool, optional
         Whether the last worker of a node that closes normally deletes the cache, if no other process uses it. A restart

@@ -20,9 +20,9 @@ from xarray.backends.zarr import ZarrBackendEntrypoint
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
-from xzcache._config import config, parse_flag
+from xzcache._config import UNSET, chosen, config, parse_flag
 from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
-from xzcache.pipeline import give
+from xzcache.pipeline import give, take
 from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
 from xzcache.xarray._globs import expanded, is_pattern
@@ -37,7 +37,7 @@ SETTINGS: Final = tuple(
 """The keywords of `CacheStore`."""
 
 _PIPELINE: Final = "pipeline"
-"""The keyword that turns `xzcache.pipeline.CachePipeline` off; the default is on."""
+"""The keyword that turns `xzcache.pipeline.CachePipeline` on or off; the default is the setting of that name."""
 
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
 
@@ -153,9 +153,9 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         No dataset was found.
     """
     _check_engine(kwargs.pop("engine", None))
-    if parse_flag(_PIPELINE, kwargs.pop(_PIPELINE, True)):
-        # where a dataset is opened, which may be on a worker, is where its arrays are at hand
-        kwargs["preprocess"] = partial(_finished, kwargs.get("preprocess"))
+    finish = _decoding_cached if chosen(_PIPELINE, kwargs.pop(_PIPELINE, UNSET), parse_flag) else _decoding_plainly
+    # where a dataset is opened, which may be on a worker, is where its arrays are at hand
+    kwargs["preprocess"] = partial(_finished, finish, kwargs.get("preprocess"))
     settings = {"read_only": True, **{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}}
     stores: dict[str, Any] = {}
     opened: list[CacheStore] = []
@@ -225,7 +225,7 @@ def _check_engine(engine: object) -> None:
 def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
     """The store that xarray opens instead, its remaining keywords, and a function for the result."""
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
-    finish = _decoding_cached if parse_flag(_PIPELINE, rest.pop(_PIPELINE, True)) else _as_it_is
+    finish = _decoding_cached if chosen(_PIPELINE, rest.pop(_PIPELINE, UNSET), parse_flag) else _decoding_plainly
     settings = {name: value for name, value in keywords.items() if name in SETTINGS}
     path = given.path if isinstance(given, StorePath) else ""
     source = given.store if isinstance(given, StorePath) else given
@@ -252,7 +252,10 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         raise
 
 
-def _as_it_is(opened: Any) -> Any:
+def _decoding_plainly(opened: Any) -> Any:
+    """Take the `xzcache.pipeline.CachePipeline` from the arrays of a dataset, or of a node of a tree."""
+    for array in _arrays_of(opened):
+        take(array)
     return opened
 
 
@@ -263,9 +266,9 @@ def _decoding_cached(opened: Any) -> Any:
     return opened
 
 
-def _finished(preprocess: Callable[[Dataset], Dataset] | None, opened: Dataset) -> Dataset:
+def _finished(finish: Finish, preprocess: Callable[[Dataset], Dataset] | None, opened: Dataset) -> Dataset:
     """A dataset as `xarray.open_mfdataset` combines it with others."""
-    _decoding_cached(opened)
+    finish(opened)
     return opened if preprocess is None else preprocess(opened)
 
 
