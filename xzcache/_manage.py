@@ -772,7 +772,7 @@ def _clear_other(store: CacheStore, age: float | None, *, dry_run: bool) -> Clea
     """Clear a cache in another Zarr store, which one process and one source use."""
     if age is not None:
         raise ValueError("older_than is not accepted for a cache that is no directory: leave it out")
-    backend = store._reads.backend
+    backend = store._backend
     figures = backend.info()
     if not dry_run:
         sync(backend.clear())
