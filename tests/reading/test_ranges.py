@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from processes import Team, audit, barrier
 from servers import S3Server, nobody, obstores_words, s3_server, tidy
 from sources import (
+    again,
     between,
     buffer,
     by_ranges,
@@ -559,6 +560,45 @@ async def test_readers_of_parts_and_of_the_whole_request_no_byte_twice(
         again = await (ranges(store, part) if isinstance(part, list) else read(store, KEY, part))
         assert again == found[name]
     assert source.asked().requests == 0
+
+
+class WrittenBetween(sources.CountingStore):
+    """Its object is written once, or with each request, after the first range of several is answered."""
+
+    async def write(self) -> None:
+        """Write the object, by way of the cache."""
+
+    async def get_ranges(self, key: str, byte_ranges: Any, **options: Any) -> Any:
+        self._note("get_ranges", key)
+        for at, byte_range in enumerate(byte_ranges):
+            if at == 1:
+                await self.write()
+            yield [(at, await self._store.get(key, options["prototype"], byte_range))]
+
+
+@by_ranges
+@pytest.mark.parametrize("times", [1, 100])
+async def test_ranges_of_an_object_that_is_written_between_them_are_of_one_state(
+    times: int, cache_kind: str, tmp_path: Path
+) -> None:
+    """The source has no validators: that it was written is known by the cache alone."""
+    source = WrittenBetween(MemoryStore())
+    await source.set(KEY, buffer(b"0" * 5000))
+    store = cached(cache_kind, source, tmp_path)
+    writer = again(store)
+    written = 0
+
+    async def write() -> None:
+        nonlocal written
+        if written < times:
+            written += 1
+            await writer.set(KEY, buffer(str(written % 10).encode() * 5000))
+
+    source.write = write  # type: ignore[method-assign]
+    for _ in range(3):
+        found = await ranges(store, between((0, 10), (2000, 2010), (4000, 4010)), max_gap_bytes=0)
+        assert len(set(b"".join(found))) == 1
+    assert written > 0
 
 
 # -- what is not there

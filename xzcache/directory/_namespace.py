@@ -183,12 +183,13 @@ class SharedBackend:
 
     async def stored(self, key: str) -> None:
         """Wait until no publish of an object by this process is pending."""
-        if not self.is_aside:
+        if not self.directory.health.is_aside:
             await self.directory.write_behind.stored(f"{self.prefix}{key}")
 
     def fetching(self) -> Fetching:
         """A context around a fetch; the last one to exit waits for pending publishes."""
-        self._use_again()
+        if not self._use.alive:
+            self._use = self.directory.used_by(self)
         return Fetching(self.directory.write_behind)
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
@@ -314,8 +315,8 @@ class DirectoryParts:
     """The cached parts of one object in a directory."""
 
     def __init__(self, directory: CacheDirectory, key: str) -> None:
+        self._directory = directory
         self._reader = None if directory.health.is_aside else directory.reader
-        self._may_serve = directory.may_serve
         self._key = key
 
     @cached_property
@@ -335,7 +336,7 @@ class DirectoryParts:
     def size(self, max_age: Age) -> int | None:
         """The size of the whole object; the file is not read."""
         reader = self._reader
-        if reader is None or not self._may_serve or (found := reader.open_entry(Entry(self._key))) is None:
+        if reader is None or not self._directory.may_serve or (found := reader.open_entry(Entry(self._key))) is None:
             return None
         if not _is_fresh(found, max_age):
             reader.close(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -28,6 +29,7 @@ _FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
 """The Zarr format of the array that a document of this name describes."""
 
 
+@lru_cache(maxsize=4096)
 def is_document(key: str) -> bool:
     """Whether a key is a metadata document, of Zarr format 2 or 3."""
     return key.rpartition("/")[2] in DOCUMENTS
@@ -41,6 +43,7 @@ def is_json(document: bytes | memoryview) -> bool:
         return False
 
 
+@lru_cache(maxsize=4096)
 def is_chunk(key: str) -> bool:
     """Whether a key has the form of a chunk's key."""
     return not is_document(key) and _PLACE.search(key) is not None

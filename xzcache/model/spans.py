@@ -80,6 +80,8 @@ class IntervalSet:
 
     def missing(self, span: Span) -> list[Span]:
         """The parts of a span that are not covered, in order."""
+        if not self.spans:
+            return [span] if span[0] < span[1] else []
         at, end = span
         left = []
         for first, last in self.parts(span):
@@ -100,7 +102,11 @@ def merged(spans: Iterable[Span], *, gap: int, most: int, excluded: IntervalSet 
         if together:
             begin, end = together[-1]
             near = first - end <= gap and max(end, last) - begin <= most
-            between = 0 if excluded is None or not near else sum(b - a for a, b in excluded.parts((end, first)))
+            between = (
+                0
+                if excluded is None or not near or not excluded.spans
+                else sum(b - a for a, b in excluded.parts((end, first)))
+            )
             if near and between <= NEGLIGIBLE:
                 together[-1] = begin, max(end, last)
                 continue
@@ -137,6 +143,8 @@ class SparseBuffer:
 
     def missing(self, span: Span) -> list[Span]:
         """The parts of a span that are not in the buffer."""
+        if not self._tiles:
+            return [span] if span[0] < span[1] else []
         return IntervalSet(tile for tile, _ in self._within(span)).missing(span)
 
     def of(self, span: Span) -> memoryview:
@@ -156,14 +164,20 @@ class Listed:
     """The cached pieces of one object: those counted from the start, in order, and the suffixes."""
 
     def __init__(self, key: str, spans: Iterable[tuple[int, int]]) -> None:
+        self._key = key
         spans = list(spans)
+        if not spans:
+            self.starts: list[int] = []
+            self.stops: list[int] = []
+            self.reach: list[int] = []
+            self.suffixes: list[int] = []
+            return
         ordered = sorted((start, LARGEST if stop == END else stop) for start, stop in spans if start >= 0)
         self.starts = [start for start, _ in ordered]
         self.stops = [stop for _, stop in ordered]
         # how far any piece reaches that begins here or before
         self.reach = list(accumulate(self.stops, max))
         self.suffixes = sorted(start for start, _ in spans if start < 0)
-        self._key = key
 
     def __len__(self) -> int:
         return len(self.starts) + len(self.suffixes) + 1

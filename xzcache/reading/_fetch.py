@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from zarr.core.buffer import BufferPrototype
 
-    from xzcache.model import Span
+    from xzcache.model import Parts, Span
     from xzcache.reading._request import Reading
 
 
@@ -195,9 +195,9 @@ class RangeFetches:
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
 
-    async def look(self, key: str, entries: Iterable[Entry]) -> tuple[Found, list[Entry]]:
-        """The cached ranges among some entries, and the missing ones."""
-        listed = self._reading.backend.parts(key).pieces
+    async def look(self, parts: Parts, entries: Iterable[Entry]) -> tuple[Found, list[Entry]]:
+        """The cached ranges among some entries of an object with these cached parts, and the missing ones."""
+        listed = parts.pieces
         found: Found = {}
         missing: list[Entry] = []
         for entry in entries:
@@ -284,37 +284,43 @@ class _Fetch:
     async def run(self) -> Found:
         deadline = time.monotonic() + self._reading.timeout
         pause = FIRST_POLL
-        if not all(is_from_source(state) for state in self._backend.parts(self._key).states):
+        parts = self._backend.parts(self._key)
+        if not all(map(is_from_source, parts.states)):
             # then all ranges are fetched together
-            self._unfit.update(self._backend.parts(self._key).pieces)
+            self._unfit.update(parts.pieces)
+        self._version = self._backend.write_version(self._key)
         while True:
-            self._let_go_if_overtaken()
-            self._version = self._backend.write_version(self._key)
-            needs = self._needs(self._names())
+            needs = self._needs(self._names(parts))
             alone = self._force or self._version is None or self._inexact or time.monotonic() >= deadline
-            mine, others = self._claim(needs, alone=alone)
+            mine, others = self._claim(needs, parts, alone=alone)
             try:
                 # check after claiming: the previous holder may just have published
                 await self._gather()
                 if not self._left:
                     break
                 await self._must_agree(self._used | self._buffers.keys())
-                if self._needs([]) != needs:
-                    continue
-                calls = [self._wait(claim) for claim in others]
-                await sources.all_of([self._lead(mine), *calls] if mine else calls)
-                if not self._left:
-                    break
+                is_as_named = self._needs([]) == needs
+                if is_as_named:
+                    if mine and not others:
+                        await self._lead(mine)
+                    else:
+                        calls = [self._wait(claim) for claim in others]
+                        await sources.all_of([self._lead(mine), *calls] if mine else calls)
+                    if not self._left:
+                        break
                 if self._inexact and self._single:
                     raise Unclear
             finally:
                 for lead in mine:
                     if not lead.unstored:
                         self._leads.release(lead)
-            if not mine and not others:
+            if is_as_named and not mine and not others:
                 # another process is fetching
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.2, LONGEST_POLL)
+            parts = self._backend.parts(self._key)
+            self._let_go_if_overtaken()
+            self._version = self._backend.write_version(self._key)
         await self._must_agree(self._used)
         if len(self._used) > 1 and from_source(self._used):
             # the state of some ranges is unknown
@@ -325,11 +331,11 @@ class _Fetch:
 
     # -- cached pieces
 
-    def _names(self) -> list[Span]:
+    def _names(self, parts: Parts) -> list[Span]:
         """The spans of cached pieces that overlap the wanted ranges, from the list of their names."""
         if self._force:
             return []
-        listed = self._backend.parts(self._key).pieces
+        listed = parts.pieces
         return [_span_of(piece) for span in self._left.values() for piece in self._usable(listed.overlapping(*span))]
 
     def _usable(self, pieces: Iterable[Entry]) -> list[Entry]:
@@ -349,36 +355,37 @@ class _Fetch:
 
     def _trimmed(self, span: Span) -> Span:
         """A span that ends where the object does, if that is known."""
-        return (span[0], max(span[0], self._end)) if span[1] >= LARGEST else span
+        return (span[0], max(span[0], self._end)) if span[1] > self._end else span
 
     async def _gather(self) -> None:
         """Take cached ranges, whole or in parts."""
         if self._force:
             return
-        listed = self._backend.parts(self._key).pieces
-        states = self._backend.parts(self._key).states
-        found, missing = await self._fetches.look(self._key, self._left)
+        parts = self._backend.parts(self._key)
+        listed = parts.pieces
+        # the validators from before the bytes
+        states = parts.states
+        found, missing = await self._fetches.look(parts, self._left)
         overlapping = [piece for span in self._left.values() for piece in listed.overlapping(*span)]
         # unfit pieces can be served if nothing is missing any more: another reader has stored the rest in the same
         # session
-        if not self._is_overtaken() and (not missing or self._unfit.isdisjoint(overlapping)):
+        if found and not self._is_overtaken() and (not missing or self._unfit.isdisjoint(overlapping)):
             for entry, data in found.items():
                 self._used |= states
                 self._take(entry, data)
         pieces = {piece for span in self._left.values() for piece in self._usable(listed.overlapping(*span))}
         for piece in pieces:
-            state = self._backend.parts(self._key).validator(piece)
-            if (data := await self._reading.get_cached(piece)) is None or self._backend.parts(self._key).validator(
-                piece
-            ) != state:
+            state = parts.validator(piece)
+            if (data := await self._reading.get_cached(piece)) is None or parts.validator(piece) != state:
                 self._unfit.add(piece)
                 continue
             self._add(_span_of(piece), data, state)
             if not is_from_source(state):
                 # it serves its own bytes only
                 self._unfit.add(piece)
-        self._let_go_if_overtaken()
-        self._assemble()
+        if pieces:
+            self._let_go_if_overtaken()
+            self._assemble()
 
     def _is_overtaken(self) -> bool:
         """Whether the object was invalidated since, so that earlier and later bytes may differ in state."""
@@ -393,13 +400,16 @@ class _Fetch:
         self._buffers.clear()
         if all(map(is_from_source, self._used)):
             return
-        self._tries += 1
-        if self._tries > _TRIES:
-            raise Unclear
+        self._count_try()
         self._found.clear()
         self._left = {entry: placed((entry.start, entry.stop)) for entry in self._wanted}
         self._end = LARGEST
         self._used = set(self._known)
+
+    def _count_try(self) -> None:
+        self._tries += 1
+        if self._tries > _TRIES:
+            raise Unclear
 
     def _assemble(self) -> None:
         for entry, span in list(self._left.items()):
@@ -432,10 +442,10 @@ class _Fetch:
 
     # -- claiming the missing spans
 
-    def _claim(self, needs: list[Span], *, alone: bool) -> tuple[list[Lead], list[Claim]]:
+    def _claim(self, needs: list[Span], parts: Parts, *, alone: bool) -> tuple[list[Lead], list[Claim]]:
         if not needs:
             return [], []
-        listed = self._backend.parts(self._key).pieces
+        listed = parts.pieces
         extent = min(first for first, _ in needs), max(last for _, last in needs)
         cached = [_span_of(piece) for piece in self._usable(listed.overlapping(*extent))]
         plan = partial(self._planned, gap=self._limits["max_gap_bytes"], most=self._limits["max_coalesced_bytes"])
@@ -533,7 +543,14 @@ class _Fetch:
                     lead.claim.set_exception(LeaderCancelled())
                 await self._request_plainly(dict(zip(spans, answers, strict=True)))
                 return
-            reading.has_validators = is_from_source(answers[0].validator)
+            is_told = all(is_from_source(answer.validator) for answer in answers)
+            if len(answers) > 1 and not is_told and self._is_overtaken():
+                # the object was written meanwhile, so the answers may be of several states: request them again
+                for lead in leads:
+                    lead.claim.set_exception(LeaderCancelled())
+                self._count_try()
+                return
+            reading.has_validators = is_told
             await self._must_agree(self._used | {answer.validator for answer in answers})
             asked = reading.entry(key, *unplaced(spans[0]))
             assert asked is not None

@@ -14,6 +14,7 @@ from zarr.abc.store import RangeByteRequest, Store
 from xzcache import sources
 from xzcache.model import (
     END,
+    LARGEST,
     MISSING,
     NEGLIGIBLE,
     Claim,
@@ -133,10 +134,10 @@ class ReadThrough:
         With `force`, a chunk is revalidated because a write depends on it; None if that is unknown. Raises `Replaced`
         if the range belongs to a new object and this Zarr reads shards by `get`.
         """
-        if not is_document(key):
-            return await self._get(key, prototype, byte_range, force=force)
-        with self.freshness.asking(key):
-            return await self._get(key, prototype, byte_range)
+        if is_document(key):
+            with self.freshness.asking(key):
+                return await self._get(key, prototype, byte_range)
+        return await self._get(key, prototype, byte_range, force=force)
 
     async def _get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
@@ -150,13 +151,16 @@ class ReadThrough:
             # only a whole document can be compared
             value = await self.get(key, prototype, None)
             return None if value is None else value[slice(*clip(*wanted, len(value)))]
-        await self.get_ready(key)
+        await self.backend.prepare()
+        if self._revalidation.may_confirm:
+            await self._revalidation.confirm_metadata(key)
         request = Request(key, entry, prototype, byte_range, started)
         may_write = force is None
         if force is None:
             # a missing chunk is fetched in any case, once for all readers that began before the request
             force = await self.backend.get(entry, "infinity", self.reading.age_of_absence(key)) is not None
-        if force or (self.reading.must_ask(key) and not await self._is_vouched_for(request)):
+        must_ask = self.freshness.must_ask(key, writable=self.reading.writable)
+        if force or (must_ask and not await self._is_vouched_for(request)):
             return await self._revalidation.read(request)
         data = await self.backend.get(entry, self.reading.max_age, self.reading.age_of_absence(key))
         if data is not None:
@@ -419,8 +423,9 @@ class RangeReads:
             return await self._apart(key, byte_ranges, alone, prototype, limits)
         await self._reads.get_ready(key)
         since = self._backend.write_version(key)
-        found, missing = await self._fetches.look(key, wanted)
-        states = self._backend.parts(key).states if missing or alone else set()
+        parts = self._backend.parts(key)
+        found, missing = await self._fetches.look(parts, wanted)
+        states = parts.states if missing or alone else set()
         if missing and found and not all(map(is_from_source, states)):
             # cached ranges of an unknown state are fetched together with the missing ones
             found, missing = {}, list(wanted)
@@ -459,11 +464,11 @@ class RangeReads:
         """Fetch all ranges of a call together, past the cache; `states` are validators of the cached ranges."""
         began = time.perf_counter()
         ends = [(entry.start, entry.stop) for entry in wanted]
-        spans = merged(ends, gap=limits["max_gap_bytes"], most=limits["max_coalesced_bytes"])
-        asked: list[ByteRequest | None] = [RangeByteRequest(*span) for span in spans]
+        most = limits["max_coalesced_bytes"]
+        spans = merged(ends, gap=limits["max_gap_bytes"], most=most)
+        at_once = merged(ends, gap=LARGEST, most=most)
         together = {place for places in wanted.values() for place in places}
         others = [place for place in range(len(byte_ranges)) if place not in together]
-        asked += [byte_ranges[place] for place in others]
         turn = asyncio.Semaphore(limits["max_concurrency"])
         reading = self._reading
 
@@ -480,7 +485,12 @@ class RangeReads:
                     ignore_validators=reading.ignore_validators,
                 )
 
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
+            since = self._backend.write_version(key)
+            if attempt or reading.has_validators is False:
+                # a single answer is of one state
+                spans = at_once
+            asked = [*(RangeByteRequest(*span) for span in spans), *(byte_ranges[place] for place in others)]
             try:
                 answers = await sources.all_of(map(fetch_part, asked))
             except Exception as error:
@@ -490,8 +500,15 @@ class RangeReads:
             if len(values) < len(answers):
                 return [FileNotFoundError(key)]
             validators = {answer.validator for answer in answers}
-            if not differ(validators):
+            if len(asked) == 1 or (len(validators) == 1 and all(map(is_from_source, validators))):
                 break
+            # else only the writes through the cache are known
+            if not differ(validators) and len(spans) <= len(at_once) and self._backend.write_version(key) == since:
+                break
+        else:
+            if not differ(validators):
+                self._reading.record_replaced(key)
+                return [Replaced(key)]
         if differ(validators | states) and not await reading.has_several_names(key):
             self._reading.record_replaced(key)
             await self._backend.invalidate(key, None)
