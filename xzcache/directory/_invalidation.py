@@ -580,9 +580,7 @@ class Writes:
         """Take keys, and other entries, out of the index and out of sight; within a section, which is committed."""
         rows = [*(row for key in keys for row in index.of_key(key)), *others]
         tombstones = self._space.mark_deleted(process, index, rows, report)
-        for key in keys:
-            if key not in report.left:
-                self._space.clear_paths(index, key, report)
+        self._space.clear_paths(index, [key for key in keys if key not in report.left], report)
         return tombstones
 
     # -- everything beneath a prefix
@@ -647,32 +645,32 @@ class Writes:
         ended: Deletion | None = None,
     ) -> bool:
         """Like `drop_now`, with some keys as well; returns whether all files are gone."""
-        with self._session.section() as (process, index):
-            if begun is not None:
-                self._record_written([f"{prefix}/"], process)
-                for write in begun.writes:
-                    index.tables.add_writing(write.row, write.key, process.owner, beneath=write is begun.beneath)
-            for key in keys:
-                self._count(process, index, key)
-            if not counted:
-                process.writes.increment(prefix_counter(prefix))
-            index.tables.drop_nodes(prefix, documents=not counted)
-            index.tables.drop_absent_beneath(prefix)
-            leftover = {item.entry.key for item in index.unowned_tombstones() if _is_beneath(item.entry.key, prefix)}
-            rows = index.beneath(prefix, _BATCH)
-            is_last = len(rows) < _BATCH
-            if ended is not None and is_last:
-                index.tables.drop_writings(write.row for write in ended.writes)
-            tombstones = self._mark_keys_deleted(process, index, keys, report, rows)
-        self._unlink_deleted(tombstones, soon=begun is not None)
+        leftover: set[str] = set()
+        is_first, is_last = True, False
         while not is_last:
             with self._session.section() as (process, index):
+                if is_first:
+                    if begun is not None:
+                        self._record_written([f"{prefix}/"], process)
+                        for write in begun.writes:
+                            is_beneath = write is begun.beneath
+                            index.tables.add_writing(write.row, write.key, process.owner, beneath=is_beneath)
+                    for key in keys:
+                        self._count(process, index, key)
+                    if not counted:
+                        process.writes.increment(prefix_counter(prefix))
+                    index.tables.drop_nodes(prefix, documents=not counted)
+                    index.tables.drop_absent_beneath(prefix)
+                    leftover = {
+                        key for item in index.unowned_tombstones() if _is_beneath(key := item.entry.key, prefix)
+                    }
                 rows = index.beneath(prefix, _BATCH)
                 is_last = len(rows) < _BATCH
                 if ended is not None and is_last:
                     index.tables.drop_writings(write.row for write in ended.writes)
-                tombstones = self._space.mark_deleted(process, index, rows, report)
+                tombstones = self._mark_keys_deleted(process, index, keys if is_first else (), report, rows)
             self._unlink_deleted(tombstones, soon=begun is not None)
+            is_first = False
         self._drop_orphans(prefix, leftover, report)
         return not report.left
 
@@ -687,10 +685,8 @@ class Writes:
             report.add(beneath(prefix), error)
         for batch in _batches(sorted(keys - report.left)):
             with self._session.section() as (_, index):
-                for key in batch:
-                    # a key that has a row by now was stored after the drop
-                    if not index.knows(key):
-                        self._space.clear_paths(index, key, report)
+                # a key that has a row by now was stored after the drop
+                self._space.clear_paths(index, [key for key in batch if not index.knows(key)], report)
 
 
 def _log(names: Iterable[str], why: str) -> None:

@@ -282,15 +282,18 @@ class Space:
             raise
         return item
 
-    def clear_paths(self, index: Index, key: str, report: HideReport) -> None:
-        """Unlink files of a key that has no row any more; within a section."""
-        for is_last in (False, True):
-            try:
-                recovery.clear_paths(self.session, index, key)
-                return
-            except OSError as error:
-                if is_last:
-                    report.add(key, error)
+    def clear_paths(self, index: Index, keys: Iterable[str], report: HideReport) -> None:
+        """Unlink files of keys that have no row any more; within a section."""
+        keys = list(keys)
+        tombstones = index.unowned_tombstones() if keys else []
+        for key in keys:
+            for is_last in (False, True):
+                try:
+                    recovery.clear_paths(self.session, index, key, tombstones)
+                    break
+                except OSError as error:
+                    if is_last:
+                        report.add(key, error)
 
     def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
         """Unlink the files of tombstones, then free their bytes.

@@ -40,8 +40,10 @@ def missing_counter(array: str) -> int:
     return write_counter(array + "///")
 
 
+@lru_cache(maxsize=4096)
 def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
     """The numbers of all counters that writes to a key or its prefixes increment; `data`: not a document."""
+    # asked for several times in the life of a fetch
     return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
