@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import files
@@ -235,7 +235,7 @@ class Space:
                 index.commit()
         report = HideReport() if report is None else report
         seen: set[str] = set()
-        hidden = [item for item in tombstones if self._is_hidden(item, report, seen)]
+        hidden = [item for found in tombstones if (item := self._hidden(found, report, seen)) is not None]
         # paths of one directory differ in their names
         for path in {os.path.dirname(relative): relative for relative in map(_relative, hidden)}.values():
             files.prune(f"{self.session.root}/{path}", self.session.root)
@@ -245,60 +245,54 @@ class Space:
             index.commit()
         return hidden
 
-    def _is_hidden(self, item: Tombstone, report: HideReport, seen: set[str]) -> bool:
-        """Hide a file; False if it may still be visible."""
+    def _hidden(self, item: Tombstone, report: HideReport, seen: set[str]) -> Tombstone | None:
+        """Hide a file; returns its tombstone, or None if the file may still be visible."""
         for is_last in (False, True):
             try:
-                if self._hide(item, seen) is Whose.GONE:
-                    report.missing.add(item.entry.key)
-                return True
+                return self._hide(item, report, seen)
             except OSError as error:
                 if is_last:
                     report.add(item.entry.key, error)
-        return False
+        return None
 
-    def _hide(self, item: Tombstone, seen: set[str]) -> Whose:
-        """Unlink a small file, or move a larger one to the trash; returns the kind of file that was found.
-
-        Raises `OSError` if it may still be visible.
-        """
+    def _hide(self, item: Tombstone, report: HideReport, seen: set[str]) -> Tombstone:
+        """Unlink a small file, or move a larger one to the trash; raises `OSError` if it may still be visible."""
         path = files.inside(self.session.root, _relative(item), seen)
         found = files.look(path, item.entry)
+        if found is Whose.GONE:
+            report.missing.add(item.entry.key)
         # a foreign file may have replaced the entry
         if found in (Whose.GONE, Whose.FOREIGN):
-            return found
-        # unlinking a large file takes too long under the guard
-        ways = [self._throw_away, self._unlink] if item.size > _SMALL else [self._unlink, self._throw_away]
+            return item
         try:
+            if item.size <= _SMALL:
+                with suppress(OSError):
+                    os.unlink(path)
+                    return item._replace(is_unlinked=True)
             try:
-                ways[0](item, path, seen)
+                # unlinking a large file takes too long under the guard
+                files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}", seen))
             except FileNotFoundError:
-                raise
+                pass
             except OSError:
-                ways[1](item, path, seen)
-        except FileNotFoundError:
-            pass
+                files.discard(path)
         except OSError:
             files.disown(path)
             raise
-        return found
+        return item
 
-    def _throw_away(self, item: Tombstone, path: str, seen: set[str]) -> None:
-        files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}", seen))
-
-    @staticmethod
-    def _unlink(item: Tombstone, path: str, seen: set[str]) -> None:
-        os.unlink(path)
-
-    def clear_paths(self, index: Index, key: str, report: HideReport) -> None:
-        """Unlink files of a key that has no row any more; within a section."""
-        for is_last in (False, True):
-            try:
-                recovery.clear_paths(self.session, index, key)
-                return
-            except OSError as error:
-                if is_last:
-                    report.add(key, error)
+    def clear_paths(self, index: Index, keys: Iterable[str], report: HideReport) -> None:
+        """Unlink files of keys that have no row any more; within a section."""
+        keys = list(keys)
+        tombstones = index.unowned_tombstones() if keys else []
+        for key in keys:
+            for is_last in (False, True):
+                try:
+                    recovery.clear_paths(self.session, index, key, tombstones)
+                    break
+                except OSError as error:
+                    if is_last:
+                        report.add(key, error)
 
     def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
         """Unlink the files of tombstones, then free their bytes.
@@ -334,6 +328,9 @@ class Space:
         erased = []
         seen: set[str] = set()
         for item in tombstones:
+            if item.is_unlinked:
+                erased.append(item)
+                continue
             try:
                 files.discard(files.inside(self.session.root, f"{META}/trash/{item.id}", seen))
                 erased.append(item)
