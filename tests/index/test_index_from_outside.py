@@ -303,7 +303,8 @@ def test_a_program_that_has_the_index_locked_is_waited_for_once(tmp_path: Path, 
         read_all(store, 40)
         asyncio.run(writer.set("a/c/1", buffer(b"new")))
         assert asyncio.run(get(store, "a/c/1")) == b"new"
-        assert time.monotonic() - began < 4, "each miss waits"
+        # a quarter of a second for each would be ten seconds
+        assert time.monotonic() - began < 8, "each miss waits"
         (tmp_path / "source/a/c/1").write_bytes(value(1))
         release()
         # what was unlinked by hand is stored again
@@ -573,7 +574,7 @@ def test_what_is_only_looked_at_waits_for_no_lock(tmp_path: Path) -> None:
             return time.monotonic() - began
 
         with xzcache.config.set(lock_timeout=5):
-            assert asyncio.run(looking()) < 1
+            assert asyncio.run(looking()) < 4
     finally:
         for fd in locked:
             os.close(fd)
