@@ -94,9 +94,9 @@ async def test_nothing_is_waited_for(tmp_path: Path) -> None:
         taken_by_table = time.perf_counter() - begun - taken
     assert await reading == bytes(1000)
     assert page.row("used") in (used_before, "not known at the moment")
-    assert taken < 0.5
-    # a lock is waited for for seconds
-    assert taken_by_table < 1
+    # the lock would be waited for for five seconds
+    assert taken < 4
+    assert taken_by_table < 4
 
 
 # -- in a notebook

@@ -680,13 +680,14 @@ async def test_a_lock_that_is_held_for_ever(tmp_path: Path, lock: str) -> None:
     counting.forget()
     with held(tmp_path / "cache" / META / lock, fcntl.LOCK_EX):
         first, *others = await times_of(store, keys[1:])
-        assert first < 5
-        assert sum(others) < 1, "only the first waits"
+        # a second, and as long as a busy machine takes
+        assert first < 10
+        assert sum(others) < 3, "only the first waits"
         assert await get(store, keys[0]) == keys[0].encode()
         assert counting.reads == 6, "hits need no lock"
         assert store.cache_stats()["cache_errors"] > 0
     # the guard is not asked again for a while
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while counting.reads and time.monotonic() < deadline:
         counting.forget()
         await times_of(store, keys)
@@ -705,8 +706,9 @@ async def test_a_rebuild_that_a_stopped_writer_keeps_away(tmp_path: Path) -> Non
     with held(tmp_path / "cache" / META / "writes", fcntl.LOCK_SH):
         os.truncate(tmp_path / "cache" / META / "lock", 0)
         first, *others = await times_of(store, keys[1:])
-        assert first < 5
-        assert sum(others) < 1, "only the first waits"
+        # a second, and as long as a busy machine takes
+        assert first < 10
+        assert sum(others) < 3, "only the first waits"
 
 
 # -- the end of the process
