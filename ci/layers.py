@@ -17,7 +17,7 @@ TABLE: Final[Mapping[str, str]] = {
     # room: rooms, or modules of the package itself, that it may import
     "__init__": "store local _manage _xarray_hook xarray dask directory",
     "cli __main__": "_manage",
-    "xarray": "store pipeline _xarray_hook sources",
+    "xarray": "store pipeline _manage _xarray_hook sources",
     "dask": "_caches directory reading",
     "store local pipeline _caches _display _manage _xarray_hook": "reading sources directory anystore",
     "reading": "sources",

@@ -96,7 +96,8 @@ def cache_store_of(
                 raise ValueError(
                     f"{name}={asked!r} contradicts {name}={getattr(given, name)!r} of the cache_store: give one of them"
                 )
-        if isinstance(max_size, Unset) and isinstance(policy, Unset):
+        if max_size in (UNSET, given.max_size) and policy in (UNSET, given.policy):
+            # not requested again: another process may have asked for another bound since
             return given
         return given.with_bound(max_size, policy)
     if given is None:

@@ -18,7 +18,6 @@ import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 
@@ -138,6 +137,8 @@ def parse_size(name: str, value: Any) -> int | None:
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _SMALL: Final = 1_000_000
+_small_ones: Final[set[int]] = set()
+"""The bounds that were logged as small in this process."""
 
 
 def shown_size(size: float) -> str:
@@ -157,20 +158,16 @@ def shown_bound(bound: int | Unset | None) -> str:
 def parse_bound(name: str, value: Any) -> int | None:
     """As `parse_size`, for the bound of a cache: a bound that holds hardly any chunk is logged, once for each."""
     size = parse_size(name, value)
-    if size is not None and size < _SMALL:
-        _warn_of_small(size, repr(value) if isinstance(value, str) else str(value))
+    if size is not None and size < _SMALL and size not in _small_ones:
+        _small_ones.add(size)
+        is_bare = isinstance(value, str) and value.strip().isdecimal()
+        logger.warning(
+            'max_size=%r is %s, a bound that holds hardly any chunk%s: sizes are given as "10 GB" or "500 MB"',
+            value,
+            shown_size(size),
+            " (without a unit, it is a number of bytes)" if is_bare else "",
+        )
     return size
-
-
-@cache
-def _warn_of_small(size: int, given: str) -> None:
-    unit = " (without a unit, it is a number of bytes)" if given[1:-1].strip().isdecimal() and given[0] == "'" else ""
-    logger.warning(
-        'max_size=%s is %s, a bound that holds hardly any chunk%s: sizes are given as "10 GB" or "500 MB"',
-        given,
-        shown_size(size),
-        unit,
-    )
 
 
 def _number(value: Any) -> float | None:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar, overload
 
@@ -147,7 +147,7 @@ class Info(_Shown):
     sources: int = 0
     processes: int = 0
     reserved: int = 0
-    disk_free: int = 0
+    disk_free: int = field(default=0, compare=False)
     disk_size: int = 0
     policy: str = ""
     min_free: str = ""

@@ -105,6 +105,7 @@ class LockedLocalStore(LocalStore):
         """The default cache, for `CacheStore`, with a bound that was asked for there."""
         store = cls(root, policy=policy)
         store.is_default = True
+        store.max_size = max_size
         if not isinstance(max_size, Unset):
             store._directory.set_bound(max_size, only_raise=True)
         return store

@@ -750,7 +750,8 @@ async def test_a_cache_store_in_trouble_fails_no_read(
         for i, key in enumerate(keys):
             assert await read(store, key) == bytes([i]) * 100
     assert store.cache_stats()["cache_errors"] > 0
-    assert len([r for r in caplog.records if r.name.startswith("xzcache")]) == 1
+    # apart from a bound this small
+    assert len([r for r in caplog.records if r.name.startswith("xzcache.")]) == 1
     # a write is the source's affair; what the cache could not forget it does not serve
     await store.set(keys[0], buffer(b"new"))
     cache.errors.clear()

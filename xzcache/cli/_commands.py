@@ -130,6 +130,7 @@ def _pretty(result: Any) -> Callable[[], None] | None:
     table = result.table()
     if not table.rows and not table.pairs:
         return None
+    console = Console(highlight=False)
     grid = Table(box=None, pad_edge=False, show_header=bool(table.rows), header_style="dim")
     if table.rows:
         for name in table.columns:
@@ -140,10 +141,9 @@ def _pretty(result: Any) -> Callable[[], None] | None:
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for name, value in (table.pairs or {}).items():
-            grid.add_row(Text(name), Text(f"{_bar(table.bar)} {value}" if name == "used" and table.bar else value))
+            grid.add_row(Text(name), Text(f"{_bar(table.bar, console.encoding)}{value}" if name == "used" else value))
 
     def show() -> None:
-        console = Console(highlight=False)
         console.print(grid)
         if table.note:
             console.print(Text(table.note, style="yellow"))
@@ -154,9 +154,12 @@ def _pretty(result: Any) -> Callable[[], None] | None:
 _RIGHT: Final = ("entries", "size", "share", "cached")
 
 
-def _bar(share: float | None, width: int = 20) -> str:
-    full = round((share or 0) * width)
-    return "█" * full + "░" * (width - full)
+def _bar(share: float | None, encoding: str, width: int = 20) -> str:
+    """A bar, where the bound is known and the terminal can show it."""
+    if share is None or not encoding.lower().startswith("utf"):
+        return ""
+    full = round(share * width)
+    return "█" * full + "░" * (width - full) + " "
 
 
 def _end(*, ok: bool) -> None:

@@ -1,8 +1,10 @@
-"""xarray's ways in: the engine `"zcache"`, `open_zarr` and `open_mfdataset`. No state of its own."""
+"""xarray's ways in: the engine `"zcache"`, `open_zarr`, `open_mfdataset`, `dataset.zcache`. No state of its own."""
 
+from xzcache.xarray._accessor import ZcacheAccessor
 from xzcache.xarray._engine import ZcacheBackendEntrypoint, open_mfdataset, open_zarr
 
 __all__ = [
+    "ZcacheAccessor",
     "ZcacheBackendEntrypoint",
     "open_mfdataset",
     "open_zarr",
