@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 
 from xzcache import model
-from xzcache.model import END, Claims, Entry, Flights, LeaderCancelled, metadata
+from xzcache.model import END, Claims, Entry, LeaderCancelled, metadata
 
 # -- entries
 
@@ -233,66 +233,85 @@ def test_an_answer_joins_the_session_that_it_was_found_to_fit() -> None:
 # -- fetches under way
 
 
+VALUE = memoryview(b"value")
+WAIT = 30.0
+
+
 async def test_one_fetches_and_all_have_its_result() -> None:
-    flights: Flights[str] = Flights()
-    flight, leads = flights.join("a")
+    claims = Claims()
+    claim, leads = claims.join("a")
     assert leads
-    others = [flights.join("a") for _ in range(3)]
-    assert all(other is flight and not leads for other, leads in others)
-    assert flights.join("b")[1]
-    waiting = [asyncio.ensure_future(other.outcome()) for other, _ in others]
-    flight.set_result("value")
-    flights.finish("a", flight)
-    assert await asyncio.gather(*waiting) == ["value"] * 3
-    assert flights.join("a")[1]
+    assert claim is not None
+    others = [claims.join("a") for _ in range(3)]
+    # a part of it is under way with it
+    others.append(claims.join("a", (2, 5)))
+    assert all(other is claim and not leads for other, leads in others)
+    assert claims.join("b")[1]
+    waiting = [asyncio.ensure_future(claim.outcome(WAIT)) for _ in others]
+    claim.set_result(VALUE, "etag")
+    claims.release("a", claim)
+    assert [(each.data, each.validator) for each in await asyncio.gather(*waiting)] == [(VALUE, "etag")] * 4
+    assert claims.join("a")[1]
 
 
 def test_readers_in_several_event_loops_share_a_fetch() -> None:
-    flights: Flights[int] = Flights()
-    flight, _ = flights.join("a")
+    claims = Claims()
+    claim, _ = claims.join("a")
+    assert claim is not None
     joined = threading.Barrier(4)
 
-    def reader() -> int:
-        other, leads = flights.join("a")
+    def reader() -> memoryview | None:
+        other, leads = claims.join("a")
         assert not leads
-        joined.wait(30)
-        return asyncio.run(other.outcome())
+        assert other is not None
+        joined.wait(WAIT)
+        return asyncio.run(other.outcome(WAIT)).data
 
     with ThreadPoolExecutor(3) as threads:
         readers = [threads.submit(reader) for _ in range(3)]
-        joined.wait(30)
-        flight.set_result(5)
-        assert [each.result(30) for each in readers] == [5] * 3
+        joined.wait(WAIT)
+        claim.set_result(VALUE)
+        assert [each.result(WAIT) for each in readers] == [VALUE] * 3
 
 
 async def test_a_cancelled_fetch_ends_no_reader_and_an_error_reaches_all() -> None:
-    flights: Flights[str] = Flights()
+    claims = Claims()
     for error, seen in (
         (asyncio.CancelledError(), LeaderCancelled),
         (KeyError("k"), KeyError),
         (None, LeaderCancelled),
     ):
-        flight, _ = flights.join("a")
-        waiting = asyncio.ensure_future(flights.join("a")[0].outcome())
+        claim, _ = claims.join("a")
+        assert claim is not None
+        waiting = asyncio.ensure_future(claim.outcome(WAIT))
         if error is not None:
-            flight.set_exception(error)
-        flights.finish("a", flight)
+            claim.set_exception(error)
+        claims.release("a", claim)
         with pytest.raises(seen):
             await waiting
         assert not waiting.cancelled()
 
 
 def test_a_fetch_that_was_sent_before_a_change_is_not_joined() -> None:
-    flights: Flights[str] = Flights()
-    old, _ = flights.join("a")
-    assert flights.join("a", since=1e300) == (old, False)
+    claims = Claims()
+    old, _ = claims.join("a")
+    assert old is not None
+    assert claims.join("a", since=1e300) == (old, False)
     old.mark_sent()
-    new, leads = flights.join("a", since=old.sent_at + 1)
+    new, leads = claims.join("a", since=old.sent_at + 1)
     assert leads
     assert new is not old
     # the old one ends and leaves the new one
-    flights.finish("a", old)
-    assert flights.join("a") == (new, False)
+    claims.release("a", old)
+    assert claims.join("a") == (new, False)
+
+
+def test_a_reader_of_all_is_told_that_a_part_is_under_way() -> None:
+    claims = Claims()
+    part, _ = claims.join("a", (10, 20))
+    assert claims.join("a", apart=False) == (None, False)
+    assert claims.join("a", (20, 30), apart=False)[1]
+    assert claims.join("a", (12, 18)) == (part, False)
 
 
 async def test_no_byte_is_claimed_twice() -> None:
@@ -310,7 +329,7 @@ async def test_no_byte_is_claimed_twice() -> None:
     claims.release("a", first)
     claims.release("a", first)
     with pytest.raises(LeaderCancelled):
-        await first.flight.outcome()
+        await first.outcome(WAIT)
     assert [claim.span for claim in claims.make("a", rest)[0]] == [(20, 40)]
 
 
