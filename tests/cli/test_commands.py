@@ -180,7 +180,8 @@ def test_chunks_that_the_source_does_not_have(tmp_path: Path, zarr_format: Any) 
     store = xzcache.CacheStore(
         tmp_path / "x.zarr", cache_store=tmp_path / "cache", read_only=True, missing_max_age_seconds=60
     )
-    zarr.open_array(store, path="a", mode="r", zarr_format=zarr_format)[:]
+    # it asks for the documents of the other format as well, which are no chunks
+    zarr.open_array(store, path="a", mode="r")[:]
     xzcache.cleanup_resources()
     (item,) = xzcache.ls("x.zarr", tmp_path / "cache")
     assert (item.name, item.total, item.cached, item.missing, item.fraction) == ("a", 4, 1, 3, 1.0)

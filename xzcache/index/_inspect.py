@@ -234,7 +234,10 @@ class Inspector:
         where, bounds = range_of(prefix)
         besides = tuple(f"{prefix}/{name}" for name in documents)
         with self._section() as index:
-            (missing,) = index.execute(f"SELECT count(*) FROM absent{where}", bounds).fetchone()
+            (missing,) = index.execute(
+                f"SELECT count(*) FROM absent{where} AND key NOT IN ({', '.join('?' * len(besides))})",
+                (*bounds, *besides),
+            ).fetchone()
         counted = Objects(missing=missing)
         after: str | None = ""
         while after is not None:
