@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from xzcache.model import Parts
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
@@ -444,7 +445,7 @@ class RangeReads:
         calls = [self._apart(key, byte_ranges, alone, prototype, limits)]
         if missing:
             fetch = self._whole if promoted else self._missing
-            calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, states))
+            calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, parts))
         outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call]
         if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
@@ -593,7 +594,7 @@ class RangeReads:
         wanted: dict[Entry, list[int]],
         prototype: BufferPrototype,
         limits: dict[str, int],
-        states: set[str],
+        parts: Parts,
     ) -> list[Outcome]:
         try:
             value = await self._reads.get(key, prototype, None)
@@ -609,10 +610,10 @@ class RangeReads:
         wanted: dict[Entry, list[int]],
         prototype: BufferPrototype,
         limits: dict[str, int],
-        states: set[str],
+        parts: Parts,
     ) -> list[Outcome]:
         try:
-            found = await self._fetches.fetch(key, list(wanted), prototype, limits, states)
+            found = await self._fetches.fetch(key, list(wanted), prototype, limits, parts, parts.states)
         except Exception as error:
             return [error]
         if any(data is None for data in found.values()):
