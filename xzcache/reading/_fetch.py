@@ -466,8 +466,10 @@ class _Fetch:
 
     async def _wait(self, claim: Claim) -> None:
         """Wait for another task's fetch; a cancelled one gives nothing."""
-        with suppress(LeaderCancelled, TimeoutError):
-            data, validator, exact = await claim.outcome(self._reading.timeout)
+        with suppress(LeaderCancelled):
+            if (fetched := await claim.outcome(self._reading.timeout)) is None:
+                return
+            data, validator, exact = fetched
             if not exact:
                 # it is the answer to another request than this reader's
                 self._inexact = True

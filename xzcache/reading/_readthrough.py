@@ -258,14 +258,11 @@ class ReadThrough:
                 data = None if force else await reading.get_cached(entry)
                 if data is None:
                     continue
-            except TimeoutError:
-                # the leader may never finish, for example after its event loop was stopped
+                return reading.hit(request, data)
+            if fetched is None or (not fetched.exact and claim.span != span):
+                # the leader may never finish, or has got what is no answer to this request
                 return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
-            else:
-                if not fetched.exact and claim.span != span:
-                    return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
-                data = None if fetched.data is None else part(fetched.data, claim.span, span)
-            return reading.hit(request, data)
+            return reading.hit(request, None if fetched.data is None else part(fetched.data, claim.span, span))
 
     async def _fetch_rest(self, request: Request) -> Buffer | None:
         """Put an entry together of parts that are cached or under way, and of those that are not.
