@@ -79,7 +79,7 @@ class Cache:
         publisher, fetch_locks = self.directory.publisher, self.directory.fetch_locks
         for _ in range(number):
             entry = Entry(f"{NAMESPACE}/new/c/{next(self._new)}")
-            assert publisher.publish(entry, VALUE, fetch_locks.write_version(entry))
+            assert publisher.publish(entry, VALUE, fetch_locks.write_version(entry.key))
 
     def evict(self, number: int = EVICTIONS) -> None:
         assert self.directory.space.evict(number * len(VALUE)) == number * len(VALUE)
