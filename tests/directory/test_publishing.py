@@ -39,7 +39,7 @@ def directory(tmp_path: Path) -> Iterator[CacheDirectory]:
 
 def parcel(directory: CacheDirectory, key: str, start: int = 0, stop: int = END, **options: Any) -> PendingEntry:
     entry = Entry(key, start, stop)
-    return PendingEntry(entry, memoryview(os.urandom(SIZE)), directory.fetch_locks.write_version(entry), **options)
+    return PendingEntry(entry, memoryview(os.urandom(SIZE)), directory.fetch_locks.write_version(entry.key), **options)
 
 
 def read(directory: CacheDirectory, entry: Entry) -> bytes | None:

@@ -257,6 +257,24 @@ async def test_the_leaders_exception_reaches_all_and_is_not_kept(
     assert await read(store, key, part) == expected
 
 
+@PARTS
+async def test_a_timeout_of_the_source_is_not_taken_for_a_leader_that_is_too_slow(
+    key: str, part: Any, expected: bytes | None, cache_kind: str, tmp_path: Path
+) -> None:
+    source, store = await opened(cache_kind, tmp_path)
+    error = TimeoutError("of the source")
+    gate = source.hold("get", key, after=False)
+    tasks = [asyncio.create_task(read(store, key, part)) for _ in range(3)]
+    await gate.arrived()
+    await settle()
+    inner = CountingStore(source._store)
+    inner.errors["get"] = error
+    source._store = inner
+    source.let_go("get", key)
+    assert all(outcome is error for outcome in await asyncio.gather(*tasks, return_exceptions=True))
+    assert source.reads == 1
+
+
 @OF_A_CHUNK
 def test_an_exception_in_one_thread_reaches_the_others(
     part: Any, expected: bytes, cache_kind: str, tmp_path: Path

@@ -359,7 +359,7 @@ def publish_together(store: xzcache.LockedLocalStore, keys: Iterable[str]) -> li
     parcels = []
     for key in keys:
         entry = Entry(key)
-        ticket = directory.fetch_locks.write_version(entry)
+        ticket = directory.fetch_locks.write_version(entry.key)
         parcels.append(PendingEntry(entry, memoryview(made(entry.key, 0, VALUE)), ticket, "etag"))
     directory.publisher.publish_all(parcels)
     return [parcel.is_stored for parcel in parcels]

@@ -52,15 +52,18 @@ class Claim:
         """Record that the request is sent now: the answer may miss later changes."""
         self.sent_at = time.perf_counter()
 
-    async def outcome(self, timeout: float) -> Fetched:
-        """Wait for the result.
+    async def outcome(self, timeout: float) -> Fetched | None:
+        """Wait for the result; None if it does not come in time, for example because an event loop was stopped.
 
-        Raises `LeaderCancelled`, `TimeoutError`, or the exception that the source raised.
+        Raises `LeaderCancelled`, or the exception that the source raised, which may be a `TimeoutError` as well.
         """
         waiting = asyncio.wrap_future(self._future)
         # a waiter that gave up must not get a warning about an exception that was never retrieved
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.wait_for(asyncio.shield(waiting), timeout)
+        try:
+            return await asyncio.wait_for(asyncio.shield(waiting), timeout)
+        except TimeoutError:
+            return self._future.result() if self._future.done() else None
 
     def set_result(self, data: memoryview | None, validator: str = "", *, exact: bool = True) -> None:
         if not self._future.done():

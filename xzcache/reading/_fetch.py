@@ -216,12 +216,15 @@ class RangeFetches:
         entries: Sequence[Entry],
         prototype: BufferPrototype,
         limits: dict[str, int] = ONE,
+        parts: Parts | None = None,
         states: Iterable[str] = (),
     ) -> Found:
         """The bytes of some ranges, None if the object is missing, from the source or from another task's fetch.
 
         Parameters
         ----------
+        parts : Parts, optional
+            The cached parts of the object, as the reader has just found them.
         states : iterable of str
             The validators of cached ranges that the same reader gets.
 
@@ -235,7 +238,8 @@ class RangeFetches:
             The source's own.
         """
         async with self._reading.backend.fetching():
-            return await _Fetch(self, self._reading, key, entries, prototype, limits, states).run()
+            fetch = _Fetch(self, self._reading, key, entries, prototype, limits, states)
+            return await fetch.run(parts or self._reading.backend.parts(key))
 
 
 class _Fetch:
@@ -281,10 +285,9 @@ class _Fetch:
         self._is_whole_stored = False
         self._inexact = False
 
-    async def run(self) -> Found:
+    async def run(self, parts: Parts) -> Found:
         deadline = time.monotonic() + self._reading.timeout
         pause = FIRST_POLL
-        parts = self._backend.parts(self._key)
         if not all(map(is_from_source, parts.states)):
             # then all ranges are fetched together
             self._unfit.update(parts.pieces)
@@ -363,9 +366,11 @@ class _Fetch:
             return
         parts = self._backend.parts(self._key)
         listed = parts.pieces
-        # the validators from before the bytes
-        states = parts.states
+        # of pieces, the validators from before the bytes
+        states = parts.states if len(listed) > 1 else None
         found, missing = await self._fetches.look(parts, self._left)
+        if states is None:
+            states = parts.states if found else set()
         overlapping = [piece for span in self._left.values() for piece in listed.overlapping(*span)]
         # unfit pieces can be served if nothing is missing any more: another reader has stored the rest in the same
         # session
@@ -461,8 +466,10 @@ class _Fetch:
 
     async def _wait(self, claim: Claim) -> None:
         """Wait for another task's fetch; a cancelled one gives nothing."""
-        with suppress(LeaderCancelled, TimeoutError):
-            data, validator, exact = await claim.outcome(self._reading.timeout)
+        with suppress(LeaderCancelled):
+            if (fetched := await claim.outcome(self._reading.timeout)) is None:
+                return
+            data, validator, exact = fetched
             if not exact:
                 # it is the answer to another request than this reader's
                 self._inexact = True

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from zarr.abc.store import RangeByteRequest, Store
+from zarr.core.buffer import cpu
 
 from xzcache import sources
 from xzcache.model import (
@@ -41,10 +43,10 @@ from xzcache.sources import FetchResult
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
 
-    import numpy as np
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from xzcache.model import Parts
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
@@ -77,19 +79,24 @@ class ReadThrough:
         self.backend = reading.backend
         self.freshness = reading.freshness
         self._revalidation = Revalidation(reading)
+        self._asks_always = reading.freshness.revalidate is True or reading.passes
+        self._confirms = self._revalidation.may_confirm
         self._fetches = RangeFetches(reading)
         self._leads = Leads(reading)
 
     def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
         """The value of a cached chunk if it can be read without waiting; None means that `get` must be called."""
-        if not self._may_serve(key):
+        # as `_may_serve` and `buffer_of`: a call more would be felt here
+        if self._asks_always or is_document(key) or (self._confirms and not self._revalidation.is_confirmed(key)):
             return None
         started = time.perf_counter()
         data = self.backend.get_nowait(Entry(self.backend.prefix + key), self.reading.max_age)
         if data is None or data is MISSING:
             return None
         (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
-        return buffer_of(data, prototype)
+        if prototype.buffer is cpu.Buffer and type(owner := data.obj) is np.ndarray and owner.nbytes == len(data):
+            return cpu.Buffer(owner)
+        return prototype.buffer.from_bytes(data)
 
     def readinto_nowait(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
         """Like `get_nowait`, into an array, which is undefined after False."""
@@ -104,9 +111,9 @@ class ReadThrough:
 
     def _may_serve(self, key: str) -> bool:
         """Whether a cached value of a key may be served without revalidation."""
-        if self.freshness.revalidate is True or self.reading.passes or is_document(key):
+        if self._asks_always or is_document(key):
             return False
-        return not self._revalidation.may_confirm or self._revalidation.is_confirmed(key)
+        return not self._confirms or self._revalidation.is_confirmed(key)
 
     def get_blocking(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, count: Count
@@ -152,7 +159,7 @@ class ReadThrough:
             value = await self.get(key, prototype, None)
             return None if value is None else value[slice(*clip(*wanted, len(value)))]
         await self.backend.prepare()
-        if self._revalidation.may_confirm:
+        if self._confirms:
             await self._revalidation.confirm_metadata(key)
         request = Request(key, entry, prototype, byte_range, started)
         may_write = force is None
@@ -175,7 +182,7 @@ class ReadThrough:
     async def get_ready(self, key: str) -> None:
         """Open the cache and confirm the metadata before a lookup."""
         await self.backend.prepare()
-        if self._revalidation.may_confirm:
+        if self._confirms:
             await self._revalidation.confirm_metadata(key)
 
     async def _is_vouched_for(self, request: Request) -> bool:
@@ -241,30 +248,28 @@ class ReadThrough:
                 # what there is cannot be put together
                 may_divide = False
                 continue
+            except Replaced:
+                # the range of another reader does not fit to what it had; this one has nothing yet
+                if _READS_SHARDS_BY_GET and entry.start > 0:
+                    raise
+                may_divide = False
+                continue
             except LeaderCancelled:
                 data = None if force else await reading.get_cached(entry)
                 if data is None:
                     continue
-            except TimeoutError:
-                # the leader may never finish, for example after its event loop was stopped
+                return reading.hit(request, data)
+            if fetched is None or (not fetched.exact and claim.span != span):
+                # the leader may never finish, or has got what is no answer to this request
                 return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
-            else:
-                if not fetched.exact and claim.span != span:
-                    return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
-                data = None if fetched.data is None else part(fetched.data, claim.span, span)
-            return reading.hit(request, data)
+            return reading.hit(request, None if fetched.data is None else part(fetched.data, claim.span, span))
 
     async def _fetch_rest(self, request: Request) -> Buffer | None:
         """Put an entry together of parts that are cached or under way, and of those that are not.
 
-        Raises `Unclear` if they cannot be shown to be of one state.
+        Raises `Unclear` if they cannot be shown to be of one state, `Replaced` if they are not.
         """
-        try:
-            found = await self._fetches.fetch(request.key, [request.entry], request.prototype)
-        except Replaced:
-            if _READS_SHARDS_BY_GET and request.entry.start > 0:
-                raise
-            raise Unclear from None
+        found = await self._fetches.fetch(request.key, [request.entry], request.prototype)
         data = found[request.entry]
         return None if data is None else buffer_of(data, request.prototype)
 
@@ -272,11 +277,11 @@ class ReadThrough:
         self, lead: Lead, version: Any, request: Request, *, force: bool, may_divide: bool
     ) -> Buffer | None:
         """Fetch for all readers in this process, unless another process does so."""
-        async with self.backend.fetching():
-            try:
+        try:
+            async with self.backend.fetching():
                 return await self._fetch_and_publish(lead, version, request, force=force, may_divide=may_divide)
-            except Divided:
-                pass
+        except Divided:
+            pass
         return await self._fetch_rest(request)
 
     async def _fetch_and_publish(
@@ -437,7 +442,7 @@ class RangeReads:
         calls = [self._apart(key, byte_ranges, alone, prototype, limits)]
         if missing:
             fetch = self._whole if promoted else self._missing
-            calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, states))
+            calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, parts))
         outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call]
         if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
@@ -586,7 +591,7 @@ class RangeReads:
         wanted: dict[Entry, list[int]],
         prototype: BufferPrototype,
         limits: dict[str, int],
-        states: set[str],
+        parts: Parts,
     ) -> list[Outcome]:
         try:
             value = await self._reads.get(key, prototype, None)
@@ -602,10 +607,10 @@ class RangeReads:
         wanted: dict[Entry, list[int]],
         prototype: BufferPrototype,
         limits: dict[str, int],
-        states: set[str],
+        parts: Parts,
     ) -> list[Outcome]:
         try:
-            found = await self._fetches.fetch(key, list(wanted), prototype, limits, states)
+            found = await self._fetches.fetch(key, list(wanted), prototype, limits, parts, parts.states)
         except Exception as error:
             return [error]
         if any(data is None for data in found.values()):

@@ -103,14 +103,14 @@ class Revalidation:
             if is_leader:
                 break
             try:
-                data = (await claim.outcome(self._reading.timeout)).data
+                fetched = await claim.outcome(self._reading.timeout)
             except LeaderCancelled:
                 continue
-            except TimeoutError:
+            if fetched is None:
                 claim = Claim(WHOLE)
                 break
-            self._reading.hit(request, data)
-            return data
+            self._reading.hit(request, fetched.data)
+            return fetched.data
         try:
             if unless_asked and not self._reading.must_ask(key):
                 # another task has validated the document between the check and the join
@@ -211,13 +211,12 @@ class Revalidation:
             if is_leader:
                 break
             try:
-                await claim.outcome(self._reading.timeout)
+                if await claim.outcome(self._reading.timeout) is not None:
+                    return
             except LeaderCancelled:
                 continue
-            except TimeoutError:
-                claim = Claim(WHOLE)
-                break
-            return
+            claim = Claim(WHOLE)
+            break
         try:
             asked = await self._backend.unconfirmed(vouched)
             for key in asked:
