@@ -1,4 +1,4 @@
-"""The work of a read and of a write beside their source: transactions, and reads of one thing."""
+"""The work of a miss and of a write beside their source: transactions, and what is read more than once."""
 
 from __future__ import annotations
 
@@ -91,3 +91,7 @@ def test_few_transactions_are_made(calls: dict[str, list[str]], work: str, most:
 def test_few_counters_of_writes_are_read(calls: dict[str, list[str]]) -> None:
     # eight counters concern a key: one read stands for all of them, for each question
     assert 3 <= count(calls["miss"], "pread64(", "/.xzcache/writes>") < 7.5
+
+
+def test_a_transaction_looks_for_a_journal_once(calls: dict[str, list[str]]) -> None:
+    assert 0 < count(calls["miss"], "openat(", ".db-journal", "O_RDONLY") < 1.7
