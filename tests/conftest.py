@@ -38,9 +38,14 @@ def cache_kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with the most work first, so that no worker is left with a long one while the others are done."""
+    """Put the files with the most work first, so that no worker is left with a long one while the others are done.
+
+    What takes half a minute where nothing else runs is given more time than the rest.
+    """
     work = Counter[object]()
     for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(400))
         # those of Dask start clusters
         work[item.path] += 20 if item.get_closest_marker("slow") else 5 if item.path.parent.name == "dask" else 1
     items.sort(key=lambda item: -work[item.path])

@@ -592,6 +592,7 @@ def test_an_index_that_always_fails(
     audit(cache, settled=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize(("name", "step"), [("SQLITE_FULL", 1), ("SQLITE_CORRUPT", 2)], ids=["FULL", "CORRUPT"])
 def test_each_statement_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
