@@ -111,6 +111,24 @@ class _Shown:
         return self.table().html()
 
 
+class _Rows(_Shown, Sequence[T]):
+    """A result of several rows."""
+
+    items: tuple[T, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self.items[index]
+
+
 @dataclass(frozen=True, repr=False)
 class Info(_Shown):
     """The state of a cache directory; sizes in bytes.
@@ -223,19 +241,13 @@ class Array(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Sources(_Shown, Sequence[Source]):
+class Sources(_Rows[Source]):
     """The sources of a cache, largest first; see `Source`."""
 
     directory: str
     items: tuple[Source, ...] = ()
     state: State = "ok"
     trouble: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
 
     @property
     def ok(self) -> bool:
@@ -259,7 +271,7 @@ class Sources(_Shown, Sequence[Source]):
 
 
 @dataclass(frozen=True, repr=False)
-class Arrays(_Shown, Sequence[Array]):
+class Arrays(_Rows[Array]):
     """The arrays of one source; see `Array`. `other_size` are the bytes of documents and of unknown arrays."""
 
     directory: str
@@ -268,12 +280,6 @@ class Arrays(_Shown, Sequence[Array]):
     other_size: int = 0
     ok = True
     trouble = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
 
     def as_dict(self) -> dict[str, Any]:
         """The rows as plain values, for JSON."""
@@ -365,7 +371,7 @@ class Resized(_Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class Settings(_Shown, Sequence["Setting"]):
+class Settings(_Rows["Setting"]):
     """The settings of this process and their origins.
 
     `problems` are names that xzcache does not know; `directory` is the cache that is meant, and `bound` the bound that
@@ -376,12 +382,6 @@ class Settings(_Shown, Sequence["Setting"]):
     problems: tuple[str, ...]
     directory: str
     bound: str | None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
 
     @property
     def ok(self) -> bool:

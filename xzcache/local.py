@@ -55,7 +55,7 @@ class LockedLocalStore(LocalStore):
     max_size : int, str or None, optional
         The bound for all processes together, in bytes or as ``"20 GB"``; None for no bound. By default a directory
         keeps its bound, and a new one gets the configured bound (10 GiB). The latest request holds for every process; a
-        smaller bound evicts at once.
+        smaller bound evicts at once, which is logged.
     min_free : float, int or str, optional
         The free space to leave on the file system: ``"5%"``, a fraction below 1, or a size. Configured: 5 %.
     policy : str, optional

@@ -325,7 +325,8 @@ class CacheStore(ReadableView, WritableView):
     max_size : int, str or None, optional
         The bound of the whole cache, in bytes or as ``"20 GB"``; None for no bound. By default a directory keeps its
         bound, and a new one gets the configured bound (10 GiB); a Zarr store given as `cache_store` has no bound, as
-        with Zarr. Values larger than the bound are not cached.
+        with Zarr. The bound of the default cache, which other datasets share, is raised but not lowered by this;
+        `xzcache.resize` lowers it. Values larger than the bound are not cached.
     cache_set_data : bool, optional
         Whether values that are written through this store are cached.
     read_only : bool, optional

@@ -452,6 +452,12 @@ def test_help_has_examples() -> None:
         assert f"xzcache {' '.join(words)}".strip() in shown
 
 
+def test_without_a_command_it_shows_help() -> None:
+    done = run()
+    assert (done.code, done.err) == (0, "")
+    assert done.out == run("--help").out
+
+
 def test_the_shell_completes_commands_and_sources(filled: Filled) -> None:
     name = xzcache.ls(directory=filled.root)[0].name
     words = {"_XZCACHE_COMPLETE": "bash_complete", "XZCACHE_DIRECTORY": str(filled.root)}

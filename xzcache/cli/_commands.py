@@ -45,6 +45,7 @@ class Commands(click.Group):
 
 @click.group(
     cls=Commands,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
@@ -60,8 +61,11 @@ Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh
 """,
 )
 @click.version_option(package_name="xzcache")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """See, clear, size and check the cache of Zarr chunks that all processes of this machine share."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _directory(function: Callable[..., Any]) -> Callable[..., Any]:

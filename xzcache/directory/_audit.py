@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache import files
+from xzcache._config import shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.files import Whose, relative_path
 from xzcache.model import META, Entry
@@ -79,7 +80,7 @@ class Audit:
         return self.repaired or not self.findings
 
     def __str__(self) -> str:
-        head = f"{self.root}: {self.entries} entries, {self.size} bytes"
+        head = f"{self.root}: {self.entries:,} entries, {shown_size(self.size)}"
         if not self.findings:
             return f"{head}: nothing is wrong"
         state = "repaired" if self.repaired else "not repaired"

@@ -122,6 +122,9 @@ class Inspector:
             except sqlite3.Error as error:
                 self.close()
                 raise translated(error) from error
+            finally:
+                # explicitly, because a child that was forked meanwhile has a copy of the descriptor
+                fcntl.flock(guard, fcntl.LOCK_UN)
         finally:
             os.close(guard)
 
