@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -379,9 +380,11 @@ def injected(log: Path, word: str = "INJECTED") -> int:
     return 0
 
 
-def renames(files: Iterable[Path], doing: str) -> list[str]:
-    """The first rename of one of some files."""
-    calls = "rename,renameat,renameat2"
+RENAMES = "rename,renameat,renameat2"
+
+
+def first_call(calls: str, files: Iterable[Path], doing: str) -> list[str]:
+    """Do something to a process at its first call on one of some files."""
     paths = [option for path in files for option in ("-P", str(path))]
     return [*paths, "-e", f"trace={calls}", "-e", f"inject={calls}:{doing}:when=1"]
 
@@ -416,7 +419,7 @@ def test_a_publisher_that_stalls_before_it_names_its_file(root: Path, case: str,
         publisher = Worker(team, cached, root, revalidate=False)
         publisher.ask("get", "a/c/1", part)
         log = root / "strace"
-        with traced(publisher.child, log, *renames(in_flight(root), "delay_enter=4s")):
+        with traced(publisher.child, log, *first_call(RENAMES, in_flight(root), "delay_enter=4s")):
             publisher.begin("get", "a/c/0", part)
             # strace writes the beginning of a call when the call begins
             until(lambda: log.exists() and "rename" in log.read_text(errors="replace"))
@@ -444,7 +447,7 @@ def test_a_publisher_that_is_stopped_and_killed_when_the_file_has_its_name(root:
         publisher = Worker(team, cached, root, revalidate=False)
         publisher.ask("get", "a/d/0")
         log = root / "strace"
-        with traced(publisher.child, log, *renames(in_flight(root), "signal=STOP")):
+        with traced(publisher.child, log, *first_call(RENAMES, in_flight(root), "signal=STOP")):
             publisher.begin("get", "a/c/0")
             until(lambda: injected(log, "SIGSTOP"))
             writer.ask("set", "a/c/0", 2)
@@ -459,16 +462,16 @@ def test_a_publisher_that_is_stopped_and_killed_when_the_file_has_its_name(root:
 
 @needs_strace
 def test_an_evictor_that_stalls_takes_no_newer_file_along(root: Path) -> None:
-    """It has committed that an entry leaves, and stalls before it renames the file."""
+    """It has committed that an entry leaves, and stalls before it renames or unlinks the file."""
     make_origin(root)
     with Team() as team:
         writer = Worker(team, cached, root, settings={"lock_timeout": 0.3}, revalidate=False)
         evictor = Worker(team, cached, root, revalidate=False)
         assert evictor.ask("get", "a/c/0") == 1
         log = root / "strace"
-        with traced(evictor.child, log, *renames([entry(root, "a/c/0")], "delay_enter=4s")):
+        with traced(evictor.child, log, *first_call(f"{RENAMES},unlink", [entry(root, "a/c/0")], "delay_enter=4s")):
             evictor.begin("set", "a/c/0", 2)
-            until(lambda: log.exists() and "rename" in log.read_text(errors="replace"))
+            until(lambda: log.exists() and re.search("rename|unlink", log.read_text(errors="replace")))
             writer.ask("set", "a/c/0", 3)
         evictor.child.hear()
         expected = version_of("a/c/0", (root / "origin/a/c/0").read_bytes(), SIZE)

@@ -33,7 +33,6 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import xzcache
-from xzcache.index._writeclock import WriteCounters
 
 Write = Callable[[xzcache.CacheStore], Awaitable[None]]
 
@@ -504,33 +503,3 @@ async def test_a_range_of_two_answers_is_of_one_state(
     may_end.set()
     await writing
     assert await read(store, KEY, between((0, 6))) == b"newnew"
-
-
-# -- counters of writes
-
-
-def test_counts_of_before_are_those_of_the_file(tmp_path: Path) -> None:
-    mine, other = (WriteCounters(str(tmp_path / "writes")) for _ in range(2))
-    slots = [3, 5 + WriteCounters.COUNT, 7]
-    assert mine.before(slots) == (0, 0, 0, 0)
-    for slot in (5, 5, 7 + WriteCounters.COUNT):
-        other.increment(slot)
-        # raised by somebody else, and seen at once
-        assert mine.before(slots) == other.before(slots) == (0, *map(other.read, slots))
-    assert mine.before(slots) == (0, 0, 2, 1)
-    # half a bump, as of a process that was killed: what is seen is from before it, never from after
-    other._raise(3)
-    assert mine.before(slots) == (0, 0, 2, 1)
-    assert mine.before([11, *slots]) == (0, 0, 0, 2, 1)
-    other.increment(11)
-    assert mine.before(slots) == (0, 1, 2, 1)
-    for counters in (mine, other):
-        counters.close()
-
-
-def test_what_is_remembered_of_counters_is_bounded(tmp_path: Path) -> None:
-    counters = WriteCounters(str(tmp_path / "writes"))
-    for slot in range(10_000):
-        counters.before([slot, 1])
-    assert len(counters._seen[1]) < 5000
-    counters.close()

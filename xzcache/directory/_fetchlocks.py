@@ -91,7 +91,8 @@ class FetchLocks:
         if process is None:
             return None
         try:
-            return current_version(process, entry.key)
+            counters = counters_of(entry.key, data=not is_document(entry.key))
+            return WriteVersion(process.number, process.generation, process.writes.before(counters))
         except OSError as error:
             self._barrier.record_fault(error)
             return None

@@ -9,12 +9,13 @@ import logging
 import os
 import secrets
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import files
-from xzcache.directory._fetchlocks import WriteVersion, current_version
+from xzcache.directory._fetchlocks import WriteVersion, WriteVersions, current_version
+from xzcache.directory._publish import MOST, MOST_BYTES, PendingEntry
 from xzcache.directory._recovery import UNDONE
 from xzcache.directory._space import HideReport
 from xzcache.files import Whose, beneath, is_plain, range_directory, relative_path
@@ -236,15 +237,15 @@ class PendingInvalidations:
 
     # -- invalidation without the index
 
-    def _increment_by_hand(self, number: int, failures: list[OSError]) -> None:
-        """Increment a counter without the guard: two concurrent increments may merge, which is still a change.
+    def _count_lost(self, failures: list[OSError]) -> None:
+        """Count a write without the guard.
 
         Even if that fails, the files must go; then a fetch from before the write may still be published.
         """
         try:
             process = self._session.current
             if process is not None:
-                process.writes.increment(number)
+                process.writes.lose()
             if process is None or not process.guard.is_current():
                 try:
                     counters = WriteCounters(f"{self._session.meta}/writes")
@@ -252,7 +253,7 @@ class PendingInvalidations:
                     # there is no cache
                     return
                 try:
-                    counters.increment(number)
+                    counters.lose()
                 finally:
                     counters.close()
         except OSError as error:
@@ -261,14 +262,13 @@ class PendingInvalidations:
     def unlink_keys(self, keys: Sequence[str]) -> None:
         """Invalidate keys without the index and without the guard.
 
-        The process that holds the guard may be stopped at any point, and continue at any time. So the write counters
-        are incremented first: a later publish compares them under the guard before a file gets its name. Then temporary
+        The process that holds the guard may be stopped at any point, and continue at any time. So the write is counted
+        first: a later publish compares them under the guard before a file gets its name. Then temporary
         files are unlinked, so that a publish or a recovery that has compared already has no file to rename. Files that
         got their names before that are unlinked last. Raises `OSError` or `Unusable` if a file may be left.
         """
         failures: list[OSError] = []
-        for key in keys:
-            self._increment_by_hand(write_counter(key), failures)
+        self._count_lost(failures)
         wanted, digests = set(keys), {Entry(key).digest() for key in keys}
         self._unlink_in_flight(lambda stamp: stamp.digest in digests or stamp.key in wanted)
         for key in keys:
@@ -283,7 +283,7 @@ class PendingInvalidations:
     def unlink_beneath(self, prefix: str) -> None:
         """Invalidate everything beneath a prefix without the index and without the guard; raises as `unlink_keys`."""
         failures: list[OSError] = []
-        self._increment_by_hand(prefix_counter(prefix), failures)
+        self._count_lost(failures)
         # the stamp of a file at its own key does not hold the key
         self._unlink_in_flight(lambda stamp: True)
         root = self._session.root
@@ -381,13 +381,15 @@ class Writes:
         def act() -> list[Begun]:
             with self._session.section() as (process, index):
                 self._record_written(keys, process)
-                versions = [self._count(process, index, key) for key in keys]
                 for write in begun:
+                    self._count(process, index, write.key)
                     index.tables.add_writing(write.row, write.key, process.owner, beneath=False)
+                versions = WriteVersions(process)
+                counted = [write._replace(version=versions.of(write.key)) for write in begun]
                 tombstones = self._mark_keys_deleted(process, index, keys, report)
             # the bytes are given back when the write ends
             self._unlink_deleted(tombstones, soon=True)
-            return [write._replace(version=version) for write, version in zip(begun, versions, strict=True)]
+            return counted
 
         return self._must_invalidate(keys, act, report, "a write begins") or begun
 
@@ -474,30 +476,58 @@ class Writes:
 
     def end_write(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
         """Invalidate the keys again after the source was written, and store the new values."""
-        versions = [version for batch in _batches(writes) for version in self._end(batch)]
-        for write, version, value in zip(writes, versions, values, strict=True):
-            if value is not None and version is not None:
-                self._publisher.publish(Entry(write.key), value, version)
+        batch: list[tuple[Begun, Data | None]] = []
+        size = 0
+        for write, value in zip(writes, values, strict=True):
+            size += len(value or b"")
+            if batch and (size > MOST_BYTES or len(batch) >= MOST or write.key in {other.key for other, _ in batch}):
+                self._end(batch)
+                batch, size = [], len(value or b"")
+            batch.append((write, value))
+        if batch:
+            self._end(batch)
 
-    def _end(self, writes: Sequence[Begun]) -> list[WriteVersion | None]:
+    def _end(self, batch: Sequence[tuple[Begun, Data | None]]) -> None:
+        writes = [write for write, _ in batch]
         keys = [write.key for write in writes]
         report = HideReport()
 
-        def act() -> list[WriteVersion | None]:
-            versions: list[WriteVersion | None] = []
-            with self._session.section() as (process, index):
-                for write in writes:
-                    # if the begin was not recorded, concurrent writes may have been missed
-                    alone = write.version is not None and write.version == current_version(process, write.key)
-                    version = self._count(process, index, write.key)
-                    versions.append(version if alone else None)
-                index.tables.drop_writings(write.row for write in writes)
-                tombstones = self._mark_keys_deleted(process, index, keys, report)
-            self._unlink_deleted(tombstones)
-            return versions
+        def end(new: Sequence[PendingEntry]) -> None:
+            tombstones: list[Tombstone] = []
+            with ExitStack() as stack:
+                stack.callback(lambda: self._unlink_deleted(tombstones))
+                staged = self._publisher.try_staged(new, stack)
+                with self._session.section() as (process, index), self._space.freeing_tombstones(index):
+                    # a value that another process wrote meanwhile is not stored
+                    alone = [item for item in staged.items if item.pending.is_current(process)]
+                    for key in keys:
+                        self._count(process, index, key)
+                    versions = WriteVersions(process)
+                    index.tables.drop_writings(write.row for write in writes)
+                    tombstones += self._mark_keys_deleted(process, index, keys, report)
+                    for item in alone:
+                        item.pending.version = versions.of(item.pending.entry.key)
+                    staged.enter(process, index, alone)
+                    index.commit()
+            for item in staged.items:
+                if item.failure is not None:
+                    self._pending.record_fault(item.failure)
+
+        def act() -> None:
+            # without its begin in the index, a write may have missed concurrent ones
+            new = [
+                PendingEntry(Entry(write.key), value, write.version)
+                for write, value in batch
+                if value is not None and write.version is not None
+            ]
+            try:
+                end(new)
+            except NoRoom:
+                # the index has no room for the new rows: the old ones must go nevertheless
+                end([])
 
         try:
-            return self._must_invalidate(keys, act, report, "a write has ended", writes) or [None] * len(writes)
+            self._must_invalidate(keys, act, report, "a write has ended", writes)
         finally:
             # a row that remains belongs to no write from here on: the next recovery invalidates its key
             self._session.writing.difference_update(write.row for write in writes)
@@ -512,7 +542,8 @@ class Writes:
         def act() -> WriteVersion | None:
             with self._session.section() as (process, index):
                 alone = since is not None and since == current_version(process, key)
-                version = self._count(process, index, key)
+                self._count(process, index, key)
+                version = current_version(process, key)
                 tombstones = self._mark_keys_deleted(process, index, [key], report)
             self._unlink_deleted(tombstones)
             return version if alone else None
@@ -538,11 +569,10 @@ class Writes:
         _log([f"{prefix}/"], "it was deleted")
 
     @staticmethod
-    def _count(process: Registration, index: Index, key: str) -> WriteVersion:
-        """Increment the counter of a key; returns the new write version."""
+    def _count(process: Registration, index: Index, key: str) -> None:
+        """Increment the counter of a key: its write version is another one from now on."""
         process.writes.increment(write_counter(key))
         index.tables.drop_absent([key])
-        return current_version(process, key)
 
     def _mark_keys_deleted(
         self, process: Registration, index: Index, keys: Sequence[str], report: HideReport, others: Sequence[Row] = ()
@@ -550,9 +580,7 @@ class Writes:
         """Take keys, and other entries, out of the index and out of sight; within a section, which is committed."""
         rows = [*(row for key in keys for row in index.of_key(key)), *others]
         tombstones = self._space.mark_deleted(process, index, rows, report)
-        for key in keys:
-            if key not in report.left:
-                self._space.clear_paths(index, key, report)
+        self._space.clear_paths(index, [key for key in keys if key not in report.left], report)
         return tombstones
 
     # -- everything beneath a prefix
@@ -617,32 +645,32 @@ class Writes:
         ended: Deletion | None = None,
     ) -> bool:
         """Like `drop_now`, with some keys as well; returns whether all files are gone."""
-        with self._session.section() as (process, index):
-            if begun is not None:
-                self._record_written([f"{prefix}/"], process)
-                for write in begun.writes:
-                    index.tables.add_writing(write.row, write.key, process.owner, beneath=write is begun.beneath)
-            for key in keys:
-                self._count(process, index, key)
-            if not counted:
-                process.writes.increment(prefix_counter(prefix))
-            index.tables.drop_nodes(prefix, documents=not counted)
-            index.tables.drop_absent_beneath(prefix)
-            leftover = {item.entry.key for item in index.unowned_tombstones() if _is_beneath(item.entry.key, prefix)}
-            rows = index.beneath(prefix, _BATCH)
-            is_last = len(rows) < _BATCH
-            if ended is not None and is_last:
-                index.tables.drop_writings(write.row for write in ended.writes)
-            tombstones = self._mark_keys_deleted(process, index, keys, report, rows)
-        self._unlink_deleted(tombstones, soon=begun is not None)
+        leftover: set[str] = set()
+        is_first, is_last = True, False
         while not is_last:
             with self._session.section() as (process, index):
+                if is_first:
+                    if begun is not None:
+                        self._record_written([f"{prefix}/"], process)
+                        for write in begun.writes:
+                            is_beneath = write is begun.beneath
+                            index.tables.add_writing(write.row, write.key, process.owner, beneath=is_beneath)
+                    for key in keys:
+                        self._count(process, index, key)
+                    if not counted:
+                        process.writes.increment(prefix_counter(prefix))
+                    index.tables.drop_nodes(prefix, documents=not counted)
+                    index.tables.drop_absent_beneath(prefix)
+                    leftover = {
+                        key for item in index.unowned_tombstones() if _is_beneath(key := item.entry.key, prefix)
+                    }
                 rows = index.beneath(prefix, _BATCH)
                 is_last = len(rows) < _BATCH
                 if ended is not None and is_last:
                     index.tables.drop_writings(write.row for write in ended.writes)
-                tombstones = self._space.mark_deleted(process, index, rows, report)
+                tombstones = self._mark_keys_deleted(process, index, keys if is_first else (), report, rows)
             self._unlink_deleted(tombstones, soon=begun is not None)
+            is_first = False
         self._drop_orphans(prefix, leftover, report)
         return not report.left
 
@@ -650,17 +678,15 @@ class Writes:
         """Remove entry files beneath a prefix that have no row: leftovers of a failure or a crash."""
         keys = set(leftover)
         try:
-            if not prefix or is_plain(prefix):
+            if not prefix or (is_plain(prefix) and files.exists(f"{self._session.root}/{prefix}/.")):
                 for path in files.walk(files.inside(self._session.root, f"{prefix}/").rstrip("/")):
                     keys.add(os.path.relpath(path, self._session.root).replace(os.sep, "/"))
         except OSError as error:
             report.add(beneath(prefix), error)
         for batch in _batches(sorted(keys - report.left)):
             with self._session.section() as (_, index):
-                for key in batch:
-                    # a key that has a row by now was stored after the drop
-                    if not index.knows(key):
-                        self._space.clear_paths(index, key, report)
+                # a key that has a row by now was stored after the drop
+                self._space.clear_paths(index, [key for key in batch if not index.knows(key)], report)
 
 
 def _log(names: Iterable[str], why: str) -> None:

@@ -12,20 +12,20 @@ import os
 import sqlite3
 import stat
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from xzcache import files, model
 from xzcache.directory import _recovery as recovery
-from xzcache.directory._fetchlocks import WriteVersions
+from xzcache.directory._fetchlocks import WriteVersions, current_version
 from xzcache.directory._space import recovery_due
 from xzcache.files import Whose, is_plain, relative_path
 from xzcache.model import META, Damaged, NoRoom, are_compatible, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from xzcache.directory._faults import FaultBarrier
     from xzcache.directory._fetchlocks import WriteVersion
@@ -73,6 +73,10 @@ class PendingEntry:
     done: Callable[[], None] | None = None
     is_stored: bool = False
 
+    def is_current(self, process: Registration) -> bool:
+        """Whether the key was not written since the version was read."""
+        return self.version == current_version(process, self.entry.key)
+
 
 @dataclass(eq=False, slots=True)
 class StagedEntry:
@@ -109,6 +113,32 @@ class StagedEntry:
         """The stamp of the file at its final path; it holds the key unless the path does."""
         entry = self.pending.entry
         return self.stamp._replace(key=entry.key) if self.hashed or not entry.is_whole else self.stamp
+
+
+@dataclass(eq=False, slots=True)
+class Staged:
+    """Staged entries that one process is about to enter into the index.
+
+    Attributes
+    ----------
+    process : Registration or None
+        The process whose lease was spent.
+    seen : set of str
+        The directories that were checked: one that several entries share is checked once.
+    overtaken : list of Tombstone
+        Entries that a write has overtaken, or of older states.
+    """
+
+    _enter: Callable[[Registration, Index, Sequence[StagedEntry], set[str]], list[Tombstone]]
+    items: list[StagedEntry] = field(default_factory=list)
+    process: Registration | None = None
+    seen: set[str] = field(default_factory=set)
+    overtaken: list[Tombstone] = field(default_factory=list)
+
+    def enter(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> None:
+        """Publish some of the entries, unless another registration paid for them; within a section, which commits."""
+        if process is self.process:
+            self.overtaken += self._enter(process, index, items, self.seen)
 
 
 # -- Which entries may be stored, and where the file of each is to lie: decided under the guard.
@@ -290,29 +320,38 @@ class Publisher:
             return batch
 
     def _publish(self, batch: list[PendingEntry]) -> list[StagedEntry]:
-        overtaken: list[Tombstone] = []
+        with self.staged(batch) as staged, self._session.section() as (process, index):
+            staged.enter(process, index, staged.items)
+        return staged.items
+
+    @contextmanager
+    def staged(self, batch: Sequence[PendingEntry]) -> Iterator[Staged]:
+        """Write the temporary files of entries, for the caller to enter them into the index, in one section.
+
+        A file that could not be written is the `failure` of its entry. Raises if there is no room. Afterwards, what was
+        not entered is gone.
+        """
+        staged = Staged(self._enter)
         with self._session.storing() as process:
             self._space.take(process, sum(len(pending.data) for pending in batch))
-            items: list[StagedEntry] = []
+            staged.process = process
             try:
                 for pending in batch:
                     stamp = files.stamp_of(pending.entry, pending.data, pending.validator)
-                    items.append(StagedEntry(pending, *process.next_temporary(), stamp))
+                    staged.items.append(StagedEntry(pending, *process.next_temporary(), stamp))
                 # no file is written through a link
-                files.inside(self._root, f"{META}/tmp/{process.owner}/.")
-                for item in items:
+                files.inside(self._root, f"{META}/tmp/{process.owner}/.", staged.seen)
+                for item in staged.items:
                     self._write(item)
-                with self._session.section() as (current, index):
-                    if current is process:
-                        overtaken = self._enter(process, index, items)
+                yield staged
             finally:
-                self._give_back(process, items, batch)
-        self._space.unlink_deleted(overtaken)
-        _log(items)
+                self._give_back(process, staged.items, batch)
+        if staged.overtaken:
+            self._space.unlink_deleted(staged.overtaken)
+        _log(staged.items)
         if recovery_due(process):
             # the entries are stored even if the recovery fails
             self._barrier.try_or(lambda: recovery.recover(self._session), None)
-        return items
 
     @staticmethod
     def _give_back(process: Registration, items: Sequence[StagedEntry], batch: Sequence[PendingEntry]) -> None:
@@ -328,6 +367,11 @@ class Publisher:
                 else:
                     process.give_back(item.stamp.size)
 
+    def try_staged(self, batch: Sequence[PendingEntry], stack: ExitStack) -> Staged:
+        """As `staged`, until the stack is closed; without any entry if they cannot be stored."""
+        nothing = Staged(self._enter)
+        return self._barrier.try_or(lambda: stack.enter_context(self.staged(batch)), nothing) if batch else nothing
+
     def _write(self, item: StagedEntry) -> None:
         item.hashed = self._check.is_hashed(item.pending.entry)
         try:
@@ -341,13 +385,13 @@ class Publisher:
 
     # -- under the guard
 
-    def _enter(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> list[Tombstone]:
-        """Add the rows of entries, then rename their files.
+    def _enter(
+        self, process: Registration, index: Index, items: Sequence[StagedEntry], seen: set[str]
+    ) -> list[Tombstone]:
+        """Add the rows of entries, then rename their files; commits.
 
         Returns tombstones of entries that were overtaken by a write.
         """
-        # a directory that several entries share is checked once
-        seen: set[str] = set()
         entering = self._check.of(process, index, items, seen)
         if not entering:
             return []

@@ -21,7 +21,7 @@ from xzcache.index import Index, Row, prefix_counter, write_counter, written_not
 from xzcache.model import END, META, Busy, CacheFault, Entry, is_expected_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from xzcache.index import IndexSession, Registration, Tombstone
 
@@ -287,14 +287,14 @@ def _is_gone(session: IndexSession, index: Index, name: str) -> bool:
     try:
         if not name.endswith("/"):
             if not index.knows(name):
-                clear_paths(session, index, name)
+                clear_paths(session, index, name, index.unowned_tombstones())
             return True
         if name != "/" and not is_plain(name.rstrip("/")):
             return True
         for path in files.walk(files.inside(session.root, name).rstrip("/")):
             key = os.path.relpath(path, session.root).replace(os.sep, "/")
             if not index.knows(key):
-                clear_paths(session, index, key)
+                clear_paths(session, index, key, index.unowned_tombstones())
     except OSError:
         return False
     return True
@@ -345,9 +345,12 @@ def finish(session: IndexSession, index: Index, tombstones: Iterable[Tombstone])
     index.disown_tombstones(left)
 
 
-def clear_paths(session: IndexSession, index: Index, key: str) -> None:
-    """Unlink files of a key without a row, leftovers of a failure or a crash; raises `OSError` if one may remain."""
-    tombstones = [item for item in index.unowned_tombstones() if item.entry.key == key]
+def clear_paths(session: IndexSession, index: Index, key: str, unowned: Sequence[Tombstone]) -> None:
+    """Unlink files of a key without a row, leftovers of a failure or a crash; raises `OSError` if one may remain.
+
+    `unowned` are the tombstones without an owner.
+    """
+    tombstones = [item for item in unowned if item.entry.key == key]
     unmarked = {item.entry for item in tombstones}
     for entry, hashed in _places(session, key):
         _unlink_ours(session, entry, hashed=hashed, unmarked=entry in unmarked)

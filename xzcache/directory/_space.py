@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import files
@@ -29,6 +29,8 @@ logger = logging.getLogger("xzcache.directory")
 
 _LARGEST_LEASE: Final = 4 << 20
 _INDEX_RESERVE: Final = 4 << 20
+_SMALL: Final = 64 << 10
+"""The most bytes of a file that is unlinked as fast as it is renamed."""
 _ATTEMPTS: Final = 8
 _PAUSE_WHILE_FULL: Final = 1.0
 """Seconds for which a full directory without evictions is not asked for room again."""
@@ -121,7 +123,7 @@ class Space:
         with self.session.section() as (current, index):
             if current is not process:
                 raise NoRoom("the directory was removed meanwhile")
-            with self._freeing_tombstones(index):
+            with self.freeing_tombstones(index):
                 totals = index.totals()
                 short = self._grant(process, index, totals, size, whole)
                 index.commit()
@@ -220,72 +222,78 @@ class Space:
     def mark_deleted(
         self, process: Registration, index: Index, rows: Iterable[Row], report: HideReport | None = None
     ) -> list[Tombstone]:
-        """Move entries from the index to tombstones, then hide their files; within a section, which is committed.
+        """Move entries from the index to tombstones, commit, then hide their files; within a section.
 
         Keys whose files may remain are added to `report`. Returns the tombstones of hidden files, for `unlink_deleted`.
         The tombstones of all other files lose their owner, so that the next recovery retries them.
         """
         tombstones = []
-        with self._freeing_tombstones(index):
+        with self.freeing_tombstones(index) as freed:
             for row in rows:
                 index.remove(row.id)
                 tombstones.append(index.add_tombstone(row, process.owner))
-            index.commit()
+            if tombstones or freed:
+                index.commit()
         report = HideReport() if report is None else report
-        hidden = [item for item in tombstones if self._is_hidden(item, report)]
+        seen: set[str] = set()
+        hidden = [item for found in tombstones if (item := self._hidden(found, report, seen)) is not None]
+        # paths of one directory differ in their names
+        for path in {os.path.dirname(relative): relative for relative in map(_relative, hidden)}.values():
+            files.prune(f"{self.session.root}/{path}", self.session.root)
         if len(hidden) < len(tombstones):
             index.begin()
             index.disown_tombstones({item.id for item in tombstones} - {item.id for item in hidden})
             index.commit()
         return hidden
 
-    def _is_hidden(self, item: Tombstone, report: HideReport) -> bool:
-        """Hide a file; False if it may still be visible."""
+    def _hidden(self, item: Tombstone, report: HideReport, seen: set[str]) -> Tombstone | None:
+        """Hide a file; returns its tombstone, or None if the file may still be visible."""
         for is_last in (False, True):
             try:
-                if self._hide(item) is Whose.GONE:
-                    report.missing.add(item.entry.key)
-                return True
+                return self._hide(item, report, seen)
             except OSError as error:
                 if is_last:
                     report.add(item.entry.key, error)
-        return False
+        return None
 
-    def _hide(self, item: Tombstone) -> Whose:
-        """Move a file to the trash; returns the kind of file that was found.
-
-        Raises `OSError` if it may still be visible.
-        """
-        relative = relative_path(item.entry, hashed=item.hashed)
-        path = files.inside(self.session.root, relative)
+    def _hide(self, item: Tombstone, report: HideReport, seen: set[str]) -> Tombstone:
+        """Unlink a small file, or move a larger one to the trash; raises `OSError` if it may still be visible."""
+        path = files.inside(self.session.root, _relative(item), seen)
         found = files.look(path, item.entry)
-        # a foreign file may have replaced the entry; and unlinking a large file takes too long under the guard
+        if found is Whose.GONE:
+            report.missing.add(item.entry.key)
+        # a foreign file may have replaced the entry
         if found in (Whose.GONE, Whose.FOREIGN):
-            return found
+            return item
         try:
-            files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}"))
-        except FileNotFoundError:
-            pass
-        except OSError:
+            if item.size <= _SMALL:
+                with suppress(OSError):
+                    os.unlink(path)
+                    return item._replace(is_unlinked=True)
             try:
-                os.unlink(path)
+                # unlinking a large file takes too long under the guard
+                files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}", seen))
             except FileNotFoundError:
                 pass
             except OSError:
-                files.disown(path)
-                raise
-        files.prune(path, self.session.root)
-        return found
+                files.discard(path)
+        except OSError:
+            files.disown(path)
+            raise
+        return item
 
-    def clear_paths(self, index: Index, key: str, report: HideReport) -> None:
-        """Unlink files of a key that has no row any more; within a section."""
-        for is_last in (False, True):
-            try:
-                recovery.clear_paths(self.session, index, key)
-                return
-            except OSError as error:
-                if is_last:
-                    report.add(key, error)
+    def clear_paths(self, index: Index, keys: Iterable[str], report: HideReport) -> None:
+        """Unlink files of keys that have no row any more; within a section."""
+        keys = list(keys)
+        tombstones = index.unowned_tombstones() if keys else []
+        for key in keys:
+            for is_last in (False, True):
+                try:
+                    recovery.clear_paths(self.session, index, key, tombstones)
+                    break
+                except OSError as error:
+                    if is_last:
+                        report.add(key, error)
 
     def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
         """Unlink the files of tombstones, then free their bytes.
@@ -302,8 +310,8 @@ class Space:
             self.free_tombstones(erased)
 
     @contextmanager
-    def _freeing_tombstones(self, index: Index) -> Iterator[None]:
-        """Free the postponed tombstones in a transaction that the caller commits."""
+    def freeing_tombstones(self, index: Index) -> Iterator[list[Tombstone]]:
+        """Free the postponed tombstones in a transaction that the caller commits in this context; yields them."""
         erased: list[Tombstone] = []
         # other threads add to it
         while self._erased:
@@ -311,7 +319,7 @@ class Space:
         try:
             if erased:
                 self.free_tombstones_in(index, erased)
-            yield
+            yield erased
         except BaseException:
             self._erased.extend(erased)
             raise
@@ -319,9 +327,13 @@ class Space:
     def erase(self, tombstones: list[Tombstone]) -> list[Tombstone]:
         """Unlink the files of tombstones; returns those whose files are gone."""
         erased = []
+        seen: set[str] = set()
         for item in tombstones:
+            if item.is_unlinked:
+                erased.append(item)
+                continue
             try:
-                files.discard(files.inside(self.session.root, f"{META}/trash/{item.id}"))
+                files.discard(files.inside(self.session.root, f"{META}/trash/{item.id}", seen))
                 erased.append(item)
             except OSError as error:
                 if error.errno == errno.ELOOP:
@@ -344,6 +356,10 @@ class Space:
     def free_tombstones_in(index: Index, tombstones: list[Tombstone]) -> None:
         """Give back, within a transaction, the bytes of files that were unlinked."""
         index.drop_tombstones(item.id for item in tombstones)
+
+
+def _relative(item: Tombstone) -> str:
+    return relative_path(item.entry, hashed=item.hashed)
 
 
 def recovery_due(process: Registration) -> bool:

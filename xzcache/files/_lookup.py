@@ -67,7 +67,7 @@ def let_go(fd: int, on_fault: OnFault) -> None:
 class Opened:
     """An open file; closed by `close` or with its last reference."""
 
-    __slots__ = ("_on_fault", "fd", "is_ours", "mtime_ns", "signature", "size")
+    __slots__ = ("_on_fault", "_stamp", "fd", "is_ours", "mtime_ns", "signature", "size")
 
     def __init__(self, fd: int, status: os.stat_result, on_fault: OnFault) -> None:
         self.fd = fd
@@ -75,7 +75,14 @@ class Opened:
         self.mtime_ns = status.st_mtime_ns
         self.signature: Signature = (status.st_ino, self.mtime_ns, self.size)
         self.is_ours = is_ours(status.st_uid)
+        self._stamp: tuple[files.Stamp | None, bool] | None = None
         self._on_fault = on_fault
+
+    def stamp(self) -> tuple[files.Stamp | None, bool]:
+        """The stamp of the file and whether that is conclusive, as `stamp_of_open`; read once. Raises `OSError`."""
+        if self._stamp is None:
+            self._stamp = files.stamp_of_open(self.fd)
+        return self._stamp
 
     def close(self) -> None:
         """Close the file; once is enough."""
@@ -116,31 +123,13 @@ def open_file(path: str, on_fault: OnFault) -> Opened | None:
 
 def read_unchanged(path: str, signature: Signature, most: int, on_fault: OnFault) -> memoryview | None:
     """All of a file, if it is the one that has this signature and reading it cannot block; else None."""
-    try:
-        fd = os.open(path, _READ)
-    except FileNotFoundError:
+    if signature[2] > most:
         return None
-    except OSError as error:
-        if error.errno not in _IN_THE_WAY:
-            on_fault(error)
+    data = np.empty(signature[2], dtype=np.uint8)
+    if not read_unchanged_into(path, signature, data, on_fault, patient=False):
         return None
-    try:
-        status = os.fstat(fd)
-        size = status.st_size
-        if (status.st_ino, status.st_mtime_ns, size) != signature or size > most:
-            return None
-        if status.st_uid != _user and not is_ours(status.st_uid):
-            return None
-        return read_resident(fd, 0, size)
-    except OSError as error:
-        on_fault(error)
-        return None
-    finally:
-        # as `let_go`, in which a call would be felt
-        try:
-            os.close(fd)
-        except OSError as error:
-            on_fault(error)
+    data.flags.writeable = False
+    return memoryview(data)
 
 
 def read_unchanged_into(
@@ -167,7 +156,11 @@ def read_unchanged_into(
         on_fault(error)
         return False
     finally:
-        let_go(fd, on_fault)
+        # as `let_go`, in which a call would be felt
+        try:
+            os.close(fd)
+        except OSError as error:
+            on_fault(error)
 
 
 def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) -> bool:
@@ -496,7 +489,7 @@ class Reader:
         if opened is None:
             return None
         known = opened.is_ours and self._checked.get(path) == opened.signature
-        if not known and not hashed and entry.is_whole and not (opened.is_ours and _has_stamp(opened)):
+        if not known and not hashed and entry.is_whole and not (opened.is_ours and opened.stamp()[0] is not None):
             # a file that is not the cache's keeps the entry from its place, or this file system has no stamps
             elsewhere = open_file(self._path(entry, hashed=True), self._on_fault)
             if elsewhere is not None:
@@ -526,7 +519,7 @@ class Reader:
         try:
             if found.known:
                 return read(found.opened.fd, first, last)
-            crc = self._expected(found, *files.stamp_of_open(found.opened.fd))
+            crc = self._expected(found, *found.opened.stamp())
             if crc is None:
                 return None
             return self._checked_part(found, crc, read(found.opened.fd, 0, found.size), first, last)
@@ -545,7 +538,7 @@ class Reader:
                 data = read_resident(found.opened.fd, first, last)
                 waits = data is None
                 return not waits, data
-            stamp, conclusive = files.stamp_of_open(found.opened.fd)
+            stamp, conclusive = found.opened.stamp()
             if (stamp is None and not conclusive) or self.quarantine.suspects(found.entry.key):
                 # the index has to be asked
                 waits = True
@@ -620,7 +613,7 @@ class Reader:
         if found.known:
             return False
         try:
-            stamp, conclusive = files.stamp_of_open(found.opened.fd)
+            stamp, conclusive = found.opened.stamp()
         except OSError as error:
             self._on_fault(error)
             return False
@@ -673,7 +666,7 @@ class Reader:
     @_timed
     def _validator(self, found: Found) -> str:
         try:
-            stamp, _ = files.stamp_of_open(found.opened.fd)
+            stamp, _ = found.opened.stamp()
         except OSError as error:
             self._on_fault(error)
             return ""
@@ -687,7 +680,7 @@ class Reader:
         try:
             if found.known:
                 return found.size
-            stamp, _ = files.stamp_of_open(found.opened.fd)
+            stamp, _ = found.opened.stamp()
             sound = stamp is not None and stamp.size == found.size and stamp.digest == found.entry.digest()
             return found.size if sound else None
         except OSError as error:
@@ -722,7 +715,3 @@ def _remember(files_seen: dict[str, Signature], found: Found) -> None:
         with suppress(KeyError, StopIteration, RuntimeError):
             del files_seen[next(iter(files_seen))]
     files_seen[found.path] = found.opened.signature
-
-
-def _has_stamp(opened: Opened) -> bool:
-    return files.stamp_of_open(opened.fd)[0] is not None

@@ -253,11 +253,13 @@ class Registration:
         index.drop_leases()
         self._write(2, (self._read(2) + 1) % (1 << 63))
 
-    def see_revocations(self) -> None:
-        """Forget a lease that was taken back."""
-        if (epoch := self._read(2)) != self._epoch:
+    def sees_revocations(self) -> bool:
+        """Forget a lease that was taken back; False if this process has no number in the current index."""
+        numbers = os.pread(self.guard.fd, 24, 0)
+        if (epoch := int.from_bytes(numbers[16:], "little")) != self._epoch:
             with self.lease_lock:
                 self._epoch, self.free = epoch, 0
+        return self.owner != 0 and int.from_bytes(numbers[:8], "little") == self.generation
 
     def read_serial(self) -> int:
         """The serial number of the index after the last transaction."""
@@ -659,11 +661,11 @@ class IndexSession:
                 if self._process is not process:
                     # this process left the directory meanwhile
                     continue
-                if process.owner == 0 or process.read_generation() != process.generation:
+                if not process.sees_revocations():
                     with self.section() as (current, _):
                         if current is not process:
                             raise Busy("the directory was removed meanwhile")
-                process.see_revocations()
+                    process.sees_revocations()
                 yield process
                 return
             finally:

@@ -130,12 +130,13 @@ class Row(NamedTuple):
 
 
 class Tombstone(NamedTuple):
-    """A file that has left the index and still takes space."""
+    """A file that has left the index, and whose size is still counted."""
 
     id: int
     entry: Entry
     hashed: bool
     size: int
+    is_unlinked: bool = False
 
 
 # -- The small tables of the index: metadata fingerprints, writes under way and the negative cache.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import secrets
 from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
@@ -12,34 +12,38 @@ from xzcache.index._locks import open_lock_file
 from xzcache.model import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 
+_COUNT: Final = 1 << 20
 _MOST_SEEN: Final = 4096
+_LARGEST: Final = (1 << 64) - 1
 
 
 def write_counter(key: str) -> int:
     """The number of the counter of writes of a key."""
-    return Entry(key).lock_offset()
+    return Entry(key).lock_offset() % _COUNT
 
 
 def prefix_counter(prefix: str) -> int:
     """The number of the counter of writes that concern everything beneath a prefix."""
-    return Entry(prefix + "/").lock_offset()
+    return write_counter(prefix + "/")
 
 
 def data_counter(prefix: str) -> int:
     """The number of the counter for everything beneath a prefix except metadata documents."""
-    return Entry(prefix + "//").lock_offset()
+    return write_counter(prefix + "//")
 
 
 def missing_counter(array: str) -> int:
     """The number of the counter for the negative cache of an array."""
-    return Entry(array + "///").lock_offset()
+    return write_counter(array + "///")
 
 
+@lru_cache(maxsize=4096)
 def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
     """The numbers of all counters that writes to a key or its prefixes increment; `data`: not a document."""
+    # asked for several times in the life of a fetch
     return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
@@ -57,71 +61,64 @@ class WriteCounters:
     Keys with the same hash share a counter: a false alarm costs one entry that is not cached. Increments require the
     guard, reads require no lock.
 
-    One total behind all counters is incremented after any of them: while the total is unchanged, so are they. A second
-    one counts the `lost` writes, whose own counter could not be incremented because the disk was full. The space of
-    these two is allocated in advance.
+    Behind all counters are two numbers, whose space is allocated in advance. The total is incremented after any
+    counter. The other one is drawn anew by each `lost` write, which could not be counted and may have been to any key:
+    without the guard, or on a full disk. While these two are unchanged, so are all counters.
     """
-
-    COUNT: Final = 1 << 20
 
     def __init__(self, path: str) -> None:
         self.fd = open_lock_file(path)
         self._seen: tuple[bytes, dict[int, int]] = (b"", {})
         if hasattr(os, "posix_fallocate"):
             with suppress(OSError):
-                os.posix_fallocate(self.fd, self.COUNT * 8, 16)
-
-    def read(self, counter: int) -> int:
-        return self._read(counter % self.COUNT)
+                os.posix_fallocate(self.fd, _COUNT * 8, 16)
 
     def current(self) -> tuple[int, dict[int, int]]:
-        """The number of lost writes, and the counters that were read since the last write: one read of the file.
+        """The number of the last lost write, and the counters that are known to be unchanged: one read of the file."""
+        totals, counts = self._current()
+        return int.from_bytes(totals[8:], "little"), counts
 
-        A counter that is being incremented without the guard may still have its old value, as its total is incremented
-        last. That is safe, because no file is unlinked before that: a publish that misses the increment comes before
-        the invalidation.
-        """
-        totals = os.pread(self.fd, 16, self.COUNT * 8)
+    def _current(self) -> tuple[bytes, dict[int, int]]:
+        totals = os.pread(self.fd, 16, _COUNT * 8).ljust(16, b"\0")
         seen, counts = self._seen
         if seen != totals or len(counts) > _MOST_SEEN:
             counts = {}
             self._seen = totals, counts
-        return int.from_bytes(totals[8:], "little"), counts
+        return totals, counts
 
-    def values(self, counters: Sequence[int], counts: dict[int, int]) -> Iterator[int]:
+    def values(self, counters: Sequence[int], counts: dict[int, int]) -> list[int]:
         """The values of some counters; those that are not in `counts` are read and added to it."""
         for counter in counters:
-            if (value := counts.get(counter)) is None:
-                value = counts[counter] = self._read(counter % self.COUNT)
-            yield value
+            if counter not in counts:
+                raw = os.pread(self.fd, 8, counter * 8)
+                counts[counter] = int.from_bytes(raw, "little") if len(raw) == 8 else 0
+        return [counts[counter] for counter in counters]
 
     def before(self, counters: Sequence[int]) -> tuple[int, ...]:
-        """The lost writes and the values of some counters; most calls need only one read of the file."""
+        """The last lost write and the values of some counters; most calls need only one read of the file."""
         lost, counts = self.current()
         return (lost, *self.values(counters, counts))
 
+    def read(self, counter: int) -> int:
+        return self.before([counter])[1]
+
     def increment(self, counter: int) -> None:
-        """Count one write."""
+        """Count one write; under the guard. Raises `OSError` if it cannot even be counted as lost."""
         try:
-            self._raise(counter % self.COUNT)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._raise(self.COUNT + 1)
-        try:
-            self._raise(self.COUNT)
+            totals, counts = self._current()
+            count = (self.values([counter], counts)[0] + 1) & _LARGEST
+            total = ((int.from_bytes(totals[:8], "little") + 1) & _LARGEST).to_bytes(8, "little")
+            os.pwrite(self.fd, count.to_bytes(8, "little"), counter * 8)
+            os.pwrite(self.fd, total, _COUNT * 8)
         except OSError:
-            # a counter that was raised counts only once the totals have changed
-            self._raise(self.COUNT + 1)
-            raise
+            self.lose()
+        else:
+            counts[counter] = count
+            self._seen = total + totals[8:], counts
 
-    def _read(self, position: int) -> int:
-        raw = os.pread(self.fd, 8, position * 8)
-        return int.from_bytes(raw, "little") if len(raw) == 8 else 0
-
-    def _raise(self, position: int) -> None:
-        count = (self._read(position) + 1) & 0xFFFF_FFFF_FFFF_FFFF
-        os.pwrite(self.fd, count.to_bytes(8, "little"), position * 8)
+    def lose(self) -> None:
+        """Count one write, perhaps to any key; needs no guard, since concurrent ones cannot be mistaken for none."""
+        os.pwrite(self.fd, secrets.token_bytes(8), (_COUNT + 1) * 8)
 
     def close(self) -> None:
         os.close(self.fd)
