@@ -637,7 +637,7 @@ class _Fetch:
         """Raise unless all validators are of one state."""
         if len(from_source(validators)) > 1:
             await self._backend.invalidate(self._key, self._version)
-            if not differ(validators) or await self._reading.has_several_names(self._key):
+            if not differ(validators) or await self._reading.has_several_validators(self._key):
                 raise Unclear
             self._reading.record_replaced(self._key)
             raise Replaced(self._key)

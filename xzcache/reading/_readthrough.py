@@ -514,7 +514,7 @@ class RangeReads:
             if not differ(validators):
                 self._reading.record_replaced(key)
                 return [Replaced(key)]
-        if differ(validators | states) and not await reading.has_several_names(key):
+        if differ(validators | states) and not await reading.has_several_validators(key):
             self._reading.record_replaced(key)
             await self._backend.invalidate(key, None)
             return [Replaced(key)]
