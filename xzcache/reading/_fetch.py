@@ -622,6 +622,9 @@ class _Fetch:
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
         answers |= dict(zip(again, await self._request(again) if again else [], strict=True))
         for entry in entries:
+            if entry not in self._left:
+                # the fetch of another task gave it meanwhile
+                continue
             first, last = span = self._left[entry]
             answer = answers[span]
             data = None if answer.value is None else contents(answer.value)
