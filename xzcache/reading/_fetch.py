@@ -381,7 +381,9 @@ class _Fetch:
         pieces = {piece for span in self._left.values() for piece in self._usable(listed.overlapping(*span))}
         for piece in pieces:
             state = parts.validator(piece)
-            if (data := await self._reading.get_cached(piece)) is None or parts.validator(piece) != state:
+            # one without a state may just have given way to the whole object, whose bytes would come in its place
+            data = await self._reading.get_cached(piece) if state else None
+            if data is None or parts.validator(piece) != state:
                 self._unfit.add(piece)
                 continue
             self._add(_span_of(piece), data, state)
@@ -473,6 +475,9 @@ class _Fetch:
             if not exact:
                 # it is the answer to another request than this reader's
                 self._inexact = True
+            elif data is not None and validator is None:
+                # they are taken from the cache, together with their state
+                return
             elif data is not None:
                 self._let_go_if_overtaken()
                 self._add(claim.span, data, validator)

@@ -306,7 +306,7 @@ class ReadThrough:
                     else:
                         answer, data = await reading.revalidate(request)
             if data is not None:
-                claim.set_result(data)
+                claim.set_result(data, None)
                 return reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             validator, may_store = answer.validator, answer.exact and data is not None
