@@ -335,11 +335,11 @@ class ReadThrough:
                 self._leads.release(lead)
 
     def _has_parts(self, request: Request) -> bool:
-        """Whether so much of a whole object is cached in pieces that only the rest should be requested."""
-        if not request.entry.is_whole:
-            return False
+        """Whether so much of an entry is cached in pieces that only the rest should be requested."""
+        first, last = placed((request.entry.start, request.entry.stop))
         parts = self.backend.parts(request.key)
-        size = sum(piece.stop - piece.start for piece in parts.pieces if piece.stop != END)
+        pieces = (piece for piece in parts.pieces.overlapping(first, last) if piece.stop != END)
+        size = sum(min(piece.stop, last) - max(piece.start, first) for piece in pieces)
         return size > NEGLIGIBLE and all(map(is_from_source, parts.states))
 
     async def _acquire_or_wait(self, lead: Lead, request: Request, *, may_divide: bool) -> memoryview | None:
