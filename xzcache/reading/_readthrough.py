@@ -432,9 +432,12 @@ class RangeReads:
         parts = self._backend.parts(key)
         found, missing = await self._fetches.look(parts, wanted)
         states = parts.states if missing or alone else set()
-        if missing and found and not all(map(is_from_source, states)):
-            # cached ranges of an unknown state are fetched together with the missing ones
-            found, missing = {}, list(wanted)
+        if missing and found:
+            # read after the states, which may be those of another object already
+            is_current = self._backend.write_version(key) == since
+            if not is_current or not all(map(is_from_source, states)):
+                # cached ranges of an unknown state are fetched together with the missing ones
+                found, missing = {}, list(wanted)
         if self._reading.must_ask(key):
             # revalidate each cached range with its own validator
             alone = [*alone, *(place for entry in found for place in wanted[entry])]
