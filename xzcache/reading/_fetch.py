@@ -161,7 +161,7 @@ def pieces_of(
     pieces = []
     for lead, (data, validator, _) in zip(leads, fetched, strict=True):
         first, last = lead.claim.span
-        if data is None:
+        if data is None or validator is None:
             continue
         for gap in cached.missing((first, min(last, first + len(data)) if last >= LARGEST else last)):
             for begin, end in cut(gap, boundaries, _PIECE):
@@ -475,15 +475,13 @@ class _Fetch:
             if not exact:
                 # it is the answer to another request than this reader's
                 self._inexact = True
-            elif data is not None and validator is None:
-                # they are taken from the cache, together with their state
-                return
-            elif data is not None:
+            elif data is None:
+                self._is_missing()
+            elif validator is not None:
+                # bytes without one are taken from the cache, together with their state
                 self._let_go_if_overtaken()
                 self._add(claim.span, data, validator)
                 self._assemble()
-            else:
-                self._is_missing()
 
     def _is_missing(self) -> None:
         for entry in list(self._left):
@@ -580,7 +578,7 @@ class _Fetch:
             ]
             for lead, of in zip(leads, fetched, strict=True):
                 lead.claim.set_result(of.data, of.validator)
-                assert of.data is not None
+                assert of.data is not None and of.validator is not None
                 self._add(lead.claim.span, of.data, of.validator)
             self._assemble()
             if not self._left and await self._store_whole(leads):
