@@ -24,15 +24,16 @@ _HOME: Final = "xarray.backends.zarr"
 _ORIGINAL: Final = "__xzcache_original__"
 _ENGINE: Final = """
 engine : {"zcache"}, optional
-    Reads through this machine's cache, and takes all keywords of `xzcache.CacheStore`. Added by xzcache."""
+    Reads through this machine's cache, and takes all keywords of `xzcache.CacheStore`. Added by xzcache, whose own
+    name is accepted as well."""
 
 
 _opener: dict[str, Callable[..., Any]] = {}
 
 
 def is_ours(engine: object) -> bool:
-    """Whether an engine, by its name or its class, is the cache."""
-    return engine == "zcache" or getattr(engine, "is_zcache", False) is True
+    """Whether an engine, by its name, the name of the package or its class, is the cache."""
+    return engine in ("zcache", "xzcache") or getattr(engine, "is_zcache", False) is True
 
 
 def original() -> Callable[..., Any]:

@@ -782,6 +782,13 @@ def test_it_is_never_guessed(kind: str) -> None:
     assert not xr.backends.list_engines()["zcache"].guess_can_open(KINDS[kind]())
 
 
+def test_the_name_of_the_package_is_accepted() -> None:
+    expected = xzcache.open_zarr("2-consolidated.zarr")
+    assert_same(expected, xr.open_zarr("2-consolidated.zarr", engine="xzcache"))
+    assert_same(expected, xzcache.open_zarr("2-consolidated.zarr", engine="xzcache"))
+    assert_same(expected, xr.open_dataset("2-consolidated.zarr", engine="xzcache", chunks={}))
+
+
 def test_it_knows_all_that_the_engine_zarr_knows() -> None:
     engines = xr.backends.list_engines()
     known = set(engines["zarr"].open_dataset_parameters or ())
