@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -752,6 +753,13 @@ def test_unknown_keywords_of_open_zarr() -> None:
     # without the engine, a setting of the cache is nothing that is known
     with pytest.raises(TypeError, match="max_size"):
         xr.open_zarr("2-consolidated.zarr", max_size="1 GB")
+
+
+@pytest.mark.parametrize("read", [xzcache.open_zarr, partial(xr.open_zarr, engine="zcache")])
+def test_a_misspelled_keyword_of_open_zarr(read: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="maxsize") as raised:
+        read("2-consolidated.zarr", maxsize="1 GB", nonsense=1)
+    assert raised.value.__notes__ == ["maxsize is no keyword, did you mean max_size?"]
 
 
 def test_it_is_pickled_by_its_name() -> None:
