@@ -144,7 +144,7 @@ def parse_size(name: str, value: Any) -> int | None:
     TypeError, ValueError
         Naming the parameter, the value and the accepted values.
     """
-    accepted = 'a number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
+    accepted = 'a whole number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
     if value is None:
         return None
     if isinstance(value, str):

@@ -14,6 +14,8 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any, Final
 
+from xzcache._config import nearest
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
@@ -80,7 +82,13 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("engine") is None:
             kwargs.pop("engine", None)
         if not is_ours(kwargs.get("engine")):
-            return theirs(store, *args, **kwargs)
+            try:
+                return theirs(store, *args, **kwargs)
+            except TypeError as error:
+                engine = kwargs.get("engine")
+                if isinstance(engine, str) and (hint := nearest(engine, ("zcache",))):
+                    error.add_note(f"{engine} is no engine{hint}")
+                raise
         return _opener["zcache"](store, *args, **kwargs)
 
     signature = inspect.signature(theirs)

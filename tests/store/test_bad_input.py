@@ -15,7 +15,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
 import xzcache
 
-SIZE = 'a number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
+SIZE = 'a whole number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
 AGE = 'a number of seconds, 0 or more, or "infinity"'
 REVALIDATE = '"open", True, False, or a number of seconds'
 FLAG = "True or False"

@@ -737,6 +737,15 @@ def test_other_engines_are_left_to_xarray(engine: Any) -> None:
     assert_same(expected, actual)
 
 
+def test_a_misspelled_engine_of_open_zarr() -> None:
+    with pytest.raises(TypeError, match="engine") as raised:
+        xr.open_zarr("2-consolidated.zarr", engine="zcach")
+    assert raised.value.__notes__ == ["zcach is no engine, did you mean zcache?"]
+    with pytest.raises(TypeError, match="engine") as raised:
+        xr.open_zarr("2-consolidated.zarr", engine="netcdf4")
+    assert not hasattr(raised.value, "__notes__")
+
+
 @pytest.mark.parametrize("read", [xzcache.open_zarr, xzcache.open_mfdataset])
 def test_ours_know_one_engine(read: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="engine='zarr'"):
