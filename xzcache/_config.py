@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import math
 import operator
 import os
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
@@ -27,7 +28,7 @@ from donfig import Config
 from donfig.config_obj import collect_env, collect_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 logger = logging.getLogger("xzcache")
@@ -72,7 +73,34 @@ def _of_dask() -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in section.items()} if isinstance(section, dict) else {}
 
 
-config: Final[Config] = Config("xzcache", defaults=[_of_dask(), dict(DEFAULTS)])
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest known name, for the end of a message; empty if none is near."""
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+class _Config(Config):  # type: ignore[misc]
+    """A donfig configuration that warns of names that are no settings."""
+
+    def set(self, arg: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """As `donfig.Config.set`."""
+        for name in (*(arg or ()), *kwargs):
+            if name.replace("-", "_") not in DEFAULTS:
+                warn_of_unknown(f"xzcache.config.set: {name} is no setting{nearest(name, DEFAULTS)}")
+        return super().set(arg, **kwargs)
+
+
+_warned: Final[set[str]] = set()
+
+
+def warn_of_unknown(line: str) -> None:
+    """Log that a configured name is no setting, once in a process."""
+    if line not in _warned:
+        _warned.add(line)
+        logger.warning(line)
+
+
+config: Final[Config] = _Config("xzcache", defaults=[_of_dask(), dict(DEFAULTS)])
 
 
 class Unset(Enum):
@@ -116,7 +144,7 @@ def parse_size(name: str, value: Any) -> int | None:
     TypeError, ValueError
         Naming the parameter, the value and the accepted values.
     """
-    accepted = 'a number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
+    accepted = 'a whole number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
     if value is None:
         return None
     if isinstance(value, str):
@@ -348,12 +376,22 @@ _FLAGS: Final = {"true": True, "false": False}
 
 def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
     """The given or configured value of a setting, parsed."""
-    if isinstance(value, Unset):
-        value = config.get(name)
-        if isinstance(value, str) and value.lower() in _FLAGS:
-            # in an environment variable, as in YAML
-            value = _FLAGS[value.lower()]
-    return parse(name, value)
+    if not isinstance(value, Unset):
+        return parse(name, value)
+    warn_of_unknown_settings()
+    value = config.get(name)
+    if isinstance(value, str) and value.lower() in _FLAGS:
+        # in an environment variable, as in YAML
+        value = _FLAGS[value.lower()]
+    return _configured(name, value, parse)
+
+
+def _configured(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
+    """A configured value, parsed; an error says where the value came from."""
+    try:
+        return parse(name, value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (from {origin_of(name)})") from None
 
 
 def chosen_max_size() -> int | Unset | None:
@@ -362,7 +400,7 @@ def chosen_max_size() -> int | Unset | None:
     A directory keeps its bound; the default must not lower it.
     """
     value = config.get("max_size")
-    return UNSET if value == DEFAULTS["max_size"] else parse_bound("max_size", value)
+    return UNSET if value == DEFAULTS["max_size"] else _configured("max_size", value, parse_bound)
 
 
 def origin_of(name: str) -> str:
@@ -403,7 +441,15 @@ def unknown_settings() -> list[str]:
     named += [("Dask's configuration", name) for name in _of_dask()]
     lines = []
     for where, name in named:
-        if (plain := name.replace("-", "_")) not in DEFAULTS:
-            close = difflib.get_close_matches(plain, DEFAULTS, 1)
-            lines.append(f"{where}: {name} is no setting" + (f", did you mean {close[0]}?" if close else ""))
+        if name.replace("-", "_") not in DEFAULTS:
+            lines.append(f"{where}: {name} is no setting{nearest(name, DEFAULTS)}")
     return lines
+
+
+@functools.cache
+def warn_of_unknown_settings() -> None:
+    """Log each name in the environment and in files that is no setting; once in a process, as files take time."""
+    # a file may have become unreadable since it was read
+    with suppress(OSError, ValueError):
+        for line in unknown_settings():
+            warn_of_unknown(line)

@@ -14,6 +14,8 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any, Final
 
+from xzcache._config import nearest
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
@@ -24,15 +26,16 @@ _HOME: Final = "xarray.backends.zarr"
 _ORIGINAL: Final = "__xzcache_original__"
 _ENGINE: Final = """
 engine : {"zcache"}, optional
-    Reads through this machine's cache, and takes all keywords of `xzcache.CacheStore`. Added by xzcache."""
+    Reads through this machine's cache, and takes all keywords of `xzcache.CacheStore`. Added by xzcache, whose own
+    name is accepted as well."""
 
 
 _opener: dict[str, Callable[..., Any]] = {}
 
 
 def is_ours(engine: object) -> bool:
-    """Whether an engine, by its name or its class, is the cache."""
-    return engine == "zcache" or getattr(engine, "is_zcache", False) is True
+    """Whether an engine, by its name, the name of the package or its class, is the cache."""
+    return engine in ("zcache", "xzcache") or getattr(engine, "is_zcache", False) is True
 
 
 def original() -> Callable[..., Any]:
@@ -79,7 +82,13 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("engine") is None:
             kwargs.pop("engine", None)
         if not is_ours(kwargs.get("engine")):
-            return theirs(store, *args, **kwargs)
+            try:
+                return theirs(store, *args, **kwargs)
+            except TypeError as error:
+                engine = kwargs.get("engine")
+                if isinstance(engine, str) and (hint := nearest(engine, ("zcache",))):
+                    error.add_note(f"{engine} is no engine{hint}")
+                raise
         return _opener["zcache"](store, *args, **kwargs)
 
     signature = inspect.signature(theirs)

@@ -11,8 +11,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
@@ -301,7 +302,9 @@ class CachePipeline(CodecPipeline):
         workers = min(_most_workers(), len(batch)) if size > _SMALL else 1
         shares = [batch[number::workers] for number in range(workers)]
         results = [None] * len(batch)
-        futures = [pool.submit(self._read_cached, reads, share, out, drop_axes, patient=True) for share in shares]
+        read = partial(self._read_cached, reads, out=out, drop_axes=drop_axes, patient=True)
+        # in a context of its own, by which Dask knows whose task reads
+        futures = [pool.submit(copy_context().run, read, share) for share in shares]
         for number, future in enumerate(futures):
             share: list[Any] = await pool.outcome(future)
             results[number::workers] = share

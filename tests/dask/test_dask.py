@@ -585,6 +585,7 @@ SETTINGS: dict[str, Any] = {
     "cache_set_data": False,
     "policy": "lru",
     "upstream": "fsspec",
+    "pipeline": False,
     "promote_above": "2 MB",
     "fetch_timeout": 3,
     "lock_timeout": 4,
@@ -642,6 +643,34 @@ def test_a_second_registration_configures_anew(tmp_path: Path) -> None:
         assert check_one_cache(client, str(tmp_path / "elsewhere"), 1).bound == 10 * 2**30
     assert audit(ds.root) == 5
     assert audit(str(tmp_path / "elsewhere")) == 0
+
+
+def test_a_second_client_that_chooses_nothing_changes_nothing(tmp_path: Path) -> None:
+    with cluster(1) as client, Client(client.scheduler.address) as other:
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "chosen", "1 GB", policy="adaptive"))
+        before = client.run(configured)
+        with xzcache.config.set(dict(DEFAULTS)):
+            other.register_plugin(xzcache.CachePlugin())
+        assert client.run(configured) == before
+        # one that has a wish has it fulfilled
+        with xzcache.config.set(directory=str(tmp_path / "configured")):
+            other.register_plugin(xzcache.CachePlugin())
+        (after,) = client.run(configured).values()
+        assert (after["directory"], after["policy"]) == (str(tmp_path / "configured"), "lru")
+        other.register_plugin(xzcache.CachePlugin(policy="none"))
+        (after,) = client.run(configured).values()
+        assert after["policy"] == "none"
+
+
+def test_of_two_plugins_the_one_that_is_left_is_shown(tmp_path: Path) -> None:
+    with cluster(1) as client:
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "left", "1 GB"))
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "gone", "2 GB"), name="other")
+        assert [worker["bound"] for worker in metrics(client).values()] == [2_000_000_000]
+        client.unregister_worker_plugin("other")
+        assert [worker["bound"] for worker in metrics(client).values()] == [1_000_000_000]
+        client.unregister_worker_plugin("xzcache")
+        assert not any(metrics(client).values())
 
 
 def test_workers_of_one_process_are_configured_anew_as_well(tmp_path: Path) -> None:
@@ -752,9 +781,9 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("directory", __file__, ValueError, "a directory of this user's"),
     ("directory", __file__ + "/beneath", ValueError, "a directory of this user's"),
     ("directory", "s3://bucket/cache", ValueError, "a directory of this user's"),
-    ("max_size", "plenty", ValueError, "a number of bytes"),
-    ("max_size", -1, ValueError, "a number of bytes"),
-    ("max_size", 1.5, TypeError, "a number of bytes"),
+    ("max_size", "plenty", ValueError, "a whole number of bytes"),
+    ("max_size", -1, ValueError, "a whole number of bytes"),
+    ("max_size", 1.5, TypeError, "a whole number of bytes"),
     ("min_free", 1.0, ValueError, "a share"),
     ("max_age_seconds", "long", ValueError, "a number of seconds"),
     ("revalidate", "never", ValueError, '"open"'),
@@ -779,7 +808,7 @@ def test_a_bad_argument_is_named(name: str, value: Any, error: type[Exception], 
 
 
 def test_an_argument_that_there_is_not() -> None:
-    with pytest.raises(TypeError, match="max_sise"):
+    with pytest.raises(TypeError, match=r"'max_sise', did you mean max_size\?"):
         xzcache.CachePlugin(max_sise="1 GB")  # type: ignore[call-arg]
 
 
@@ -863,6 +892,32 @@ def test_no_workers_no_rows() -> None:
     assert len(info) == 0
     assert list(info) == []
     assert repr(info).startswith("<xzcache: 0 nodes>")
+
+
+def test_a_worker_that_does_not_answer_has_no_row(tmp_path: Path) -> None:
+    with cluster(2) as client:
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
+        stopped, well = sorted(pids(client))
+        pid = pids(client)[stopped]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            info = xzcache.cluster_info(client, timeout=2)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert [node.workers for node in info] == [(well,)]
+        assert info.unanswered == (stopped,)
+        assert f"no answer: {stopped}" in repr(info)
+        assert f"no answer: {stopped}" in info._repr_html_()
+        again = xzcache.cluster_info(client)
+        assert [node.workers for node in again] == [(stopped, well)]
+        assert not again.unanswered
+        assert "no answer" not in repr(again) + again._repr_html_()
+
+
+@pytest.mark.parametrize("client", [None, "tcp://127.0.0.1:8786"])
+def test_what_is_no_client(client: Any) -> None:
+    with pytest.raises(TypeError, match=r"client=.* is not accepted: give a distributed\.Client"):
+        xzcache.cluster_info(client)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no cache:UserWarning")

@@ -257,13 +257,13 @@ async def test_an_absent_chunk_is_known_to_be_absent_until_it_is_written(
     assert not await is_missing(mine)
     async with mine.fetching():
         await mine.publish(entry_of(mine), None, version)
-    assert mine.get_nowait(entry_of(mine), "infinity", "infinity") is MISSING
+    assert mine.get_nowait(entry_of(mine), "infinity", "infinity", patient=True) is MISSING
     assert await is_missing(theirs)
     assert not await is_missing(theirs, "a/c/1")
     assert not await is_missing(mine, KEY, 0)
     await theirs.end_write(await theirs.begin_write([KEY]), [None])
     assert not await is_missing(mine)
-    assert mine.get_nowait(entry_of(mine), "infinity", "infinity") is None
+    assert mine.get_nowait(entry_of(mine), "infinity", "infinity", patient=True) is None
 
 
 # -- repair, and leaving

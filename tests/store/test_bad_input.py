@@ -15,7 +15,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
 import xzcache
 
-SIZE = 'a number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
+SIZE = 'a whole number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
 AGE = 'a number of seconds, 0 or more, or "infinity"'
 REVALIDATE = '"open", True, False, or a number of seconds'
 FLAG = "True or False"
@@ -426,3 +426,56 @@ async def test_a_read_only_store_is_not_written_through(cache_kind: str, tmp_pat
             await write()
     assert store.cache_info()["cached_keys"] == 1
     assert {key: value.to_bytes() for key, value in source._store_dict.items()} == {"k": b"old"}
+
+
+def _said_by_a_process(tmp_path: Path, yaml: str = "", code: str = "", **env: str) -> str:
+    """What a process logs that opens two stores, and how it ends."""
+    folder = tmp_path / "home" / ".config" / "xzcache"
+    folder.mkdir(parents=True)
+    (folder / "settings.yaml").write_text(yaml)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XZCACHE_", "XDG_"))}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import xzcache, zarr\n{code}\nfor _ in range(2): xzcache.CacheStore(zarr.storage.MemoryStore())",
+        ],
+        env={**kept, "HOME": str(tmp_path / "home"), "XZCACHE_DIRECTORY": str(tmp_path / "cache"), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("yaml", "code", "env", "expected"),
+    [
+        (
+            "",
+            "",
+            {"XZCACHE_MAX_SISE": "5 GB"},
+            "environment, XZCACHE_MAX_SISE: max_sise is no setting, did you mean max_size?",
+        ),
+        ("polcy: lru\n", "", {}, "settings.yaml: polcy is no setting, did you mean policy?"),
+        ("xzcache:\n  max_size: 5 GB\n", "", {}, "settings.yaml: xzcache is no setting"),
+        ("", "", {"DASK_XZCACHE__TREADS": "2"}, "Dask's configuration: treads is no setting, did you mean threads?"),
+        (
+            "",
+            "for _ in range(2): xzcache.config.set(max_sise='1 GB')\nxzcache.config.set({'min-free': 0})",
+            {},
+            "xzcache.config.set: max_sise is no setting, did you mean max_size?",
+        ),
+    ],
+)
+def test_a_name_that_is_no_setting_is_logged_once(
+    yaml: str, code: str, env: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    said = _said_by_a_process(tmp_path, yaml, code, **env)
+    assert said.count("no setting") == 1, said
+    assert said.strip().endswith(expected), said
+
+
+def test_a_bad_value_is_said_to_come_from_the_environment(tmp_path: Path) -> None:
+    said = _said_by_a_process(tmp_path, XZCACHE_MAX_SIZE="5 XB")
+    assert said.strip().endswith("(from environment, XZCACHE_MAX_SIZE)"), said

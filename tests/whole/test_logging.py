@@ -74,7 +74,8 @@ def test_each_step_says_one_line_and_a_hit_says_none(
     assert said.count((storing, f"published {prefix}a/c/1")) == 1
     assert len(said) == 3
     asyncio.run(store.set("a/c/1", buffer(b"x" * SIZE)))
-    assert lines() == [(storing, f"invalidated {prefix}a/c/1")] * 2 + [(storing, f"published {prefix}a/c/1")]
+    # the new value is published with the second invalidation, or after it
+    assert sorted(lines()) == [(storing, f"invalidated {prefix}a/c/1")] * 2 + [(storing, f"published {prefix}a/c/1")]
     asyncio.run(store.clear_cache())
     assert len(lines()) == 1
 

@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -736,6 +737,15 @@ def test_other_engines_are_left_to_xarray(engine: Any) -> None:
     assert_same(expected, actual)
 
 
+def test_a_misspelled_engine_of_open_zarr() -> None:
+    with pytest.raises(TypeError, match="engine") as raised:
+        xr.open_zarr("2-consolidated.zarr", engine="zcach")
+    assert raised.value.__notes__ == ["zcach is no engine, did you mean zcache?"]
+    with pytest.raises(TypeError, match="engine") as raised:
+        xr.open_zarr("2-consolidated.zarr", engine="netcdf4")
+    assert not hasattr(raised.value, "__notes__")
+
+
 @pytest.mark.parametrize("read", [xzcache.open_zarr, xzcache.open_mfdataset])
 def test_ours_know_one_engine(read: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="engine='zarr'"):
@@ -752,6 +762,13 @@ def test_unknown_keywords_of_open_zarr() -> None:
     # without the engine, a setting of the cache is nothing that is known
     with pytest.raises(TypeError, match="max_size"):
         xr.open_zarr("2-consolidated.zarr", max_size="1 GB")
+
+
+@pytest.mark.parametrize("read", [xzcache.open_zarr, partial(xr.open_zarr, engine="zcache")])
+def test_a_misspelled_keyword_of_open_zarr(read: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="maxsize") as raised:
+        read("2-consolidated.zarr", maxsize="1 GB", nonsense=1)
+    assert raised.value.__notes__ == ["maxsize is no keyword, did you mean max_size?"]
 
 
 def test_it_is_pickled_by_its_name() -> None:
@@ -780,6 +797,13 @@ def test_xarray_lists_it() -> None:
 @pytest.mark.parametrize("kind", marked(KINDS))
 def test_it_is_never_guessed(kind: str) -> None:
     assert not xr.backends.list_engines()["zcache"].guess_can_open(KINDS[kind]())
+
+
+def test_the_name_of_the_package_is_accepted() -> None:
+    expected = xzcache.open_zarr("2-consolidated.zarr")
+    assert_same(expected, xr.open_zarr("2-consolidated.zarr", engine="xzcache"))
+    assert_same(expected, xzcache.open_zarr("2-consolidated.zarr", engine="xzcache"))
+    assert_same(expected, xr.open_dataset("2-consolidated.zarr", engine="xzcache", chunks={}))
 
 
 def test_it_knows_all_that_the_engine_zarr_knows() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dask.utils import format_time
+from distributed import Client
 
 from xzcache._caches import default_directory
-from xzcache._config import shown_size
+from xzcache._config import parse_seconds, shown_size
 from xzcache.dask._usage import Usage, usage
 from xzcache.directory import open_directory
 
 if TYPE_CHECKING:
-    from distributed import Client
     from matplotlib.axes import Axes
 
 
@@ -57,6 +58,8 @@ class ClusterInfo(Sequence[Node]):
     """The caches of a cluster: a sequence of `Node`, which shows itself as a table."""
 
     nodes: tuple[Node, ...]
+    unanswered: tuple[str, ...] = ()
+    """Addresses of workers that did not answer in time, whose reads no row counts."""
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -71,13 +74,16 @@ class ClusterInfo(Sequence[Node]):
         rows = [list(_COLUMNS), *(node._cells() for node in self.nodes)]
         widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.unanswered:
+            lines.append(f"no answer: {', '.join(self.unanswered)}")
         return "\n".join([f"<xzcache: {len(self)} node{'s' * (len(self) != 1)}>", *lines])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _COLUMNS)
         rows = ("".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in node._cells()) for node in self)
         body = "".join(f"<tr>{cells}</tr>" for cells in rows)
-        return f"<table class='xzcache'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        foot = f"<p>no answer: {escape(', '.join(self.unanswered))}</p>" if self.unanswered else ""
+        return f"<table class='xzcache'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{foot}"
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bars of each node's reads from the cache and from the source, and of the used space.
@@ -112,7 +118,7 @@ class ClusterInfo(Sequence[Node]):
         return ax
 
 
-def cluster_info(client: Client) -> ClusterInfo:
+def cluster_info(client: Client, timeout: float = 10.0) -> ClusterInfo:
     """The contents and savings of the caches of all nodes of a cluster.
 
     Parameters
@@ -120,26 +126,50 @@ def cluster_info(client: Client) -> ClusterInfo:
     client : distributed.Client
         The client of a cluster whose workers have xzcache installed, with or without `CachePlugin`. The result of an
         asynchronous client must be awaited.
+    timeout : float, optional
+        Seconds to wait for each worker; all are asked at once. A worker that does not answer in time, for example
+        because it is stopped, is listed in ``unanswered``.
 
     Returns
     -------
     ClusterInfo
         One `Node` for each cache directory, for any number of workers that share it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is invalid; the message names it.
     """
-    if client.asynchronous:
-        return _asked(client)  # type: ignore[return-value]
-    return _gathered(client, client.run(_usage_here, on_error="return"))
+    if not isinstance(client, Client):
+        raise TypeError(f"client={client!r} is not accepted: give a distributed.Client")
+    sync: Callable[..., ClusterInfo] = client.sync
+    return sync(_asked, client, parse_seconds("timeout", timeout))
 
 
-async def _asked(client: Client) -> ClusterInfo:
-    return _gathered(client, await client.run(_usage_here, on_error="return"))
-
-
-def _gathered(client: Client, found: dict[str, Usage | BaseException]) -> ClusterInfo:
-    info = client.scheduler_info(n_workers=-1)["workers"]
+async def _asked(client: Client, timeout: float) -> ClusterInfo:
+    scheduler: Any = client.scheduler
+    info = (await scheduler.identity())["workers"]
+    answers = await asyncio.gather(*(_ask(client, address, timeout) for address in info))
     hosts = {address: worker["host"] for address, worker in info.items()}
+    return _gathered(hosts, dict(zip(info, answers, strict=True)))
+
+
+async def _ask(client: Client, worker: str, timeout: float) -> Usage | BaseException | None:
+    """The usage that one worker sees, or the error instead; None if it did not answer in time."""
+    try:
+        # not one request for all workers, because that ends when the slowest has answered
+        answers = client.run(_usage_here, workers=[worker], on_error="return")
+        answer: Usage | BaseException = (await asyncio.wait_for(answers, timeout))[worker]
+    except TimeoutError:
+        return None
+    return answer
+
+
+def _gathered(hosts: dict[str, str], found: dict[str, Usage | BaseException | None]) -> ClusterInfo:
     by_node: dict[tuple[str, ...], dict[str, Usage]] = {}
     for address, seen in found.items():
+        if seen is None:
+            continue
         if isinstance(seen, OSError):
             # it left, or was killed, while it was asked
             continue
@@ -147,7 +177,8 @@ def _gathered(client: Client, found: dict[str, Usage | BaseException]) -> Cluste
             raise seen
         node = (seen.node,) if seen.node else ("", hosts.get(address, address), seen.directory)
         by_node.setdefault(node, {})[address] = seen
-    return ClusterInfo(tuple(_node(name, workers, hosts) for (name, *_), workers in sorted(by_node.items())))
+    nodes = tuple(_node(name, workers, hosts) for (name, *_), workers in sorted(by_node.items()))
+    return ClusterInfo(nodes, tuple(address for address, seen in found.items() if seen is None))
 
 
 def _usage_here() -> Usage:

@@ -110,7 +110,8 @@ _warned: Final[set[str]] = set()
 class CachePlugin(WorkerPlugin):
     """Gives every worker of a cluster the cache of its node as the default cache.
 
-    Workers that join or restart later get it as well. A second registration replaces the first.
+    Workers that join or restart later get it as well. A second registration replaces the first, except that of a bare
+    ``CachePlugin()`` by a client that configures nothing: it keeps the plugin that is there.
 
     Parameters
     ----------
@@ -149,7 +150,9 @@ class CachePlugin(WorkerPlugin):
         **options: Any,
     ) -> None:
         if unknown := options.keys() - _PARSERS.keys():
-            raise TypeError(f"CachePlugin() got an unexpected keyword argument {min(unknown)!r}")
+            name = min(unknown)
+            hint = settings.nearest(name, ("directory", "remove_on_close", *_PARSERS))
+            raise TypeError(f"CachePlugin() got an unexpected keyword argument {name!r}{hint}")
         self.remove_on_close = settings.parse_flag("remove_on_close", remove_on_close)
         given = {"max_size": max_size, **options}
         configured = _process.configured()
@@ -157,6 +160,9 @@ class CachePlugin(WorkerPlugin):
         self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
         if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
             del self.settings["max_size"]
+        # another client of the cluster may have chosen, which is not to be undone by one that chooses nothing
+        chooses = remove_on_close or directory is not None or any(value is not None for value in given.values())
+        self.idempotent = not chooses and all(configured[name] == DEFAULTS[name] for name in ("directory", *_PARSERS))
         self._setups: dict[str, _Setup] = {}
         place = configured["directory"] if directory is None else directory
         # the configured directory is meant for the machines of workers, so do not check it here
@@ -176,11 +182,8 @@ class CachePlugin(WorkerPlugin):
         setup = _Setup(place, self.settings, Gauge(directory))
         self._setups[worker.id] = setup
         _process.add(setup)
-        for name in _SHOWN:
-            worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
+        _show(setup, worker)
         latest = setup.gauge.read()
-        # workers of one process count the same reads; Dask's table shows no lists
-        worker.metrics["xzcache_process"] = lambda _: [latest.process]
         worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
 
     def _open(self, place: str, worker: Worker) -> CacheDirectory:
@@ -209,6 +212,10 @@ class CachePlugin(WorkerPlugin):
             worker.metrics.pop(f"xzcache_{name}", None)
         setup.gauge.close()
         _process.remove(setup)
+        # a plugin under another name may be left
+        others = (each for each in worker.plugins.values() if isinstance(each, CachePlugin) and each is not self)
+        for left in [each._setups[worker.id] for each in others if worker.id in each._setups][-1:]:
+            _show(left, worker)
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if self.remove_on_close and leaving and not _process.uses(setup.place):
             setup.gauge.directory.remove_if_last()
@@ -233,6 +240,15 @@ def _warn(worker: Worker, message: str) -> None:
     """In the worker's log, and wherever there is a client."""
     logger.warning(message)
     worker.log_event("warn", message)
+
+
+def _show(setup: _Setup, worker: Worker) -> None:
+    """Add the figures of a cache to what the worker tells the scheduler."""
+    for name in _SHOWN:
+        worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
+    process = setup.gauge.read().process
+    # workers of one process count the same reads; Dask's table shows no lists
+    worker.metrics["xzcache_process"] = lambda _: [process]
 
 
 def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:

@@ -110,9 +110,9 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         check_options(options)
         return _from_url(plain(certain(store, "store")), options, read_only=read_only, upstream=upstream)
     if storage_options is not None:
-        raise TypeError(
-            f"storage_options goes with a URL only: store is a {type(store).__name__}, which has its options already"
-        )
+        is_path = isinstance(store, str | os.PathLike)
+        kind = "path" if is_path else f"{type(store).__name__}, which has its options already"
+        raise TypeError(f"storage_options goes with a URL only, such as s3://bucket/key: store is a {kind}")
     if isinstance(store, StorePath):
         if store.path:
             raise ValueError(f"store={store.path!r} is a path within a store: give the store itself")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import glob
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +20,7 @@ from xarray.backends.zarr import ZarrBackendEntrypoint
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
-from xzcache._config import UNSET, chosen, config, parse_flag
+from xzcache._config import UNSET, chosen, config, nearest, parse_flag
 from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
 from xzcache.pipeline import give, take
 from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
@@ -121,9 +121,15 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
         refused: Dataset = theirs(store, *args, **kwargs)
         return refused
     settings["storage_options"] = bound.arguments.pop("storage_options", None)
-    with _through_cache(store, settings) as (cached, rest, finish):
-        bound.arguments["store"] = cached
-        opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
+    try:
+        with _through_cache(store, settings) as (cached, rest, finish):
+            bound.arguments["store"] = cached
+            opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
+    except TypeError as error:
+        for name in sorted(kwargs.keys() - inspect.signature(theirs).parameters.keys()):
+            if hint := nearest(name, SETTINGS):
+                error.add_note(f"{name} is no keyword{hint}")
+        raise
     if not isinstance(store, CacheStore):
         opened.encoding.pop("source", None)
         opened.encoding.update(_source(store))
@@ -184,6 +190,10 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
                 raise FileNotFoundError(f"{_root_of(store)} does not exist") from None
             _say(missing, store, store.source.label)
+        raise
+    except Exception as error:
+        for store in opened[:1]:
+            _note_offline(error, store)
         raise
 
 
@@ -250,6 +260,19 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
             raise FileNotFoundError(f"{root} does not exist") from None
         _say(error, store, given)
         raise
+    except Exception as error:
+        _note_offline(error, store)
+        raise
+
+
+def _note_offline(error: Exception, store: CacheStore) -> None:
+    """Note in an error of a source that cannot be reached how to read what is cached of it."""
+    is_of_arguments = isinstance(error, TypeError | ValueError | LookupError | AttributeError | FileNotFoundError)
+    if is_of_arguments or store.revalidate is False:
+        return
+    with suppress(Exception):
+        if store.cache_info()["cached_keys"]:
+            error.add_note("revalidate=False reads what is cached of this source without asking it")
 
 
 def _decoding_plainly(opened: Any) -> Any:
