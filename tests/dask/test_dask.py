@@ -597,6 +597,7 @@ PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000, "promote_above": 
 def test_the_settings_of_the_client_are_those_of_the_workers(tmp_path: Path) -> None:
     given = {"max_size": "3 MB", "max_age_seconds": 77, "revalidate": False}
     theirs = {name: value for name, value in SETTINGS.items() if name not in given}
+    assert SETTINGS.keys() == DEFAULTS.keys() - {"directory", "trace"}
     env = {f"XZCACHE_{name.upper()}": str(value) for name, value in DEFAULTS.items() if value is not None}
     with cluster(1, env=env) as client:
         before = client.run(configured)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import sys
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -70,7 +71,7 @@ def read_much(
 ) -> dict[str, int]:
     """Read random keys or ranges of them, several at a time, until told to stop."""
     if broken:
-        Space.unlink_deleted = give_back_too_early  # type: ignore[method-assign]  # that is the point
+        break_the_order()
     sizes = shape.sizes()
     store = xzcache.CacheStore(Made(sizes), cache_store=root, max_size=bound_of(shape, asks), namespace="made")
     draw = random.Random(seed)
@@ -98,7 +99,7 @@ def write_much(
 ) -> dict[str, int]:
     """Set random keys, some of them again and again, until told to stop."""
     if broken:
-        Space.unlink_deleted = give_back_too_early  # type: ignore[method-assign]  # that is the point
+        break_the_order()
     sizes = shape.sizes()
     store = xzcache.LockedLocalStore(root, max_size=bound_of(shape, asks))
     draw = random.Random(seed)
@@ -123,6 +124,12 @@ def write_much(
 
 def bound_of(shape: Shape, asks: bool) -> Any:
     return shape.bound if asks else UNSET
+
+
+def break_the_order() -> None:
+    Space.unlink_deleted = give_back_too_early  # type: ignore[method-assign]  # that is the point
+    # small files have no such order: they are unlinked before their row is gone for good
+    sys.modules[Space.__module__]._SMALL = -1  # type: ignore[attr-defined]
 
 
 def give_back_too_early(self: Space, dying: list, *, soon: bool = False) -> None:

@@ -161,8 +161,9 @@ def test_a_call_on_an_entry_file_fails(filled: Path, tmp_path: Path, calls: str,
     assert found["wrong"] == []
     if calls != "getdents64":
         assert found["cache_errors"] > 0
-    # once for each kind, however many reads there were
-    assert len(found["told"]) == len(set(found["told"])) <= 3, found["told"]
+    # once for each kind, however many reads there were; on a busy machine the cache may be put aside a second time
+    told = [line for line in found["told"] if " is put aside" not in line]
+    assert len(told) == len(set(told)) <= 3, found["told"]
     assert bool(found["told"]) == bool(found["cache_errors"])
     if calls != "close":
         # a descriptor whose closing strace keeps from the kernel stays open
