@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +236,28 @@ def test_a_leader_whose_loop_is_closed_hands_over(part: Any, expected: bytes, ca
     asyncio.run(give_up())
     assert read_now(store, KEY, part) == expected
     assert source.reads == 2
+
+
+@pytest.mark.parametrize("key", [KEY, "zarr.json"])
+def test_a_read_whose_loop_is_closed_without_a_cancellation_ends_quietly(
+    key: str, cache_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(tmp_path)
+    store = cached(cache_kind, source, tmp_path)
+    trouble: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: trouble.append(raised.exc_value))
+    gate = source.hold("get", key)
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: None)
+    task = loop.create_task(read(store, key))
+    loop.run_until_complete(gate.arrived())
+    assert not task.done()
+    loop.close()
+    source._gates.clear()
+    del task, loop, gate
+    gc.collect()
+    assert trouble == []
+    assert read_now(store, key) == (b"{}" if key == "zarr.json" else b"0123456789")
 
 
 @PARTS

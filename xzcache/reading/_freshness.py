@@ -131,8 +131,12 @@ class Freshness:
         try:
             yield
         finally:
-            # tasks that were started together with this one may not have begun yet
-            asyncio.get_running_loop().call_soon(self._asked_for, key)
+            try:
+                # tasks that were started together with this one may not have begun yet
+                asyncio.get_running_loop().call_soon(self._asked_for, key)
+            except RuntimeError:
+                # the loop was closed meanwhile
+                self._asked_for(key)
 
     def _asked_for(self, key: str) -> None:
         self._under_way[key] -= 1
