@@ -8,13 +8,14 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xzcache.directory import CacheDirectory, SharedBackend, audit, cleanup_resources, open_directory
-from xzcache.model import META, Entry
+from xzcache.model import END, META, MISSING, Entry
 
 BOUND = 10_000
 SIZE = 1000
@@ -52,9 +53,7 @@ def opened(root: Path) -> Iterator[SharedBackend]:
 
 
 def entry_of(backend: SharedBackend, key: str = KEY, start: int = 0, stop: int = -1) -> Entry:
-    entry = backend.entry(key, start, stop)
-    assert entry is not None
-    return entry
+    return Entry(backend.prefix + key, start, stop)
 
 
 def data_of(key: str, version: int = 0, size: int = SIZE) -> bytes:
@@ -62,13 +61,20 @@ def data_of(key: str, version: int = 0, size: int = SIZE) -> bytes:
 
 
 async def publish(backend: SharedBackend, key: str = KEY, version: int = 0, *, size: int = SIZE) -> bool:
-    entry = entry_of(backend, key)
-    return await backend.publish(entry, data_of(key, version)[:size], backend.write_version(entry), None)
+    return await put(backend, entry_of(backend, key), data_of(key, version)[:size], backend.write_version(key))
+
+
+async def put(backend: SharedBackend, entry: Entry, data: bytes, version: Any, validator: str = "") -> bool:
+    """Publish an entry; returns whether it is there then."""
+    async with backend.fetching():
+        await backend.publish(entry, data, version, validator)
+    found = await backend.get(entry, "infinity")
+    return isinstance(found, memoryview) and bytes(found) == data
 
 
 async def get(backend: SharedBackend, key: str = KEY, start: int = 0, stop: int = -1) -> bytes | None:
     data = await backend.get(entry_of(backend, key, start, stop), "infinity")
-    return None if data is None else bytes(data)
+    return bytes(data) if isinstance(data, memoryview) else None
 
 
 # -- what is stored is served, by all
@@ -80,9 +86,9 @@ async def test_what_one_process_stores_all_serve(mine: SharedBackend, theirs: Sh
     for backend in (mine, theirs):
         assert await get(backend) == await get(backend, KEY, 0) == data_of(KEY)[:SIZE]
         assert await get(backend, KEY, 5, 9) == data_of(KEY)[5:9]
-        assert await backend.size(entry_of(backend), "infinity") == SIZE
-        now = backend.get_nowait(KEY, "infinity")
-        assert now is not None
+        assert backend.parts(KEY).size("infinity") == SIZE
+        now = backend.get_nowait(entry_of(backend), "infinity")
+        assert isinstance(now, memoryview)
         assert bytes(now) == data_of(KEY)[:SIZE]
         # too old
         assert await backend.get(entry_of(backend), 0) is None
@@ -113,7 +119,7 @@ async def test_an_entry_is_committed_before_its_file_has_its_name_and_gone_befor
         # the first one may have found no folder
         assert set(seen) == {("os.rename", 1)}
         seen.clear()
-        await mine.end_write(await mine.begin_write([KEY]), [None], None)
+        await mine.end_write(await mine.begin_write([KEY]), [None])
         assert ("os.remove", 0) in seen
         assert {count for _, count in seen} == {0}
     finally:
@@ -124,48 +130,47 @@ async def test_what_was_written_since_is_not_stored(mine: SharedBackend, theirs:
     for backend in (mine, theirs):
         entry = entry_of(backend)
         await publish(backend)
-        version = backend.write_version(entry)
+        version = backend.write_version(KEY)
         begun = await mine.begin_write([KEY])
         assert await get(mine) is await get(theirs) is None
-        during = backend.write_version(entry)
-        assert not await backend.publish(entry, b"old", version, None)
-        assert not await backend.publish(entry, b"of either state", during, None)
-        await mine.end_write(begun, [b"new"], None)
-        assert not await backend.publish(entry, b"old", version, None)
-        assert not await backend.publish(entry, b"of either state", during, None)
+        during = backend.write_version(KEY)
+        assert not await put(backend, entry, b"old", version)
+        assert not await put(backend, entry, b"of either state", during)
+        await mine.end_write(begun, [b"new"])
+        assert not await put(backend, entry, b"old", version)
+        assert not await put(backend, entry, b"of either state", during)
         assert await get(mine) == await get(theirs) == b"new"
         # a write to another key concerns no other
-        version = backend.write_version(entry)
-        await mine.end_write(await mine.begin_write(["b/c/0"]), [None], None)
-        assert await backend.publish(entry, b"newer", version, None)
+        version = backend.write_version(KEY)
+        await mine.end_write(await mine.begin_write(["b/c/0"]), [None])
+        assert await put(backend, entry, b"newer", version)
 
 
 async def test_what_lies_beneath_a_deleted_prefix_is_gone(mine: SharedBackend, theirs: SharedBackend) -> None:
     for key in ("a/c/0", "a/c/1", "ab/c/0"):
         assert await publish(mine, key)
-    version = theirs.write_version(entry_of(theirs, "a/c/1"))
-    begun = await theirs.begin_delete("a")
+    version = theirs.write_version("a/c/1")
+    begun = await theirs.begin_write([], beneath="a")
     assert [await get(mine, key) is None for key in ("a/c/0", "a/c/1", "ab/c/0")] == [True, True, False]
-    await theirs.end_delete(begun)
-    assert not await theirs.publish(entry_of(theirs, "a/c/1"), b"old", version, None)
+    await theirs.end_write(begun)
+    assert not await put(theirs, entry_of(theirs, "a/c/1"), b"old", version)
     await mine.clear()
     assert await get(theirs, "ab/c/0") is None
     assert theirs.info()["total_keys"] == 0
 
 
 async def test_parts_of_two_states_do_not_lie_side_by_side(mine: SharedBackend, theirs: SharedBackend) -> None:
-    first, second = entry_of(mine, KEY, 0, 10), entry_of(mine, KEY, 10, 20)
-    assert await mine.publish(first, b"0" * 10, mine.write_version(first), None, 'etag "1"')
-    assert not await theirs.publish(second, b"1" * 10, theirs.write_version(second), None, 'etag "2"')
-    assert await theirs.publish(second, b"0" * 10, theirs.write_version(second), None, 'etag "1"')
-    assert theirs.states_of(KEY) == mine.states_of(KEY) == {'etag "1"'}
-    assert [(piece.start, piece.stop) for piece in mine.listed(KEY)] == [(0, 10), (10, 20)]
+    first, second, whole = entry_of(mine, KEY, 0, 10), entry_of(mine, KEY, 10, 20), entry_of(mine)
+    assert await put(mine, first, b"0" * 10, mine.write_version(KEY), 'etag "1"')
+    assert not await put(theirs, second, b"1" * 10, theirs.write_version(KEY), 'etag "2"')
+    assert await put(theirs, second, b"0" * 10, theirs.write_version(KEY), 'etag "1"')
+    assert theirs.parts(KEY).states == mine.parts(KEY).states == {'etag "1"'}
+    assert [(piece.start, piece.stop) for piece in mine.parts(KEY).pieces] == [(0, 10), (10, 20)]
     assert await get(theirs, KEY, 12, 15) == b"000"
     # the whole object replaces its parts, if it is of their state
     assert not await publish(mine)
-    whole = entry_of(mine)
-    assert await mine.publish(whole, b"0" * 20, mine.write_version(whole), None, 'etag "1"')
-    assert len(theirs.listed(KEY).starts) == 0
+    assert await put(mine, whole, b"0" * 20, mine.write_version(KEY), 'etag "1"')
+    assert list(theirs.parts(KEY).pieces) == []
 
 
 # -- room
@@ -195,9 +200,8 @@ async def test_stored_soon_is_stored_when_the_last_fetch_ends(mine: SharedBacken
         for number in range(5):
             entry = entry_of(mine, f"a/c/{number}")
             data = data_of(entry.key)[:SIZE]
-            await mine.publish_soon(
-                entry, data, mine.write_version(entry), None, "", lambda key=entry.key: done.append(key)
-            )
+            version = mine.write_version(f"a/c/{number}")
+            await mine.publish(entry, data, version, "", partial(done.append, entry.key))
     assert len(done) == 5
     assert [await get(theirs, f"a/c/{number}") is not None for number in range(5)] == [True] * 5
     await mine.stored("a/c/0")
@@ -207,17 +211,17 @@ async def test_stored_soon_is_stored_when_the_last_fetch_ends(mine: SharedBacken
 
 
 async def test_one_process_fetches_and_the_others_only_ask_who(mine: SharedBackend, theirs: SharedBackend) -> None:
-    release = mine.try_acquire(entry_of(mine))
-    assert release is not None
-    assert theirs.try_acquire(entry_of(theirs)) is None
-    assert theirs.try_acquire(entry_of(theirs, "a/c/1")) is not None
+    release = mine.acquire(KEY, (0, END))
+    assert callable(release)
+    assert theirs.acquire(KEY, (0, END)) == (0, END)
+    assert callable(theirs.acquire("a/c/1", (0, END)))
     release()
-    assert theirs.try_acquire(entry_of(theirs)) is not None
-    claimed = mine.claim("shard", (100, 200))
+    assert callable(theirs.acquire(KEY, (0, END)))
+    claimed = mine.acquire("shard", (100, 200))
     assert callable(claimed)
-    assert theirs.claim("shard", (150, 300)) == (150, 200)
+    assert theirs.acquire("shard", (150, 300)) == (150, 200)
     claimed()
-    assert callable(theirs.claim("shard", (150, 300)))
+    assert callable(theirs.acquire("shard", (150, 300)))
 
 
 # -- documents, and what is absent
@@ -228,35 +232,38 @@ ARRAY = b'{"zarr_format": 3, "node_type": "array", "shape": [%d]}'
 async def test_an_array_that_is_another_takes_its_chunks_along(mine: SharedBackend, theirs: SharedBackend) -> None:
     async def see(backend: SharedBackend, shape: int) -> None:
         document, entry = ARRAY % shape, entry_of(backend, "a/zarr.json")
-        version = await backend.apply_document("a/zarr.json", document, backend.write_version(entry))
-        assert await backend.publish(entry, document, version, None)
+        version = await backend.apply_document("a/zarr.json", document, backend.write_version("a/zarr.json"))
+        assert await put(backend, entry, document, version)
 
     await see(mine, 1)
     for key in ("a/c/0", "b/c/0"):
         assert await publish(mine, key)
     await see(theirs, 1)
     assert await get(mine, "a/c/0") is not None
-    before = mine.write_version(entry_of(mine, "a/c/1"))
+    before = mine.write_version("a/c/1")
     await see(theirs, 2)
     assert await get(mine, "a/c/0") is None
     assert await get(mine, "b/c/0") is not None
-    assert not await mine.publish(entry_of(mine, "a/c/1"), b"old", before, None)
+    assert not await put(mine, entry_of(mine, "a/c/1"), b"old", before)
 
 
 async def test_an_absent_chunk_is_known_to_be_absent_until_it_is_written(
     mine: SharedBackend, theirs: SharedBackend
 ) -> None:
-    version = mine.write_version(entry_of(mine))
-    assert not await mine.is_known_missing(KEY, "infinity")
+    async def is_missing(backend: SharedBackend, key: str = KEY, age: Any = "infinity") -> bool:
+        return await backend.get(entry_of(backend, key), "infinity", age) is MISSING
+
+    version = mine.write_version(KEY)
+    assert not await is_missing(mine)
     async with mine.fetching():
-        await mine.record_missing(KEY, version)
-    assert mine.is_known_missing_nowait(KEY, "infinity")
-    assert await theirs.is_known_missing(KEY, "infinity")
-    assert not await theirs.is_known_missing("a/c/1", "infinity")
-    assert not await mine.is_known_missing(KEY, 0)
-    await theirs.end_write(await theirs.begin_write([KEY]), [None], None)
-    assert not await mine.is_known_missing(KEY, "infinity")
-    assert not mine.is_known_missing_nowait(KEY, "infinity")
+        await mine.publish(entry_of(mine), None, version)
+    assert mine.get_nowait(entry_of(mine), "infinity", "infinity") is MISSING
+    assert await is_missing(theirs)
+    assert not await is_missing(theirs, "a/c/1")
+    assert not await is_missing(mine, KEY, 0)
+    await theirs.end_write(await theirs.begin_write([KEY]), [None])
+    assert not await is_missing(mine)
+    assert mine.get_nowait(entry_of(mine), "infinity", "infinity") is None
 
 
 # -- repair, and leaving
@@ -346,12 +353,12 @@ async def test_a_directory_that_cannot_be_used_stores_nothing_and_fails_nothing(
     assert not directory.prepare()
     assert not await publish(backend)
     assert await get(backend) is None
-    assert backend.get_nowait(KEY, "infinity") is None
-    release = backend.try_acquire(entry_of(backend))
-    assert release is not None
+    assert backend.get_nowait(entry_of(backend), "infinity") is None
+    release = backend.acquire(KEY, (0, END))
+    assert callable(release)
     release()
     # the source is written whatever becomes of the cache
-    await asyncio.wait_for(backend.end_write(await backend.begin_write([KEY]), [b"new"], None), 60)
+    await asyncio.wait_for(backend.end_write(await backend.begin_write([KEY]), [b"new"]), 60)
     assert await get(backend) is None
     assert backend.faults >= 1
     assert sorted(path.name for path in root.parent.rglob("*")) == before

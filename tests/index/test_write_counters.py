@@ -37,6 +37,21 @@ def test_half_an_increment_is_seen_with_the_next_one(tmp_path: Path) -> None:
         counters.close()
 
 
+def test_half_an_increment_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    """A fetch that began in between must not have the version of after it."""
+    mine, fresh = (WriteCounters(str(tmp_path / "writes")) for _ in range(2))
+    assert mine.before([3]) == (0, 0)
+    with (tmp_path / "writes").open("r+b") as file:
+        # a process was killed before it incremented the total
+        file.seek(3 * 8)
+        file.write((1).to_bytes(8, "little"))
+    begun = fresh.before([3])
+    mine.increment(3)
+    assert fresh.before([3]) == mine.before([3]) != begun
+    for counters in (mine, fresh):
+        counters.close()
+
+
 def test_a_write_that_cannot_be_counted_is_one_to_any_key(tmp_path: Path) -> None:
     mine, other = (WriteCounters(str(tmp_path / "writes")) for _ in range(2))
     seen = {mine.before([3])}

@@ -601,6 +601,160 @@ async def test_ranges_of_an_object_that_is_written_between_them_are_of_one_state
     assert written > 0
 
 
+@by_ranges
+async def test_a_range_over_cached_pieces_requests_only_the_rest(tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    await source.set(KEY, buffer(LONG))
+    age(source)
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    await ranges(store, between((10_000, 60_000), (100_000, 150_000)), max_gap_bytes=0)
+    source.asked()
+    assert await read(store, KEY, RangeByteRequest(20_000, 120_000)) == LONG[20_000:120_000]
+    assert source.asked().bytes == 40_000
+
+
+class HeldApart(sources.CountingStore):
+    """Holds back the second request for several ranges."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.second = sources.Gate(after=False)
+
+    async def get_ranges(self, key: str, byte_ranges: Any, **options: Any) -> Any:
+        if self.count("get_ranges"):
+            await self.second.pass_through()
+        async for group in super().get_ranges(key, byte_ranges, **options):
+            yield group
+
+
+@by_ranges
+async def test_ranges_beyond_the_end_that_another_fetch_gives_meanwhile(cache_kind: str, tmp_path: Path) -> None:
+    source = HeldApart(MemoryStore())
+    await source.set(KEY, buffer(b"1"))
+    store = cached(cache_kind, source, tmp_path)
+    gate = source.hold("get", KEY)
+    first = asyncio.create_task(read(store, KEY, RangeByteRequest(0, 100)))
+    await gate.arrived()
+    # two answers that are too short, one of which does not show where its ranges end
+    wanted = between((50, 60), (200, 210), (205, 230), (400, 410))
+    other = asyncio.create_task(ranges(store, wanted, max_gap_bytes=0))
+    await source.second.arrived()
+    source.let_go("get", KEY)
+    assert await first == b"1"
+    for _ in range(200):
+        # the other reader learns where the object ends
+        await asyncio.sleep(0)
+    source.second.open()
+    assert await other == [b""] * 4
+
+
+class WrittenEachTime(sources.CountingStore):
+    """Its object is written after each request."""
+
+    async def write(self) -> None:
+        """Write the object, by way of the cache."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        value = await super().get(key, prototype, byte_range)
+        await self.write()
+        return value
+
+
+@by_ranges
+async def test_ranges_of_an_object_that_is_always_written_are_read_in_one_request_at_last(
+    cache_kind: str, tmp_path: Path
+) -> None:
+    source = WrittenEachTime(MemoryStore())
+    await source.set(KEY, buffer(b"0" * 5000))
+    store = cached(cache_kind, source, tmp_path)
+    writer = again(store)
+    written = 0
+
+    async def write() -> None:
+        nonlocal written
+        written += 1
+        await writer.set(KEY, buffer(str(written % 10).encode() * 5000))
+
+    source.write = write  # type: ignore[method-assign]
+    wanted = [*between((0, 10), (2000, 2010)), SuffixByteRequest(10), OffsetByteRequest(4990)]
+    found = await ranges(store, wanted)
+    assert [len(data) for data in found] == [10, 10, 10, 10]
+    assert len(set(b"".join(found))) == 1
+
+
+class WrittenAtSecondLook(sources.CountingStore):
+    """A cache store that is asked for the same object twice; in between, the object is written."""
+
+    async def write(self) -> None:
+        """Write the object, by way of the cache."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        if self.count("get", key) == 1:
+            await self.write()
+        return await super().get(key, prototype, byte_range)
+
+
+@by_ranges
+async def test_ranges_found_before_a_write_are_not_joined_with_later_ones(tmp_path: Path) -> None:
+    source = MemoryStore()
+    await source.set(KEY, buffer(b"0" * 5000))
+    cache = WrittenAtSecondLook(MemoryStore())
+    store = xzcache.CacheStore(source, cache_store=cache, cache_set_data=False)
+    await read(store, KEY)
+    cache.forget()
+    cache.write = lambda: store.set(KEY, buffer(b"1" * 5000))  # type: ignore[method-assign]
+    found = await ranges(store, between((0, 10), (2000, 2010)))
+    assert found == [b"1" * 10] * 2
+
+
+class Asking(Tallying):
+    """Tells of each request for a chunk, and waits for an answer."""
+
+    link: Any
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        if not is_document(key):
+            self.link.send("asked")
+            assert self.link.recv() == "go"
+        return await super().get(key, prototype, byte_range)
+
+
+def fetch_whole(link: Any, root: str, cache: str) -> int:
+    source = Asking(root)
+    source.link = link
+    return len(read_now(xzcache.CacheStore(source, cache_store=cache, namespace="n"), KEY) or b"")
+
+
+@by_ranges
+async def test_a_reader_knows_the_state_of_what_another_process_fetched_for_its_leader(tmp_path: Path) -> None:
+    source = Tallying(tmp_path / "source")
+    await source.set(KEY, buffer(LONG))
+    age(source)
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", namespace="n")
+    await ranges(store, between((0, 20_000)))
+    source.asked()
+    with Team() as team:
+        child = team.start(fetch_whole, str(source.root), str(tmp_path / "cache"))
+        child.hear("asked")
+        leader = asyncio.create_task(read(store, KEY, RangeByteRequest(50_000, 60_000)))
+        for _ in range(200):
+            await asyncio.sleep(0)
+        other = asyncio.create_task(ranges(store, between((0, 10), (50_010, 50_020))))
+        for _ in range(200):
+            await asyncio.sleep(0)
+        child.send("go")
+        assert await leader == LONG[50_000:60_000]
+        assert await other == [LONG[:10], LONG[50_010:50_020]]
+        assert child.result() == len(LONG)
+    assert source.asked().requests == 1
+
+
 # -- what is not there
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
+from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -59,12 +60,12 @@ class StoreParts:
         self._key = key
         self._is_held = is_held
 
-    @property
+    @cached_property
     def pieces(self) -> Listed:
         """The cached byte ranges."""
         return self._index.listed(self._key)
 
-    @property
+    @cached_property
     def states(self) -> set[str]:
         """The validators of all parts; an empty string stands for an unknown state."""
         return {self._index.validator(entry) for entry in self._index.of_key(self._key)}

@@ -106,7 +106,8 @@ class WriteCounters:
         """Count one write; under the guard. Raises `OSError` if it cannot even be counted as lost."""
         try:
             totals, counts = self._current()
-            count = (self.values([counter], counts)[0] + 1) & _LARGEST
+            # read anew: a process that was killed here may have written the counter without the total
+            count = (self.values([counter], {})[0] + 1) & _LARGEST
             total = ((int.from_bytes(totals[:8], "little") + 1) & _LARGEST).to_bytes(8, "little")
             os.pwrite(self.fd, count.to_bytes(8, "little"), counter * 8)
             os.pwrite(self.fd, total, _COUNT * 8)

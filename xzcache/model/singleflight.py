@@ -32,7 +32,8 @@ class Fetched(NamedTuple):
 
     data: memoryview | None
     """None if the object is missing."""
-    validator: str = ""
+    validator: str | None = ""
+    """None if the bytes are cached, so that their state must be looked up with them."""
     exact: bool = True
     """Whether the bytes are certainly those of the claimed span, so that a part of them is that part of the object."""
 
@@ -65,7 +66,7 @@ class Claim:
         except TimeoutError:
             return self._future.result() if self._future.done() else None
 
-    def set_result(self, data: memoryview | None, validator: str = "", *, exact: bool = True) -> None:
+    def set_result(self, data: memoryview | None, validator: str | None = "", *, exact: bool = True) -> None:
         if not self._future.done():
             self._future.set_result(Fetched(data, validator, exact))
 

@@ -161,7 +161,7 @@ def pieces_of(
     pieces = []
     for lead, (data, validator, _) in zip(leads, fetched, strict=True):
         first, last = lead.claim.span
-        if data is None:
+        if data is None or validator is None:
             continue
         for gap in cached.missing((first, min(last, first + len(data)) if last >= LARGEST else last)):
             for begin, end in cut(gap, boundaries, _PIECE):
@@ -381,7 +381,9 @@ class _Fetch:
         pieces = {piece for span in self._left.values() for piece in self._usable(listed.overlapping(*span))}
         for piece in pieces:
             state = parts.validator(piece)
-            if (data := await self._reading.get_cached(piece)) is None or parts.validator(piece) != state:
+            # one without a state may just have given way to the whole object, whose bytes would come in its place
+            data = await self._reading.get_cached(piece) if state else None
+            if data is None or parts.validator(piece) != state:
                 self._unfit.add(piece)
                 continue
             self._add(_span_of(piece), data, state)
@@ -473,12 +475,13 @@ class _Fetch:
             if not exact:
                 # it is the answer to another request than this reader's
                 self._inexact = True
-            elif data is not None:
+            elif data is None:
+                self._is_missing()
+            elif validator is not None:
+                # bytes without one are taken from the cache, together with their state
                 self._let_go_if_overtaken()
                 self._add(claim.span, data, validator)
                 self._assemble()
-            else:
-                self._is_missing()
 
     def _is_missing(self) -> None:
         for entry in list(self._left):
@@ -575,7 +578,7 @@ class _Fetch:
             ]
             for lead, of in zip(leads, fetched, strict=True):
                 lead.claim.set_result(of.data, of.validator)
-                assert of.data is not None
+                assert of.data is not None and of.validator is not None
                 self._add(lead.claim.span, of.data, of.validator)
             self._assemble()
             if not self._left and await self._store_whole(leads):
@@ -622,6 +625,9 @@ class _Fetch:
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
         answers |= dict(zip(again, await self._request(again) if again else [], strict=True))
         for entry in entries:
+            if entry not in self._left:
+                # the fetch of another task gave it meanwhile
+                continue
             first, last = span = self._left[entry]
             answer = answers[span]
             data = None if answer.value is None else contents(answer.value)
@@ -637,7 +643,7 @@ class _Fetch:
         """Raise unless all validators are of one state."""
         if len(from_source(validators)) > 1:
             await self._backend.invalidate(self._key, self._version)
-            if not differ(validators) or await self._reading.has_several_names(self._key):
+            if not differ(validators) or await self._reading.has_several_validators(self._key):
                 raise Unclear
             self._reading.record_replaced(self._key)
             raise Replaced(self._key)

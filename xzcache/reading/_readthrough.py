@@ -19,6 +19,7 @@ from xzcache.model import (
     LARGEST,
     MISSING,
     NEGLIGIBLE,
+    WHOLE,
     Claim,
     Entry,
     LeaderCancelled,
@@ -305,7 +306,7 @@ class ReadThrough:
                     else:
                         answer, data = await reading.revalidate(request)
             if data is not None:
-                claim.set_result(data)
+                claim.set_result(data, None)
                 return reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             validator, may_store = answer.validator, answer.exact and data is not None
@@ -334,11 +335,11 @@ class ReadThrough:
                 self._leads.release(lead)
 
     def _has_parts(self, request: Request) -> bool:
-        """Whether so much of a whole object is cached in pieces that only the rest should be requested."""
-        if not request.entry.is_whole:
-            return False
+        """Whether so much of an entry is cached in pieces that only the rest should be requested."""
+        first, last = placed((request.entry.start, request.entry.stop))
         parts = self.backend.parts(request.key)
-        size = sum(piece.stop - piece.start for piece in parts.pieces if piece.stop != END)
+        pieces = (piece for piece in parts.pieces.overlapping(first, last) if piece.stop != END)
+        size = sum(min(piece.stop, last) - max(piece.start, first) for piece in pieces)
         return size > NEGLIGIBLE and all(map(is_from_source, parts.states))
 
     async def _acquire_or_wait(self, lead: Lead, request: Request, *, may_divide: bool) -> memoryview | None:
@@ -369,7 +370,7 @@ class ReadThrough:
 
 _REMEMBERED: Final = 65536
 _TRIES: Final = 3
-"""Times that ranges are read before the object is taken to be changing all the time."""
+"""Times that ranges are read until they are of one state; the last time in a single request."""
 
 
 class RangeReads:
@@ -431,9 +432,12 @@ class RangeReads:
         parts = self._backend.parts(key)
         found, missing = await self._fetches.look(parts, wanted)
         states = parts.states if missing or alone else set()
-        if missing and found and not all(map(is_from_source, states)):
-            # cached ranges of an unknown state are fetched together with the missing ones
-            found, missing = {}, list(wanted)
+        if missing and found:
+            # read after the states, which may be those of another object already
+            is_current = self._backend.write_version(key) == since
+            if not is_current or not all(map(is_from_source, states)):
+                # cached ranges of an unknown state are fetched together with the missing ones
+                found, missing = {}, list(wanted)
         if self._reading.must_ask(key):
             # revalidate each cached range with its own validator
             alone = [*alone, *(place for entry in found for place in wanted[entry])]
@@ -496,12 +500,16 @@ class RangeReads:
                 # a single answer is of one state
                 spans = at_once
             asked = [*(RangeByteRequest(*span) for span in spans), *(byte_ranges[place] for place in others)]
+            if attempt == _TRIES - 1 and asked and all(span(byte_ranges[place]) for place in others):
+                # several answers may seem to be of several states for as long as others read and write the object
+                spans = [WHOLE] if others else [(spans[0][0], max(last for _, last in spans))]
+                asked = [None if others else RangeByteRequest(*spans[0])]
             try:
                 answers = await sources.all_of(map(fetch_part, asked))
             except Exception as error:
                 return [error]
             values = [answer.value for answer in answers if answer.value is not None]
-            self._reading.miss(key, sum(map(len, values)) if values else None, began, spans)
+            self._reading.miss(key, sum(map(len, values)) if values else None, began, list(map(unplaced, spans)))
             if len(values) < len(answers):
                 return [FileNotFoundError(key)]
             validators = {answer.validator for answer in answers}
@@ -510,11 +518,7 @@ class RangeReads:
             # else only the writes through the cache are known
             if not differ(validators) and len(spans) <= len(at_once) and self._backend.write_version(key) == since:
                 break
-        else:
-            if not differ(validators):
-                self._reading.record_replaced(key)
-                return [Replaced(key)]
-        if differ(validators | states) and not await reading.has_several_names(key):
+        if differ(validators | states) and not await reading.has_several_validators(key):
             self._reading.record_replaced(key)
             await self._backend.invalidate(key, None)
             return [Replaced(key)]
@@ -526,6 +530,9 @@ class RangeReads:
             for entry, places in wanted.items():
                 if first <= entry.start and entry.stop <= last:
                     pairs += [(place, value[entry.start - first : entry.stop - first]) for place in places]
+        if len(values) == len(spans):
+            # all there is
+            return [[*pairs, *((place, _part_of(values[0], byte_ranges[place])) for place in others)]]
         return [[*pairs, *zip(others, values[len(spans) :], strict=True)]]
 
     async def _past_the_cache(
@@ -623,3 +630,9 @@ class RangeReads:
                 for place in wanted[entry]
             ]
         ]
+
+
+def _part_of(value: Buffer, byte_range: ByteRequest | None) -> Buffer:
+    """A byte range of a whole object."""
+    wanted = span(byte_range)
+    return value if wanted is None else value[slice(*clip(*wanted, len(value)))]

@@ -52,7 +52,7 @@ _PROBE: Final = 1 << 14
 _PROBES: Final = 8
 """Pieces of which one should be there to compare."""
 _LOOKS: Final = 8
-"""Requests of one byte that tell whether an object has several names at a time."""
+"""Requests of one byte that tell whether an object has several validators at a time."""
 
 
 class Request(NamedTuple):
@@ -286,13 +286,13 @@ class Reading:
             if still and alike and not entry.is_whole:
                 return version, adopt_session(validator, state), False
             replaced = still is False
-        if replaced and await self.has_several_names(key):
+        if replaced and await self.has_several_validators(key):
             replaced = False
         if replaced:
             self.record_replaced(key)
         return await self.backend.invalidate(key, version), validator, replaced
 
-    async def has_several_names(self, key: str) -> bool:
+    async def has_several_validators(self, key: str) -> bool:
         """Whether the source gives one state of an object several validators in turn, as servers behind a balancer do.
 
         A replaced object has two validators only while it is being replaced, so two bursts of requests are compared. If
