@@ -578,7 +578,8 @@ class _Fetch:
             ]
             for lead, of in zip(leads, fetched, strict=True):
                 lead.claim.set_result(of.data, of.validator)
-                assert of.data is not None and of.validator is not None
+                assert of.data is not None
+                assert of.validator is not None
                 self._add(lead.claim.span, of.data, of.validator)
             self._assemble()
             if not self._left and await self._store_whole(leads):
