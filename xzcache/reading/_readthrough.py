@@ -37,7 +37,7 @@ from xzcache.model import (
     unplaced,
 )
 from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches
-from xzcache.reading._request import Request, buffer_of, contents, request_for
+from xzcache.reading._request import Request, buffer_of, contents
 from xzcache.reading._revalidation import Revalidation
 from xzcache.sources import FetchResult
 
@@ -443,18 +443,18 @@ class RangeReads:
             alone = [*alone, *(place for entry in found for place in wanted[entry])]
             found = {}
         promoted = bool(missing) and self._is_worth_the_whole(key, missing)
-        calls = [self._apart(key, byte_ranges, alone, prototype, limits)]
+        calls = [self._apart(key, byte_ranges, alone, prototype, limits)] if alone else []
         if missing:
             fetch = self._whole if promoted else self._missing
             calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, parts))
-        outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call]
+        outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call] if calls else []
         if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
         if alone or promoted:
             # the compared ranges are gone: evicted, or found to be of another state
             is_clear &= from_source(states) <= self._backend.parts(key).states
-        if not missing or (alone and len(byte_ranges) > 1):
+        if len(byte_ranges) > 1 and (alone or not missing):
             is_clear &= self._backend.write_version(key) == since
         if not is_clear:
             return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
@@ -554,7 +554,7 @@ class RangeReads:
     def _hit(
         self, key: str, entry: Entry, places: list[int], data: memoryview | None, prototype: BufferPrototype
     ) -> list[tuple[int, Buffer | None]]:
-        request = request_for(key, entry)._replace(prototype=prototype)
+        request = Request(key, entry, prototype, None, time.perf_counter())
         return [(place, self._reading.hit(request, data)) for place in places]
 
     async def _apart(

@@ -349,12 +349,6 @@ class Reading:
         return None
 
 
-def request_for(key: str, entry: Entry) -> Request:
-    """The request for a single range."""
-    byte_range = RangeByteRequest(entry.start, entry.stop)
-    return Request(key, entry, default_buffer_prototype(), byte_range, time.perf_counter())
-
-
 def buffer_of(data: memoryview, prototype: BufferPrototype) -> Buffer:
     """A buffer of some bytes, without a copy in main memory."""
     owner = data.obj
