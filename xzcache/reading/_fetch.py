@@ -298,11 +298,11 @@ class _Fetch:
             mine, others = self._claim(needs, parts, alone=alone)
             try:
                 # check after claiming: the previous holder may just have published
-                await self._gather()
+                now = await self._gather()
                 if not self._left:
                     break
                 await self._must_agree(self._used | self._buffers.keys())
-                is_as_named = self._needs([]) == needs
+                is_as_named = self._needs([]) == needs and not self._has_gained(mine, parts, now)
                 if is_as_named:
                     if mine and not others:
                         await self._lead(mine)
@@ -360,10 +360,18 @@ class _Fetch:
         """A span that ends where the object does, if that is known."""
         return (span[0], max(span[0], self._end)) if span[1] > self._end else span
 
-    async def _gather(self) -> None:
-        """Take cached ranges, whole or in parts."""
+    def _has_gained(self, mine: list[Lead], before: Parts, now: Parts | None) -> bool:
+        """Whether a piece has appeared in a gap that would be requested with the claimed ranges."""
+        if now is None:
+            return False
+        listed = now.pieces
+        there = [piece for lead in mine for piece in self._usable(listed.overlapping(*lead.claim.span))]
+        return bool(there) and not set(there) <= set(before.pieces)
+
+    async def _gather(self) -> Parts | None:
+        """Take cached ranges, whole or in parts; returns the cached parts that were looked at."""
         if self._force:
-            return
+            return None
         parts = self._backend.parts(self._key)
         listed = parts.pieces
         # of pieces, the validators from before the bytes
@@ -393,6 +401,7 @@ class _Fetch:
         if pieces:
             self._let_go_if_overtaken()
             self._assemble()
+        return parts
 
     def _is_overtaken(self) -> bool:
         """Whether the object was invalidated since, so that earlier and later bytes may differ in state."""
