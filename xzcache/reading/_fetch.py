@@ -311,7 +311,10 @@ class _Fetch:
                         await sources.all_of([self._lead(mine), *calls] if mine else calls)
                     if not self._left:
                         break
-                if self._inexact and self._single:
+                    if (mine or others) and self._reading.has_validators is False:
+                        # readers that split an object again and again would never have bytes of one answer
+                        self._count_try()
+                if self._single and (self._inexact or self._tries):
                     raise Unclear
             finally:
                 for lead in mine:
