@@ -15,11 +15,12 @@ from typing import Final, NamedTuple
 
 TABLE: Final[Mapping[str, str]] = {
     # room: rooms, or modules of the package itself, that it may import
-    "__init__": "store local _manage _xarray_hook xarray dask directory",
-    "cli __main__": "_manage",
-    "xarray": "store pipeline _manage _xarray_hook sources",
+    "__init__": "store local manage _xarray_hook xarray dask directory",
+    "cli __main__": "manage",
+    "xarray": "store pipeline manage _xarray_hook sources",
     "dask": "_caches directory reading",
-    "store local pipeline _caches _display _manage _xarray_hook": "reading sources directory anystore",
+    "manage": "store local _caches _display sources directory anystore",
+    "store local pipeline _caches _display _xarray_hook": "reading sources directory anystore",
     "reading": "sources",
     "directory": "files index eviction",
     "eviction": "index",

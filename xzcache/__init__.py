@@ -14,8 +14,8 @@ from xzcache.local import LockedLocalStore
 from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
-    from xzcache._manage import CacheUnavailable, check, clear, info, ls, resize
     from xzcache.dask import CachePlugin, cluster_info
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, resize
     from xzcache.xarray import open_mfdataset, open_zarr
 
 
@@ -46,15 +46,15 @@ __all__ = [
 
 _LATE: Final = {
     "CachePlugin": "xzcache.dask",
-    "CacheUnavailable": "xzcache._manage",
-    "check": "xzcache._manage",
-    "clear": "xzcache._manage",
+    "CacheUnavailable": "xzcache.manage",
+    "check": "xzcache.manage",
+    "clear": "xzcache.manage",
     "cluster_info": "xzcache.dask",
-    "info": "xzcache._manage",
-    "ls": "xzcache._manage",
+    "info": "xzcache.manage",
+    "ls": "xzcache.manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
-    "resize": "xzcache._manage",
+    "resize": "xzcache.manage",
 }
 """Names whose modules take long to import."""
 

@@ -466,7 +466,7 @@ def test_the_shell_completes_commands_and_sources(filled: Filled) -> None:
 
 
 def test_the_package_stays_light() -> None:
-    heavy = ("click", "rich", "xarray", "xzcache._manage")
+    heavy = ("click", "rich", "xarray", "xzcache.manage")
     look = f"import sys, xzcache; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     loaded = done.stdout.strip()

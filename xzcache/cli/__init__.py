@@ -1,6 +1,6 @@
 """The command ``xzcache``: see, clear, size and check a cache from a terminal or a script.
 
-Keeps no state and takes no lock: it calls the functions of `xzcache._manage` and shows their results. Only this room
+Keeps no state and takes no lock: it calls the functions of `xzcache.manage` and shows their results. Only this room
 imports click, and rich where it is installed and a person reads.
 """
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 
 import click
 
-from xzcache import _manage as manage
+from xzcache import manage
 from xzcache._config import parse_bound, shown_bound, shown_size
 
 if TYPE_CHECKING:

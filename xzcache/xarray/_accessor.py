@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import xarray as xr
 import zarr
 
-from xzcache._manage import Arrays, Info, info, ls
+from xzcache.manage import Arrays, Info, info, ls
 from xzcache.store import CacheStats, CacheStore
 
 if TYPE_CHECKING:

@@ -1,0 +1,28 @@
+"""See, clear, size and check a cache directory: the Python side of the command ``xzcache``.
+
+Keeps no state and takes no lock of its own. Everything here is synchronous and needs no event loop, so it works in a
+script and within a running event loop alike. What only looks creates, repairs and upgrades nothing, and works in a
+directory that this process may only read.
+"""
+
+from xzcache.manage._change import check, clear, parse_since, resize
+from xzcache.manage._look import info, ls, settings
+from xzcache.manage._results import Arrays, CacheUnavailable, Cleared, Info, Resized, Settings, Sources, UnknownSource
+
+__all__ = [
+    "Arrays",
+    "CacheUnavailable",
+    "Cleared",
+    "Info",
+    "Resized",
+    "Settings",
+    "Sources",
+    "UnknownSource",
+    "check",
+    "clear",
+    "info",
+    "ls",
+    "parse_since",
+    "resize",
+    "settings",
+]

@@ -1,0 +1,366 @@
+"""What the calls of this room return: figures with a display for consoles, for notebooks, and for programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+from xzcache._config import shown_bound, shown_size
+from xzcache._display import Table
+
+T = TypeVar("T")
+
+State = Literal["ok", "absent", "damaged", "foreign", "busy", "unusable"]
+
+
+class CacheUnavailable(OSError):
+    """The cache cannot be used or read; the message says why, in one line."""
+
+
+class UnknownSource(LookupError):
+    """No source of the cache, or more than one, has the given name; the message names those that are meant."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _shown_time(seconds: float | None) -> str:
+    """A last use for people: how long ago it was."""
+    if seconds is None:
+        return "-"
+    ago = max(0.0, time.time() - seconds)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if ago >= 2 * length or (unit != "d" and ago >= length):
+            return f"{ago / length:.0f} {unit} ago"
+    return "just now"
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3)
+    return value
+
+
+class _Shown:
+    """A result with a short display for consoles, a table for notebooks, and a dictionary for programs."""
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+class _Rows(_Shown, Sequence[T]):
+    """A result of several rows."""
+
+    items: tuple[T, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self.items[index]
+
+
+@dataclass(frozen=True, repr=False)
+class Info(_Shown):
+    """The state of a cache directory; sizes in bytes.
+
+    Attributes
+    ----------
+    directory : str
+        The cache directory.
+    state : str
+        ``"ok"``, ``"absent"`` (there is no cache), ``"damaged"``, ``"foreign"`` (of another user, or of another version
+        of xzcache), ``"busy"`` or ``"unusable"``. If it is not ``"ok"``, the figures are zeros.
+    trouble : str or None
+        The reason for any other state, in one line.
+    used, max_size : int, int or None
+        The bytes of all entries, and the bound; None for no bound.
+    entries, sources, processes : int
+        The number of entries, of sources that have any, and of processes that use the cache.
+    reserved : int
+        Bytes of the bound that running processes have leased, or that are being deleted.
+    disk_free, disk_size : int
+        Of the file system.
+    policy, min_free : str, str
+        As configured in this process.
+    node : str
+        The uuid of this directory; empty if it has none.
+    """
+
+    directory: str
+    state: State
+    trouble: str | None = None
+    used: int = 0
+    max_size: int | None = None
+    entries: int = 0
+    sources: int = 0
+    processes: int = 0
+    reserved: int = 0
+    disk_free: int = field(default=0, compare=False)
+    disk_size: int = 0
+    policy: str = ""
+    min_free: str = ""
+    node: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no trouble; an absent cache is none."""
+        return self.state in ("ok", "absent")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return dict(vars(self))
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        rows = {"directory": self.directory}
+        if self.trouble:
+            rows["state"] = self.trouble
+        else:
+            share = f" ({self.used / self.max_size:.0%})" if self.max_size else ""
+            bound = "no bound" if self.max_size is None else f"of {shown_bound(self.max_size)}{share}"
+            rows["used"] = f"{shown_size(self.used)} {bound}"
+            rows["entries"] = f"{self.entries:,} of {self.sources:,} source{'s' * (self.sources != 1)}"
+            rows["processes"] = f"{self.processes:,}"
+        if self.disk_size:
+            rows["disk"] = f"{shown_size(self.disk_free)} free of {shown_size(self.disk_size)}"
+        rows["policy"] = f"{self.policy}, min_free={self.min_free}"
+        if self.node:
+            rows["node"] = self.node
+        share_used = min(1.0, self.used / self.max_size) if self.max_size else None
+        return Table("xzcache", pairs=rows, bar=share_used)
+
+
+class Source(NamedTuple):
+    """One source in a cache; the size in bytes, times in seconds since the epoch."""
+
+    name: str
+    """The readable part of the namespace."""
+    namespace: str
+    entries: int
+    size: int
+    share: float
+    """The part of all cached bytes."""
+    last_used: float | None
+
+
+class Array(NamedTuple):
+    """One array of a source, as far as it is cached; the size in bytes, times in seconds since the epoch."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    """None if its document is not cached."""
+    dtype: str
+    total: int | None
+    """The objects (chunks, or shards) of the array; None if its document does not tell."""
+    cached: int
+    """The objects that are cached whole."""
+    partly: int
+    """The objects of which byte ranges are cached, as of shards."""
+    missing: int
+    """The objects that are known to be missing at the source, which are never cached."""
+    size: int
+    last_used: float | None
+
+    @property
+    def fraction(self) -> float | None:
+        """The part of the existing objects that is cached whole; None if it is unknown."""
+        if self.total is None:
+            return None
+        there = self.total - self.missing
+        return min(1.0, self.cached / there) if there > 0 else 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class Sources(_Rows[Source]):
+    """The sources of a cache, largest first; see `Source`."""
+
+    directory: str
+    items: tuple[Source, ...] = ()
+    state: State = "ok"
+    trouble: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no trouble; an absent cache is none."""
+        return self.state in ("ok", "absent")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The rows as plain values, for JSON."""
+        rows = [{**item._asdict(), "last_used": _when(item.last_used)} for item in self]
+        return {"directory": self.directory, "state": self.state, "trouble": self.trouble, "sources": rows}
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        names = display_names(self.items)
+        rows = [
+            (name, f"{s.entries:,}", shown_size(s.size), f"{s.share:.0%}", _shown_time(s.last_used))
+            for name, s in zip(names, self.items, strict=True)
+        ]
+        note = self.trouble or ("" if rows else f"the cache in {self.directory} is empty")
+        return Table(self.directory, ("source", "entries", "size", "share", "last use"), rows, note=note)
+
+
+@dataclass(frozen=True, repr=False)
+class Arrays(_Rows[Array]):
+    """The arrays of one source; see `Array`. `other_size` are the bytes of documents and of unknown arrays."""
+
+    directory: str
+    source: Source
+    items: tuple[Array, ...] = ()
+    other_size: int = 0
+    ok = True
+    trouble = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The rows as plain values, for JSON."""
+        rows = [
+            {**item._asdict(), "fraction": _as_json(item.fraction), "last_used": _when(item.last_used)} for item in self
+        ]
+        source = {**self.source._asdict(), "last_used": _when(self.source.last_used)}
+        return {"directory": self.directory, "source": source, "arrays": rows, "other_size": self.other_size}
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        rows = []
+        for item in self:
+            shape = "x".join(map(str, item.shape)) if item.shape else "scalar" if item.shape == () else "?"
+            part = "?" if item.fraction is None else f"{item.fraction:.0%}"
+            counts = f"{item.cached:,} of {'?' if item.total is None else f'{item.total - item.missing:,}'}"
+            counts += f" and parts of {item.partly:,}" if item.partly else ""
+            used = _shown_time(item.last_used)
+            rows.append((item.name, item.dtype or "?", shape, part, counts, shown_size(item.size), used))
+        if self.other_size:
+            rows.append(("(documents, others)", "", "", "", "", shown_size(self.other_size), ""))
+        columns = ("array", "type", "shape", "cached", "chunks", "size", "last use")
+        return Table(self.source.namespace, columns, rows)
+
+
+@dataclass(frozen=True, repr=False)
+class Cleared(_Shown):
+    """What was removed from a cache or, with `dry_run`, what would be.
+
+    Attributes
+    ----------
+    directory : str
+        The cache directory.
+    what : str or None
+        The namespace that was cleared; None for all sources.
+    entries, size : int
+        The number and the bytes of the entries.
+    dry_run : bool
+        Whether nothing was removed.
+    """
+
+    directory: str
+    what: str | None
+    entries: int
+    size: int
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        did = "would remove" if self.dry_run else "removed"
+        where = f" of {self.what}" if self.what else ""
+        return f"{did} {self.entries:,} entr{'y' if self.entries == 1 else 'ies'}{where}, {shown_size(self.size)}"
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        return Table("xzcache", note=repr(self))
+
+
+@dataclass(frozen=True, repr=False)
+class Resized(_Shown):
+    """A changed bound: the bounds before and after, in bytes, and what was evicted for it.
+
+    `note` says if the configuration will change the bound again.
+    """
+
+    directory: str
+    before: int | None
+    max_size: int | None
+    evicted: int = 0
+    evicted_size: int = 0
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return dict(vars(self))
+
+    def __repr__(self) -> str:
+        text = f"the bound of {self.directory} is {shown_bound(self.max_size)}, and was {shown_bound(self.before)}"
+        if self.evicted:
+            text += f"; {self.evicted:,} entries, {shown_size(self.evicted_size)}, were evicted"
+        return f"{text}\n{self.note}" if self.note else text
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        return Table("xzcache", note=repr(self))
+
+
+@dataclass(frozen=True, repr=False)
+class Settings(_Rows["Setting"]):
+    """The settings of this process and their origins.
+
+    `problems` are names that xzcache does not know; `directory` is the cache that is meant, and `bound` the bound that
+    it has, which a configured one changes only when the cache is opened.
+    """
+
+    items: tuple[Setting, ...]
+    problems: tuple[str, ...]
+    directory: str
+    bound: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether all configured names are known."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON."""
+        rows = [item._asdict() for item in self]
+        return {"settings": rows, "problems": list(self.problems), "directory": self.directory, "bound": self.bound}
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        rows = [(item.name, str(item.value), item.origin) for item in self]
+        bound = f", its bound is {self.bound}" if self.bound else ""
+        note = "\n".join([f"the cache is {self.directory}{bound}", *self.problems])
+        return Table("xzcache", ("setting", "value", "from"), rows, note=note)
+
+
+class Setting(NamedTuple):
+    """One setting: its value, and where it came from."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+def _when(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def display_names(items: Sequence[Source]) -> list[str]:
+    """The readable names, with so much of the namespace as tells two of the same name apart."""
+    names = [item.name for item in items]
+    return [item.name if names.count(item.name) == 1 else item.namespace for item in items]
