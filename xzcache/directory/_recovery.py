@@ -36,8 +36,8 @@ _AT_ONCE: Final = 256
 _BATCH: Final = 500
 _UNSYNCED_NS: Final = 300 * 10**9
 """Nanoseconds after which written data is on the disk: ten times the default of Linux."""
-_MANY: Final = 100_000
-"""The number of entries whose sums take so long (7 ms) that only the sole process of a directory computes them."""
+_FEW: Final = 10_000
+"""The number of entries whose sums take so little time (3 ms) that each process computes them when it joins."""
 
 UNDONE: Final = "undone-"
 """The prefix of notes of pending invalidations, among the temporary files."""
@@ -53,8 +53,10 @@ def recover(session: IndexSession) -> list[str]:
     that cannot be removed or identified stay counted.
     """
     with session.section() as (process, index):
+        restarted = has_crashed = process.was_restarted()
         for owner in index.owners():
             if owner != process.owner and process.owners.try_lock(owner):
+                has_crashed = True
                 try:
                     _invalidate_written(session, process, index, owner)
                     _finish_owner(session, index, owner)
@@ -76,8 +78,7 @@ def recover(session: IndexSession) -> list[str]:
         _sweep(session, process, index)
         left += [item.entry.key for item in index.unowned_tombstones()]
         if not process.is_checked:
-            _check_sums(session, process, index)
-        restarted = process.was_restarted()
+            _check_sums(session, process, index, has_crashed=has_crashed)
     _see_to_restart(session, restarted=restarted)
     return list(dict.fromkeys(left))
 
@@ -146,16 +147,13 @@ def may_be_stale(session: IndexSession) -> bool:
         return error.errno not in (errno.ENOTDIR, errno.EACCES)
 
 
-def _check_sums(session: IndexSession, process: Registration, index: Index) -> None:
-    """Verify the totals and the bound of the index."""
+def _check_sums(session: IndexSession, process: Registration, index: Index, *, has_crashed: bool) -> None:
+    """Verify the bound of the index and, of a small cache or by the sole process after a crash, the totals."""
     bound = index.totals().max_size
     if (remembered := _remembered_bound(session, bound)) != bound:
         index.set_max_size(remembered)
-    state = process.generation, index.serial()
-    if index.last_entry() <= _MANY or (session.checked != state and index.owners() == [process.owner]):
-        if index.mend_totals():
-            logger.warning("the totals of the cache in %s were wrong and have been corrected", session.root)
-        session.checked = state
+    if (index.last_entry() <= _FEW or (has_crashed and index.owners() == [process.owner])) and index.mend_totals():
+        logger.warning("the totals of the cache in %s were wrong and have been corrected", session.root)
     process.is_checked = True
 
 

@@ -484,7 +484,6 @@ class IndexSession:
 
     def __init__(self, root: str, timeout: float, joined: Callable[[], None] = lambda: None) -> None:
         self.root = root
-        self.checked: tuple[int, int] | None = None
         self._joined = joined
         self.meta = f"{root}/{META}"
         self.timeout = timeout
@@ -773,8 +772,6 @@ class IndexSession:
         if not process.is_writing:
             with suppress(OSError):
                 os.rmdir(f"{self.meta}/tmp/{process.owner}")
-            if self.checked is not None and self.checked[0] == process.generation:
-                self.checked = process.generation, index.committed_serial
 
     # -- fork
 
