@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diskcache
 import numpy as np
 import zarr
-from zarr.abc.codec import CodecPipeline
 from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.core import codec_pipeline
@@ -29,8 +26,9 @@ OURS = "xzcache"
 COPY = "LocalStore, a copy"
 THEIRS = "Zarr CacheStore"
 SOURCE = "the source (local)"
+UNCHOSEN = "as opened"
+"""The codec pipeline of an array whose user chose none: with xzcache imported, its own, for stores of its own."""
 BATCHED = "Batched"
-OWN_PIPELINE = "ours"
 
 
 class Kind(NamedTuple):
@@ -126,20 +124,54 @@ def fill(contestants: Mapping[str, Store], data: np.ndarray[Any, Any]) -> None:
         np.testing.assert_array_equal(zarr.open_array(store, mode="r")[:], data)
 
 
-def pipelines() -> dict[str, str]:
-    """The codec pipelines there are, under short names: Zarr's, and our own where this version has one."""
-    found = {BATCHED: "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+def pipelines() -> dict[str, str | None]:
+    """The codec pipelines under short names: none chosen, and Zarr's two."""
+    found = {UNCHOSEN: None, BATCHED: "zarr.core.codec_pipeline.BatchedCodecPipeline"}
     if hasattr(codec_pipeline, "FusedCodecPipeline"):
         found["Fused"] = "zarr.core.codec_pipeline.FusedCodecPipeline"
-    if find_spec("xzcache.pipeline") is not None:
-        for name, kind in vars(import_module("xzcache.pipeline")).items():
-            if isinstance(kind, type) and issubclass(kind, CodecPipeline) and kind.__module__ == "xzcache.pipeline":
-                found[OWN_PIPELINE] = f"xzcache.pipeline.{name}"
     return found
 
 
 @contextmanager
 def using(pipeline: str) -> Iterator[None]:
     """Arrays that are opened in the block decode with a pipeline."""
-    with zarr.config.set({"codec_pipeline.path": pipelines()[pipeline]}):
+    path = pipelines()[pipeline]
+    with zarr.config.set({} if path is None else {"codec_pipeline.path": path}):
         yield
+
+
+class Outside(NamedTuple):
+    """Zarr data of the user's own, in a directory."""
+
+    path: Path
+    arrays: tuple[str, ...]
+    """The paths of the arrays; empty for the one at the root."""
+
+    def read(self, opened: Mapping[str, Any]) -> list[Any]:
+        """All arrays, whole."""
+        return [opened[name][...] for name in self.arrays]
+
+    def open(self, store: Store) -> dict[str, Any]:
+        return {name: zarr.open_array(store, path=name, mode="r") for name in self.arrays}
+
+    def objects(self) -> list[str]:
+        """The keys of all chunks and shards."""
+        files = (path for path in sorted(self.path.rglob("*")) if path.is_file())
+        return [path.relative_to(self.path).as_posix() for path in files if path.name not in DOCUMENTS]
+
+
+DOCUMENTS = frozenset({"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"})
+
+
+def outside(path: Path) -> Outside:
+    """The arrays in a directory. Raises `SystemExit` if there is none."""
+    try:
+        node = zarr.open(LocalStore(path, read_only=True), mode="r")
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"--outside {path}: no Zarr array or group is there: {error}") from error
+    if isinstance(node, zarr.Array):
+        return Outside(path, ("",))
+    found = Outside(path, tuple(sorted(name for name, member in node.members(None) if isinstance(member, zarr.Array))))
+    if not found.arrays:
+        raise SystemExit(f"--outside {path}: the group has no arrays")
+    return found

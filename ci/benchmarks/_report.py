@@ -25,11 +25,13 @@ OURS = "#d9534f"
 OTHERS = ["#3b82c4", "#2f9e6e", "#a07cc5", "#b8860b", "#8a8d2f", "#c2699f", "#5f9ea0"]
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def arguments(description: str | None, *, can_be_outside: bool = False) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="where the table and the pictures go")
     parser.add_argument("--full", action="store_true", help="every combination, however long it takes")
+    if can_be_outside:
+        parser.add_argument("--outside", type=Path, metavar="DIRECTORY", help="measure with this Zarr data instead")
     return parser
 
 

@@ -7,6 +7,7 @@ read in parts.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
-from _contestants import SIZES, Kind, make
+from _contestants import SIZES, Kind, make, outside
 from _measure import Samples, alternate
 from _report import Report, arguments
 from zarr.abc.store import Store
@@ -38,10 +39,15 @@ class Case(NamedTuple):
     milliseconds: int
     concurrency: int
     sharded: bool
+    outside: bool = False
 
     def __str__(self) -> str:
         sharded = ", parts of shards" if self.sharded else ""
         return f"{self.milliseconds} ms, {self.concurrency} at once{sharded}"
+
+    @property
+    def prefix(self) -> str:
+        return "outside" if self.outside else "sharded" if self.sharded else "plain"
 
 
 FULL = [Case(ms, n, sharded) for ms in (0, 20, 100) for n in (10, 32) for sharded in (False, True)]
@@ -58,24 +64,47 @@ def through_s3fs(server: S3Server, prefix: str) -> Store:
     return FsspecStore.from_url(f"s3://bucket/{prefix}", storage_options=options, read_only=True)
 
 
-def prepare(buckets: Path) -> dict[bool, np.ndarray[Any, Any]]:
+class Expected(NamedTuple):
+    """The columns of each array that are read, by the path of the array."""
+
+    arrays: dict[str, Any]
+
+    def check(self, store: Store, *, whole: bool) -> None:
+        """Read the arrays; compare all that was read, or only the last value."""
+        for path, right in self.arrays.items():
+            array: Any = zarr.open_array(store, path=path, mode="r")
+            data = array[:, : right.shape[1]] if right.ndim > 1 else array[...]
+            if whole:
+                np.testing.assert_array_equal(data, right)
+            else:
+                np.testing.assert_equal(data[(-1,) * right.ndim], right[(-1,) * right.ndim])
+
+
+def prepare(buckets: Path) -> dict[str, Expected]:
     """Write both arrays where the server finds them, and say what a read of them gives."""
     plain = make(LocalStore(buckets / "bucket" / "plain"), KIND, CHUNKS)
     # a shard is a row of four chunks
     width = SIZES[KIND.chunk] // 4
     parts = {"chunks": (1, width // 4), "shards": (1, width)}
     sharded = make(LocalStore(buckets / "bucket" / "sharded"), KIND, CHUNKS, **parts)
-    return {False: plain, True: sharded[:, : width // 2]}
+    return {"plain": Expected({"": plain}), "sharded": Expected({"": sharded[:, : width // 2]})}
+
+
+def prepare_outside(buckets: Path, path: Path) -> dict[str, Expected]:
+    """Copy the user's data to where the server finds it."""
+    found = outside(path)
+    shutil.copytree(path, buckets / "bucket" / "outside")
+    arrays = found.read(found.open(LocalStore(path, read_only=True)))
+    return {"outside": Expected(dict(zip(found.arrays, arrays, strict=True)))}
 
 
 class Cold:
     """Three ways to read one array; before each turn, the cache is emptied."""
 
-    def __init__(self, server: S3Server, case: Case, expected: np.ndarray[Any, Any], cache: Path) -> None:
+    def __init__(self, server: S3Server, case: Case, expected: Expected, cache: Path) -> None:
         self.case, self.expected = case, expected
-        prefix = "sharded" if case.sharded else "plain"
-        straight = server.store("bucket", prefix, read_only=True)
-        self.stores = {STRAIGHT: straight, S3FS: through_s3fs(server, prefix)}
+        straight = server.store("bucket", case.prefix, read_only=True)
+        self.stores = {STRAIGHT: straight, S3FS: through_s3fs(server, case.prefix)}
         self._anew: Callable[[], xzcache.CacheStore] = lambda: xzcache.CacheStore(straight, cache_store=cache)
         self.forget(OURS)
 
@@ -86,9 +115,7 @@ class Cold:
             sync(self.ours.clear_cache())
 
     def read(self, name: str) -> None:
-        array: Any = zarr.open_array(self.ours if name == OURS else self.stores[name], mode="r")
-        data = array[:, : self.expected.shape[1]]
-        assert data[-1, -1] == self.expected[-1, -1]
+        self.expected.check(self.ours if name == OURS else self.stores[name], whole=False)
 
     def measure(self, budget: float) -> dict[str, Samples]:
         contestants = {name: partial(self.read, name) for name in (*self.stores, OURS)}
@@ -98,23 +125,28 @@ class Cold:
     def check(self) -> None:
         """What was cached is right, and all of it."""
         source_requests = self.ours.cache_stats()["misses"]
-        array: Any = zarr.open_array(self.ours, mode="r")
-        np.testing.assert_array_equal(array[:, : self.expected.shape[1]], self.expected)
+        self.expected.check(self.ours, whole=True)
         assert self.ours.cache_stats()["misses"] == source_requests
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, can_be_outside=True)
     parser.add_argument("--budget", type=float, default=12, help="seconds for each comparison, if that is enough")
     options = parser.parse_args()
     rows: list[tuple[str, ...]] = []
     groups: dict[str, dict[str, float]] = {}
     with Report("cold", options.out) as report, tempfile.TemporaryDirectory() as scratch:
-        expected = prepare(Path(scratch) / "buckets")
-        for case in FULL if options.full else DEFAULT:
+        buckets = Path(scratch) / "buckets"
+        cases = FULL if options.full else DEFAULT
+        if options.outside:
+            expected = prepare_outside(buckets, options.outside)
+            cases = [case._replace(outside=True) for case in cases if not case.sharded]
+        else:
+            expected = prepare(buckets)
+        for case in cases:
             cache = Path(scratch) / f"cache-{len(rows)}"
-            with s3_server(os.fspath(Path(scratch) / "buckets"), latency=case.milliseconds / 1e3) as server:
-                cold = Cold(server, case, expected[case.sharded], cache)
+            with s3_server(os.fspath(buckets), latency=case.milliseconds / 1e3) as server:
+                cold = Cold(server, case, expected[case.prefix], cache)
                 taken = cold.measure(options.budget)
                 cold.check()
             for name, samples in taken.items():
@@ -124,8 +156,9 @@ def main() -> None:
                 rows.append((f"{case}: {name}", f"{samples.median * 1e3:.0f}", spread, str(ratio), rounds))
             groups[str(case)] = {name: samples.median * 1e3 for name, samples in taken.items()}
         columns = ["latency, requests: through", "ms", "quartiles", f"over {STRAIGHT}", "quartiles of the rounds"]
-        report.table(f"{CHUNKS} chunks of {KIND}, read for the first time", columns, rows)
-        report.bars("latency", f"{CHUNKS} chunks of {KIND}, read for the first time", groups, "milliseconds")
+        title = options.outside.name if options.outside else f"{CHUNKS} chunks of {KIND}"
+        report.table(f"{title}, read for the first time", columns, rows)
+        report.bars("latency", f"{title}, read for the first time", groups, "milliseconds")
 
 
 if __name__ == "__main__":
