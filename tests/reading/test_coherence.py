@@ -233,6 +233,25 @@ async def test_two_writers_of_one_key(first_to_return: str, cache_kind: str, tmp
     await check(store, b"two")
 
 
+async def test_writes_reach_the_source_in_the_order_in_which_they_were_begun(cache_kind: str, tmp_path: Path) -> None:
+    """A store in memory keeps this order; Zarr writes a document again before its last write has ended."""
+    source = MemoryStore()
+    store = cached(cache_kind, source, tmp_path)
+    for turn in range(60):
+        key = ("x/zarr.json", KEY)[turn % 2]
+        last = buffer(b"%d" % turn)
+        steps: list[Awaitable[None]] = [store.set(key, buffer(b"first")), store.delete(key)]
+        steps += [store.set(key, buffer(b"second")), store.delete_dir("x"), store.set(key, last)]
+        cancelled = asyncio.ensure_future(steps[turn % 2])
+        await asyncio.wait([cancelled], timeout=0)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, *steps[: turn % 2], *steps[turn % 2 + 1 :], return_exceptions=True)
+        for one in (source, store):
+            found = await one.get(key, default_buffer_prototype())
+            assert found is not None
+            assert found.to_bytes() == last.to_bytes()
+
+
 async def test_a_writer_and_a_deleter_of_one_key(cache_kind: str, tmp_path: Path) -> None:
     source = memory_source()
     await fill(source, x__c__0=b"old")

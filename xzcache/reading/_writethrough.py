@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xzcache.model import is_cacheable, is_document, run_to_completion
 from xzcache.reading._request import contents
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from zarr.core.buffer import Buffer
 
@@ -28,6 +29,7 @@ class WriteThrough:
         self._backend = backend
         self._freshness = freshness
         self._passes = passes
+        self._turns = _Turns()
 
     async def values(
         self,
@@ -46,16 +48,19 @@ class WriteThrough:
             await write()
             return
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
-        begun, cancelled = await run_to_completion(self._backend.begin_write([key for key, _ in pairs]))
-        done = False
-        try:
-            _honour(cancelled)
-            await write()
-            done = True
-        finally:
-            values = [contents(value) if keep and done else None for _, value in pairs]
-            _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
-            _honour(cancelled and done)
+        keys = [key for key, _ in pairs]
+        with self._turns.take(keys) as turn:
+            begun, cancelled = await run_to_completion(self._backend.begin_write(keys))
+            done = False
+            try:
+                _honour(cancelled)
+                await turn()
+                await write()
+                done = True
+            finally:
+                values = [contents(value) if keep and done else None for _, value in pairs]
+                _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
+                _honour(cancelled and done)
 
     async def _end(self, begun: Any, values: list[memoryview | None], certain: list[tuple[str, Buffer]]) -> None:
         await self._backend.end_write(begun, values)
@@ -80,18 +85,65 @@ class WriteThrough:
         await self._deletion(prefix.rstrip("/"), delete, itself=False)
 
     async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
-        begun, cancelled = await run_to_completion(
-            self._backend.begin_write([prefix] if itself else [], beneath=prefix)
-        )
-        try:
+        keys = [prefix] if itself else []
+        with self._turns.take([*keys, f"{prefix}/" if prefix else ""]) as turn:
+            begun, cancelled = await run_to_completion(self._backend.begin_write(keys, beneath=prefix))
+            try:
+                _honour(cancelled)
+                await turn()
+                await delete()
+            finally:
+                _, cancelled = await run_to_completion(self._backend.end_write(begun))
             _honour(cancelled)
-            await delete()
-        finally:
-            _, cancelled = await run_to_completion(self._backend.end_write(begun))
-        _honour(cancelled)
 
     def _is_cacheable(self, key: str) -> bool:
         return not self._passes and is_cacheable(self._backend.prefix + key)
+
+
+class _Turns:
+    """Writes of the same key reach the source in the order in which they were begun.
+
+    Zarr writes a document again before its last write has ended, and some stores, as those in memory, keep the order.
+    The invalidation before must not change it. Writes of several event loops have no order.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, asyncio.Future[None]] = {}
+        """Of each key, and of each prefix with its trailing slash: the last write that was begun and has not ended."""
+
+    @contextmanager
+    def take(self, names: Sequence[str]) -> Iterator[Callable[[], Awaitable[None]]]:
+        """Begin a write of keys, and of all beneath prefixes; await what this returns before the source is called."""
+        loop = asyncio.get_running_loop()
+        mine: asyncio.Future[None] = loop.create_future()
+        overlapping = [self._last.get(above) for name in names for above in _with_prefixes(name)]
+        if prefixes := tuple(name for name in names if name[-1:] in ("", "/")):
+            overlapping += [write for name, write in list(self._last.items()) if name.startswith(prefixes)]
+        self._last.update(dict.fromkeys(names, mine))
+
+        async def turn() -> None:
+            earlier = {write for write in overlapping if write is not None and not write.done()}
+            if earlier := {write for write in earlier if write.get_loop() is loop}:
+                await asyncio.wait(earlier)
+            mine.set_result(None)
+
+        try:
+            yield turn
+        finally:
+            if not mine.done():
+                mine.set_result(None)
+            for name in names:
+                if self._last.get(name) is mine:
+                    del self._last[name]
+
+
+def _with_prefixes(name: str) -> Iterator[str]:
+    """A key, or a prefix, and each prefix that it lies beneath."""
+    yield name
+    end = len(name.rstrip("/"))
+    while (end := name.rfind("/", 0, end)) >= 0:
+        yield name[: end + 1]
+    yield ""
 
 
 def _honour(cancelled: bool) -> None:
