@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clocks import Clock
 from memory_cache import MemoryCache
 from processes import Child
 from sources import between, buffer, by_ranges, fill, local_source, memory_source
@@ -81,11 +82,14 @@ async def test_pieces_are_listed_and_serve_what_lies_within(cache: Backend) -> N
 
 
 @pytest.mark.parametrize("span", [(), (2, 5), (-3, END)])
-async def test_nothing_older_than_asked_for_is_found(span: tuple[int, ...], cache: Backend) -> None:
+async def test_nothing_older_than_asked_for_is_found(
+    span: tuple[int, ...], cache: Backend, clock: Clock, tmp_path: Path
+) -> None:
     await put(cache, b"234", cache.write_version(KEY), *span, validator="etag a")
-    await asyncio.sleep(0.02)
+    assert await got(cache, *span, max_age=500) == b"234"
+    clock.move(600, tmp_path / "cache")
     assert await got(cache, *span, max_age=0) is None
-    assert await got(cache, *span, max_age=0.01) is None
+    assert await got(cache, *span, max_age=500) is None
     assert await got(cache, *span, max_age=1000) == b"234"
     assert cache.parts(KEY).size(0) is None
 
@@ -100,14 +104,15 @@ async def test_a_lookup_that_does_not_wait_finds_the_same_or_nothing(cache: Back
         assert cache.get_nowait(entry(cache, key="x/c/1"), FOREVER, patient=patient) is None
 
 
-async def test_an_absence_is_found_until_it_is_old_or_the_key_is_written(cache: Backend) -> None:
+async def test_an_absence_is_found_until_it_is_old_or_the_key_is_written(cache: Backend, clock: Clock) -> None:
     assert await cache.get(entry(cache), FOREVER, FOREVER) is None
     await put(cache, None, cache.write_version(KEY))
     assert await cache.get(entry(cache), FOREVER, FOREVER) is MISSING
     assert await cache.get(entry(cache, 2, 5), FOREVER, 1000) is MISSING
     assert await cache.get(entry(cache), FOREVER) is None
-    await asyncio.sleep(0.02)
-    assert await cache.get(entry(cache), FOREVER, 0.01) is None
+    clock.wall += 2000
+    assert await cache.get(entry(cache), FOREVER, 1000) is None
+    assert await cache.get(entry(cache), FOREVER, 3000) is MISSING
     await cache.end_write(await cache.begin_write([KEY]))
     assert await cache.get(entry(cache), FOREVER, FOREVER) is None
 
@@ -219,13 +224,13 @@ async def test_done_is_called_once_whatever_becomes_of_an_entry(
     assert (await got(cache) is not None) == bool(data and is_current)
 
 
-async def test_a_confirmed_entry_is_young_again(cache: Backend) -> None:
+async def test_a_confirmed_entry_is_young_again(cache: Backend, clock: Clock, tmp_path: Path) -> None:
     await put(cache, b"data", cache.write_version(KEY))
-    await asyncio.sleep(0.3)
-    assert await got(cache, max_age=0.25) is None
-    await cache.mark_validated(entry(cache), 0.25)
-    assert await got(cache, max_age=1000) == b"data"
-    assert cache.parts(KEY).size(0.25) == 4
+    clock.move(600, tmp_path / "cache")
+    assert await got(cache, max_age=500) is None
+    await cache.mark_validated(entry(cache), 500)
+    assert await got(cache, max_age=500) == b"data"
+    assert cache.parts(KEY).size(500) == 4
 
 
 # -- locks

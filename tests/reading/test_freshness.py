@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from clocks import Clock
 from obstore.store import LocalStore as ObstoreLocalStore
 from processes import Request, Source
 from servers import S3Server, nobody, s3_server, serving, tidy, web_server, words
 from sources import CountingStore, again, buffer, cached, local_source, neighbours, read, read_now, write_now
-from test_cache_store import Clock, clock
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 import xzcache
 
-__all__ = ["clock", "nobody", "tidy"]
+__all__ = ["nobody", "tidy"]
 
 pytestmark = [
     pytest.mark.usefixtures("tidy", "nobody"),
