@@ -39,7 +39,8 @@ from xzcache.model.entry import META, Entry
 from xzcache.model.spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
-multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "xzcache", "google_crc32c", "zarr"])
+PRELOADED = ["pytest", "xzcache", "google_crc32c", "zarr"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 PATIENCE = 60.0
 """Seconds after which something that should have happened long ago is taken for a failure."""

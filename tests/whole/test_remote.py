@@ -235,10 +235,7 @@ def test_a_cluster_asks_for_each_chunk_once_and_for_no_metadata(
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     # not at the top: processes that run a function of this module would import it, too
-    from distributed import Client, LocalCluster
+    import clusters
 
-    with (
-        LocalCluster(n_workers=3, threads_per_worker=2, processes=True, dashboard_address=":0") as three,
-        Client(three) as client,
-    ):
+    with clusters.cluster(3, threads_per_worker=2) as client:
         yield client
