@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from processes import audit, until, visit
+from processes import audit, run_program, until, visit
 from sources import buffer, neighbours
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -93,25 +93,36 @@ def index_of(path: Path) -> Path:
     return found
 
 
+HEAD = """
+    import asyncio, os, sys, zarr, xzcache
+    from zarr.core.buffer import default_buffer_prototype
+    path = sys.argv[1]
+    def open_store(**options):
+        return xzcache.CacheStore(
+            zarr.storage.LocalStore(path + "/source", read_only=True), cache_store=path + "/cache",
+            namespace="source", revalidate=False, **options)
+    store = open_store()
+    async def read(first, last):
+        for number in range(first, last):
+            got = await store.get(f"a/c/{number}", default_buffer_prototype())
+            assert got.to_bytes() == bytes([number % 251]) * 1000, number
+"""
+
+
+def program(text: str) -> str:
+    """A program that knows `path` and `store`, with a source of 400 keys, and `read`."""
+    return textwrap.dedent(HEAD) + textwrap.dedent(text)
+
+
+def ran(path: Path, text: str, *arguments: object) -> tuple[str, str]:
+    """A process that has run a program to its end; what it wrote."""
+    return run_program(program(text), path, *arguments)
+
+
 def script(path: Path, text: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """A process of its own that runs a text, which finds `path` and `store`, with a source of 400 keys, and `read`."""
-    head = """
-        import asyncio, os, sys, zarr, xzcache
-        from zarr.core.buffer import default_buffer_prototype
-        path = sys.argv[1]
-        def open_store(**options):
-            return xzcache.CacheStore(
-                zarr.storage.LocalStore(path + "/source", read_only=True), cache_store=path + "/cache",
-                namespace="source", revalidate=False, **options)
-        store = open_store()
-        async def read(first, last):
-            for number in range(first, last):
-                got = await store.get(f"a/c/{number}", default_buffer_prototype())
-                assert got.to_bytes() == bytes([number % 251]) * 1000, number
-    """
-    program = textwrap.dedent(head) + textwrap.dedent(text)
+    """An interpreter of its own that runs a program."""
     return subprocess.Popen(
-        [*prefix, sys.executable, "-c", program, str(path), *map(str, arguments)],
+        [*prefix, sys.executable, "-c", program(text), str(path), *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -292,7 +303,7 @@ def held(index: Path, statement: str) -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_program_that_has_the_index_locked_is_waited_for_once(tmp_path: Path, statement: str, joined: bool) -> None:
     make_source(tmp_path, 60)
-    finished(script(tmp_path, "asyncio.run(read(0, 2))"))
+    ran(tmp_path, "asyncio.run(read(0, 2))")
     store = opened(tmp_path)
     if joined:
         read_all(store, 3)
@@ -315,7 +326,7 @@ def test_a_program_that_has_the_index_locked_is_waited_for_once(tmp_path: Path, 
 
 def test_totals_that_are_wrong_are_made_right(tmp_path: Path) -> None:
     make_source(tmp_path, 60)
-    finished(script(tmp_path, "open_store(max_size=20_000); asyncio.run(read(0, 10))"))
+    ran(tmp_path, "open_store(max_size=20_000); asyncio.run(read(0, 10))")
     with closing(sqlite3.connect(index_of(tmp_path))) as index:
         index.execute("UPDATE total SET n = 0, bytes = -1000000, lease = -5, dying = -5, max_size = 1000000000")
         index.execute("UPDATE ns SET n = 7, bytes = 7")
@@ -346,7 +357,7 @@ def test_rows_that_make_no_sense_are_damage_and_no_error_of_the_cache(tmp_path: 
     """A flipped bit in the head of a record is enough for a value to be missing, in a file that SQLite opens."""
     make_source(tmp_path, 60)
     options = "max_size=20_000, policy='adaptive'"
-    finished(script(tmp_path, f"open_store({options}); asyncio.run(read(0, 40))"))
+    ran(tmp_path, f"open_store({options}); asyncio.run(read(0, 40))")
     with closing(sqlite3.connect(index_of(tmp_path))) as index:
         index.execute("INSERT OR IGNORE INTO learned(one, serial, state) VALUES(1, 1, x'00')")
         index.execute("PRAGMA writable_schema = ON")
@@ -366,7 +377,7 @@ def test_rows_that_make_no_sense_are_damage_and_no_error_of_the_cache(tmp_path: 
         index.execute("PRAGMA writable_schema = ON")
         index.executemany("UPDATE sqlite_schema SET sql = ?2 WHERE name = ?1 AND type = 'table'", tables)
         index.commit()
-    _, said = finished(script(tmp_path, f"open_store({options}); asyncio.run(read(0, 60))"))
+    _, said = ran(tmp_path, f"open_store({options}); asyncio.run(read(0, 60))")
     assert "an error in xzcache itself" not in said
     audit(str(tmp_path / "cache"))
 
@@ -455,10 +466,9 @@ def test_nothing_is_mapped_whatever_another_program_does(tmp_path: Path, what: s
 @pytest.mark.parametrize("limit", [20_000, 100_000, 130_000, 200_000])
 def test_a_damaged_index_under_a_limit_of_file_sizes_is_made_anew_once(tmp_path: Path, limit: int) -> None:
     make_source(tmp_path, 400)
-    _, err = finished(
-        script(
-            tmp_path,
-            """
+    _, err = ran(
+        tmp_path,
+        """
             import glob, logging, resource
             logging.basicConfig(level=logging.WARNING)
             asyncio.run(read(0, 20))
@@ -470,8 +480,7 @@ def test_a_damaged_index_under_a_limit_of_file_sizes_is_made_anew_once(tmp_path:
             asyncio.run(read(0, 400))
             asyncio.run(read(0, 400))
             """,
-            limit,
-        )
+        limit,
     )
     assert err.count("has been rebuilt") <= 1, err
     visit(str(tmp_path / "cache"))
@@ -494,7 +503,7 @@ def test_a_kill_at_any_write_of_the_index_leaves_one_that_can_be_read(tmp_path: 
         turn = int(sys.argv[2])
         asyncio.run(read(turn, turn + 40))
     """
-    finished(script(tmp_path, text, 0))
+    ran(tmp_path, text, 0)
     killed = 0
     for turn in range(turns):
         when = 3 + turn * (152 // turns)
@@ -538,7 +547,7 @@ def test_a_process_that_leaves_while_a_thread_takes_its_number_leaves_no_number_
         store.cache_info()
         leaving.join()
     """
-    finished(script(tmp_path, "asyncio.run(read(0, 1))"))
+    ran(tmp_path, "asyncio.run(read(0, 1))")
     held_up(tmp_path, text, "tmp/2", 0.8)
     audit(str(tmp_path / "cache"))
 
@@ -653,7 +662,7 @@ def process_of_old(path: Path) -> Iterator[None]:
 @linux
 def test_a_directory_of_an_older_version_is_taken_over_with_all_that_it_holds(tmp_path: Path) -> None:
     make_source(tmp_path, 40)
-    finished(script(tmp_path, "asyncio.run(read(0, 20))"))
+    ran(tmp_path, "asyncio.run(read(0, 20))")
     as_of_old(tmp_path)
     shutil.rmtree(tmp_path / "source")
     store = opened(tmp_path)
@@ -672,7 +681,7 @@ def test_a_directory_of_an_older_version_is_taken_over_with_all_that_it_holds(tm
 @linux
 def test_a_directory_that_an_older_version_uses_is_read_and_not_changed(tmp_path: Path) -> None:
     make_source(tmp_path, 40)
-    finished(script(tmp_path, "asyncio.run(read(0, 20))"))
+    ran(tmp_path, "asyncio.run(read(0, 20))")
     as_of_old(tmp_path)
     with process_of_old(tmp_path):
         before = index_of(tmp_path).read_bytes(), (tmp_path / "cache" / META / "guard.lock").read_bytes()
@@ -690,7 +699,7 @@ def test_a_directory_that_an_older_version_uses_is_read_and_not_changed(tmp_path
         del store, writer
     xzcache.cleanup_resources()
     (tmp_path / "source/a/c/3").write_bytes(value(3))
-    finished(script(tmp_path, "asyncio.run(read(0, 40))"))
+    ran(tmp_path, "asyncio.run(read(0, 40))")
     audit(str(tmp_path / "cache"))
 
 
