@@ -142,7 +142,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         fine = client.run_on_scheduler(lambda dask_scheduler: dict(dask_scheduler.cumulative_worker_metrics))
         return Reading(Served.by(s3), metrics(client), fine, list(xzcache.cluster_info(client)))
 
-    with s3_server(folder) as s3, cluster(3, from_scratch=True) as client:
+    with s3_server(folder) as s3, cluster(3) as client:
         client.register_plugin(xzcache.CachePlugin(root, "50 MB"))
         arrays = open_weather(s3)
         lazy_t, lazy_u = map(dask.array.from_zarr, arrays)

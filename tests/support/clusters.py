@@ -23,14 +23,14 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @contextmanager
-def cluster(workers: int, *, from_scratch: bool = False, **options: Any) -> Iterator[Client]:
+def cluster(workers: int, **options: Any) -> Iterator[Client]:
     """A cluster on this machine, each worker a process of its own.
 
-    Workers come from the fork server that has imported what they need. They are started `from_scratch`, as Dask does
-    it by default, if a test asks for it, or gives them another environment.
+    Workers come from the fork server that has imported what they need. They are started from scratch, as Dask does it
+    by default, if a test gives them another environment.
     """
     options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
-    forked = not (from_scratch or "env" in options)
+    forked = "env" not in options
     settings = {
         # a worker that was killed is its nanny's business, and not to be given up while that restarts it
         "distributed.deploy.lost-worker-timeout": "1h",
