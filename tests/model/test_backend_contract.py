@@ -12,13 +12,10 @@ import pytest
 from clocks import Clock
 from memory_cache import MemoryCache
 from processes import Child
-from sources import between, buffer, by_ranges, fill, local_source, memory_source
-from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
+from sources import local_source, memory_source
 
 import xzcache
 from xzcache.model import END, MISSING, Backend, Entry
-from xzcache.reading import Freshness, RangeReads, Reading, ReadThrough, Stats, WriteThrough
 
 KEY = "x/c/0"
 FOREVER: Any = "infinity"
@@ -311,62 +308,3 @@ async def test_a_document_that_was_written_through_the_cache_hides_nothing(cache
     await cache.apply_document(document, array(2), None, is_written=True)
     await cache.apply_document(document, array(2), cache.write_version(document))
     assert await got(cache) == b"kept"
-
-
-# -- reading knows a cache by the contract only
-
-
-async def test_reads_ranges_and_writes_through_a_cache_of_the_tests() -> None:
-    source = memory_source()
-    await fill(source, x__c__0=b"0123456789", **{"zarr.json": b"{}"})
-    source.forget()
-    backend, freshness, prototype = MemoryCache(), Freshness(False), default_buffer_prototype()
-    reading = Reading(
-        source, backend, freshness, Stats(), max_age=FOREVER, missing_max_age=FOREVER, timeout=10, writable=True
-    )
-    reads, writes = ReadThrough(reading), WriteThrough(backend, freshness, passes=False)
-
-    async def read(part: Any = None, key: str = KEY) -> bytes | None:
-        value = await reads.get(key, prototype, part)
-        return None if value is None else value.to_bytes()
-
-    asked = set()
-    for _ in range(2):
-        assert await asyncio.gather(*(read(SuffixByteRequest(3)) for _ in range(5))) == [b"789"] * 5
-        assert await read(RangeByteRequest(2, 4)) == b"23"
-        assert await read(key="zarr.json") == b"{}"
-        assert await read(key="x/c/1") is None
-        asked.add(source.reads)
-    # one more to find that the object is still the one of which another part is cached
-    assert asked == {5}
-    assert await asyncio.gather(*(read() for _ in range(5))) == [b"0123456789"] * 5
-    assert await asyncio.gather(read(), read(RangeByteRequest(0, 1))) == [b"0123456789", b"0"]
-    assert source.reads == 6
-    value = buffer(b"9876543210")
-    await writes.values([(KEY, value)], lambda: source.set(KEY, value), keep=True)
-    assert await read(RangeByteRequest(2, 4)) == b"76"
-    await writes.deletion(KEY, lambda: source.delete(KEY))
-    assert await read() is None
-
-
-@by_ranges
-async def test_many_ranges_through_a_cache_of_the_tests() -> None:
-    source = memory_source()
-    await fill(source, x__c__0=b"0123456789")
-    source.forget()
-    reading = Reading(
-        source, MemoryCache(), Freshness(False), Stats(), max_age=FOREVER, missing_max_age=FOREVER, timeout=10
-    )
-    ranges = RangeReads(ReadThrough(reading))
-    limits = {"max_concurrency": 10, "max_gap_bytes": 0, "max_coalesced_bytes": 100}
-
-    async def read(*pairs: tuple[int, int]) -> dict[int, bytes]:
-        found = {}
-        async for group in ranges.get(KEY, between(*pairs), default_buffer_prototype(), **limits):
-            found.update({place: value.to_bytes() for place, value in group if value is not None})
-        return found
-
-    for _ in range(2):
-        assert await read((1, 3), (5, 8)) == {0: b"12", 1: b"567"}
-    assert await read((1, 2), (6, 8)) == {0: b"1", 1: b"67"}
-    assert source.count("get_ranges") == 1
