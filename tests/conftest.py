@@ -15,6 +15,7 @@ _default_cache = tempfile.TemporaryDirectory(prefix="xzcache-tests-", ignore_cle
 os.environ["XZCACHE_MIN_FREE"] = "0"
 os.environ["XZCACHE_DIRECTORY"] = _default_cache.name
 
+from clocks import Clock  # noqa: E402
 from sources import neighbours  # noqa: E402
 
 import xzcache  # noqa: E402
@@ -34,6 +35,12 @@ def _clean_slate() -> Iterator[None]:
 def cache_kind(request: pytest.FixtureRequest) -> str:
     """Both kinds of cache store."""
     return str(request.param)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time that xzcache sees, which the test moves on."""
+    return Clock(monkeypatch)
 
 
 @pytest.hookimpl(tryfirst=True)

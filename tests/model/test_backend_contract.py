@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clocks import Clock
 from memory_cache import MemoryCache
 from processes import Child
-from sources import between, buffer, by_ranges, fill, local_source, memory_source
-from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
+from sources import local_source, memory_source
 
 import xzcache
 from xzcache.model import END, MISSING, Backend, Entry
-from xzcache.reading import Freshness, RangeReads, Reading, ReadThrough, Stats, WriteThrough
 
 KEY = "x/c/0"
 FOREVER: Any = "infinity"
@@ -81,11 +79,14 @@ async def test_pieces_are_listed_and_serve_what_lies_within(cache: Backend) -> N
 
 
 @pytest.mark.parametrize("span", [(), (2, 5), (-3, END)])
-async def test_nothing_older_than_asked_for_is_found(span: tuple[int, ...], cache: Backend) -> None:
+async def test_nothing_older_than_asked_for_is_found(
+    span: tuple[int, ...], cache: Backend, clock: Clock, tmp_path: Path
+) -> None:
     await put(cache, b"234", cache.write_version(KEY), *span, validator="etag a")
-    await asyncio.sleep(0.02)
+    assert await got(cache, *span, max_age=500) == b"234"
+    clock.move(600, tmp_path / "cache")
     assert await got(cache, *span, max_age=0) is None
-    assert await got(cache, *span, max_age=0.01) is None
+    assert await got(cache, *span, max_age=500) is None
     assert await got(cache, *span, max_age=1000) == b"234"
     assert cache.parts(KEY).size(0) is None
 
@@ -100,14 +101,15 @@ async def test_a_lookup_that_does_not_wait_finds_the_same_or_nothing(cache: Back
         assert cache.get_nowait(entry(cache, key="x/c/1"), FOREVER, patient=patient) is None
 
 
-async def test_an_absence_is_found_until_it_is_old_or_the_key_is_written(cache: Backend) -> None:
+async def test_an_absence_is_found_until_it_is_old_or_the_key_is_written(cache: Backend, clock: Clock) -> None:
     assert await cache.get(entry(cache), FOREVER, FOREVER) is None
     await put(cache, None, cache.write_version(KEY))
     assert await cache.get(entry(cache), FOREVER, FOREVER) is MISSING
     assert await cache.get(entry(cache, 2, 5), FOREVER, 1000) is MISSING
     assert await cache.get(entry(cache), FOREVER) is None
-    await asyncio.sleep(0.02)
-    assert await cache.get(entry(cache), FOREVER, 0.01) is None
+    clock.wall += 2000
+    assert await cache.get(entry(cache), FOREVER, 1000) is None
+    assert await cache.get(entry(cache), FOREVER, 3000) is MISSING
     await cache.end_write(await cache.begin_write([KEY]))
     assert await cache.get(entry(cache), FOREVER, FOREVER) is None
 
@@ -219,13 +221,13 @@ async def test_done_is_called_once_whatever_becomes_of_an_entry(
     assert (await got(cache) is not None) == bool(data and is_current)
 
 
-async def test_a_confirmed_entry_is_young_again(cache: Backend) -> None:
+async def test_a_confirmed_entry_is_young_again(cache: Backend, clock: Clock, tmp_path: Path) -> None:
     await put(cache, b"data", cache.write_version(KEY))
-    await asyncio.sleep(0.3)
-    assert await got(cache, max_age=0.25) is None
-    await cache.mark_validated(entry(cache), 0.25)
-    assert await got(cache, max_age=1000) == b"data"
-    assert cache.parts(KEY).size(0.25) == 4
+    clock.move(600, tmp_path / "cache")
+    assert await got(cache, max_age=500) is None
+    await cache.mark_validated(entry(cache), 500)
+    assert await got(cache, max_age=500) == b"data"
+    assert cache.parts(KEY).size(500) == 4
 
 
 # -- locks
@@ -306,62 +308,3 @@ async def test_a_document_that_was_written_through_the_cache_hides_nothing(cache
     await cache.apply_document(document, array(2), None, is_written=True)
     await cache.apply_document(document, array(2), cache.write_version(document))
     assert await got(cache) == b"kept"
-
-
-# -- reading knows a cache by the contract only
-
-
-async def test_reads_ranges_and_writes_through_a_cache_of_the_tests() -> None:
-    source = memory_source()
-    await fill(source, x__c__0=b"0123456789", **{"zarr.json": b"{}"})
-    source.forget()
-    backend, freshness, prototype = MemoryCache(), Freshness(False), default_buffer_prototype()
-    reading = Reading(
-        source, backend, freshness, Stats(), max_age=FOREVER, missing_max_age=FOREVER, timeout=10, writable=True
-    )
-    reads, writes = ReadThrough(reading), WriteThrough(backend, freshness, passes=False)
-
-    async def read(part: Any = None, key: str = KEY) -> bytes | None:
-        value = await reads.get(key, prototype, part)
-        return None if value is None else value.to_bytes()
-
-    asked = set()
-    for _ in range(2):
-        assert await asyncio.gather(*(read(SuffixByteRequest(3)) for _ in range(5))) == [b"789"] * 5
-        assert await read(RangeByteRequest(2, 4)) == b"23"
-        assert await read(key="zarr.json") == b"{}"
-        assert await read(key="x/c/1") is None
-        asked.add(source.reads)
-    # one more to find that the object is still the one of which another part is cached
-    assert asked == {5}
-    assert await asyncio.gather(*(read() for _ in range(5))) == [b"0123456789"] * 5
-    assert await asyncio.gather(read(), read(RangeByteRequest(0, 1))) == [b"0123456789", b"0"]
-    assert source.reads == 6
-    value = buffer(b"9876543210")
-    await writes.values([(KEY, value)], lambda: source.set(KEY, value), keep=True)
-    assert await read(RangeByteRequest(2, 4)) == b"76"
-    await writes.deletion(KEY, lambda: source.delete(KEY))
-    assert await read() is None
-
-
-@by_ranges
-async def test_many_ranges_through_a_cache_of_the_tests() -> None:
-    source = memory_source()
-    await fill(source, x__c__0=b"0123456789")
-    source.forget()
-    reading = Reading(
-        source, MemoryCache(), Freshness(False), Stats(), max_age=FOREVER, missing_max_age=FOREVER, timeout=10
-    )
-    ranges = RangeReads(ReadThrough(reading))
-    limits = {"max_concurrency": 10, "max_gap_bytes": 0, "max_coalesced_bytes": 100}
-
-    async def read(*pairs: tuple[int, int]) -> dict[int, bytes]:
-        found = {}
-        async for group in ranges.get(KEY, between(*pairs), default_buffer_prototype(), **limits):
-            found.update({place: value.to_bytes() for place, value in group if value is not None})
-        return found
-
-    for _ in range(2):
-        assert await read((1, 3), (5, 8)) == {0: b"12", 1: b"567"}
-    assert await read((1, 2), (6, 8)) == {0: b"1", 1: b"67"}
-    assert source.count("get_ranges") == 1

@@ -6,8 +6,6 @@ import asyncio
 import errno
 import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import icechunk
 import numpy as np
 import pytest
 import zarr
+from clocks import Clock
 from sources import (
     CountingStore,
     again,
@@ -41,44 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is current
 
 
 # -- helpers
-
-
-class Clock:
-    """The time that xzcache sees, which can be moved on."""
-
-    def __init__(self) -> None:
-        self.wall = 0.0
-        self.steady = 0.0
-
-    def move(self, seconds: float, store: xzcache.CacheStore) -> None:
-        """Let time pass, for a store and all that it has cached."""
-        self.steady += seconds
-        if not isinstance(store._cache, xzcache.LockedLocalStore):
-            self.wall += seconds
-            return
-        # files have their times from the kernel, so it is they that become older
-        for path in store._cache.root.rglob("*"):
-            if path.is_file():
-                status = path.stat()
-                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - int(seconds * 1e9)))
-
-    def time(self) -> float:
-        return time.time() + self.wall
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self.steady
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("xzcache.") and getattr(module, "time", None) is time:
-            monkeypatch.setattr(module, "time", clock)
-    return clock
 
 
 def kept(store: xzcache.CacheStore) -> set[str]:

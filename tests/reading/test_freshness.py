@@ -9,7 +9,7 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from clocks import Clock
 from obstore.store import LocalStore as ObstoreLocalStore
 from processes import Request, Source
 from servers import S3Server, nobody, s3_server, serving, tidy, web_server, words
 from sources import CountingStore, again, buffer, cached, local_source, neighbours, read, read_now, write_now
-from test_cache_store import Clock, clock
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 import xzcache
 
-__all__ = ["clock", "nobody", "tidy"]
+__all__ = ["nobody", "tidy"]
 
 pytestmark = [
     pytest.mark.usefixtures("tidy", "nobody"),
@@ -292,6 +292,42 @@ async def test_an_opening_of_any_format_asks_for_one_document(cache_kind: str, t
         store = xzcache.CacheStore(source, cache_store=store._cache)
         await zarr.api.asynchronous.open_group(store, mode="r")
         assert {key for _, key in source.calls if key} == expected
+
+
+async def test_documents_that_are_read_together_are_judged_together_however_late_one_goes_on(tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    zarr.create_group(source)
+    await zarr.api.asynchronous.open_group(cached("directory", source, tmp_path), mode="r")
+    # the next reads have to wait for the cache to be opened
+    xzcache.cleanup_resources()
+    source.forget()
+    store = cached("directory", source, tmp_path, read_only=True)
+    is_read = asyncio.Event()
+    late = [asyncio.create_task(Late(read(store, key), is_read).run()) for key in (".zgroup", ".zattrs", ".zmetadata")]
+    assert await read(store, "zarr.json")
+    is_read.set()
+    assert await asyncio.gather(*late) == [None, None, None]
+    assert {key for _, key in source.calls if key} == {"zarr.json"}
+    # what is read by itself is asked for
+    await read(store, ".zgroup")
+    assert {key for _, key in source.calls if key} == {"zarr.json", ".zgroup"}
+
+
+class Late:
+    """A coroutine that goes on late from where it waits first, as on a busy machine."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], due: asyncio.Event) -> None:
+        self.coroutine = coroutine
+        self.due = due
+
+    async def run(self) -> Any:
+        return await self
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        awaited = self.coroutine.send(None)
+        yield from self.due.wait().__await__()
+        yield awaited
+        return (yield from self.coroutine.__await__())
 
 
 @kinds

@@ -562,11 +562,21 @@ async def test_readers_of_parts_and_of_the_whole_request_no_byte_twice(
     assert source.asked().requests == 0
 
 
-class WrittenBetween(sources.CountingStore):
-    """Its object is written once, or with each request, after the first range of several is answered."""
+class Written(sources.CountingStore):
+    """Its object is written while it is read, by way of a cache, so many times at most."""
+
+    writer: Store
+    times = 1_000
+    written = 0
 
     async def write(self) -> None:
-        """Write the object, by way of the cache."""
+        if self.written < self.times:
+            self.written += 1
+            await self.writer.set(KEY, buffer(str(self.written % 10).encode() * 5000))
+
+
+class WrittenBetween(Written):
+    """After the first range of several is answered."""
 
     async def get_ranges(self, key: str, byte_ranges: Any, **options: Any) -> Any:
         self._note("get_ranges", key)
@@ -585,20 +595,11 @@ async def test_ranges_of_an_object_that_is_written_between_them_are_of_one_state
     source = WrittenBetween(MemoryStore())
     await source.set(KEY, buffer(b"0" * 5000))
     store = cached(cache_kind, source, tmp_path)
-    writer = again(store)
-    written = 0
-
-    async def write() -> None:
-        nonlocal written
-        if written < times:
-            written += 1
-            await writer.set(KEY, buffer(str(written % 10).encode() * 5000))
-
-    source.write = write  # type: ignore[method-assign]
+    source.writer, source.times = again(store), times
     for _ in range(3):
         found = await ranges(store, between((0, 10), (2000, 2010), (4000, 4010)), max_gap_bytes=0)
         assert len(set(b"".join(found))) == 1
-    assert written > 0
+    assert source.written > 0
 
 
 @by_ranges
@@ -648,11 +649,8 @@ async def test_ranges_beyond_the_end_that_another_fetch_gives_meanwhile(cache_ki
     assert await other == [b""] * 4
 
 
-class WrittenEachTime(sources.CountingStore):
-    """Its object is written after each request."""
-
-    async def write(self) -> None:
-        """Write the object, by way of the cache."""
+class WrittenEachTime(Written):
+    """After each request."""
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -669,15 +667,7 @@ async def test_ranges_of_an_object_that_is_always_written_are_read_in_one_reques
     source = WrittenEachTime(MemoryStore())
     await source.set(KEY, buffer(b"0" * 5000))
     store = cached(cache_kind, source, tmp_path)
-    writer = again(store)
-    written = 0
-
-    async def write() -> None:
-        nonlocal written
-        written += 1
-        await writer.set(KEY, buffer(str(written % 10).encode() * 5000))
-
-    source.write = write  # type: ignore[method-assign]
+    source.writer = again(store)
     wanted = [*between((0, 10), (2000, 2010)), SuffixByteRequest(10), OffsetByteRequest(4990)]
     found = await ranges(store, wanted)
     assert [len(data) for data in found] == [10, 10, 10, 10]

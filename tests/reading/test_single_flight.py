@@ -260,12 +260,13 @@ def test_a_read_whose_loop_is_closed_without_a_cancellation_ends_quietly(
     assert read_now(store, key) == (b"{}" if key == "zarr.json" else b"0123456789")
 
 
+# a timeout of the source is not taken for a leader that is too slow
+@pytest.mark.parametrize("error", [ConnectionError("down"), TimeoutError("of the source")], ids=repr)
 @PARTS
 async def test_the_leaders_exception_reaches_all_and_is_not_kept(
-    key: str, part: Any, expected: bytes | None, cache_kind: str, tmp_path: Path
+    key: str, part: Any, expected: bytes | None, error: Exception, cache_kind: str, tmp_path: Path
 ) -> None:
     source, store = await opened(cache_kind, tmp_path)
-    error = ConnectionError("down")
     gate = source.hold("get", key, after=False)
     tasks = [asyncio.create_task(read(store, key, part)) for _ in range(CROWD)]
     await gate.arrived()
@@ -279,24 +280,6 @@ async def test_the_leaders_exception_reaches_all_and_is_not_kept(
     assert source.reads == 1
     source._store = working
     assert await read(store, key, part) == expected
-
-
-@PARTS
-async def test_a_timeout_of_the_source_is_not_taken_for_a_leader_that_is_too_slow(
-    key: str, part: Any, expected: bytes | None, cache_kind: str, tmp_path: Path
-) -> None:
-    source, store = await opened(cache_kind, tmp_path)
-    error = TimeoutError("of the source")
-    gate = source.hold("get", key, after=False)
-    tasks = [asyncio.create_task(read(store, key, part)) for _ in range(3)]
-    await gate.arrived()
-    await settle()
-    inner = CountingStore(source._store)
-    inner.errors["get"] = error
-    source._store = inner
-    source.let_go("get", key)
-    assert all(outcome is error for outcome in await asyncio.gather(*tasks, return_exceptions=True))
-    assert source.reads == 1
 
 
 @OF_A_CHUNK

@@ -192,8 +192,7 @@ class Slow(LocalStore):
 
     async def get(self, *args: Any, **options: Any) -> Any:
         self.asked.set()
-        while not self.go.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(self.go.wait, PATIENCE)
         return await super().get(*args, **options)
 
 

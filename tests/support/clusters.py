@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import cloudpickle
 import dask
 from distributed import Client, LocalCluster
-from processes import until
+from distributed.utils import get_mp_context
+from processes import PRELOADED, until
 
 Address = str
 
@@ -22,12 +24,25 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @contextmanager
 def cluster(workers: int, **options: Any) -> Iterator[Client]:
-    """A cluster on this machine, each worker a process of its own, started from scratch as Dask does it."""
+    """A cluster on this machine, each worker a process of its own.
+
+    Workers come from the fork server that has imported what they need. They are started from scratch, as Dask does it
+    by default, if a test gives them another environment.
+    """
     options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
-    # a worker that was killed is its nanny's business, and not to be given up while that restarts it
-    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
-    with patient, LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
-        yield client
+    forked = "env" not in options
+    settings = {
+        # a worker that was killed is its nanny's business, and not to be given up while that restarts it
+        "distributed.deploy.lost-worker-timeout": "1h",
+        "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
+        "distributed.worker.preload": ["leaving"] if forked else [],
+    }
+    with dask.config.set(settings):
+        if get_mp_context() is (server := multiprocessing.get_context("forkserver")):
+            # Dask has just named its own packages, once; nothing happens if the server runs already
+            server.set_forkserver_preload([*PRELOADED, "distributed", "dask.array", "xarray", "xzcache.dask"])
+        with LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
+            yield client
 
 
 def threads(workers: int, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import io
 import multiprocessing
 import os
 import re
@@ -15,11 +16,12 @@ import select
 import signal
 import sqlite3
 import struct
+import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,7 +41,8 @@ from xzcache.model.entry import META, Entry
 from xzcache.model.spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
-multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "xzcache", "google_crc32c", "zarr"])
+PRELOADED = ["pytest", "xzcache", "google_crc32c", "zarr"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 PATIENCE = 60.0
 """Seconds after which something that should have happened long ago is taken for a failure."""
@@ -48,12 +51,14 @@ PATIENCE = 60.0
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], seconds: float = PATIENCE, *, pause: float = 0.02) -> T:
-    """Wait for something that nothing announces; returns it."""
+def until(condition: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """Wait for something that nothing announces; returns it. What takes long is looked at less and less often."""
     deadline = time.monotonic() + seconds
+    pause = 0.01
     while not (found := condition()):
         assert time.monotonic() < deadline, "it never happens"
         time.sleep(pause)
+        pause = min(1.3 * pause, 0.25)
     return found
 
 
@@ -205,6 +210,20 @@ def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Run one process to its end."""
     with Team() as team:
         return team.start(target, *args, **options).result()
+
+
+def run_program(text: str, *arguments: object) -> tuple[str, str]:
+    """Run the text of a program in a process of its own, to its end: what it wrote to its standard streams."""
+    return run(_execute, text, [str(argument) for argument in arguments])
+
+
+def _execute(link: Connection, text: str, arguments: list[str]) -> tuple[str, str]:
+    sys.argv[1:] = arguments
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        exec(compile(text, "<program>", "exec"), {"__name__": "__main__"})
+        # while what is said is still heard
+        xzcache.cleanup_resources()
+    return out.getvalue(), err.getvalue()
 
 
 # -- sources

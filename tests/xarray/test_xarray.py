@@ -255,7 +255,8 @@ def test_keywords_of_open_zarr(kwargs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kwargs", FOR_TREES, ids=repr)
-@pytest.mark.parametrize("read", [open_datatree, open_groups])
+# both reach the cache in the same way
+@pytest.mark.parametrize("read", [open_datatree, pytest.param(open_groups, marks=pytest.mark.slow)])
 def test_keywords_of_trees(read: Callable[..., Any], kwargs: dict[str, Any]) -> None:
     for name in FORMATS:
         check(lambda engine, name=name: read(f"tree-{name}.zarr", engine, **kwargs))
@@ -576,7 +577,7 @@ GIVEN: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("parallel", [False, True], ids=["", "parallel"])
+@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "parallel"])
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("read", SEVERAL)
 def test_several_places(read: Callable[..., Any], given: str, parallel: bool) -> None:

@@ -24,6 +24,9 @@ _CARRIED: Final = 85
 _DIGEST: Final = 3
 _LENGTH: Final = 1 + _CARRIED * 2 * _DIGEST
 
+_RULES: Final = "zarr.json"
+"""The document that overrides those of format 2 beside it."""
+
 _WRITING: Final = ("write", "_encode_partial")
 """Parts of the names of Zarr functions that read a chunk to change a part of it."""
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
@@ -82,7 +85,9 @@ class Freshness:
         self._opened = time.monotonic()
         self._asked: dict[str, float] = {}
         self._states: dict[bytes, bytes] = {}
+        # by node, as its documents are read together
         self._under_way: Counter[str] = Counter()
+        self._rules_asked: set[str] = set()
 
     def must_ask(self, key: str, *, writable: bool) -> bool:
         """Whether a key must be revalidated even if it is cached.
@@ -127,25 +132,33 @@ class Freshness:
     @contextmanager
     def asking(self, key: str) -> Iterator[None]:
         """While a document is being read."""
-        self._under_way[key] += 1
+        node, _, name = key.rpartition("/")
+        self._under_way[node] += 1
+        if name == _RULES:
+            self._rules_asked.add(node)
         try:
             yield
         finally:
             try:
                 # tasks that were started together with this one may not have begun yet
-                asyncio.get_running_loop().call_soon(self._asked_for, key)
+                asyncio.get_running_loop().call_soon(self._asked_for, node)
             except RuntimeError:
                 # the loop was closed meanwhile
-                self._asked_for(key)
+                self._asked_for(node)
 
-    def _asked_for(self, key: str) -> None:
-        self._under_way[key] -= 1
-        if self._under_way[key] <= 0:
-            del self._under_way[key]
+    def _asked_for(self, node: str) -> None:
+        self._under_way[node] -= 1
+        if self._under_way[node] <= 0:
+            del self._under_way[node]
+            self._rules_asked.discard(node)
 
-    def is_asking(self, key: str) -> bool:
-        """Whether a document is being read, or was a moment ago."""
-        return key in self._under_way
+    def are_rules_asked(self, key: str) -> bool:
+        """Whether the `zarr.json` beside a document is read together with it.
+
+        It may have been read already: of the reads that begin at once, one may go on long after another has ended,
+        when both waited for the cache to open. So this holds until all of them have ended.
+        """
+        return key.rpartition("/")[0] in self._rules_asked
 
     def seen(self) -> Seen:
         """The documents for a copy to inherit."""

@@ -69,7 +69,7 @@ class Revalidation:
         exists, the documents of format 2 that were missing before need no request.
         """
         rules = None if self._reading.writable else overriding_document(request.key)
-        if rules is None or not self._freshness.is_asking(rules) or not await self._is_missing(request.entry):
+        if rules is None or not self._freshness.are_rules_asked(rules) or not await self._is_missing(request.entry):
             return False
         entry = self._reading.entry(rules)
         if entry is None:
