@@ -180,18 +180,32 @@ class ReadableView(SourceView):
         ):
             yield group
 
+    def list(self) -> AsyncIterator[str]:
+        return self._reads.listing("", self._store.list())
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        return self._reads.listing(prefix, self._store.list_prefix(prefix))
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        return self._reads.listing(prefix, self._store.list_dir(prefix))
+
     async def exists(self, key: str) -> bool:
         """Whether a key has a value, from the cache or else from the source."""
         if await self._reads.cached_size(key) is not None:
             return True
-        return not await self._reads.is_known_missing(key) and await self._store.exists(key)
+        if await self._reads.is_known_missing(key):
+            return False
+        size = await self._reads.size_or_offline(key, self._store.exists)
+        return size is not None and size is not False
 
     async def getsize(self, key: str) -> int:
         """The size of a value in bytes, from the cache or else from the source."""
         size = await self._reads.cached_size(key)
         if size is None and await self._reads.is_known_missing(key):
             raise FileNotFoundError(key)
-        return await self._store.getsize(key) if size is None else size
+        if size is None and (size := await self._reads.size_or_offline(key, self._store.getsize)) is None:
+            raise FileNotFoundError(key)
+        return size
 
 
 # -- Writing through a cache, as Zarr's stores are written.
@@ -451,17 +465,19 @@ class CacheStore(ReadableView, WritableView):
             passes=self.source.fickle,
             promote_above=settings.parse_size("promote_above", config.get("promote_above")),
             fixed=self.source.immutable,
+            label=self.source.label,
+            missing_offline=self._missing_max_age(freshness, is_offline=True),
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
         self._writes = WriteThrough(backend, freshness, passes=reading.passes)
 
-    def _missing_max_age(self, freshness: Freshness) -> Age:
+    def _missing_max_age(self, freshness: Freshness, *, is_offline: bool = False) -> Age:
         """The time for which a missing chunk is not requested again, in seconds."""
         configured = self.missing_max_age_seconds
         if self._asks_always or configured == 0:
             return 0
-        if freshness.revalidate is False and isinstance(self._asked_missing, Unset):
+        if (freshness.revalidate is False or is_offline) and isinstance(self._asked_missing, Unset):
             # missing chunks are served for as long as cached ones
             return max(self.max_age_seconds, configured, key=float)
         return configured

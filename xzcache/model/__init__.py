@@ -6,7 +6,7 @@ were logged.
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import MISSING, Backend, Cache, Cached, Parts, nothing
+from xzcache.model.backend import MISSING, Absence, Backend, Cache, Cached, Parts, nothing
 from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, namespace_of, span, within
 from xzcache.model.errors import (
     Busy,
@@ -15,6 +15,7 @@ from xzcache.model.errors import (
     Foreign,
     NoRoom,
     Replaced,
+    SourceUnreachable,
     Unclear,
     Unusable,
     is_expected_fault,
@@ -65,6 +66,7 @@ __all__ = [
     "MISSING",
     "NEGLIGIBLE",
     "WHOLE",
+    "Absence",
     "Backend",
     "Busy",
     "Cache",
@@ -83,6 +85,7 @@ __all__ = [
     "NoRoom",
     "Parts",
     "Replaced",
+    "SourceUnreachable",
     "Span",
     "SparseBuffer",
     "Unclear",
