@@ -11,6 +11,7 @@ from xzcache._config import config
 from xzcache._xarray_hook import install
 from xzcache.directory import cleanup_resources
 from xzcache.local import LockedLocalStore
+from xzcache.model import SourceUnreachable
 from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "CacheStore",
     "CacheUnavailable",
     "LockedLocalStore",
+    "SourceUnreachable",
     "__version__",
     "check",
     "cleanup_resources",
