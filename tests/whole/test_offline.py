@@ -257,7 +257,7 @@ def test_a_source_that_hangs_is_not_waited_for_at_each_read(upstream: str, tmp_p
 
 def test_what_cannot_be_listed_is_no_empty_group(tmp_path: Path) -> None:
     with remote("http", "obstore", tmp_path, consolidated=False) as source:
-        source.open().t2m[:20].load()
+        source.open(consolidated=False).t2m[:20].load()
         source.server.kill()
         store = xzcache.CacheStore(source.url, **source.options())
         np.testing.assert_array_equal(zarr.open_array(store, path="t2m", mode="r")[:20], weather().t2m[:20])

@@ -262,6 +262,9 @@ class Reading:
         try:
             yield
         except Exception as error:
+            if isinstance(error, FileNotFoundError):
+                # of a whole directory
+                await self.is_certainly_missing(key, what, error)
             if not self._explains or isinstance(error, SourceUnreachable) or not sources.is_outage(error):
                 raise
             raise await self._unreachable(key, error, what) from error
@@ -272,25 +275,23 @@ class Reading:
             what = f"{key} is cached, but must be asked for" if await self._is_cached(key) else f"{key} is not cached"
         return SourceUnreachable(f"{what}, and {self.label} cannot be reached ({sources.in_short(error)})")
 
-    async def _is_cached(self, key: str) -> bool:
+    async def _is_cached(self, key: str, missing_max_age: Age = 0) -> bool:
         entry = self.entry(key)
-        return entry is not None and await self.backend.get(entry, "infinity") is not None
+        return entry is not None and await self.backend.get(entry, "infinity", missing_max_age) is not None
 
-    async def is_certainly_missing(self, key: str, what: str = "") -> bool:
+    async def is_certainly_missing(self, key: str, what: str = "", error: OSError | None = None) -> bool:
         """Whether a key that the source does not have is missing there, and not hidden with its whole directory.
 
         If nobody can tell, and something of the source is cached, `SourceUnreachable` is raised. What may write takes
-        it for missing, as it is to be written.
+        it for missing, as it is to be written. `error` is the exception of the source, if there is one.
         """
         if self.writable or sources.is_deleted(self.source):
             return True
-        is_known = await self._is_cached(key)
-        if not is_known and not is_document(key):
-            paths = ["", *arrays_of(key)]
-            is_known = any([await self._is_cached(name) for path in paths for name in array_documents(path)])
-        if is_known:
-            error = sources.Missing(errno.ENOENT, "the directory was deleted, or is not mounted", self.label)
-            raise await self._unreachable(key, error, what) from error
+        documents = [name for path in ["", *arrays_of(key)] for name in array_documents(path)]
+        for name in [key, *documents]:
+            if await self._is_cached(name, "infinity"):
+                told = OSError(errno.ENOENT, "its directory was deleted, or is not mounted")
+                raise await self._unreachable(key, told, what) from (error or told)
         return False
 
     def served_offline(self, key: str, began: float, error: BaseException) -> None:

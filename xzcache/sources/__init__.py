@@ -9,7 +9,6 @@ from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
 from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember, slug_of
 from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, path_of, spelled
 from xzcache.sources._outage import (
-    Missing,
     Reach,
     in_short,
     is_deleted,
@@ -23,7 +22,6 @@ from xzcache.sources._urls import scrub, shown
 __all__ = [
     "FetchResult",
     "Identity",
-    "Missing",
     "Reach",
     "WebStore",
     "all_of",

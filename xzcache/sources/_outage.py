@@ -133,10 +133,6 @@ def is_of_a_client(source: Store) -> bool:
 # -- local sources
 
 
-class Missing(FileNotFoundError):
-    """The directory of a source is not there: it was deleted, or what it lies on is not mounted."""
-
-
 _devices: Final[dict[str, int]] = {}
 """The devices of the directories that this process has read from."""
 
