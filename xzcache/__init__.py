@@ -16,7 +16,7 @@ from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
-    from xzcache.manage import CacheUnavailable, check, clear, info, ls, resize
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, progress, resize
     from xzcache.xarray import open_mfdataset, open_zarr
 
 
@@ -43,6 +43,7 @@ __all__ = [
     "ls",
     "open_mfdataset",
     "open_zarr",
+    "progress",
     "resize",
 ]
 
@@ -56,6 +57,7 @@ _LATE: Final = {
     "ls": "xzcache.manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
+    "progress": "xzcache.manage",
     "resize": "xzcache.manage",
 }
 """Names whose modules take long to import."""

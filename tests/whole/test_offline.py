@@ -282,15 +282,15 @@ def test_what_may_write_is_told_nothing_old(cache_kind: str, tmp_path: Path) -> 
     array = zarr.open_array(store, path="a", mode="r+")
     assert array[:].tolist() == list(range(20))
     source.errors["get"] = ConnectionError("down")
-    with pytest.raises(ConnectionError, match="^down$"):
+    with pytest.raises(ConnectionError, match=r"^down$"):
         zarr.open_array(store, path="a", mode="r+")
-    with pytest.raises(ConnectionError, match="^down$"):
+    with pytest.raises(ConnectionError, match=r"^down$"):
         # a part of a chunk
         array[2:3] = 100
     assert zarr.open_array(store, path="a", mode="r")[:].tolist() == list(range(20))
     for revalidate in (True, 0, "strict"):
         other = xzcache.CacheStore(source, cache_store=store._cache, revalidate=revalidate, read_only=True)
-        with pytest.raises(ConnectionError, match="^down$"):
+        with pytest.raises(ConnectionError, match=r"^down$"):
             zarr.open_array(other, path="a", mode="r")
 
 
