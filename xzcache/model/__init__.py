@@ -31,6 +31,7 @@ from xzcache.model.metadata import (
     is_document,
     is_json,
     overriding_document,
+    siblings,
 )
 from xzcache.model.singleflight import Claim, Claims, Fetched, LeaderCancelled, run_to_completion
 from xzcache.model.spans import (
@@ -116,6 +117,7 @@ __all__ = [
     "report_bug",
     "run_to_completion",
     "session_validator",
+    "siblings",
     "span",
     "translated",
     "unplaced",

@@ -188,7 +188,9 @@ class ReadThrough:
         reading, never_asks = self.reading, self.freshness.revalidate is False
         if not reading.may_serve_offline(request.key) and not never_asks:
             return await ask()
-        if not never_asks and (found := await self.offline(request.key)) is not None and reading.reach.is_down:
+        # the pause is over for whom asks again, so that only a read that can be served asks whether it is
+        is_suspect = reading.reach.is_suspect and not never_asks
+        if is_suspect and (found := await self.offline(request.key)) is not None and reading.reach.is_down:
             self._served_offline(request.key, found)
             return reading.hit(request, None if found is MISSING else found)
         began = time.monotonic()

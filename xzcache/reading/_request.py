@@ -37,6 +37,7 @@ from xzcache.model import (
     is_document,
     is_from_source,
     is_json,
+    siblings,
 )
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class Reading:
         """Send a request to the source, and count it as a miss unless the source confirms the known validator."""
         key = request.key
         # a source that does not answer at all counts as one that cannot be reached, where there is something to serve
-        may_give_up = self.may_serve_offline(key) and is_document(key) and await self._is_cached(key)
+        may_give_up = self.may_serve_offline(key) and self._has_documents(key)
         async with self.asking(key), asyncio.timeout(self.timeout) if may_give_up else nullcontext():
             answer = await sources.fetch(
                 self.source,
@@ -274,6 +275,11 @@ class Reading:
         if not what:
             what = f"{key} is cached, but must be asked for" if await self._is_cached(key) else f"{key} is not cached"
         return SourceUnreachable(f"{what}, and {self.label} cannot be reached ({sources.in_short(error)})")
+
+    def _has_documents(self, key: str) -> bool:
+        """Whether a key is that of a document of a node of which a document is cached."""
+        names = [key, *siblings(key)] if is_document(key) else []
+        return any(self.backend.parts(name).validated() is not None for name in names)
 
     async def _is_cached(self, key: str, missing_max_age: Age = 0) -> bool:
         entry = self.entry(key)

@@ -200,7 +200,8 @@ class Reach:
     """
 
     def __init__(self) -> None:
-        self._is_down = False
+        self.is_suspect = False
+        """Whether the last request has failed."""
         self._again = 0.0
         self.is_told = False
         """Whether the user was warned."""
@@ -208,7 +209,7 @@ class Reach:
     @property
     def is_down(self) -> bool:
         """Whether the source is not to be asked now. After the pause, the first to call this is told to ask."""
-        if not self._is_down:
+        if not self.is_suspect:
             return False
         now = time.monotonic()
         if now < self._again:
@@ -219,11 +220,11 @@ class Reach:
     def failed(self, seconds: float) -> None:
         """The source could not be reached, which took so many seconds to find out."""
         self._again = time.monotonic() + min(_LONGEST_PAUSE, max(_SHORTEST, 2 * seconds))
-        self._is_down = True
+        self.is_suspect = True
 
     def answered(self) -> None:
         """The source has answered."""
-        self._is_down = False
+        self.is_suspect = False
 
 
 _reaches: Final[dict[str, Reach]] = {}
