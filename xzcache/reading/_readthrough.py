@@ -158,6 +158,9 @@ class ReadThrough:
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
     ) -> Buffer | None:
         started = time.perf_counter()
+        rules = overriding_document(key)
+        # opening a node of unknown format asks for the documents of both formats at once
+        is_beside = rules is not None and self.freshness.is_asking(rules)
         wanted = span(byte_range)
         entry = None if wanted is None or self.reading.passes else self.reading.entry(key, *wanted)
         if wanted is None or entry is None:
@@ -177,20 +180,28 @@ class ReadThrough:
         must_ask = self.freshness.must_ask(key, writable=self.reading.writable)
         if force or (must_ask and not await self._is_vouched_for(request)):
             ask = partial(self._revalidation.read, request)
-            return await (ask() if force else self._asked_or_offline(request, ask))
+            return await (ask() if force else self._asked_or_offline(request, ask, is_beside=is_beside))
         data = await self.backend.get(entry, self.reading.max_age, self.reading.age_of_absence(key))
         if data is not None:
             return self.reading.hit(request, None if data is MISSING else data)
-        return await self._asked_or_offline(request, partial(self.fetch, request, force=may_write))
+        ask = partial(self.fetch, request, force=may_write)
+        return await self._asked_or_offline(request, ask, is_beside=is_beside)
 
-    async def _asked_or_offline(self, request: Request, ask: Callable[[], Awaitable[Buffer | None]]) -> Buffer | None:
-        """The answer of the source or, if it cannot be reached, of the cache."""
+    async def _asked_or_offline(
+        self, request: Request, ask: Callable[[], Awaitable[Buffer | None]], *, is_beside: bool
+    ) -> Buffer | None:
+        """The answer of the source or, if it cannot be reached, of the cache.
+
+        `is_beside` tells that the key is a document of format 2, asked for together with that of format 3.
+        """
         reading, never_asks = self.reading, self.freshness.revalidate is False
         if not reading.may_serve_offline(request.key) and not never_asks:
             return await ask()
         # the pause is over for whom asks again, so that only a read that can be served asks whether it is
-        is_suspect = reading.reach.is_suspect and not never_asks
-        if is_suspect and (found := await self.offline(request.key)) is not None and reading.reach.is_down:
+        found: memoryview | Absence | None = None
+        if reading.reach.is_suspect and not never_asks:
+            found = await self.offline(request.key, is_beside=is_beside)
+        if found is not None and reading.reach.is_down:
             self._served_offline(request.key, found)
             return reading.hit(request, None if found is MISSING else found)
         began = time.monotonic()
@@ -200,7 +211,7 @@ class ReadThrough:
             # with `revalidate=False`, an answer was not wanted
             if not reading.is_outage(error) and not never_asks:
                 raise
-            if (found := await self.offline(request.key)) is None:
+            if (found := await self.offline(request.key, is_beside=is_beside)) is None:
                 raise
             reading.served_offline(request.key, began, error)
             self._served_offline(request.key, found)
@@ -210,7 +221,7 @@ class ReadThrough:
         if is_document(key) and found is not MISSING and self.freshness.revalidate is not False:
             self.freshness.mark_unverified(key)
 
-    async def offline(self, key: str) -> memoryview | Absence | None:
+    async def offline(self, key: str, *, is_beside: bool = False) -> memoryview | Absence | None:
         """What may be served of a key while the source cannot be reached; None for nothing."""
         reading, max_age = self.reading, self.reading.max_age
         entry = reading.entry(key)
@@ -219,9 +230,7 @@ class ReadThrough:
         if not is_document(key):
             return MISSING if await reading.was_missing(entry, key) else None
         found = await self.backend.get(entry, max_age, max_age)
-        rules = overriding_document(key)
-        if found is None and rules is not None and self.freshness.is_asking(rules):
-            # opening a node of unknown format asks for the documents of both formats at once
+        if found is None and is_beside and (rules := overriding_document(key)) is not None:
             above = reading.entry(rules)
             found = MISSING if above is not None and await reading.get_cached(above) is not None else None
         return found
