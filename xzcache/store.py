@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Generator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -619,6 +619,23 @@ class CacheStore(ReadableView, WritableView):
         backend = self._backend
         stats = {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
         return cast(CacheStats, stats)
+
+    def cached_parts(self, keys: Iterable[str]) -> list[Literal["none", "part", "whole", "missing"]]:
+        """How much of each object is cached: nothing, byte ranges of it, all, or that the source does not have it."""
+
+        async def look() -> list[Literal["none", "part", "whole", "missing"]]:
+            await self._backend.prepare()
+            return [await self._cached_part(key) for key in keys]
+
+        return sync(look())
+
+    async def _cached_part(self, key: str) -> Literal["none", "part", "whole", "missing"]:
+        parts = self._backend.parts(key)
+        if parts.validated() is not None:
+            return "whole"
+        if parts.pieces.any() is not None:
+            return "part"
+        return "missing" if await self._reads.reading.is_known_missing(key) else "none"
 
     def clear_cache(self) -> Coroutine[Any, Any, None]:
         """Invalidate the cached entries of this source, for every process: a coroutine, as in Zarr."""

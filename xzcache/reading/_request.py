@@ -200,6 +200,11 @@ class Reading:
             most = self.missing_max_age if self.missing_offline is None else self.missing_offline
         return await self.backend.get(entry, self.max_age, most) is MISSING
 
+    async def is_known_missing(self, key: str) -> bool:
+        """Whether a key was missing at the last request, however long ago."""
+        entry = self.entry(key)
+        return entry is not None and await self.backend.get(entry, "infinity", "infinity") is MISSING
+
     async def record_missing(self, entry: Entry, key: str, version: Any) -> None:
         """Record that a chunk is missing; the version is from before the request."""
         if not is_document(key) and self.age_of_absence(key) != 0:
