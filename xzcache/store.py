@@ -348,11 +348,13 @@ class CacheStore(ReadableView, WritableView):
     namespace : str, optional
         The name, one path component, of the entries of this source. Default is a name made from its identity. Stores
         with the same name are treated as the same source.
-    revalidate : {"open", True, False} or float, optional
+    revalidate : {"open", "strict", True, False} or float, optional
         When metadata documents are revalidated at the source. ``"open"``: at their first use by a newly opened store,
-        and at each use by a writable store, so that writes are based on the current documents. True: at each read,
-        chunks included. False: never. A number: after so many seconds. If the document of an array has changed, the
-        cached entries of the array are invalidated. A chunk that Zarr changes in part is revalidated in any case.
+        and at each use by a writable store, so that writes are based on the current documents; while the source cannot
+        be reached, a read-only store is served the cached ones, with one warning. ``"strict"``: as ``"open"``, but the
+        error of the source is raised. True: at each read, chunks included. False: never. A number: after so many
+        seconds. If the document of an array has changed, the cached entries of the array are invalidated. A chunk that
+        Zarr changes in part is revalidated in any case.
     missing_max_age_seconds : float or "infinity", optional
         The time for which a missing chunk is not requested again, in seconds; 0 to always request it. Configured: 60,
         and with ``revalidate=False`` at least `max_age_seconds`. A local directory or memory is always asked by
