@@ -44,6 +44,9 @@ class Damaged(CacheFault):
 class NoRoom(CacheFault):
     """There is no space that this entry may take."""
 
+    bound: int | None = None
+    """The bound of the cache, if it is smaller than what was to be stored."""
+
 
 class Unusable(CacheFault):
     """The cache directory cannot be opened for writing."""
