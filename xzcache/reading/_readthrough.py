@@ -197,7 +197,7 @@ class ReadThrough:
         reading, never_asks = self.reading, self.freshness.revalidate is False
         if not reading.may_serve_offline(request.key) and not never_asks:
             return await ask()
-        # the pause is over for whom asks again, so that only a read that can be served asks whether it is
+        # asking ends the pause for the first one, so only a read that can be served does
         found: memoryview | Absence | None = None
         if reading.reach.is_suspect and not never_asks:
             found = await self.offline(request.key, is_beside=is_beside)

@@ -259,6 +259,9 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
             root = source.root if isinstance(source, LocalStore) else _root_of(store)
             raise FileNotFoundError(f"{root} does not exist") from None
+        if missing and isinstance(store._store, LocalStore) and store._store.root.is_file():
+            text = "is a file and not a Zarr store: another engine may read it"
+            raise FileNotFoundError(f"{_root_of(store)} {text}") from None
         _say(error, store, given)
         raise
     except Exception as error:
