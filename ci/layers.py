@@ -19,7 +19,7 @@ TABLE: Final[Mapping[str, str]] = {
     "cli __main__": "manage",
     "xarray": "store pipeline manage _xarray_hook sources",
     "dask": "_caches directory reading",
-    "manage": "store local _caches _display sources directory anystore",
+    "manage": "store local _caches _display reading sources directory anystore",
     "store local pipeline _caches _display _xarray_hook": "reading sources directory anystore",
     "reading": "sources",
     "directory": "files index eviction",

@@ -11,11 +11,12 @@ from xzcache._config import config
 from xzcache._xarray_hook import install
 from xzcache.directory import cleanup_resources
 from xzcache.local import LockedLocalStore
+from xzcache.model import SourceUnreachable
 from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
-    from xzcache.manage import CacheUnavailable, check, clear, info, ls, resize
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, progress, resize
     from xzcache.xarray import open_mfdataset, open_zarr
 
 
@@ -31,6 +32,7 @@ __all__ = [
     "CacheStore",
     "CacheUnavailable",
     "LockedLocalStore",
+    "SourceUnreachable",
     "__version__",
     "check",
     "cleanup_resources",
@@ -41,6 +43,7 @@ __all__ = [
     "ls",
     "open_mfdataset",
     "open_zarr",
+    "progress",
     "resize",
 ]
 
@@ -54,6 +57,7 @@ _LATE: Final = {
     "ls": "xzcache.manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
+    "progress": "xzcache.manage",
     "resize": "xzcache.manage",
 }
 """Names whose modules take long to import."""

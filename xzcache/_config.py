@@ -44,7 +44,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "max_age_seconds": "infinity",
     # how long a missing chunk is not requested again, in seconds, or "infinity"
     "missing_max_age_seconds": 60,
-    # when metadata documents are asked for again: "open", True, False, or a number of seconds
+    # when metadata documents are asked for again: "open", "strict", True, False, or a number of seconds
     "revalidate": "open",
     # whether values that are written through the cache are cached
     "cache_set_data": True,
@@ -129,7 +129,7 @@ AS_ZARR: Final[Mapping[str, Any]] = {
 
 Infinity = Literal["infinity"]
 Age = float | Infinity
-Revalidate = bool | float | Literal["open"]
+Revalidate = bool | float | Literal["open", "strict"]
 
 
 def _refuse(name: str, value: object, accepted: str, error: type[Exception] = ValueError) -> Exception:
@@ -176,6 +176,14 @@ def shown_size(size: float) -> str:
         size, unit = size / 1000, unit + 1
     text = f"{size:.0f}" if unit == 0 or abs(size) >= 99.95 else f"{size:.3g}"
     return f"{text} {_UNITS[unit]}"
+
+
+def shown_duration(seconds: float) -> str:
+    """A time span for people, in its largest unit: ``"3 d"``, ``"5 h"``, ``"2 min"``, ``"12 s"``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length or (unit != "d" and seconds >= length):
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def shown_bound(bound: int | Unset | None) -> str:
@@ -240,13 +248,15 @@ def parse_age(name: str, value: Any) -> Age:
 
 
 def parse_revalidate(name: str, value: Any) -> Revalidate:
-    """``"open"``, True, False, or a number of seconds."""
-    accepted = '"open", True, False, or a number of seconds, 0 or more'
+    """``"open"``, ``"strict"``, True, False, or a number of seconds."""
+    accepted = '"open", "strict", True, False, or a number of seconds, 0 or more'
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
         if value == "open":
             return "open"
+        if value == "strict":
+            return "strict"
         raise _refuse(name, value, accepted)
     number = _number(value)
     if number is None:

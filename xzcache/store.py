@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Generator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -180,18 +180,32 @@ class ReadableView(SourceView):
         ):
             yield group
 
+    def list(self) -> AsyncIterator[str]:
+        return self._reads.listing("", self._store.list())
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        return self._reads.listing(prefix, self._store.list_prefix(prefix))
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        return self._reads.listing(prefix, self._store.list_dir(prefix))
+
     async def exists(self, key: str) -> bool:
         """Whether a key has a value, from the cache or else from the source."""
         if await self._reads.cached_size(key) is not None:
             return True
-        return not await self._reads.is_known_missing(key) and await self._store.exists(key)
+        if await self._reads.is_known_missing(key):
+            return False
+        size = await self._reads.size_or_offline(key, self._store.exists)
+        return size is not None and size is not False
 
     async def getsize(self, key: str) -> int:
         """The size of a value in bytes, from the cache or else from the source."""
         size = await self._reads.cached_size(key)
         if size is None and await self._reads.is_known_missing(key):
             raise FileNotFoundError(key)
-        return await self._store.getsize(key) if size is None else size
+        if size is None and (size := await self._reads.size_or_offline(key, self._store.getsize)) is None:
+            raise FileNotFoundError(key)
+        return size
 
 
 # -- Writing through a cache, as Zarr's stores are written.
@@ -334,11 +348,13 @@ class CacheStore(ReadableView, WritableView):
     namespace : str, optional
         The name, one path component, of the entries of this source. Default is a name made from its identity. Stores
         with the same name are treated as the same source.
-    revalidate : {"open", True, False} or float, optional
+    revalidate : {"open", "strict", True, False} or float, optional
         When metadata documents are revalidated at the source. ``"open"``: at their first use by a newly opened store,
-        and at each use by a writable store, so that writes are based on the current documents. True: at each read,
-        chunks included. False: never. A number: after so many seconds. If the document of an array has changed, the
-        cached entries of the array are invalidated. A chunk that Zarr changes in part is revalidated in any case.
+        and at each use by a writable store, so that writes are based on the current documents; while the source cannot
+        be reached, a read-only store is served the cached ones, with one warning. ``"strict"``: as ``"open"``, but the
+        error of the source is raised. True: at each read, chunks included. False: never. A number: after so many
+        seconds. If the document of an array has changed, the cached entries of the array are invalidated. A chunk that
+        Zarr changes in part is revalidated in any case.
     missing_max_age_seconds : float or "infinity", optional
         The time for which a missing chunk is not requested again, in seconds; 0 to always request it. Configured: 60,
         and with ``revalidate=False`` at least `max_age_seconds`. A local directory or memory is always asked by
@@ -451,17 +467,19 @@ class CacheStore(ReadableView, WritableView):
             passes=self.source.fickle,
             promote_above=settings.parse_size("promote_above", config.get("promote_above")),
             fixed=self.source.immutable,
+            label=self.source.label,
+            missing_offline=self._missing_max_age(freshness, is_offline=True),
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
         self._writes = WriteThrough(backend, freshness, passes=reading.passes)
 
-    def _missing_max_age(self, freshness: Freshness) -> Age:
+    def _missing_max_age(self, freshness: Freshness, *, is_offline: bool = False) -> Age:
         """The time for which a missing chunk is not requested again, in seconds."""
         configured = self.missing_max_age_seconds
         if self._asks_always or configured == 0:
             return 0
-        if freshness.revalidate is False and isinstance(self._asked_missing, Unset):
+        if (freshness.revalidate is False or is_offline) and isinstance(self._asked_missing, Unset):
             # missing chunks are served for as long as cached ones
             return max(self.max_age_seconds, configured, key=float)
         return configured
@@ -603,6 +621,23 @@ class CacheStore(ReadableView, WritableView):
         backend = self._backend
         stats = {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}
         return cast(CacheStats, stats)
+
+    def cached_parts(self, keys: Iterable[str]) -> list[Literal["none", "part", "whole", "missing"]]:
+        """How much of each object is cached: nothing, byte ranges of it, all, or that the source does not have it."""
+
+        async def look() -> list[Literal["none", "part", "whole", "missing"]]:
+            await self._backend.prepare()
+            return [await self._cached_part(key) for key in keys]
+
+        return sync(look())
+
+    async def _cached_part(self, key: str) -> Literal["none", "part", "whole", "missing"]:
+        parts = self._backend.parts(key)
+        if parts.validated() is not None:
+            return "whole"
+        if parts.pieces.any() is not None:
+            return "part"
+        return "missing" if await self._reads.reading.is_known_missing(key) else "none"
 
     def clear_cache(self) -> Coroutine[Any, Any, None]:
         """Invalidate the cached entries of this source, for every process: a coroutine, as in Zarr."""

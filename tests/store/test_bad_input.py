@@ -17,7 +17,7 @@ import xzcache
 
 SIZE = 'a whole number of bytes, 0 or more, a string such as "20 GB" or "512 MiB", or None for no bound'
 AGE = 'a number of seconds, 0 or more, or "infinity"'
-REVALIDATE = '"open", True, False, or a number of seconds'
+REVALIDATE = '"open", "strict", True, False, or a number of seconds'
 FLAG = "True or False"
 POLICY = '"lru" (least recently used), "adaptive" or "none"'
 NAMESPACE = "one path component"

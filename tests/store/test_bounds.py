@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from sources import cached
+from sources import cached, fill, read_now
 from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
@@ -208,3 +208,17 @@ async def test_clear_without_and_within_an_event_loop(cache_kind: str, tmp_path:
             assert store.cache_info()["cached_keys"] == 0
     await asyncio.gather(store.clear_cache(), asyncio.create_task(store.clear_cache()))
     await asyncio.wait_for(store.clear_cache(), 10)
+
+
+def test_a_bound_that_is_smaller_than_an_object_is_logged_once(
+    cache_kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = MemoryStore()
+    asyncio.run(fill(source, a=bytes(3_000_000), b=bytes(3_000_000), c=b"small"))
+    store = cached(cache_kind, source, tmp_path, max_size="2 MB")
+    for key in "abc":
+        read_now(store, key)
+    store.cache_info()
+    told = [record.message for record in caplog.records if "larger than max_size" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("an object of 3 MB is larger than max_size=2 MB of the cache")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from botocore.loaders import JSONFileLoader
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from _s3 import S3Server, s3_server
+from _s3 import S3Server, _find_rclone, s3_server
 
 __all__ = ["S3Server", "s3_server"]
 
@@ -153,6 +154,51 @@ def web_server(directory: Path) -> Iterator[Web]:
     with serving(partial(handler, directory=str(directory))) as url:
         handler.web.url = url
         yield handler.web
+
+
+class Rclone:
+    """A server of a directory at one address that can be killed and started again; `kind` is "s3" or "http"."""
+
+    key, secret = "AKOFTESTS", "secret-of-tests"
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._kind, self._directory = kind, directory
+        self.start()
+
+    def start(self) -> None:
+        address = ["--addr", f"127.0.0.1:{self.port}", "--config", os.devnull, "--dir-cache-time", "0"]
+        keys = {"RCLONE_AUTH_KEY": f'"{self.key},{self.secret}"'} if self._kind == "s3" else {}
+        self._process = subprocess.Popen(
+            [_find_rclone(), "serve", self._kind, str(self._directory), *address],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")} | keys,
+        )
+        deadline = time.monotonic() + 30
+        while True:
+            assert self._process.poll() is None, "the server has ended"
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, "the server does not listen"
+                time.sleep(0.02)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def words(self, secret: str = secret) -> dict[str, Any]:
+        """The options for a client of S3."""
+        return {"key": self.key, "secret": secret, "endpoint_url": self.url, "client_kwargs": {"region_name": "x"}}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 
 import xzcache
 
@@ -69,3 +70,36 @@ def test_a_dataset_that_is_read_past_any_cache() -> None:
         dataset.zcache.cached_fraction()
     assert "engine='zcache'" in repr(dataset.zcache)
     assert xzcache.xarray.ZcacheAccessor(dataset)._repr_html_() is None
+
+
+def test_which_chunks_of_a_variable_are_cached(source: Path, tmp_path: Path) -> None:
+    dataset = xzcache.open_zarr(source, cache_store=tmp_path / "cache")
+    dataset["t"].isel(time=slice(2, 5)).compute()
+    assert dataset.zcache.chunks("t").tolist() == [[0], [2], [2], [0]]
+    # an index is in memory
+    assert dataset.zcache.chunks("time").tolist() == [2]
+    with pytest.raises(ValueError, match="name='u' is no variable"):
+        dataset.zcache.chunks("u")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    axes = dataset.zcache.map("t")
+    axes.figure.canvas.draw()
+    assert axes.get_title() == "t: 50% of the chunks are cached"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not cached", "cached"]
+    assert dataset.zcache.map("time", ax=axes) is axes
+
+
+def test_parts_of_shards_and_absent_chunks_on_a_map(tmp_path: Path) -> None:
+    values = np.zeros(32)
+    values[:16] = 1
+    # a store that does not say when it was changed, and costs a request
+    source = zarr.storage.WrapperStore(zarr.storage.MemoryStore())
+    group = zarr.create_group(source)
+    group.create_array("t", data=values, chunks=(2,), shards=(8,), dimension_names=["x"])
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", read_only=True)
+    dataset = xr.open_zarr(store, consolidated=False)
+    dataset["t"][:2].compute()
+    dataset["t"][24:26].compute()
+    states = dataset.zcache.chunks("t").tolist()
+    assert states[0] in (1, 2)
+    assert states[1:] == [0, 0, 3]

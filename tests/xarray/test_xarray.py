@@ -812,3 +812,9 @@ def test_it_knows_all_that_the_engine_zarr_knows() -> None:
     known = set(engines["zarr"].open_dataset_parameters or ())
     assert known
     assert known <= set(engines["zcache"].open_dataset_parameters or ())
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "x.nc").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(FileNotFoundError, match=r"x\.nc is a file and not a Zarr store"):
+        xr.open_zarr(tmp_path / "x.nc", engine="zcache", cache_store=tmp_path / "cache")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from xzcache._config import shown_size
 from xzcache.anystore._index import KnownDocuments, MemoryIndex, WriteVersion
 from xzcache.model import (
     MISSING,
@@ -79,6 +80,10 @@ class StoreParts:
         may_serve = not self._is_held and self._index.may_serve(Entry(self._key), max_age)
         return self._index.size_of(Entry(self._key)) if may_serve else None
 
+    def validated(self) -> float | None:
+        """When the whole object was stored or confirmed, by this process."""
+        return self._index.inserted(Entry(self._key))
+
 
 class StoreBackend(Backend):
     """A cache store and its index; `source` is the namespace of its only source.
@@ -95,6 +100,7 @@ class StoreBackend(Backend):
     def __init__(self, cache_store: Store, source: str, max_size: int | None = None) -> None:
         self.bound = max_size
         self.evictions = self.faults = 0
+        self._is_bound_small = False
         # keys being written, and prefixes with a trailing slash
         self._written: Counter[str] = Counter()
         self.cache_store = cache_store
@@ -185,6 +191,10 @@ class StoreBackend(Backend):
         size, limit = len(data), self.bound
         if limit is None and not entry.is_whole:
             limit = self._index.size - self._index.in_memory + _RANGES_WITHOUT_BOUND
+        if self.bound is not None and size > self.bound and not self._is_bound_small:
+            self._is_bound_small = True
+            text = "an object of %s is larger than max_size=%s of the cache: such objects are not cached"
+            logger.warning(text, shown_size(size), shown_size(self.bound))
         if (limit is not None and size > limit) or not self._index.arrive(entry.key):
             return False
         # from here on no other thread stores an entry of the object

@@ -102,6 +102,12 @@ class MemoryIndex:
             record = self._records.get(entry)
             return "" if record is None else record.validator
 
+    def inserted(self, entry: Entry) -> float | None:
+        """When an entry was stored or confirmed, in seconds since the epoch."""
+        with self._lock:
+            record = self._records.get(entry)
+            return None if record is None else record.inserted
+
     def mark_validated(self, entry: Entry) -> None:
         """Restart the age of an entry."""
         with self._lock:

@@ -193,8 +193,9 @@ class SharedBackend:
         return Fetching(self.directory.write_behind)
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
-        """Restart the age of an entry, if ages matter."""
-        if max_age != "infinity" and not self.is_aside:
+        """Restart the age of an entry, if ages matter; that of a document tells how old what is served offline is."""
+        matters = max_age != "infinity" or is_document(entry.key[len(self.prefix) :])
+        if matters and not self.is_aside:
             self.directory.reader.mark_validated(entry)
 
     async def begin_write(self, keys: Sequence[str], beneath: str | None = None) -> list[Begun] | Deletion:
@@ -342,6 +343,14 @@ class DirectoryParts:
             reader.close(found)
             return None
         return reader.size(found)
+
+    def validated(self) -> float | None:
+        """When the whole object was stored or confirmed."""
+        reader = self._reader
+        if reader is None or not self._directory.may_serve or (found := reader.open_entry(Entry(self._key))) is None:
+            return None
+        reader.close(found)
+        return found.opened.mtime_ns / 1e9
 
 
 def _is_fresh(found: Found, max_age: Age) -> bool:

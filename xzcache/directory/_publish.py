@@ -324,6 +324,16 @@ class Publisher:
             staged.enter(process, index, staged.items)
         return staged.items
 
+    def _take(self, process: Registration, batch: Sequence[PendingEntry]) -> None:
+        """Take the space of several entries."""
+        size = sum(len(pending.data) for pending in batch)
+        try:
+            self._space.take(process, size)
+        except NoRoom as error:
+            if error.bound is not None and len(batch) == 1:
+                self._space.warn_of_bound(size, error.bound)
+            raise
+
     @contextmanager
     def staged(self, batch: Sequence[PendingEntry]) -> Iterator[Staged]:
         """Write the temporary files of entries, for the caller to enter them into the index, in one section.
@@ -333,7 +343,7 @@ class Publisher:
         """
         staged = Staged(self._enter)
         with self._session.storing() as process:
-            self._space.take(process, sum(len(pending.data) for pending in batch))
+            self._take(process, batch)
             staged.process = process
             try:
                 for pending in batch:

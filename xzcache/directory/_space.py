@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import files
+from xzcache._config import shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.files import Whose, relative_path
 from xzcache.model import META, NoRoom
@@ -68,6 +69,7 @@ class Space:
         self.recency = recency
         self.min_free = min_free
         self.evictions = 0
+        self._is_bound_small = False
         self._has_logged = False
         self._full_until = 0.0
         self._full_for = 0
@@ -97,6 +99,13 @@ class Space:
         except BaseException:
             process.give_back(had)
             raise
+
+    def warn_of_bound(self, size: int, bound: int) -> None:
+        """Log, once, that an entry is larger than the whole cache may be."""
+        if not self._is_bound_small:
+            self._is_bound_small = True
+            text = "an object of %s is larger than max_size=%s of the cache in %s: such objects are not cached"
+            logger.warning(text, shown_size(size), shown_size(bound), self.session.root)
 
     def _take_more(self, process: Registration, size: int, whole: int) -> None:
         for attempt in range(_ATTEMPTS):
@@ -137,7 +146,9 @@ class Space:
     def _grant(self, process: Registration, index: Index, totals: Totals, size: int, whole: int) -> int:
         """Lease `size` bytes more, and some in advance; returns how many are missing, 0 if they were taken."""
         if totals.max_size is not None and whole > totals.max_size:
-            raise NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
+            error = NoRoom(f"{whole} bytes are more than the bound of {totals.max_size}")
+            error.bound = totals.max_size
+            raise error
         chunk = self._lease_size(totals, len(index.owners()))
         room = totals.room
         if room is not None and room < size:

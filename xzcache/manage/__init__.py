@@ -7,6 +7,7 @@ directory that this process may only read.
 
 from xzcache.manage._change import check, clear, parse_since, resize
 from xzcache.manage._look import info, ls, settings
+from xzcache.manage._progress import Progress, progress
 from xzcache.manage._results import Arrays, CacheUnavailable, Cleared, Info, Resized, Settings, Sources, UnknownSource
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CacheUnavailable",
     "Cleared",
     "Info",
+    "Progress",
     "Resized",
     "Settings",
     "Sources",
@@ -23,6 +25,7 @@ __all__ = [
     "info",
     "ls",
     "parse_since",
+    "progress",
     "resize",
     "settings",
 ]

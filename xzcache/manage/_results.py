@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
-from xzcache._config import shown_bound, shown_size
+from xzcache._config import shown_bound, shown_duration, shown_size
 from xzcache._display import Table
 
 T = TypeVar("T")
@@ -32,10 +32,7 @@ def _shown_time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     ago = max(0.0, time.time() - seconds)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if ago >= 2 * length or (unit != "d" and ago >= length):
-            return f"{ago / length:.0f} {unit} ago"
-    return "just now"
+    return f"{shown_duration(ago)} ago" if ago >= 60 else "just now"
 
 
 def _as_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ were logged.
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import MISSING, Backend, Cache, Cached, Parts, nothing
+from xzcache.model.backend import MISSING, Absence, Backend, Cache, Cached, Parts, nothing
 from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, namespace_of, span, within
 from xzcache.model.errors import (
     Busy,
@@ -15,6 +15,7 @@ from xzcache.model.errors import (
     Foreign,
     NoRoom,
     Replaced,
+    SourceUnreachable,
     Unclear,
     Unusable,
     is_expected_fault,
@@ -30,6 +31,7 @@ from xzcache.model.metadata import (
     is_document,
     is_json,
     overriding_document,
+    siblings,
 )
 from xzcache.model.singleflight import Claim, Claims, Fetched, LeaderCancelled, run_to_completion
 from xzcache.model.spans import (
@@ -65,6 +67,7 @@ __all__ = [
     "MISSING",
     "NEGLIGIBLE",
     "WHOLE",
+    "Absence",
     "Backend",
     "Busy",
     "Cache",
@@ -83,6 +86,7 @@ __all__ = [
     "NoRoom",
     "Parts",
     "Replaced",
+    "SourceUnreachable",
     "Span",
     "SparseBuffer",
     "Unclear",
@@ -113,6 +117,7 @@ __all__ = [
     "report_bug",
     "run_to_completion",
     "session_validator",
+    "siblings",
     "span",
     "translated",
     "unplaced",

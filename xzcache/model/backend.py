@@ -53,6 +53,9 @@ class Parts(Protocol):
     def size(self, max_age: Age) -> int | None:
         """The size of the whole object, if `get` would find it; None also if only `get` can tell."""
 
+    def validated(self) -> float | None:
+        """When the source last gave or confirmed the whole object, in seconds since the epoch; None if unknown."""
+
 
 class Backend(Protocol):
     """The cached entries of one source.
@@ -107,7 +110,10 @@ class Backend(Protocol):
         """The cached parts of an object, which other processes may change at any moment."""
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
-        """Restart the age of an entry that the source has confirmed, for all processes."""
+        """Restart the age of an entry that the source has confirmed, for all processes, if ages matter.
+
+        The age of a document always matters.
+        """
 
     # -- fetching once, and storing
 

@@ -1,7 +1,7 @@
 """Errors of the cache itself.
 
 A reader never sees them, because the read is served from the source instead. Only `Replaced`, which reports a
-change of the source, is raised to the reader.
+change of the source, and `SourceUnreachable` are raised to the reader.
 
     CacheFault
     ├── Busy       another process or program holds the guard or the index, or rebuilds the index, for too long
@@ -44,6 +44,9 @@ class Damaged(CacheFault):
 class NoRoom(CacheFault):
     """There is no space that this entry may take."""
 
+    bound: int | None = None
+    """The bound of the cache, if it is smaller than what was to be stored."""
+
 
 class Unusable(CacheFault):
     """The cache directory cannot be opened for writing."""
@@ -64,6 +67,13 @@ class Replaced(OSError):
 
     def __reduce__(self) -> tuple[type[Replaced], tuple[str]]:
         return type(self), (self.filename,)
+
+
+class SourceUnreachable(ConnectionError):
+    """The source cannot be reached, and what was asked for cannot be served from the cache.
+
+    The message says what is missing; the exception of the source is the `__cause__`.
+    """
 
 
 class Unclear(Exception):

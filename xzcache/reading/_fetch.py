@@ -518,7 +518,8 @@ class _Fetch:
         for span in spans:
             if span[1] >= LARGEST:
                 calls.append(self._request_tail(span[0], options))
-        answers = [answer for call in await sources.all_of(calls) for answer in call]
+        async with reading.asking(self._key):
+            answers = [answer for call in await sources.all_of(calls) for answer in call]
         order = [*bounded, *(span for span in spans if span[1] >= LARGEST)]
         return [answers[order.index(span)] for span in spans]
 
@@ -528,7 +529,7 @@ class _Fetch:
         try:
             answer = await sources.fetch(self._reading.source, self._key, self._prototype, byte_range, **options)
         except Exception as error:
-            if first:
+            if first and not sources.is_outage(error):
                 # the object may be shorter by now
                 raise Unclear from error
             raise
@@ -552,6 +553,7 @@ class _Fetch:
             for _ in range(misses - 1):
                 reading.stats.miss(0, 0.0)
             if len(there) < len(answers):
+                await reading.is_certainly_missing(key)
                 for lead in leads:
                     lead.claim.set_result(None)
                 await reading.record_missing(Entry(self._wanted[0].key), key, self._version)

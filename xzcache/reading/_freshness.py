@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from xzcache.model import fingerprint, is_document
 
@@ -88,6 +89,26 @@ class Freshness:
         # by node, as its documents are read together
         self._under_way: Counter[str] = Counter()
         self._rules_asked: set[str] = set()
+        self.unverified: set[str] = set()
+        """Documents that were served from the cache because the source could not be reached."""
+        self._listeners: WeakSet[Any] = WeakSet()
+
+    @property
+    def serves_offline(self) -> bool:
+        """Whether what is cached is served while the source cannot be reached."""
+        return self.revalidate == "open" or self.revalidate is False
+
+    def tell(self, reads: Any) -> None:
+        """Call `reads.must_verify` when a document is served that the source could not confirm."""
+        self._listeners.add(reads)
+        if self.unverified:
+            reads.must_verify()
+
+    def mark_unverified(self, key: str) -> None:
+        """Record that a cached document is served although the source cannot be reached."""
+        self.unverified.add(key)
+        for reads in list(self._listeners):
+            reads.must_verify()
 
     def must_ask(self, key: str, *, writable: bool) -> bool:
         """Whether a key must be revalidated even if it is cached.
@@ -100,7 +121,7 @@ class Freshness:
             return policy
         if not is_document(key):
             return False
-        if policy == "open":
+        if policy == "open" or policy == "strict":
             return writable or key not in self._asked
         asked = self._asked.get(key)
         return asked is None or time.monotonic() - asked >= policy
@@ -108,9 +129,10 @@ class Freshness:
     def tolerance(self, *, writable: bool) -> float:
         """The age in seconds that a validation of a document may have when a read begins."""
         policy = self.revalidate
-        if policy is True or (policy == "open" and writable):
+        at_opening = policy == "open" or policy == "strict"
+        if policy is True or (at_opening and writable):
             return 0.0
-        return math.inf if policy == "open" or policy is False else float(policy)
+        return math.inf if policy == "open" or policy == "strict" or policy is False else float(policy)
 
     def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
         """Whether the original of this copy has seen the cached state of a document."""
@@ -124,6 +146,7 @@ class Freshness:
         """Record that the cached document equals that of the source, at the time of the request."""
         if is_document(key):
             self._asked[key] = time.monotonic() if asked is None else asked
+            self.unverified.discard(key)
             name = _digest(key)
             # the latest last
             self._states.pop(name, None)

@@ -24,6 +24,7 @@ from xzcache.model import (
     Entry,
     LeaderCancelled,
     Replaced,
+    SourceUnreachable,
     Unclear,
     clip,
     differ,
@@ -31,6 +32,7 @@ from xzcache.model import (
     is_document,
     is_from_source,
     merged,
+    overriding_document,
     part,
     placed,
     span,
@@ -42,12 +44,12 @@ from xzcache.reading._revalidation import Revalidation
 from xzcache.sources import FetchResult
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from xzcache.model import Parts
+    from xzcache.model import Absence, Parts
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
@@ -84,6 +86,11 @@ class ReadThrough:
         self._confirms = self._revalidation.may_confirm
         self._fetches = RangeFetches(reading)
         self._leads = Leads(reading)
+        self.freshness.tell(self)
+
+    def must_verify(self) -> None:
+        """Serve nothing at once while documents are to be verified: `get` asks for them when the source is back."""
+        self._confirms = True
 
     def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
         """The value of a cached chunk if it can be read without waiting; None means that `get` must be called."""
@@ -151,6 +158,9 @@ class ReadThrough:
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
     ) -> Buffer | None:
         started = time.perf_counter()
+        rules = overriding_document(key)
+        # opening a node of unknown format asks for the documents of both formats at once
+        is_beside = rules is not None and self.freshness.are_rules_asked(key)
         wanted = span(byte_range)
         entry = None if wanted is None or self.reading.passes else self.reading.entry(key, *wanted)
         if wanted is None or entry is None:
@@ -169,16 +179,61 @@ class ReadThrough:
             force = await self.backend.get(entry, "infinity", self.reading.age_of_absence(key)) is not None
         must_ask = self.freshness.must_ask(key, writable=self.reading.writable)
         if force or (must_ask and not await self._is_vouched_for(request)):
-            return await self._revalidation.read(request)
+            ask = partial(self._revalidation.read, request)
+            return await (ask() if force else self._asked_or_offline(request, ask, is_beside=is_beside))
         data = await self.backend.get(entry, self.reading.max_age, self.reading.age_of_absence(key))
         if data is not None:
             return self.reading.hit(request, None if data is MISSING else data)
+        ask = partial(self.fetch, request, force=may_write)
+        return await self._asked_or_offline(request, ask, is_beside=is_beside)
+
+    async def _asked_or_offline(
+        self, request: Request, ask: Callable[[], Awaitable[Buffer | None]], *, is_beside: bool
+    ) -> Buffer | None:
+        """The answer of the source or, if it cannot be reached, of the cache.
+
+        `is_beside` tells that the key is a document of format 2, asked for together with that of format 3.
+        """
+        reading, never_asks = self.reading, self.freshness.revalidate is False
+        if not reading.may_serve_offline(request.key) and not never_asks:
+            return await ask()
+        # asking ends the pause for the first one, so only a read that can be served does
+        found: memoryview | Absence | None = None
+        if reading.reach.is_suspect and not never_asks:
+            found = await self.offline(request.key, is_beside=is_beside)
+        if found is not None and reading.reach.is_down:
+            self._served_offline(request.key, found)
+            return reading.hit(request, None if found is MISSING else found)
+        began = time.monotonic()
         try:
-            return await self.fetch(request, force=may_write)
-        except Exception:
-            if self.freshness.revalidate is False and await self.reading.was_missing(entry, key):
-                return self.reading.hit(request, None)
-            raise
+            return await ask()
+        except Exception as error:
+            # with `revalidate=False`, an answer was not wanted
+            if not reading.is_outage(error) and not never_asks:
+                raise
+            if (found := await self.offline(request.key, is_beside=is_beside)) is None:
+                raise
+            reading.served_offline(request.key, began, error)
+            self._served_offline(request.key, found)
+            return reading.hit(request, None if found is MISSING else found)
+
+    def _served_offline(self, key: str, found: memoryview | Absence) -> None:
+        if is_document(key) and found is not MISSING and self.freshness.revalidate is not False:
+            self.freshness.mark_unverified(key)
+
+    async def offline(self, key: str, *, is_beside: bool = False) -> memoryview | Absence | None:
+        """What may be served of a key while the source cannot be reached; None for nothing."""
+        reading, max_age = self.reading, self.reading.max_age
+        entry = reading.entry(key)
+        if entry is None or not reading.freshness.serves_offline:
+            return None
+        if not is_document(key):
+            return MISSING if await reading.was_missing(entry, key) else None
+        found = await self.backend.get(entry, max_age, max_age)
+        if found is None and is_beside and (rules := overriding_document(key)) is not None:
+            above = reading.entry(rules)
+            found = MISSING if above is not None and await reading.get_cached(above) is not None else None
+        return found
 
     async def get_ready(self, key: str) -> None:
         """Open the cache and confirm the metadata before a lookup."""
@@ -213,6 +268,33 @@ class ReadThrough:
             return False
         await self.get_ready(key)
         return await self.backend.get(entry, self.reading.max_age, max_age) is MISSING
+
+    async def size_or_offline(self, key: str, ask: Callable[[str], Awaitable[int]]) -> int | None:
+        """What the source tells of a key or, if it cannot be reached, the size of the cached value.
+
+        None if the key is known to be missing. `ask` returns the size of a value, or whether there is one.
+        """
+        began = time.monotonic()
+        try:
+            async with self.reading.asking(key):
+                told = await ask(key)
+            if told is False:
+                await self.reading.is_certainly_missing(key)
+            return told
+        except Exception as error:
+            may_serve = self.reading.may_serve_offline(key) and self.reading.is_outage(error)
+            if not may_serve or (found := await self.offline(key)) is None:
+                raise
+            self.reading.served_offline(key, began, error)
+            return None if found is MISSING else len(found)
+
+    async def listing(self, prefix: str, keys: AsyncIterator[str]) -> AsyncIterator[str]:
+        """The keys that a source lists; a directory that is perhaps not mounted is no empty one."""
+        what = f"the list of keys beneath {prefix!r} is not cached"
+        async with self.reading.asking(prefix, what):
+            await self.reading.is_certainly_missing(f"{prefix.rstrip('/')}/-".lstrip("/"), what)
+            async for key in keys:
+                yield key
 
     async def _past_the_cache(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
@@ -310,7 +392,7 @@ class ReadThrough:
                 return reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             validator, may_store = answer.validator, answer.exact and data is not None
-            if data is None:
+            if data is None and answer.exact:
                 await reading.record_missing(entry, key, version)
             elif not is_document(key):
                 reading.has_validators = is_from_source(validator)
@@ -412,7 +494,8 @@ class RangeReads:
             if not isinstance(outcome, BaseException):
                 yield outcome
         if failures := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
-            raise BaseExceptionGroup("reading byte ranges failed", failures)
+            outages = [failure for failure in failures if isinstance(failure, SourceUnreachable)]
+            raise BaseExceptionGroup(f"reading byte ranges failed{f': {outages[0]}' if outages else ''}", failures)
 
     async def _together(
         self,
@@ -482,7 +565,7 @@ class RangeReads:
         reading = self._reading
 
         async def fetch_part(part: ByteRequest | None) -> FetchResult:
-            async with turn:
+            async with turn, reading.asking(key):
                 # the state of a whole object may be worth a request here
                 return await sources.fetch(
                     reading.source,
@@ -511,6 +594,10 @@ class RangeReads:
             values = [answer.value for answer in answers if answer.value is not None]
             self._reading.miss(key, sum(map(len, values)) if values else None, began, list(map(unplaced, spans)))
             if len(values) < len(answers):
+                try:
+                    await reading.is_certainly_missing(key)
+                except SourceUnreachable as error:
+                    return [error]
                 return [FileNotFoundError(key)]
             validators = {answer.validator for answer in answers}
             if len(asked) == 1 or (len(validators) == 1 and all(map(is_from_source, validators))):

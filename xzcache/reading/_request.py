@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,13 +19,17 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
+from xzcache._config import shown_duration
 from xzcache.model import (
     END,
     MISSING,
     Claims,
     Entry,
+    SourceUnreachable,
     adopt_session,
     are_compatible,
+    array_documents,
+    arrays_of,
     differ,
     from_source,
     is_cacheable,
@@ -31,10 +37,11 @@ from xzcache.model import (
     is_document,
     is_from_source,
     is_json,
+    siblings,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -118,6 +125,11 @@ class Reading:
         Whether what the source says of its states was found not to be true.
     claims : Claims
         The fetches of this cache that are under way in this process.
+    label : str
+        The source, for people.
+    missing_offline : float or "infinity", optional
+        Seconds for which a missing chunk is not requested again while the source cannot be reached; default is
+        `missing_max_age`.
     has_validators : bool or None
         Whether the last answer had a validator of the source; None before the first one. Without, parts of different
         answers are never put together.
@@ -135,12 +147,18 @@ class Reading:
     promote_above: int | None = None
     fixed: bool = False
     ignore_validators: bool = False
+    label: str = "the source"
+    missing_offline: Age | None = None
     claims: Claims = field(init=False, repr=False)
+    reach: sources.Reach = field(init=False, repr=False)
     has_validators: bool | None = None
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.claims = claims_of(self.backend)
+        self.reach = sources.reach_of(self.backend.namespace)
+        # the exceptions of a store of the user's own are the user's business
+        self._explains = self.freshness.serves_offline and sources.is_of_a_client(self.source)
 
     @contextmanager
     def watching(self, key: str) -> Iterator[Watch]:
@@ -174,8 +192,18 @@ class Reading:
         return self.missing_max_age if self.missing_max_age != 0 and is_chunk(key) else 0
 
     async def was_missing(self, entry: Entry, key: str) -> bool:
-        """Whether a chunk was missing at the last request, however long ago."""
-        return self.age_of_absence(key) != 0 and await self.backend.get(entry, self.max_age, "infinity") is MISSING
+        """Whether a chunk was missing at the last request, as long ago as may be while the source cannot be reached."""
+        if self.age_of_absence(key) == 0:
+            return False
+        most: Age = "infinity"
+        if self.freshness.revalidate is not False:
+            most = self.missing_max_age if self.missing_offline is None else self.missing_offline
+        return await self.backend.get(entry, self.max_age, most) is MISSING
+
+    async def is_known_missing(self, key: str) -> bool:
+        """Whether a key was missing at the last request, however long ago."""
+        entry = self.entry(key)
+        return entry is not None and await self.backend.get(entry, "infinity", "infinity") is MISSING
 
     async def record_missing(self, entry: Entry, key: str, version: Any) -> None:
         """Record that a chunk is missing; the version is from before the request."""
@@ -194,17 +222,25 @@ class Reading:
 
     async def fetch(self, request: Request, *, known: str = "") -> sources.FetchResult:
         """Send a request to the source, and count it as a miss unless the source confirms the known validator."""
-        answer = await sources.fetch(
-            self.source,
-            request.key,
-            request.prototype,
-            request.byte_range,
-            known=known,
-            certain=self.freshness.revalidate is True,
-            fixed=self.fixed,
-            ignore_validators=self.ignore_validators,
-            states=lambda: self.backend.parts(request.key).states,
-        )
+        key = request.key
+        # a source that does not answer at all counts as one that cannot be reached, where there is something to serve
+        may_give_up = self.may_serve_offline(key) and self._has_documents(key)
+        async with self.asking(key), asyncio.timeout(self.timeout) if may_give_up else nullcontext():
+            answer = await sources.fetch(
+                self.source,
+                key,
+                request.prototype,
+                request.byte_range,
+                known=known,
+                certain=self.freshness.revalidate is True,
+                fixed=self.fixed,
+                ignore_validators=self.ignore_validators,
+                states=lambda: self.backend.parts(key).states,
+            )
+        if answer.value is not None:
+            sources.remember_place(self.source)
+        elif not answer.unchanged:
+            answer = answer._replace(exact=await self.is_certainly_missing(key))
         fetched = request.entry.start, request.entry.stop
         if not answer.unchanged:
             size = None if answer.value is None else len(answer.value)
@@ -215,6 +251,78 @@ class Reading:
             # a page of a proxy, perhaps: it does not invalidate what is cached, and is not stored
             return answer._replace(exact=False)
         return answer
+
+    # -- a source that cannot be reached
+
+    def may_serve_offline(self, key: str) -> bool:
+        """Whether a key may be served unasked while the source cannot be reached: never to what may write."""
+        return self.freshness.serves_offline and not self.writable
+
+    def is_outage(self, error: BaseException) -> bool:
+        """Whether an exception of `asking` says that the source cannot be reached."""
+        return isinstance(error, SourceUnreachable) or sources.is_outage(error)
+
+    @asynccontextmanager
+    async def asking(self, key: str, what: str = "") -> AsyncIterator[None]:
+        """A context around a request; says what is missing if the source cannot be reached."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, FileNotFoundError):
+                # of a whole directory
+                await self.is_certainly_missing(key, what, error)
+            if not self._explains or isinstance(error, SourceUnreachable) or not sources.is_outage(error):
+                raise
+            raise await self._unreachable(key, error, what) from error
+        self.reach.answered()
+
+    async def _unreachable(self, key: str, error: BaseException, what: str = "") -> SourceUnreachable:
+        if not what:
+            what = f"{key} is cached, but must be asked for" if await self._is_cached(key) else f"{key} is not cached"
+        return SourceUnreachable(f"{what}, and {self.label} cannot be reached ({sources.in_short(error)})")
+
+    def _has_documents(self, key: str) -> bool:
+        """Whether a key is that of a document of a node of which a document is cached."""
+        names = [key, *siblings(key)] if is_document(key) else []
+        return any(self.backend.parts(name).validated() is not None for name in names)
+
+    async def _is_cached(self, key: str, missing_max_age: Age = 0) -> bool:
+        entry = self.entry(key)
+        return entry is not None and await self.backend.get(entry, "infinity", missing_max_age) is not None
+
+    async def is_certainly_missing(self, key: str, what: str = "", error: OSError | None = None) -> bool:
+        """Whether a key that the source does not have is missing there, and not hidden with its whole directory.
+
+        If nobody can tell, and something of the source is cached, `SourceUnreachable` is raised. What may write takes
+        it for missing, as it is to be written. `error` is the exception of the source, if there is one.
+        """
+        if self.writable or sources.is_deleted(self.source):
+            return True
+        documents = [name for path in ["", *arrays_of(key)] for name in array_documents(path)]
+        for name in [key, *documents]:
+            if await self._is_cached(name, "infinity"):
+                told = OSError(errno.ENOENT, "its directory was deleted, or is not mounted")
+                raise await self._unreachable(key, told, what) from (error or told)
+        return False
+
+    def served_offline(self, key: str, began: float, error: BaseException) -> None:
+        """Record that the source could not be reached and the cache has answered; warn once for each source.
+
+        `began` is when the source was asked, by `time.monotonic`.
+        """
+        self.reach.failed(time.monotonic() - began)
+        if self.reach.is_told or (at := self.backend.parts(key).validated()) is None:
+            return
+        self.reach.is_told = True
+        cause = error.__cause__ if isinstance(error, SourceUnreachable) and error.__cause__ is not None else error
+        logger.warning(
+            "%s cannot be reached (%s): what is cached of it is served, last confirmed %s ago (%s UTC); it is asked "
+            "again from time to time, and revalidate='strict' raises the error",
+            self.label,
+            sources.in_short(cause),
+            shown_duration(max(0.0, time.time() - at)),
+            datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M"),
+        )
 
     def miss(self, key: str, size: int | None, began: float, spans: Sequence[Span] = ()) -> None:
         """Count a fetch from the source, and log it.

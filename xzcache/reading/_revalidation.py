@@ -154,13 +154,15 @@ class Revalidation:
     async def _agree(self, request: Request, data: memoryview | None, version: Any, answer: FetchResult) -> None:
         """Store the answer of the source if the cache differs."""
         key, entry, validator = request.key, request.entry, answer.validator
-        if data is not None and not answer.exact:
+        if not answer.exact:
             return
         cached = await self._reading.get_cached(entry, "infinity")
         if data is not None and cached == data:
             known = self._backend.parts(key).validator(entry)
             is_same = not is_from_source(validator) or validator == known
             if is_same and await self._reading.get_cached(entry) is not None:
+                if is_document(key):
+                    await self._backend.mark_validated(entry, self._reading.max_age)
                 return
         if cached is not None:
             version = await self._backend.invalidate(key, version)
@@ -175,7 +177,28 @@ class Revalidation:
     def is_confirmed(self, key: str) -> bool:
         """Whether `confirm_metadata` has nothing to do."""
         # the nodes above were confirmed with it
-        return key.rpartition("/")[0] in self._confirmed
+        return not self._freshness.unverified and key.rpartition("/")[0] in self._confirmed
+
+    async def verify(self) -> None:
+        """Ask for the documents that were served while the source could not be reached, as soon as it can be again.
+
+        What was cached under documents that have changed since is dropped before it is served again.
+        """
+        if self._reading.reach.is_down:
+            return
+        began = time.monotonic()
+        for key in list(self._freshness.unverified):
+            entry = self._reading.entry(key)
+            assert entry is not None
+            request = Request(key, entry, default_buffer_prototype(), None, time.perf_counter())
+            try:
+                await self._document(request, unless_asked=True)
+            except Exception as error:
+                if not self._reading.is_outage(error):
+                    raise
+                break
+        if self._freshness.unverified:
+            self._reading.reach.failed(time.monotonic() - began)
 
     async def confirm_metadata(self, key: str) -> None:
         """Confirm that this machine's chunks of an array were cached under the documents that the original has seen.
@@ -183,6 +206,8 @@ class Revalidation:
         This machine may have missed a change that the original's machine has seen. Unconfirmed documents are
         revalidated, once in a process.
         """
+        if self._freshness.unverified:
+            await self.verify()
         nodes = [path for path in _nodes_above(key) if path not in self._confirmed]
         vouched = {
             document: state

@@ -1,31 +1,48 @@
 """From a URL to a store, the identity of a source whoever opens it, and conditional requests to it.
 
-State: the identities of stores that were found before, under the lock of their table. Credentials stay in the stores
+State: the identities of stores that were found before, under the lock of their table; which sources could not be
+reached, and the devices of local ones, in dictionaries that change by single operations. Credentials stay in the stores
 and the libraries that read them: options and URLs are never shown with them.
 """
 
 from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
 from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember, slug_of
 from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, path_of, spelled
+from xzcache.sources._outage import (
+    Reach,
+    in_short,
+    is_deleted,
+    is_of_a_client,
+    is_outage,
+    reach_of,
+    remember_place,
+)
 from xzcache.sources._urls import scrub, shown
 
 __all__ = [
     "FetchResult",
     "Identity",
+    "Reach",
     "WebStore",
     "all_of",
     "as_xarray",
     "fetch",
     "fetch_spans",
     "identify",
+    "in_short",
     "is_at_hand",
+    "is_deleted",
+    "is_of_a_client",
+    "is_outage",
     "is_same_source",
     "is_url",
     "local_path",
     "must_identify_again",
     "open_source",
     "path_of",
+    "reach_of",
     "remember",
+    "remember_place",
     "scrub",
     "shown",
     "slug_of",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
+import numpy as np
 import xarray as xr
 import zarr
 
@@ -13,6 +14,11 @@ from xzcache.store import CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_STATES: Final = {"none": 0, "part": 1, "whole": 2, "missing": 3}
+_MOST_EDGES: Final = 60
+"""Chunks along one side of a map up to which they have edges."""
 
 
 @xr.register_dataset_accessor("zcache")  # type: ignore[no-untyped-call]
@@ -68,6 +74,93 @@ class ZcacheAccessor:
             else:
                 found[name] = 0.0 if arrays else None
         return found
+
+    def chunks(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """For each chunk (or shard) of the whole array of a variable, how much of it is cached.
+
+        Parameters
+        ----------
+        name : str
+            A variable that is read through one array of a `CacheStore`.
+
+        Returns
+        -------
+        numpy.ndarray
+            With the shape of the grid of chunks. 0: not cached; 1: byte ranges of it are; 2: cached; 3: known to be
+            missing at the source.
+
+        Raises
+        ------
+        ValueError
+            The variable is not read through one array of a `CacheStore`.
+        """
+        array = self._array(name)
+        store: CacheStore = array.store  # type: ignore[assignment]
+        sizes = array.shards or array.chunks
+        states = np.zeros([-(-length // size) for length, size in zip(array.shape, sizes, strict=True)], np.uint8)
+        names = map(array.metadata.encode_chunk_key, np.ndindex(states.shape))
+        parts = store.cached_parts("/".join(filter(None, (array.path, name))) for name in names)
+        states.flat = [_STATES[part] for part in parts]
+        return states
+
+    def map(self, name: str, *, ax: Any = None) -> Any:
+        """Draw which chunks (or shards) of the array of a variable are cached.
+
+        Parameters
+        ----------
+        name : str
+            As for `chunks`.
+        ax : matplotlib.axes.Axes, optional
+            Where it is drawn. Default is a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The first dimension runs from left to right; the chunks along all others lie above one another.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed; `chunks` gives the same as an array.
+        """
+        states = self.chunks(name)
+        try:
+            from matplotlib import pyplot
+            from matplotlib.colors import ListedColormap
+            from matplotlib.patches import Patch
+        except ImportError as missing:
+            raise ImportError(f"a map is drawn by matplotlib, and chunks({name!r}) gives it as an array") from missing
+        colors = {"not cached": "#d9d9d9", "in part": "#92c5de", "cached": "#2166ac", "absent": "#ffffff"}
+        image = states.reshape(states.shape[0] if states.ndim else 1, -1).T
+        if ax is None:
+            _, ax = pyplot.subplots(figsize=(7, 1.2 + min(3.5, 0.12 * image.shape[0])), layout="constrained")
+        mesh = ax.pcolormesh(image, cmap=ListedColormap(list(colors.values())), vmin=0, vmax=3)
+        if max(image.shape) <= _MOST_EDGES:
+            mesh.set_edgecolor("#80808060")
+        first, *others = [*map(str, self._dataset[name].dims), ""][: max(1, states.ndim)]
+        ax.set(title=f"{name}: {(states == 2).mean():.0%} of the chunks are cached", xlabel=f"chunk along {first}")
+        ax.set_ylabel(f"chunks along {', '.join(others)}" if others and others[0] else "")
+        if image.shape[0] == 1:
+            ax.set_yticks([])
+        found = [Patch(facecolor=color, edgecolor="#808080", label=label) for label, color in colors.items()]
+        handles = [found[state] for state in np.unique(states)]
+        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+        return ax
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        self._stores()
+        if name not in self._arrays:
+            raise ValueError(f"name={name!r} is no variable of this dataset: it has {', '.join(self._arrays)}")
+        arrays = self._arrays[name]
+        if not arrays:
+            # indexes are in memory, and lie beside the other arrays
+            arrays = [
+                (f"{path.rpartition('/')[0]}/{name}".lstrip("/"), s) for a in self._arrays.values() for path, s in a
+            ]
+        if len({(path, store.namespace) for path, store in arrays}) != 1:
+            raise ValueError(f"name={name!r} is not read from one array of one source")
+        path, store = arrays[0]
+        return zarr.open_array(store, path=path, mode="r")
 
     def stats(self) -> CacheStats:
         """The reads through the stores of this dataset, in this process; as `CacheStore.cache_stats`."""

@@ -22,6 +22,7 @@ from zarr.storage import LocalStore, StorePath
 
 from xzcache._config import UNSET, chosen, config, nearest, parse_flag
 from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
+from xzcache.model import SourceUnreachable
 from xzcache.pipeline import give, take
 from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
@@ -258,6 +259,9 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
         if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
             root = source.root if isinstance(source, LocalStore) else _root_of(store)
             raise FileNotFoundError(f"{root} does not exist") from None
+        if missing and isinstance(store._store, LocalStore) and store._store.root.is_file():
+            text = "is a file and not a Zarr store: another engine may read it"
+            raise FileNotFoundError(f"{_root_of(store)} {text}") from None
         _say(error, store, given)
         raise
     except Exception as error:
@@ -268,7 +272,7 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
 def _note_offline(error: Exception, store: CacheStore) -> None:
     """Note in an error of a source that cannot be reached how to read what is cached of it."""
     is_of_arguments = isinstance(error, TypeError | ValueError | LookupError | AttributeError | FileNotFoundError)
-    if is_of_arguments or store.revalidate is False:
+    if is_of_arguments or isinstance(error, SourceUnreachable) or store.revalidate is False:
         return
     with suppress(Exception):
         if store.cache_info()["cached_keys"]:
