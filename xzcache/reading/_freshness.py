@@ -28,6 +28,8 @@ _WRITING: Final = ("write", "_encode_partial")
 """Parts of the names of Zarr functions that read a chunk to change a part of it."""
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
 """Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
+_FIRST: Final = ("Handle._run",)
+"""The function of `asyncio` that runs a step of a task."""
 _DEEPEST: Final = 32
 """The number of frames to check; more than lie between a store and Zarr's task."""
 
@@ -153,6 +155,17 @@ class Freshness:
         return Seen.of(states, more=self.inherited.more)
 
 
+class _Tellings(dict[str, bool]):
+    """Whether a function of a certain name may tell why a chunk is read, or is the first one of a task."""
+
+    def __missing__(self, name: str) -> bool:
+        found = self[name] = name in _FIRST or any(part in name for part in (*_WRITING, *_EITHER))
+        return found
+
+
+_tells: Final = _Tellings()
+
+
 def is_read_for_a_write() -> bool | None:
     """Whether Zarr reads in order to change a part of a chunk or shard.
 
@@ -161,13 +174,17 @@ def is_read_for_a_write() -> bool | None:
     """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_DEEPEST):
-        if frame is None or (module := frame.f_globals.get("__name__", "")).startswith("asyncio."):
+        if frame is None:
             break
-        if module.startswith("zarr."):
-            name = frame.f_code.co_qualname
-            if any(part in name for part in _WRITING):
-                return True
-            if any(part in name for part in _EITHER):
-                return None
+        # each hit comes here, and most names tell nothing
+        if _tells[name := frame.f_code.co_qualname]:
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith("asyncio."):
+                break
+            if module.startswith("zarr."):
+                if any(part in name for part in _WRITING):
+                    return True
+                if any(part in name for part in _EITHER):
+                    return None
         frame = frame.f_back
     return False
