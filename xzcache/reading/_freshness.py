@@ -15,7 +15,6 @@ from xzcache.model import fingerprint, is_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
     from xzcache._config import Revalidate
 
@@ -28,8 +27,6 @@ _WRITING: Final = ("write", "_encode_partial")
 """Parts of the names of Zarr functions that read a chunk to change a part of it."""
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
 """Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
-_FIRST: Final = ("Handle._run",)
-"""The function of `asyncio` that runs a step of a task."""
 _DEEPEST: Final = 32
 """The number of frames to check; more than lie between a store and Zarr's task."""
 
@@ -156,14 +153,25 @@ class Freshness:
 
 
 class _Tellings(dict[str, bool]):
-    """Whether a function of a certain name may tell why a chunk is read, or is the first one of a task."""
+    """Whether the name of a function of Zarr may tell why it reads; most names do not."""
 
     def __missing__(self, name: str) -> bool:
-        found = self[name] = name in _FIRST or any(part in name for part in (*_WRITING, *_EITHER))
+        found = self[name] = any(part in name for part in (*_WRITING, *_EITHER))
         return found
 
 
 _tells: Final = _Tellings()
+
+
+def _module_by_frame(depth: int) -> str | None:
+    try:
+        return sys._getframe(depth + 1).f_globals.get("__name__", "")
+    except ValueError:
+        return None
+
+
+# of Python 3.12; makes no object of a frame, which takes longer than the rest of the check
+_module: Final = getattr(sys, "_getframemodulename", _module_by_frame)
 
 
 def is_read_for_a_write() -> bool | None:
@@ -172,19 +180,15 @@ def is_read_for_a_write() -> bool | None:
     Called by the `get` of a store: Zarr gives it no reason, but the functions that await the `get` are on the stack.
     None means that they serve reads and writes alike.
     """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(_DEEPEST):
-        if frame is None:
+    for depth in range(2, 2 + _DEEPEST):
+        module = _module(depth)
+        if module is None and (module := _module_by_frame(depth)) is None:
             break
-        # each hit comes here, and most names tell nothing
-        if _tells[name := frame.f_code.co_qualname]:
-            module = frame.f_globals.get("__name__", "")
-            if module.startswith("asyncio."):
-                break
-            if module.startswith("zarr."):
-                if any(part in name for part in _WRITING):
-                    return True
-                if any(part in name for part in _EITHER):
-                    return None
-        frame = frame.f_back
+        if module.startswith("zarr."):
+            name = sys._getframe(depth).f_code.co_qualname
+            if not _tells[name]:
+                continue
+            return True if any(part in name for part in _WRITING) else None
+        if module.startswith("asyncio."):
+            break
     return False
