@@ -165,7 +165,7 @@ _tells: Final = _Tellings()
 
 def _module_by_frame(depth: int) -> str | None:
     try:
-        return sys._getframe(depth + 1).f_globals.get("__name__", "")
+        return str(sys._getframe(depth + 1).f_globals.get("__name__", ""))
     except ValueError:
         return None
 
