@@ -124,7 +124,7 @@ class _Cached:
         try:
             if self.patient:
                 return self.reads.get_blocking(self.key, prototype, byte_range, self._count)
-            value = self.reads.get_nowait(self.key, prototype, self._count) if byte_range is None else None
+            value = self.reads.get_nowait(self.key, prototype, byte_range, self._count)
         except NotCached:
             raise
         except Exception as error:

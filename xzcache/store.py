@@ -132,7 +132,7 @@ class ReadableView(SourceView):
         """The value of a key, or a byte range of it; None where the source has none."""
         prototype = prototype or default_buffer_prototype()
         force = False if self.read_only else is_read_for_a_write()
-        if force is False and byte_range is None and (value := self._reads.get_nowait(key, prototype)) is not None:
+        if force is False and (value := self._reads.get_nowait(key, prototype, byte_range)) is not None:
             return value
         return await self._reads.get(key, prototype, byte_range, force=force)
 
@@ -170,6 +170,9 @@ class ReadableView(SourceView):
             Of exceptions of the source, of `FileNotFoundError` for a missing key, or of `OSError` with ``errno.ESTALE``
             if the object was replaced while it was read.
         """
+        if (values := self._ranges.get_nowait(key, byte_ranges, prototype)) is not None:
+            yield values
+            return
         async for group in self._ranges.get(
             key,
             byte_ranges,

@@ -15,7 +15,7 @@ import pytest
 
 from xzcache import files
 from xzcache.files import Health, Quarantine, Reader, Whose
-from xzcache.model import META, Damaged, Entry
+from xzcache.model import END, META, Damaged, Entry
 
 PATIENCE = 60.0
 WHOLE = Entry("s/a/c/0")
@@ -81,6 +81,12 @@ def store(barrier: Barrier, entry: Entry, data: bytes = DATA, validator: str = "
     return path
 
 
+def at_once(reader: Reader, entry: Entry = WHOLE, max_age_ns: int | None = None, **options: Any) -> bytes | None:
+    """What is read of an entry without waiting."""
+    found = reader.get_nowait(entry, max_age_ns, **({"most": 1 << 20} | options))
+    return None if found is None else found[0].tobytes()
+
+
 def served(reader: Reader, entry: Entry = WHOLE) -> bytes | None:
     """What is found of an entry, and the same without waiting."""
     found = reader.open_entry(entry)
@@ -88,8 +94,8 @@ def served(reader: Reader, entry: Entry = WHOLE) -> bytes | None:
         return None
     span = (0, found.size) if found.entry == entry else (entry.start, entry.stop)
     data = reader.read(found, *span)
-    if data is not None and entry.is_whole:
-        assert reader.get_nowait(entry, None, 1 << 20) == data
+    if data is not None:
+        assert at_once(reader, entry) == bytes(data)
     return None if data is None else bytes(data)
 
 
@@ -100,15 +106,15 @@ def test_what_was_stored_is_served_and_nothing_else_of_the_object(reader: Reader
     assert served(reader) is None
     # a file that was not checked yet is not served without waiting
     store(barrier, WHOLE)
-    assert reader.get_nowait(WHOLE, None, 1 << 20) is None
+    assert at_once(reader) is None
     assert served(reader) == DATA
     place = np.zeros(len(DATA), np.uint8)
-    assert reader.readinto_nowait(WHOLE, None, place, patient=False)
-    assert place.tobytes() == DATA
-    assert not reader.readinto_nowait(WHOLE, None, place[1:], patient=False)
-    assert reader.get_nowait(WHOLE, None, len(DATA) - 1) is None
+    assert at_once(reader, place=place, most=0) == DATA == place.tobytes()
+    assert at_once(reader, place=place[1:]) is None
+    assert at_once(reader, most=len(DATA) - 1) is None
+    assert at_once(reader, most=0, patient=True) == DATA
     # an age of nothing
-    assert reader.get_nowait(WHOLE, 0, 1 << 20) is None
+    assert at_once(reader, max_age_ns=0) is None
     assert served(reader, Entry(WHOLE.key, 5, 9)) == DATA[5:9]
     assert not barrier.faults
 
@@ -134,6 +140,33 @@ def test_a_range_is_served_from_any_piece_that_holds_it(reader: Reader, barrier:
     assert reader.validator(Entry(WHOLE.key, 20, 30)) == "etag 1"
 
 
+def test_a_range_is_read_at_once_from_a_file_that_is_known(reader: Reader, barrier: Barrier) -> None:
+    path = store(barrier, WHOLE)
+    within = Entry(WHOLE.key, 12, 15)
+    assert at_once(reader, within) is None
+    assert served(reader) == DATA
+    size = len(DATA)
+    for start, stop in ((12, 15), (5, END), (-3, END), (-2 * size, END), (7, 7), (size - 2, size + 9), (size + 1, END)):
+        expected = DATA[start:] if stop == END else DATA[start:stop]
+        assert at_once(reader, Entry(WHOLE.key, start, stop)) == expected
+    found = reader.get_nowait(within, None, most=3)
+    assert found is not None
+    assert found[1] == WHOLE
+    assert not found[0].flags.writeable
+    # the whole object gives way to a piece of it
+    os.unlink(path)
+    store(barrier, Entry(WHOLE.key, 10, 20), DATA[10:20])
+    assert at_once(reader, within) is None
+    opened = reader.open_entry(within)
+    assert opened is not None
+    assert bytes(reader.read(opened, 2, 5) or b"") == DATA[12:15]
+    found = reader.get_nowait(within, None, most=3)
+    assert found is not None
+    assert (found[0].tobytes(), found[1]) == (DATA[12:15], Entry(WHOLE.key, 10, 20))
+    assert at_once(reader, Entry(WHOLE.key, 15, 21)) is None
+    assert not barrier.faults
+
+
 @pytest.mark.parametrize("seen", [False, True], ids=["unseen", "seen"])
 @pytest.mark.parametrize("damage", ["bit", "short", "long", "stamp", "another", "unlike"])
 def test_other_bytes_than_were_stored_are_not_served(reader: Reader, barrier: Barrier, damage: str, seen: bool) -> None:
@@ -154,7 +187,7 @@ def test_other_bytes_than_were_stored_are_not_served(reader: Reader, barrier: Ba
         with open(path, "r+b") as file:
             file.write(changed)
             file.truncate(len(changed))
-    assert reader.get_nowait(WHOLE, None, 1 << 20) is None
+    assert at_once(reader) is None
     assert served(reader) is None
     assert served(reader) is None
     assert any(isinstance(fault, Damaged) for fault in barrier.faults)
@@ -257,7 +290,7 @@ def test_what_is_in_quarantine_is_not_served(barrier: Barrier) -> None:
         quarantine.hold([name])
         quarantine.free([name])
         assert served(reader) is served(reader, Entry(WHOLE.key, 10, 20)) is None
-        assert reader.get_nowait(WHOLE, None, 1 << 20) is None
+        assert at_once(reader) is None
         assert len(reader.listed(WHOLE.key).starts) == 0
         assert not quarantine.holds("t/a/c/0") or name == files.beneath("")
         quarantine.free([name])
@@ -276,7 +309,7 @@ def test_a_file_that_came_back_is_served_only_if_the_index_has_it(barrier: Barri
     assert served(reader) == DATA
     quarantine.suspect([WHOLE.key])
     found = reader.open_entry(WHOLE)
-    assert reader.get_nowait(WHOLE, None, 1 << 20) is None
+    assert at_once(reader) is None
     assert found is not None
     reader.close(found)
     fresh = Reader(barrier, folds=False, quarantine=quarantine)

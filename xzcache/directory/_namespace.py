@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
 
 from xzcache import _threads as pool
 from xzcache._config import is_fresh
@@ -12,12 +14,10 @@ from xzcache._fork import renew_after_fork
 from xzcache.directory._invalidation import Deletion
 from xzcache.directory._publish import PendingEntry
 from xzcache.files import allowance
-from xzcache.model import END, MISSING, Entry, Listed, is_document, nothing, within
+from xzcache.model import MISSING, Entry, Listed, is_document, nothing, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-
-    import numpy as np
 
     from xzcache._config import Age
     from xzcache.directory._directory import CacheDirectory
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xzcache.directory._invalidation import Begun
     from xzcache.directory._writebehind import WriteBehind
     from xzcache.files import Found
-    from xzcache.model import Cached, Data, Span
+    from xzcache.model import Absence, Array, Cached, Data, Extent, Span
 
 
 _INLINE: Final = 1 << 20
@@ -77,31 +77,32 @@ class SharedBackend:
 
     def get_nowait(
         self,
-        entry: Entry,
+        extent: Extent,
         max_age: Age,
         missing_max_age: Age = 0,
         *,
-        place: np.ndarray[Any, Any] | None = None,
+        place: Array | None = None,
         patient: bool = False,
-    ) -> Cached:
+    ) -> Array | Literal[Absence.MISSING] | None:
         """A cached value that can be read without waiting for anything but, with `patient`, the disk."""
         directory = self.directory
         if directory.health.is_aside or not directory.is_ready:
             return None
-        data = None
-        if entry.stop == END and not entry.start:
-            max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
-            if place is None:
-                data = directory.reader.get_nowait(entry, max_age_ns, _INLINE)
-            elif directory.reader.readinto_nowait(entry, max_age_ns, place, patient=patient):
-                data = memoryview(place)
-            if data is not None:
-                if directory.recency.record_use(entry):
-                    pool.spawn(directory.flush)
-                return data
-        return None if not patient or place is not None else self._get_patiently(entry, max_age, missing_max_age)
+        max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
+        found = directory.reader.get_nowait(extent, max_age_ns, place, most=_INLINE, patient=patient)
+        if found is None:
+            return self._get_patiently(Entry(*extent), max_age, missing_max_age) if patient and place is None else None
+        data, used, now = found
+        # as `record_use`, in which a call would be felt
+        recency = directory.recency
+        recency.uses[used] = now
+        if (now >= recency.due_at or len(recency.uses) >= recency.most) and recency.is_due(now):
+            pool.spawn(directory.flush)
+        return data
 
-    def _get_patiently(self, entry: Entry, max_age: Age, missing_max_age: Age) -> Cached:
+    def _get_patiently(
+        self, entry: Entry, max_age: Age, missing_max_age: Age
+    ) -> Array | Literal[Absence.MISSING] | None:
         reader = self.directory.reader
         for found in reader.open_covering(entry):
             if not _is_fresh(found, max_age):
@@ -110,7 +111,7 @@ class SharedBackend:
             span = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
             if (data := reader.read(found, *span)) is not None:
                 self._record_use(found.entry)
-                return data
+                return np.frombuffer(data, np.uint8)
         is_missing = missing_max_age != 0 and self.directory.negative_cache.knows(entry.key, missing_max_age)
         return MISSING if is_missing else None
 

@@ -11,52 +11,79 @@ from typing import TYPE_CHECKING
 from xzcache._config import config
 from xzcache.eviction._policies import UseBatch
 from xzcache.index import hash_of
+from xzcache.model import Entry, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from xzcache.eviction._policies import Policy
     from xzcache.index import Index
-    from xzcache.model import Entry
 
 
 class Recency:
-    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction."""
+    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
+
+    A hit stores its use without a call: ``uses[key, start, stop] = time.monotonic()``. It calls `is_due` only if there
+    are `most` uses, or it is later than `due_at`.
+    """
 
     def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
         self.policy = policy
-        self._most = most
+        self.uses = self._no_uses()
+        self.most = most
+        self.due_at = 0.0
         self._longest = longest
         self._lock = threading.Lock()
-        self._uses: dict[Entry, int] = {}
-        self._flush_after = 0.0
 
     def record_use(self, entry: Entry) -> bool:
         """Record a use; True if `flush_to` is due."""
-        uses = self._uses
-        if not uses:
-            self._flush_after = time.monotonic() + self._longest
-        uses[entry] = time.time_ns()
-        if len(uses) < self._most and time.monotonic() < self._flush_after:
-            return False
-        if len(uses) > 64 * self._most:
+        now = self.uses[entry] = time.monotonic()
+        return (now >= self.due_at or len(self.uses) >= self.most) and self.is_due(now)
+
+    def is_due(self, now: float) -> bool:
+        """Whether `flush_to` is due, which the caller has a second for."""
+        uses = self.uses
+        if len(uses) > 64 * self.most:
             # the index cannot be used: drop the uses to limit the memory
             uses.clear()
-        # the caller has a second for the flush
-        due = time.monotonic() >= self._flush_after or len(uses) == self._most
-        self._flush_after = max(self._flush_after, time.monotonic() + 1.0) if due else self._flush_after
+        if not self.due_at:
+            # this is the first use since the last flush
+            self.due_at = now + self._longest
+        due = now >= self.due_at or len(uses) == self.most
+        if due:
+            self.due_at = max(self.due_at, now + 1.0)
         return due
 
     def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
         """Write the recorded uses and the new entries to the index."""
         with self._lock:
-            uses, self._uses = self._uses, {}
-        if uses or arrived:
+            recorded, self.uses, self.due_at = self.uses, self._no_uses(), 0.0
+        if recorded or arrived:
+            zero = _zero()
             # a copy: a hit that began before may still add to it
-            self.policy.record(index, UseBatch(dict(uses), arrived))
+            uses = {Entry(*extent): zero + int(at * 1e9) for extent, at in recorded.copy().items()}
+            self.policy.record(index, UseBatch(uses, arrived))
+
+    def _no_uses(self) -> dict[Extent, float]:
+        return {}
 
     def __bool__(self) -> bool:
-        return bool(self._uses)
+        return bool(self.uses)
+
+
+class _TracedUses(dict[Extent, float]):
+    """Uses, of which each is also appended to a list, and not only the last one of an entry."""
+
+    def __init__(self, trace: list[tuple[float, Extent]], most: int) -> None:
+        super().__init__()
+        self._trace = trace
+        self._most = most
+
+    def __setitem__(self, extent: Extent, at: float) -> None:
+        self._trace.append((at, extent))
+        if len(self._trace) > self._most:
+            self._trace.clear()
+        super().__setitem__(extent, at)
 
 
 class Traced(Recency):
@@ -66,20 +93,18 @@ class Traced(Recency):
     """
 
     def __init__(self, policy: Policy, path: str) -> None:
-        super().__init__(policy)
         self._path = path
-        self._trace: list[tuple[int, Entry]] = []
+        self._trace: list[tuple[float, Extent]] = []
+        super().__init__(policy)
 
-    def record_use(self, entry: Entry) -> bool:
-        """Record a use; True if `flush_to` is due."""
-        self._trace.append((time.time_ns(), entry))
-        if len(self._trace) > 64 * self._most:
-            self._trace.clear()
-        return super().record_use(entry)
+    def _no_uses(self) -> dict[Extent, float]:
+        return _TracedUses(self._trace, 1 << 14)
 
     def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
         """Write the recorded uses to the index and to the file."""
-        trace, self._trace = self._trace, []
+        zero = _zero()
+        trace = [(zero + int(at * 1e9), Entry(*extent)) for at, extent in self._trace]
+        del self._trace[: len(trace)]
         trace += ((time.time_ns(), entry) for entry in arrived)
         rows = {entry: row for _, entry in trace if (row := index.find(entry)) is not None}
         lines = (
@@ -93,6 +118,11 @@ class Traced(Recency):
             finally:
                 os.close(descriptor)
         super().flush_to(index, arrived)
+
+
+def _zero() -> int:
+    """When `time.monotonic` was zero, in ns since the epoch."""
+    return time.time_ns() - time.monotonic_ns()
 
 
 def recency_for(policy: Policy) -> Recency:

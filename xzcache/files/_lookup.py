@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from xzcache.files._entryfile import Whose, user
 from xzcache.files._health import LONG, Health, allowance
 from xzcache.files._paths import is_plain, range_directory, relative_path
 from xzcache.files._quarantine import EVERYTHING, Quarantine
-from xzcache.model import Damaged, Entry, Listed, Unusable
+from xzcache.model import END, Damaged, Entry, Listed, Unusable, place_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
+
+    from xzcache.model import Array, Extent, Span
 
 
 # -- Opening, reading and closing entry files.
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _NO_FLAG: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of a file system, or of a kernel, without support for `RWF_NOWAIT`."""
-_IN_THE_WAY: Final = (errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
-"""Errors of a path that is taken by a directory, a link or a pipe."""
+_NOT_THERE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
+"""Errors of a path where there is nothing, or a directory, a link or a pipe."""
+_BYTE: Final = np.dtype(np.uint8)
+_WHOLE: Final = 0, END
 
 Signature = tuple[int, int, int]
 """Inode, time of modification in ns, and size: unchanged unless the file is replaced or written."""
@@ -121,49 +125,7 @@ def open_file(path: str, on_fault: OnFault) -> Opened | None:
     return Opened(fd, status, on_fault)
 
 
-def read_unchanged(path: str, signature: Signature, most: int, on_fault: OnFault) -> memoryview | None:
-    """All of a file, if it is the one that has this signature and reading it cannot block; else None."""
-    if signature[2] > most:
-        return None
-    data = np.empty(signature[2], dtype=np.uint8)
-    if not read_unchanged_into(path, signature, data, on_fault, patient=False):
-        return None
-    data.flags.writeable = False
-    return memoryview(data)
-
-
-def read_unchanged_into(
-    path: str, signature: Signature, place: np.ndarray[Any, Any], on_fault: OnFault, *, patient: bool
-) -> bool:
-    """Like `read_unchanged`, into an array, which is undefined after False; `patient` may wait for the disk."""
-    try:
-        fd = os.open(path, _READ)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno not in _IN_THE_WAY:
-            on_fault(error)
-        return False
-    try:
-        status = os.fstat(fd)
-        size = status.st_size
-        if (status.st_ino, status.st_mtime_ns, size) != signature or size != len(place):
-            return False
-        if status.st_uid != _user and not is_ours(status.st_uid):
-            return False
-        return _fill(fd, place, 0, patient=patient)
-    except OSError as error:
-        on_fault(error)
-        return False
-    finally:
-        # as `let_go`, in which a call would be felt
-        try:
-            os.close(fd)
-        except OSError as error:
-            on_fault(error)
-
-
-def _fill(fd: int, place: np.ndarray[Any, Any], first: int, *, patient: bool) -> bool:
+def _fill(fd: int, place: Array, first: int, *, patient: bool) -> bool:
     """Fill `place` with bytes of a file; False if the file is too short, or would have to be waited for."""
     try:
         count = os.preadv(fd, [place], first, 0 if patient else os.RWF_NOWAIT)
@@ -199,10 +161,10 @@ def read(fd: int, first: int, last: int) -> memoryview | None:
 
 def read_resident(fd: int, first: int, last: int) -> memoryview | None:
     """Bytes of a file if they are in the page cache, so that the read cannot block; else None. Raises `OSError`."""
-    data = np.empty(last - first, dtype=np.uint8)
+    data = np.empty(last - first, _BYTE)
     if not _fill(fd, data, first, patient=False):
         return None
-    data.flags.writeable = False
+    data.setflags(False)  # type: ignore[call-arg]  # by its name, it would take twice the time
     return memoryview(data)
 
 
@@ -220,13 +182,22 @@ class Pieces:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._remembered: dict[str, tuple[Listed, int]] = {}
+        self._remembered: dict[str, tuple[Listed, int, str]] = {}
         self._count = 0
 
     def remembered(self, key: str) -> Listed | None:
         """The pieces of an object as they were when they were last listed."""
         known = self._remembered.get(key)
         return None if known is None else known[0]
+
+    def holding(self, key: str, start: int, stop: int) -> tuple[str, Span] | None:
+        """The path and the span of a piece that is remembered to hold a byte range of an object."""
+        if (known := self._remembered.get(key)) is None:
+            return None
+        listed, _, directory = known
+        for piece in listed.spans_covering(start, stop):
+            return f"{directory}/{piece[0]}_{piece[1]}", piece
+        return None
 
     def listed(self, key: str) -> Listed:
         """The cached byte ranges of an object; raises `OSError` for all errors but absence."""
@@ -247,13 +218,13 @@ class Pieces:
                     spans.append((int(start), int(stop)))
         listed = Listed(key, spans)
         # a change within the same tick of the file system's clock would not show
-        self._remember(key, listed, changed if now - changed > _TICK_NS else -1)
+        self._remember(key, listed, changed if now - changed > _TICK_NS else -1, directory)
         return listed
 
-    def _remember(self, key: str, listed: Listed, changed: int) -> None:
+    def _remember(self, key: str, listed: Listed, changed: int, directory: str) -> None:
         before = self._remembered.pop(key, None)
         self._count += len(listed) - (0 if before is None else len(before[0]))
-        self._remembered[key] = listed, changed
+        self._remembered[key] = listed, changed, directory
         while self._count > _REMEMBERED_PIECES and len(self._remembered) > 1:
             # another thread may be doing the same
             with suppress(KeyError, StopIteration, RuntimeError):
@@ -404,47 +375,84 @@ class Reader:
         except OSError as error:
             self._on_fault(error)
 
-    def get_nowait(self, entry: Entry, max_age_ns: int | None, most: int) -> memoryview | None:
-        """A whole object of at most `most` bytes, if this process has verified the file and its bytes are in memory.
+    def get_nowait(
+        self, extent: Extent, max_age_ns: int | None, place: Array | None = None, *, most: int, patient: bool = False
+    ) -> tuple[Array, Extent, float] | None:
+        """The bytes of an entry, if this process has verified the file that holds it, and they are in memory.
 
-        This is the fast path of a hit; after None, the caller takes the slow path.
+        This is the way of a hit: one function, and four system calls. After None, the caller takes the long way.
+
+        Parameters
+        ----------
+        extent : (str, int, int)
+        max_age_ns : int or None
+        place : array of bytes, optional
+            Where to read the bytes to, if there are as many; undefined after None.
+        most : int
+            The most bytes to read without a place and without patience.
+        patient : bool
+            Whether the disk may be waited for.
+
+        Returns
+        -------
+        (array of bytes, (str, int, int), float)
+            The bytes, the entry whose file holds them, and the time, by `time.monotonic`.
         """
-        path = f"{self._root}/{entry.key}"
-        signature = self._checked_at(entry.key, path, max_age_ns)
-        if signature is None:
-            return None
-        began = time.monotonic()
-        data = read_unchanged(path, signature, most, self._on_fault)
-        if (took := time.monotonic() - began) > LONG:
-            self._is_slow(path, took)
-        return data
-
-    def readinto_nowait(
-        self, entry: Entry, max_age_ns: int | None, place: np.ndarray[Any, Any], *, patient: bool
-    ) -> bool:
-        """Like `get_nowait`, into an array of bytes, which is undefined after False."""
-        path = f"{self._root}/{entry.key}"
-        signature = self._checked_at(entry.key, path, max_age_ns)
-        if signature is None:
-            return False
-        began = time.monotonic()
-        done = read_unchanged_into(path, signature, place, self._on_fault, patient=patient)
-        if (took := time.monotonic() - began) > LONG and took > allowance(len(place)):
-            self._is_slow(path, took)
-        return done
-
-    def _is_slow(self, path: str, took: float) -> None:
-        self.slow_path = path
-        self._barrier.health.record_slow(f"{path or 'an operation'} took {took:.1f} s")
-
-    def _checked_at(self, key: str, path: str, max_age_ns: int | None) -> Signature | None:
-        """The file that was checked at a path, if it may be served."""
+        key, start, stop = extent
+        path, outer = f"{self._root}/{key}", _WHOLE
         signature = self._checked.get(path)
+        if signature is None and (start or stop != END):
+            if (piece := self._pieces.holding(key, start, stop)) is None:
+                return None
+            path, outer = piece
+            signature = self._checked.get(path)
         if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
             return None
         if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
             return None
-        return signature
+        first, last = 0, signature[2]
+        if start or stop != END:
+            first, last = place_within(start, stop, outer[0], last)
+        size, data = last - first, place
+        if data is None:
+            if size > most and not patient:
+                return None
+            data = np.empty(size, _BYTE)
+        elif len(data) != size:
+            return None
+        began = time.monotonic()
+        is_there = is_read = False
+        try:
+            fd = os.open(path, _READ)
+            try:
+                status = os.fstat(fd)
+                is_there = (status.st_ino, status.st_mtime_ns, status.st_size) == signature
+                if is_there and (status.st_uid == _user or is_ours(status.st_uid)):
+                    is_read = _fill(fd, data, first, patient=patient)
+            finally:
+                # as `let_go`, in which a call would be felt
+                try:
+                    os.close(fd)
+                except OSError as error:
+                    self._on_fault(error)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                self._on_fault(error)
+        now = time.monotonic()
+        if now - began > LONG and now - began > allowance(size):
+            self._is_slow(path, now - began)
+        if not is_read:
+            if not is_there:
+                # the next reader does not look there again
+                self._checked.pop(path, None)
+            return None
+        if place is None:
+            data.setflags(False)  # type: ignore[call-arg]  # as above
+        return data, (key, *outer), now
+
+    def _is_slow(self, path: str, took: float) -> None:
+        self.slow_path = path
+        self._barrier.health.record_slow(f"{path or 'an operation'} took {took:.1f} s")
 
     @_timed
     def listed(self, key: str) -> Listed:

@@ -6,8 +6,20 @@ were logged.
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import MISSING, Absence, Backend, Cache, Cached, Parts, nothing
-from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, namespace_of, span, within
+from xzcache.model.backend import MISSING, Absence, Array, Backend, Cache, Cached, Parts, nothing
+from xzcache.model.entry import (
+    END,
+    META,
+    Data,
+    Entry,
+    Extent,
+    clip,
+    is_cacheable,
+    namespace_of,
+    place_within,
+    span,
+    within,
+)
 from xzcache.model.errors import (
     Busy,
     CacheFault,
@@ -68,6 +80,7 @@ __all__ = [
     "NEGLIGIBLE",
     "WHOLE",
     "Absence",
+    "Array",
     "Backend",
     "Busy",
     "Cache",
@@ -78,6 +91,7 @@ __all__ = [
     "Damaged",
     "Data",
     "Entry",
+    "Extent",
     "Fetched",
     "Foreign",
     "IntervalSet",
@@ -113,6 +127,7 @@ __all__ = [
     "nothing",
     "overriding_document",
     "part",
+    "place_within",
     "placed",
     "report_bug",
     "run_to_completion",

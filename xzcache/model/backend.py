@@ -9,13 +9,13 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    import numpy as np
-
     from xzcache._config import Age
-    from xzcache.model.entry import Data, Entry
+    from xzcache.model.entry import Data, Entry, Extent
     from xzcache.model.spans import Listed, Span
 
 
@@ -30,6 +30,9 @@ MISSING: Final = Absence.MISSING
 
 Cached = memoryview | Literal[Absence.MISSING] | None
 """The answer of a lookup: bytes, `MISSING`, or None if the source must be asked."""
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+"""Bytes, as numpy has them."""
 
 
 def nothing() -> None:
@@ -85,17 +88,17 @@ class Backend(Protocol):
 
     def get_nowait(
         self,
-        entry: Entry,
+        extent: Extent,
         max_age: Age,
         missing_max_age: Age = 0,
         *,
-        place: np.ndarray[Any, Any] | None = None,
+        place: Array | None = None,
         patient: bool = False,
-    ) -> Cached:
+    ) -> Array | Literal[Absence.MISSING] | None:
         """Like `get`, without waiting for anything but, with `patient`, the disk; None means that `get` must be called.
 
         With a `place`, an array of bytes as long as the entry, the bytes are read into it and it is returned as the
-        answer. After None, the contents of the place are undefined.
+        answer. After None, the contents of the place are undefined. An array that was not given is read-only.
         """
         return None
 

@@ -13,6 +13,9 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Suf
 
 Data = bytes | bytearray | memoryview
 
+Extent = tuple[str, int, int]
+"""The key, the start and the stop of an entry: an `Entry`, or a bare tuple, which equals it and is cheaper to make."""
+
 
 META: Final = ".xzcache"
 """The reserved name in a cache directory; everything beneath it belongs to xzcache."""
@@ -83,11 +86,15 @@ def clip(start: int, stop: int, size: int) -> tuple[int, int]:
 
 def within(entry: Entry, outer: Entry, size: int) -> tuple[int, int]:
     """Where an entry lies, as `(first, last + 1)`, within another one that holds it, of `size` bytes."""
-    if entry.start < 0 or outer.start < 0:
+    return place_within(entry.start, entry.stop, outer.start, size)
+
+
+def place_within(start: int, stop: int, outer: int, size: int) -> tuple[int, int]:
+    """Where a span lies, as `(first, last + 1)`, within `size` bytes that begin at the byte `outer` and hold it."""
+    if start < 0 or outer < 0:
         # both are counted from the end of the object
-        return clip(entry.start, END, size)
-    stop = END if entry.stop == END else entry.stop - outer.start
-    return clip(entry.start - outer.start, stop, size)
+        return clip(start, END, size)
+    return clip(start - outer, END if stop == END else stop - outer, size)
 
 
 def is_cacheable(key: str) -> bool:

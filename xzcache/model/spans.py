@@ -202,14 +202,18 @@ class Listed:
 
     def covering(self, entry: Entry) -> Iterator[Entry]:
         """The pieces that contain a byte range."""
-        if entry.start < 0:
-            yield from (Entry(self._key, start, END) for start in self.suffixes if start <= entry.start)
+        return (Entry(self._key, *span) for span in self.spans_covering(entry.start, entry.stop))
+
+    def spans_covering(self, start: int, stop: int) -> Iterator[Span]:
+        """The `(start, stop)` of the pieces that contain a byte range."""
+        if start < 0:
+            yield from ((suffix, END) for suffix in self.suffixes if suffix <= start)
             return
-        stop = LARGEST if entry.stop == END else entry.stop
-        at = bisect_right(self.starts, entry.start) - 1
+        stop = LARGEST if stop == END else stop
+        at = bisect_right(self.starts, start) - 1
         while at >= 0 and self.reach[at] >= stop:
             if self.stops[at] >= stop:
-                yield self._piece(at)
+                yield unplaced((self.starts[at], self.stops[at]))
             at -= 1
 
     def overlapping(self, start: int, stop: int) -> Iterator[Entry]:

@@ -2,7 +2,8 @@
 
 Knows a cache by `model.Backend` only. State: which metadata documents each store has seen (`Freshness`), and who reads
 parts of an object that must be of one state (`Reading`), in dictionaries that change by single operations; the
-counters, under one mutex for all; and for each cache a table of the fetches under way (`model.Claims`), with its lock.
+counters, under one mutex for all, and a queue of hits that are not counted yet; and for each cache a table of the
+fetches under way (`model.Claims`), with its lock.
 """
 
 from xzcache.reading._freshness import Freshness, Seen, is_read_for_a_write

@@ -16,7 +16,6 @@ from xzcache.model import fingerprint, is_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
     from xzcache._config import Revalidate
 
@@ -189,21 +188,43 @@ class Freshness:
         return Seen.of(states, more=self.inherited.more)
 
 
+class _Tellings(dict[str, bool]):
+    """Whether the name of a function of Zarr may tell why it reads; most names do not."""
+
+    def __missing__(self, name: str) -> bool:
+        found = self[name] = any(part in name for part in (*_WRITING, *_EITHER))
+        return found
+
+
+_tells: Final = _Tellings()
+
+
+def _module_by_frame(depth: int) -> str | None:
+    try:
+        return str(sys._getframe(depth + 1).f_globals.get("__name__", ""))
+    except ValueError:
+        return None
+
+
+# of Python 3.12; makes no object of a frame, which takes longer than the rest of the check
+_module: Final = getattr(sys, "_getframemodulename", _module_by_frame)
+
+
 def is_read_for_a_write() -> bool | None:
     """Whether Zarr reads in order to change a part of a chunk or shard.
 
     Called by the `get` of a store: Zarr gives it no reason, but the functions that await the `get` are on the stack.
     None means that they serve reads and writes alike.
     """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(_DEEPEST):
-        if frame is None or (module := frame.f_globals.get("__name__", "")).startswith("asyncio."):
+    for depth in range(2, 2 + _DEEPEST):
+        module = _module(depth)
+        if module is None and (module := _module_by_frame(depth)) is None:
             break
         if module.startswith("zarr."):
-            name = frame.f_code.co_qualname
-            if any(part in name for part in _WRITING):
-                return True
-            if any(part in name for part in _EITHER):
-                return None
-        frame = frame.f_back
+            name = sys._getframe(depth).f_code.co_qualname
+            if not _tells[name]:
+                continue
+            return True if any(part in name for part in _WRITING) else None
+        if module.startswith("asyncio."):
+            break
     return False

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import cpu
 
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from xzcache.model import Absence, Parts
+    from xzcache.model import Absence, Array, Parts
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
@@ -92,27 +91,37 @@ class ReadThrough:
         """Serve nothing at once while documents are to be verified: `get` asks for them when the source is back."""
         self._confirms = True
 
-    def get_nowait(self, key: str, prototype: BufferPrototype, count: Count | None = None) -> Buffer | None:
-        """The value of a cached chunk if it can be read without waiting; None means that `get` must be called."""
-        # as `_may_serve` and `buffer_of`: a call more would be felt here
+    def get_nowait(
+        self,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRequest | None = None,
+        count: Count | None = None,
+    ) -> Buffer | None:
+        """A cached chunk or a byte range of it, if it can be read without waiting; after None, `get` must be called."""
+        # as `_may_serve`, in which a call would be felt
         if self._asks_always or is_document(key) or (self._confirms and not self._revalidation.is_confirmed(key)):
             return None
         started = time.perf_counter()
-        data = self.backend.get_nowait(Entry(self.backend.prefix + key), self.reading.max_age)
+        start, stop = 0, END
+        if byte_range is not None:
+            if (wanted := span(byte_range)) is None:
+                return None
+            start, stop = wanted
+        backend = self.backend
+        data = backend.get_nowait((backend.prefix + key, start, stop), self.reading.max_age)
         if data is None or data is MISSING:
             return None
         (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
-        if prototype.buffer is cpu.Buffer and type(owner := data.obj) is np.ndarray and owner.nbytes == len(data):
-            return cpu.Buffer(owner)
-        return prototype.buffer.from_bytes(data)
+        return cpu.Buffer(data) if prototype.buffer is cpu.Buffer else prototype.buffer.from_bytes(memoryview(data))
 
-    def readinto_nowait(self, key: str, place: np.ndarray[Any, Any], *, patient: bool) -> bool:
+    def readinto_nowait(self, key: str, place: Array, *, patient: bool) -> bool:
         """Like `get_nowait`, into an array, which is undefined after False."""
         started = time.perf_counter()
         if not self._may_serve(key):
             return False
-        entry = Entry(self.backend.prefix + key)
-        if self.backend.get_nowait(entry, self.reading.max_age, place=place, patient=patient) is None:
+        extent = self.backend.prefix + key, 0, END
+        if self.backend.get_nowait(extent, self.reading.max_age, place=place, patient=patient) is None:
             return False
         self.reading.stats.hit(len(place), time.perf_counter() - started)
         return True
@@ -127,19 +136,16 @@ class ReadThrough:
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, count: Count
     ) -> Buffer | None:
         """Like `get`, from the cache alone, for a thread that may wait for the disk; raises `NotCached`."""
-        if byte_range is None and (value := self.get_nowait(key, prototype, count)) is not None:
-            return value
         wanted = span(byte_range)
-        entry = None if wanted is None or is_document(key) else self.reading.entry(key, *wanted)
-        if entry is None or not self._may_serve(key):
+        entry = self.reading.entry(key, *wanted) if wanted is not None and self._may_serve(key) else None
+        if entry is None:
             raise NotCached
         started = time.perf_counter()
-        found = self.backend.get_nowait(entry, self.reading.max_age, self.reading.age_of_absence(key), patient=True)
-        if found is None:
+        data = self.backend.get_nowait(entry, self.reading.max_age, self.reading.age_of_absence(key), patient=True)
+        if data is None:
             raise NotCached
-        data = None if found is MISSING else found
-        count(0 if data is None else len(data), time.perf_counter() - started)
-        return None if data is None else buffer_of(data, prototype)
+        count(0 if data is MISSING else len(data), time.perf_counter() - started)
+        return None if data is MISSING else buffer_of(memoryview(data), prototype)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
@@ -464,6 +470,26 @@ class RangeReads:
         self._backend = reads.backend
         self._fetches = reads._fetches
         self._promoted: set[str] = set()
+
+    def get_nowait(
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype
+    ) -> list[tuple[int, Buffer | None]] | None:
+        """All of some byte ranges, if they can be read from the cache without waiting, of one state; else None."""
+        if not byte_ranges:
+            return None
+        since = self._backend.write_version(key)
+        hits: list[tuple[int, float]] = []
+        values: list[tuple[int, Buffer | None]] = []
+        for place, byte_range in enumerate(byte_ranges):
+            value = self._reads.get_nowait(key, prototype, byte_range, lambda *hit: hits.append(hit))
+            if value is None:
+                return None
+            values.append((place, value))
+        if self._backend.write_version(key) != since:
+            return None
+        for hit in hits:
+            self._reading.stats.hit(*hit)
+        return values
 
     async def get(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], prototype: BufferPrototype, **limits: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,57 +12,72 @@ from xzcache._fork import renew_after_fork
 observers: Final[list[Callable[[str, int, float], None]]] = []
 """Called for each read with ``"cache"`` or ``"source"``, its bytes and its seconds."""
 
+_MOST_UNCOUNTED: Final = 256
+
 
 class Stats:
     """Counters of one store in one process, or of all stores. Safe for threads.
 
-    `of_all` are counters that count the same reads.
+    `of_all` are counters that count the same reads. A hit only joins a queue, without a lock: it is counted when
+    counters are read, or when the queue is long.
     """
 
     def __init__(self, of_all: Stats | None = None) -> None:
-        self._all = (self,) if of_all is None else (self, of_all)
+        # one lock and one queue, those of all, for both
+        self._root = of_all or self
         self.after_fork_in_child()
         renew_after_fork(self)
 
     def after_fork_in_child(self) -> None:
         """Count from zero."""
         self._lock = threading.Lock()
-        self.hits = self.misses = 0
-        self.bytes_from_cache = self.bytes_from_source = 0
-        self.seconds_from_cache = self.seconds_from_source = 0.0
+        self._uncounted: deque[tuple[Stats, int, float]] = deque()
+        self._hits = self._misses = 0
+        self._bytes_from_cache = self._bytes_from_source = 0
+        self._seconds_from_cache = self._seconds_from_source = 0.0
 
     def hit(self, size: int, seconds: float) -> None:
-        # one lock, the one of all, for both
-        with self._all[-1]._lock:
-            for counters in self._all:
-                counters.hits += 1
-                counters.bytes_from_cache += size
-                counters.seconds_from_cache += seconds
+        uncounted = self._root._uncounted
+        uncounted.append((self, size, seconds))
+        if len(uncounted) >= _MOST_UNCOUNTED:
+            with self._root._lock:
+                self._count_hits()
         for observe in observers:
             observe("cache", size, seconds)
 
+    def _count_hits(self) -> None:
+        """Count the hits in the queue; under the lock."""
+        root = self._root
+        hits = [root._uncounted.popleft() for _ in range(len(root._uncounted))]
+        for counters in {root, *(hit[0] for hit in hits)} if hits else ():
+            _, sizes, seconds = zip(*(hit for hit in hits if counters in (hit[0], root)), strict=True)
+            counters._hits += len(sizes)
+            counters._bytes_from_cache += sum(sizes)
+            counters._seconds_from_cache += sum(seconds)
+
     def miss(self, size: int, seconds: float) -> None:
-        with self._all[-1]._lock:
-            for counters in self._all:
-                counters.misses += 1
-                counters.bytes_from_source += size
-                counters.seconds_from_source += seconds
+        with self._root._lock:
+            for counters in {self, self._root}:
+                counters._misses += 1
+                counters._bytes_from_source += size
+                counters._seconds_from_source += seconds
         for observe in observers:
             observe("source", size, seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters under Zarr's names, and those of xzcache; sizes in bytes, times in seconds."""
-        with self._all[-1]._lock:
-            requests = self.hits + self.misses
+        with self._root._lock:
+            self._count_hits()
+            requests = self._hits + self._misses
             return {
-                "hits": self.hits,
-                "misses": self.misses,
+                "hits": self._hits,
+                "misses": self._misses,
                 "total_requests": requests,
-                "hit_rate": self.hits / requests if requests else 0.0,
-                "bytes_from_cache": self.bytes_from_cache,
-                "bytes_from_source": self.bytes_from_source,
-                "seconds_from_cache": self.seconds_from_cache,
-                "seconds_from_source": self.seconds_from_source,
+                "hit_rate": self._hits / requests if requests else 0.0,
+                "bytes_from_cache": self._bytes_from_cache,
+                "bytes_from_source": self._bytes_from_source,
+                "seconds_from_cache": self._seconds_from_cache,
+                "seconds_from_source": self._seconds_from_source,
             }
 
 
