@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import logging
 import math
 import operator
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeVar, cast, get_args
 
 import dask.config
 from dask.utils import parse_bytes
@@ -28,8 +29,11 @@ from donfig import Config
 from donfig.config_obj import collect_env, collect_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger("xzcache")
 
@@ -75,8 +79,28 @@ def _of_dask() -> dict[str, Any]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question that names the nearest known name, for the end of a message; empty if none is near."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1, cutoff=0.7)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def refuse_misspelled(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise `TypeError` for a keyword that is unknown, if a known one is near."""
+    for name in given:
+        if name not in known and (hint := nearest(name, known)):
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def with_hints(function: Callable[P, R]) -> Callable[P, R]:
+    """The `__init__` of a class whose callers are told the nearest keyword for a misspelled one."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kwargs.keys() <= known:
+            refuse_misspelled(type(args[0]).__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return called
 
 
 class _Config(Config):  # type: ignore[misc]
@@ -130,6 +154,8 @@ AS_ZARR: Final[Mapping[str, Any]] = {
 Infinity = Literal["infinity"]
 Age = float | Infinity
 Revalidate = bool | float | Literal["open"]
+PolicyName = Literal["lru", "adaptive", "none"]
+Upstream = Literal["auto", "obstore", "fsspec"]
 
 
 def _refuse(name: str, value: object, accepted: str, error: type[Exception] = ValueError) -> Exception:
@@ -263,20 +289,20 @@ def parse_flag(name: str, value: Any) -> bool:
     return value
 
 
-def parse_policy(name: str, value: Any) -> str:
+def parse_policy(name: str, value: Any) -> PolicyName:
     """The name of an eviction policy."""
-    if not isinstance(value, str) or value not in ("lru", "adaptive", "none"):
+    if not isinstance(value, str) or value not in get_args(PolicyName):
         error = ValueError if isinstance(value, str) else TypeError
         raise _refuse(name, value, '"lru" (least recently used), "adaptive" or "none"', error)
-    return value
+    return cast(PolicyName, value)
 
 
-def parse_upstream(name: str, value: Any) -> str:
+def parse_upstream(name: str, value: Any) -> Upstream:
     """The name of a library that reads URLs."""
-    if not isinstance(value, str) or value not in ("auto", "obstore", "fsspec"):
+    if not isinstance(value, str) or value not in get_args(Upstream):
         error = ValueError if isinstance(value, str) else TypeError
         raise _refuse(name, value, '"auto" (obstore where it can, else fsspec), "obstore" or "fsspec"', error)
-    return value
+    return cast(Upstream, value)
 
 
 def parse_min_free(name: str, value: Any) -> float | int:

@@ -221,7 +221,8 @@ def test_an_unknown_argument(name: str, tmp_path: Path) -> None:
         lambda: xzcache.CacheStore(tmp_path / "source", cache_store=tmp_path / "cache", **{name: 1}),
         lambda: xzcache.LockedLocalStore(tmp_path / "cache", **{name: 1}),
     ):
-        with pytest.raises(TypeError, match=name):
+        hint = {"maxsize": ", did you mean max_size", "cachestore": ", did you mean cache_store"}.get(name, "")
+        with pytest.raises(TypeError, match=f"'{name}'{hint if 'cache' not in name else ''}"):
             make()
     assert list(tmp_path.iterdir()) == []
 

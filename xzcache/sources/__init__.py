@@ -6,12 +6,23 @@ and the libraries that read them: options and URLs are never shown with them.
 
 from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
 from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember, slug_of
-from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, path_of, spelled
+from xzcache.sources._open import (
+    SourceLike,
+    WebStore,
+    as_xarray,
+    is_at_hand,
+    is_url,
+    local_path,
+    open_source,
+    path_of,
+    spelled,
+)
 from xzcache.sources._urls import scrub, shown
 
 __all__ = [
     "FetchResult",
     "Identity",
+    "SourceLike",
     "WebStore",
     "all_of",
     "as_xarray",

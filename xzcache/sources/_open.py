@@ -6,10 +6,10 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
 from html import unescape
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeAlias
 from urllib.parse import unquote
 
 import zarr.storage
@@ -21,6 +21,23 @@ from xzcache.sources._obstore import SCHEMES, Untranslatable, object_store
 from xzcache.sources._urls import certain, check_options, links, plain, scrub, shown, without_colons
 
 logger = logging.getLogger("xzcache.sources")
+
+
+class HasFileSystem(Protocol):
+    """A path within a file system of fsspec, such as a `UPath`."""
+
+    @property
+    def protocol(self) -> str: ...
+
+    @property
+    def fs(self) -> Any: ...
+
+    @property
+    def path(self) -> str: ...
+
+
+SourceLike: TypeAlias = Store | StorePath | str | os.PathLike[str] | HasFileSystem | MutableMapping[str, Any]
+"""What a source is given as: a store, a path, a URL, a UPath, an FSMap, or a dictionary of buffers."""
 
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
