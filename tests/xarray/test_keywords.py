@@ -1,4 +1,4 @@
-"""The keywords of `open_zarr` and `open_mfdataset`, for type checkers and for `help`, are those of xarray and the cache."""
+"""The keywords of `open_zarr` and `open_mfdataset`, as types and in `help`, are those of xarray and the cache."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_help_tells_everything(ours: Callable[..., Any], theirs: set[str]) -> No
     assert parameters["max_size"].default == inspect.signature(xzcache.CacheStore).parameters["max_size"].default
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in OURS - theirs)
     documented = pydoc.render_doc(ours, renderer=pydoc.plaintext)
-    entries = {line.split(":")[0].strip() for line in documented.splitlines() if line.startswith("    ") and ":" in line}
+    entries = {
+        line.split(":")[0].strip() for line in documented.splitlines() if line.startswith("    ") and ":" in line
+    }
     assert parameters.keys() - entries <= {"cache_members", "use_zarr_fill_value_as_mask", "zarr_version"}
     assert "Returns" in documented
 

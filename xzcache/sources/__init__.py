@@ -6,10 +6,12 @@ and the libraries that read them: options and URLs are never shown with them.
 
 from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
 from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember, slug_of
+from xzcache.sources._obstore import OPTIONS
 from xzcache.sources._open import (
     SourceLike,
     WebStore,
     as_xarray,
+    format_by_name,
     is_at_hand,
     is_url,
     local_path,
@@ -20,6 +22,7 @@ from xzcache.sources._open import (
 from xzcache.sources._urls import scrub, shown
 
 __all__ = [
+    "OPTIONS",
     "FetchResult",
     "Identity",
     "SourceLike",
@@ -28,6 +31,7 @@ __all__ = [
     "as_xarray",
     "fetch",
     "fetch_spans",
+    "format_by_name",
     "identify",
     "is_at_hand",
     "is_same_source",

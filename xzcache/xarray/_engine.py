@@ -7,6 +7,7 @@ that.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
 from xzcache.pipeline import give, take
 from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
+from xzcache.xarray._errors import explained, hint_of_groups
 from xzcache.xarray._globs import expanded, is_pattern
 from xzcache.xarray._keywords import OpenMfdatasetKeywords, OpenZarrKeywords, tell_all
 
@@ -46,6 +48,8 @@ _PIPELINE: Final = "pipeline"
 """The keyword that turns `xzcache.pipeline.CachePipeline` on or off; the default is the setting of that name."""
 
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
+
+logger = logging.getLogger("xzcache.xarray")
 
 Finish = Callable[[Any], Any]
 
@@ -75,6 +79,7 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
             return _zarr.open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
             opened: Dataset = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
+        _hint(opened, store, filename_or_obj, kwargs.get("group"))
         opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
@@ -128,9 +133,10 @@ def open_zarr(store: SourceLike, *args: Any, **kwargs: Unpack[OpenZarrKeywords])
         refused: Dataset = theirs(store, *args, **given)
         return refused
     settings["storage_options"] = bound.arguments.pop("storage_options", None)
-    with _through_cache(store, settings) as (cached, rest, finish):
+    with _through_cache(store, settings, bound.arguments.get("group")) as (cached, rest, finish):
         bound.arguments["store"] = cached
         opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
+    _hint(opened, cached, store, bound.arguments.get("group"))
     if not isinstance(store, CacheStore):
         opened.encoding.pop("source", None)
         opened.encoding.update(_source(store))
@@ -181,6 +187,8 @@ def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dat
     items: Any = paths
     if isinstance(items, str):
         items = _expanded(items, storage_options, settings.get("upstream", config.get("upstream")))
+        if not items:
+            raise OSError(f"no files to open: nothing matches {shown(str(paths))}")
     is_one = isinstance(items, os.PathLike | Store) or type(items).__name__ == "FSMap"
     datasets = cached([items] if is_one else list(items))
     if (first := given.get("attrs_file")) is not None:
@@ -192,10 +200,17 @@ def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dat
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
                 raise FileNotFoundError(f"{_root_of(store)} does not exist") from None
             _say(missing, store, store.source.label)
+        for store in opened[:1]:
+            if (better := explained(missing, store, store.path)) is not None:
+                raise better from missing
         raise
     except Exception as error:
         for store in opened[:1]:
             _note_offline(error, store)
+            if (better := explained(error, store, store.path)) is not None:
+                for note in getattr(error, "__notes__", ()):
+                    better.add_note(note)
+                raise better from error
         raise
 
 
@@ -234,7 +249,9 @@ def _check_engine(engine: object) -> None:
 
 
 @contextmanager
-def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
+def _through_cache(
+    given: Any, keywords: Mapping[str, Any], group: object = None
+) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
     """The store that xarray opens instead, its remaining keywords, and a function for the result."""
     refuse_misspelled("open_dataset", keywords, _OF_ENGINE)
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
@@ -262,10 +279,23 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
             root = source.root if isinstance(source, LocalStore) else _root_of(store)
             raise FileNotFoundError(f"{root} does not exist") from None
         _say(error, store, given)
+        if (better := explained(error, store, source)) is not None:
+            raise better from error
         raise
     except Exception as error:
         _note_offline(error, store)
+        if (better := explained(error, store, source, group or keywords.get("group"))) is not None:
+            for note in getattr(error, "__notes__", ()):
+                better.add_note(note)
+            raise better from error
         raise
+
+
+def _hint(opened: Dataset, store: Any, given: object, group: object) -> None:
+    """Log which groups there are, for a dataset that is empty because its arrays are not at the root."""
+    is_empty = not opened.variables and not group and isinstance(store, CacheStore)
+    if is_empty and (hint := hint_of_groups(store, given)):
+        logger.warning(hint)
 
 
 def _note_offline(error: Exception, store: CacheStore) -> None:
