@@ -340,14 +340,14 @@ for upstream in ("obstore", "fsspec"):
         f"server down, {upstream}",
         lambda w, read=read: read(f"{CLOSED}/x.zarr"),
         ConnectionError,
-        f"{CLOSED}/x.zarr: the server cannot be reached: check that it runs, the address and endpoint_url",
+        f"{CLOSED}/x.zarr: the server cannot be reached (no connection): check that it runs, the address and endpoint_url",
         cause=True,
     )
     row(
         f"S3 down, {upstream}",
         lambda w, read=read: read(at, storage_options=w.at(CLOSED)),
         ConnectionError,
-        f"{at}: the server cannot be reached: check that it runs",
+        f"{at}: the server cannot be reached (no connection): check that it runs",
         cause=True,
     )
     row(

@@ -78,7 +78,7 @@ _KINDS: Final = (
     _kind(
         r"connection refused|connect call failed|EndpointConnectionError|ConnectorError|ConnectionError|kind: Connect",
         ConnectionError,
-        "the server cannot be reached: check that it runs, the address and endpoint_url",
+        "the server cannot be reached (no connection): check that it runs, the address and endpoint_url",
     ),
     _kind(
         r"timed out|TimeoutError|kind: Timeout",
