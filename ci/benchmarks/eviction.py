@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=30, help="seconds for each comparison")
     options = parser.parse_args()
     with Report("eviction", options.out) as report, tempfile.TemporaryDirectory() as scratch:
-        caches: dict[str, Cache] = {policy: Cache(Path(scratch) / policy, policy, options.entries) for policy in POLICIES}
+        caches: dict[str, Cache] = {
+            policy: Cache(Path(scratch) / policy, policy, options.entries) for policy in POLICIES
+        }
         for cache in caches.values():
             cache.fill(options.entries * 5 // 4)
         rows = []
