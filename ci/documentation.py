@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from _s3 import s3_server
+from _s3 import s3_server  # noqa: E402
 
 _FENCE: Final = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NOT_RUN: Final = re.compile(r"<!-- not run: [^>]*-->\s*\Z")
@@ -142,8 +142,12 @@ def main() -> int:
         bucket.mkdir(parents=True)
         with s3_server(bucket.parent, anonymous=True) as server:
             os.environ |= {
-                **{"AWS_ENDPOINT_URL": server.endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
-                **{"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "XZCACHE_MIN_FREE": "0"},
+                "AWS_ENDPOINT_URL": server.endpoint,
+                "AWS_ACCESS_KEY_ID": "a",
+                "AWS_SECRET_ACCESS_KEY": "b",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+                "XZCACHE_MIN_FREE": "0",
             }
             import distributed  # noqa: F401
             import xarray  # noqa: F401
