@@ -340,7 +340,7 @@ for upstream in ("obstore", "fsspec"):
         f"server down, {upstream}",
         lambda w, read=read: read(f"{CLOSED}/x.zarr"),
         ConnectionError,
-        f"{CLOSED}/x.zarr: the server cannot be reached (no connection): check that it runs, the address and endpoint_url",
+        f"{CLOSED}/x.zarr: the server cannot be reached (no connection): check that it runs, the address and",
         cause=True,
     )
     row(

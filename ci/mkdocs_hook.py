@@ -1,7 +1,7 @@
 """A hook of MkDocs: pages and pictures that lie outside of `docs/`, and links as they are right in the repository.
 
-Every link of a page is written for the repository, so that it works wherever the files are shown. Here it becomes a link
-between pages of the site. A link to a file that is no page of the site loses its target.
+Every link of a page is written for the repository, so that it works wherever the files are shown. Here it becomes a
+link between pages of the site. A link to a file that is no page of the site loses its target.
 """
 
 from __future__ import annotations
