@@ -65,7 +65,7 @@ def run(page: Path) -> None:
     if "client." in text and "client = " not in text:
         from distributed import Client
 
-        names["client"] = Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None)
+        names["client"] = Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None)  # type: ignore[no-untyped-call]
     for block in blocks(page):
         if block.language == "python":
             # the lines of the page, for a traceback

@@ -281,6 +281,7 @@ row(
     lambda w: opened(w / "deep.zarr", group="nope"),
     KeyError,
     "{root}/deep.zarr has no group 'nope': it has 'surface'",
+    cause=True,
 )
 row(
     "a group, where there is none",
@@ -293,6 +294,13 @@ row(
     lambda w: opened(w / "era5.zarr", group="t2m"),
     ValueError,
     "'t2m' in {root}/era5.zarr is an array and no group: open the group that has it",
+    cause=True,
+)
+row(
+    "another format",
+    lambda w: opened(w / "era5.zarr", zarr_format=2),
+    FileNotFoundError,
+    "{root}/era5.zarr has a group at its root, but of another format: leave zarr_format out",
     cause=True,
 )
 row(

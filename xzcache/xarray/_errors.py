@@ -103,7 +103,9 @@ _PATIENCE: Final = 5.0
 
 
 def explained(error: Exception, store: CacheStore, given: object, group: object = None) -> Exception | None:
-    """The error with a line that helps, to be raised from it; None if it serves as it is.
+    """An error with a line that helps, to be raised from the given one; None if that serves as it is.
+
+    Of what xarray and Zarr raise, it has the same type, or the built-in one that theirs derives from.
 
     Parameters
     ----------
@@ -122,9 +124,7 @@ def explained(error: Exception, store: CacheStore, given: object, group: object 
     if isinstance(error, FileNotFoundError) and type(error) is not FileNotFoundError:
         return _not_found(name, source)
     if isinstance(error, KeyError) and isinstance(group, str) and group.strip("/").split("/")[-1] in str(error):
-        # what xarray raises, so that it is caught as before
-        error.args = (f"{name} has no group {group!r}: it has {_within(source) or 'no groups'}",)
-        return None
+        return KeyError(f"{name} has no group {group!r}: it has {_within(source) or 'no groups'}")
     if isinstance(error, ValueError) and str(error).startswith((".zmetadata", "Consolidated metadata requested")):
         return ValueError(f"{name} has no consolidated metadata: leave consolidated=True out")
     if isinstance(error, AttributeError) and isinstance(group, str) and "'Array' object" in str(error):
@@ -183,6 +183,8 @@ def _not_found(name: str, source: Store) -> Exception | None:
     if said := format_by_name(name):
         return FileNotFoundError(f"{name}: {said}")
     try:
+        if _has_root(source):
+            return FileNotFoundError(f"{name} has a group at its root, but of another format: leave zarr_format out")
         found = _within(source, raises=True)
     except Exception as error:
         # nothing found where nothing can be listed says nothing
@@ -202,6 +204,15 @@ def _within(source: Store, *, raises: bool = False) -> str:
             raise
         return ""
     return ", ".join(map(repr, found[:_AT_MOST])) + (", ..." if len(found) > _AT_MOST else "")
+
+
+def _has_root(source: Store) -> bool:
+    """Whether there is a group at the root, of either format."""
+
+    async def found() -> bool:
+        return await source.exists("zarr.json") or await source.exists(".zgroup")
+
+    return bool(sync(asyncio.wait_for(found(), _PATIENCE), timeout=2 * _PATIENCE))
 
 
 async def _first_of(source: Store) -> list[str]:
