@@ -552,7 +552,9 @@ class CacheStore(ReadableView, WritableView):
     # Zarr puts both into its messages: use one constant line that opens nothing and waits for nothing
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r})"
+        asked = self._asked_max_size
+        bound = f", max_size={settings.shown_size(asked)!r}" if isinstance(asked, int) else ""
+        return f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r}{bound})"
 
     def __str__(self) -> str:
         return one_line(f"xzcache({self.source.label})")
