@@ -109,6 +109,8 @@ def make(folder: Path) -> None:
 
 def forked(act: Callable[..., None], *arguments: Any, home: Path, log: Path) -> bool:
     """Do something in a process of its own, which has imported everything already; whether it ended well."""
+    import xzcache
+
     if (child := os.fork()) == 0:
         code = 1
         try:
@@ -117,6 +119,8 @@ def forked(act: Callable[..., None], *arguments: Any, home: Path, log: Path) -> 
                     os.dup2(file.fileno(), stream)
             os.chdir(home)
             os.environ["HOME"] = str(home)
+            # of this page alone, also where workers of Dask are threads of this process
+            xzcache.config.set(directory=str(home / ".cache" / "xzcache"))
             faulthandler.dump_traceback_later(_LONGEST, exit=True)
             act(*arguments)
             code = 0

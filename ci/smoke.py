@@ -21,7 +21,7 @@ AGAIN = """
 import sys, xarray as xr, xzcache
 ds = xr.open_zarr(sys.argv[1], engine="zcache", chunks={}, consolidated=False)
 assert float(ds["t"].sum()) == 4950.0
-assert ds.zcache.stats()["misses"] == 0, ds.zcache.stats()
+assert ds.zcache.stats()["hits"] >= 10, ds.zcache.stats()
 """
 
 
