@@ -131,7 +131,9 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(directory: str | os.PathLike[str], *, latency: float = 0.0) -> Iterator[S3Server]:
+def s3_server(
+    directory: str | os.PathLike[str], *, latency: float = 0.0, anonymous: bool = False
+) -> Iterator[S3Server]:
     """Serve a directory by S3 until the block is left.
 
     Parameters
@@ -140,6 +142,8 @@ def s3_server(directory: str | os.PathLike[str], *, latency: float = 0.0) -> Ite
         Its folders are the buckets. Files put there by other means are objects too, within a second.
     latency
         Seconds that every request waits, as it would for an object store that is not on this machine.
+    anonymous
+        Whether requests without a signature are answered, as for a public bucket.
     """
     if not latency >= 0:
         raise ValueError(f"latency={latency!r}: seconds are expected, 0 or more")
@@ -149,7 +153,8 @@ def s3_server(directory: str | os.PathLike[str], *, latency: float = 0.0) -> Ite
     access_key, secret_key = secrets.token_hex(10).upper(), secrets.token_hex(20)
     # Whatever the user has set up for an rclone of their own is no business of this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
-    environment["RCLONE_AUTH_KEY"] = f'"{access_key},{secret_key}"'  # ps shows a command line to everybody
+    if not anonymous:
+        environment["RCLONE_AUTH_KEY"] = f'"{access_key},{secret_key}"'  # ps shows a command line to everybody
     with subprocess.Popen(
         [sys.executable, "-I", __file__, _find_rclone(), os.fspath(directory), str(latency)],
         stdin=subprocess.PIPE,  # it ends when this process does, however that ends: see _serve

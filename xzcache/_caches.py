@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from xzcache._config import UNSET, Unset, as_found, chosen_max_size, config, parse_root
+from xzcache._config import UNSET, PolicyName, Unset, as_found, chosen_max_size, config, parse_root
 from xzcache.anystore import StoreBackend
 from xzcache.directory import SharedBackend, can_be_made, is_plain, private_name, resolve_directory, temporary
 from xzcache.local import LockedLocalStore
@@ -86,7 +86,7 @@ def _warn_of(place: str, usual: str) -> None:
 
 
 def cache_store_of(
-    given: Store | str | Path | None, max_size: int | Unset | None, policy: str | Unset = UNSET
+    given: Store | str | os.PathLike[str] | None, max_size: int | Unset | None, policy: PolicyName | Unset = UNSET
 ) -> Store:
     """The store that holds the cache, from the user's argument."""
     accepted = "a Zarr store that supports deletes, a path, or None for the default cache"
@@ -131,7 +131,9 @@ def _is_cache(root: Path) -> bool:
     return os.path.isdir(os.path.join(resolve_directory(os.path.abspath(root)), META))
 
 
-def _located(name: str, path: str | Path, max_size: int | Unset | None, policy: str | Unset) -> LockedLocalStore:
+def _located(
+    name: str, path: str | os.PathLike[str], max_size: int | Unset | None, policy: PolicyName | Unset
+) -> LockedLocalStore:
     """The store in a directory whose parameter has another name than `root`."""
     try:
         return LockedLocalStore(path, max_size=max_size, policy=policy)

@@ -2,34 +2,39 @@
 
 `config` is a `donfig.Config <https://donfig.readthedocs.io>`_: settings come from the defaults below, then the section
 ``xzcache`` of Dask's configuration as it is at import (``DASK_XZCACHE__MAX_SIZE=50GB``), then YAML files
-(``~/.config/xzcache/*.yaml``, ``/etc/xzcache``), then the environment (``XZCACHE_MAX_SIZE=50GB``), then
-``xzcache.config.set(max_size="50 GB")``.
+(``~/.config/xzcache/*.yaml``, ``/etc/xzcache``; at their top or in a section ``xzcache``), then the environment
+(``XZCACHE_MAX_SIZE=50GB``), then ``xzcache.config.set(max_size="50 GB")``.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import logging
 import math
 import operator
 import os
+import re
 import stat
 import time
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeVar, cast, get_args
 
 import dask.config
 from dask.utils import parse_bytes
 from donfig import Config
-from donfig.config_obj import collect_env, collect_yaml
+from donfig.config_obj import ConfigSet, collect_env, collect_yaml, merge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger("xzcache")
 
@@ -75,19 +80,82 @@ def _of_dask() -> dict[str, Any]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question that names the nearest known name, for the end of a message; empty if none is near."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1)
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1, cutoff=0.7)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def refuse_misspelled(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise `TypeError` for a keyword that is unknown, if a known one is near."""
+    for name in given:
+        if name not in known and (hint := nearest(name, known)):
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def with_hints(function: Callable[P, R]) -> Callable[P, R]:
+    """The `__init__` of a class whose callers are told the nearest keyword for a misspelled one."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kwargs.keys() <= known:
+            refuse_misspelled(type(args[0]).__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file, which are at its top, or in a section ``xzcache`` as in the files of Dask."""
+    section = found.get("xzcache")
+    rest = {name: value for name, value in found.items() if name != "xzcache" or not isinstance(value, dict | None)}
+    return {**rest, **section} if isinstance(section, dict) else rest
+
+
+class _Set(ConfigSet):  # type: ignore[misc]
+    """Settings that were set, until the end of a ``with`` statement; displayed, they say which are no settings."""
+
+    def __init__(self, config: Any, lines: list[str], given: Mapping[str, Any]) -> None:
+        super().__init__(config.config, config.config_lock, config.deprecations, given)
+        self._shown = "\n".join([f"xzcache.config.set({given!r})", *lines])
+
+    def __repr__(self) -> str:
+        return self._shown
 
 
 class _Config(Config):  # type: ignore[misc]
     """A donfig configuration that warns of names that are no settings."""
 
+    def collect(self, paths: list[str] | None = None, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """As `donfig.Config.collect`; the settings of a file may be in a section ``xzcache``."""
+        files = [_flat(each) for each in collect_yaml(self.paths if paths is None else paths)]
+        return dict(merge(*files, collect_env(self.env_prefix, self.env if env is None else env)))
+
     def set(self, arg: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """As `donfig.Config.set`."""
-        for name in (*(arg or ()), *kwargs):
+        """Set settings, until the end of a ``with`` statement if there is one.
+
+        Parameters
+        ----------
+        arg : mapping, optional
+            Settings and their values.
+        **kwargs
+            Further ones, for example ``max_size="20 GB"``.
+
+        Returns
+        -------
+        context manager
+            It restores the settings at its end. Displayed, it says which names are no settings.
+        """
+        given = {**(arg or {}), **kwargs}
+        lines = []
+        for name in given:
             if name.replace("-", "_") not in DEFAULTS:
-                warn_of_unknown(f"xzcache.config.set: {name} is no setting{nearest(name, DEFAULTS)}")
-        return super().set(arg, **kwargs)
+                lines.append(f"xzcache.config.set: {name} is no setting{_meant(name)}")
+                warn_of_unknown(lines[-1])
+        return _Set(self, lines, given)
+
+
+def _meant(name: str) -> str:
+    return nearest(name, DEFAULTS) or "; `xzcache config` lists all settings"
 
 
 _warned: Final[set[str]] = set()
@@ -130,6 +198,8 @@ AS_ZARR: Final[Mapping[str, Any]] = {
 Infinity = Literal["infinity"]
 Age = float | Infinity
 Revalidate = bool | float | Literal["open", "strict"]
+PolicyName = Literal["lru", "adaptive", "none"]
+Upstream = Literal["auto", "obstore", "fsspec"]
 
 
 def _refuse(name: str, value: object, accepted: str, error: type[Exception] = ValueError) -> Exception:
@@ -273,20 +343,20 @@ def parse_flag(name: str, value: Any) -> bool:
     return value
 
 
-def parse_policy(name: str, value: Any) -> str:
+def parse_policy(name: str, value: Any) -> PolicyName:
     """The name of an eviction policy."""
-    if not isinstance(value, str) or value not in ("lru", "adaptive", "none"):
+    if not isinstance(value, str) or value not in get_args(PolicyName):
         error = ValueError if isinstance(value, str) else TypeError
         raise _refuse(name, value, '"lru" (least recently used), "adaptive" or "none"', error)
-    return value
+    return cast(PolicyName, value)
 
 
-def parse_upstream(name: str, value: Any) -> str:
+def parse_upstream(name: str, value: Any) -> Upstream:
     """The name of a library that reads URLs."""
-    if not isinstance(value, str) or value not in ("auto", "obstore", "fsspec"):
+    if not isinstance(value, str) or value not in get_args(Upstream):
         error = ValueError if isinstance(value, str) else TypeError
         raise _refuse(name, value, '"auto" (obstore where it can, else fsspec), "obstore" or "fsspec"', error)
-    return value
+    return cast(Upstream, value)
 
 
 def parse_min_free(name: str, value: Any) -> float | int:
@@ -420,7 +490,7 @@ def origin_of(name: str) -> str:
         return f"environment, {key}"
     for path, found in reversed(_yaml_files()):
         if found.get(name, found.get(name.replace("_", "-"), UNSET)) == value:
-            return f"file {path}"
+            return f"file {path}{_line_of(path, name)}"
     if name in (section := _of_dask()) and section[name] == value:
         return f"Dask's configuration, xzcache.{name}"
     return "default" if value == DEFAULTS.get(name) else "xzcache.config.set"
@@ -438,8 +508,20 @@ def _yaml_files() -> list[tuple[str, dict[str, Any]]]:
         names = sorted(os.listdir(place)) if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK) else []
         for path in [os.path.join(place, name) for name in names] if os.path.isdir(place) else [place]:
             if path.lower().endswith((".json", ".yaml", ".yml")):
-                found += [(path, each) for each in collect_yaml([path]) if isinstance(each, dict)]
+                found += [(path, _flat(each)) for each in collect_yaml([path]) if isinstance(each, dict)]
     return found
+
+
+def _line_of(path: str, name: str) -> str:
+    """The line of a configuration file that has a name, for people; empty if it is not found."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeError):
+        return ""
+    spelled = "[_-]".join(map(re.escape, re.split("[_-]", name)))
+    found = [at for at, line in enumerate(lines, 1) if re.match(rf"[\s{{,]*[\"']?{spelled}[\"']?\s*:", line)]
+    return f", line {found[-1]}" if found else ""
 
 
 def unknown_settings() -> list[str]:
@@ -447,12 +529,12 @@ def unknown_settings() -> list[str]:
     prefix, ours = config.env_prefix, {"CONFIG", "ROOT_CONFIG", "INTERNAL_INHERIT_CONFIG"}
     named = [(f"environment, {key}", key[len(prefix) :]) for key in config.env if key.startswith(prefix)]
     named = [(where, key.lower()) for where, key in named if key not in ours]
-    named += [(f"file {path}", str(name)) for path, found in _yaml_files() for name in found]
+    named += [(f"file {path}{_line_of(path, str(name))}", str(name)) for path, found in _yaml_files() for name in found]
     named += [("Dask's configuration", name) for name in _of_dask()]
     lines = []
     for where, name in named:
         if name.replace("-", "_") not in DEFAULTS:
-            lines.append(f"{where}: {name} is no setting{nearest(name, DEFAULTS)}")
+            lines.append(f"{where}: {name} is no setting{_meant(name)}")
     return lines
 
 

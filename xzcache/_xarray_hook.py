@@ -85,10 +85,12 @@ def _with_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return theirs(store, *args, **kwargs)
             except TypeError as error:
-                engine = kwargs.get("engine")
-                if isinstance(engine, str) and (hint := nearest(engine, ("zcache",))):
-                    error.add_note(f"{engine} is no engine{hint}")
-                raise
+                if (engine := kwargs.get("engine")) is None:
+                    raise
+                hint = nearest(engine, ("zcache",)) if isinstance(engine, str) else ""
+                hint = hint or "; xr.open_dataset has the other engines"
+                said = f'open_zarr() knows no engine but "zcache", not {engine!r}{hint}'
+                raise TypeError(said) from error
         return _opener["zcache"](store, *args, **kwargs)
 
     signature = inspect.signature(theirs)

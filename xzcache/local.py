@@ -18,6 +18,7 @@ from xzcache import _threads as pool
 from xzcache import files
 from xzcache._config import (
     UNSET,
+    PolicyName,
     Unset,
     as_found,
     config,
@@ -27,6 +28,7 @@ from xzcache._config import (
     parse_policy,
     parse_root,
     parse_threads,
+    with_hints,
 )
 from xzcache._display import one_line
 from xzcache.directory import Audit, audit, is_plain, open_directory
@@ -78,14 +80,15 @@ class LockedLocalStore(LocalStore):
     is_default = False
     """Whether this is the default cache of the machine, whose bound a `max_size` raises but never lowers."""
 
+    @with_hints
     def __init__(
         self,
-        root: Path | str,
+        root: str | os.PathLike[str],
         *,
         read_only: bool = False,
         max_size: int | str | Unset | None = UNSET,
-        min_free: float | int | str | Unset = UNSET,
-        policy: str | Unset = UNSET,
+        min_free: float | str | Unset = UNSET,
+        policy: PolicyName | Unset = UNSET,
     ) -> None:
         place = parse_root(root)
         parse_flag("read_only", read_only)
@@ -101,7 +104,7 @@ class LockedLocalStore(LocalStore):
         self._use = self._directory.used_by(self)
 
     @classmethod
-    def of_default_cache(cls, root: str, max_size: int | Unset | None, policy: str | Unset) -> Self:
+    def of_default_cache(cls, root: str, max_size: int | Unset | None, policy: PolicyName | Unset) -> Self:
         """The default cache, for `CacheStore`, with a bound that was asked for there."""
         store = cls(root, policy=policy)
         store.is_default = True
@@ -120,7 +123,7 @@ class LockedLocalStore(LocalStore):
         with as_found():
             return type(self)(self._given_root, **{**self._settings(), "read_only": read_only})
 
-    def with_bound(self, max_size: int | Unset | None, policy: str | Unset) -> Self:
+    def with_bound(self, max_size: int | Unset | None, policy: PolicyName | Unset) -> Self:
         """The same directory, for `CacheStore`, with a bound and a policy that were asked for there."""
         with as_found():
             if self.is_default:

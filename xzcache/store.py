@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import warnings
 from collections.abc import Coroutine, Generator, Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
 
 from zarr.abc.store import Store
@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 from xzcache import _config as settings
 from xzcache import _threads as pool
 from xzcache._caches import backend_of, cache_store_of, checked_namespace, label_of
-from xzcache._config import AS_ZARR, UNSET, Age, Revalidate, Unset, config
+from xzcache._config import AS_ZARR, UNSET, Age, PolicyName, Revalidate, Unset, Upstream, config, with_hints
 from xzcache._display import Display, one_line
 from xzcache.anystore import StoreBackend
 from xzcache.local import LockedLocalStore
@@ -36,6 +36,7 @@ from xzcache.reading import (
 )
 from xzcache.sources import (
     Identity,
+    SourceLike,
     identify,
     is_at_hand,
     is_same_source,
@@ -392,21 +393,22 @@ class CacheStore(ReadableView, WritableView):
     1
     """
 
+    @with_hints
     def __init__(
         self,
-        store: Any,
+        store: SourceLike,
         *,
-        cache_store: Store | str | Path | None = None,
-        max_age_seconds: Age | str | Unset = UNSET,
+        cache_store: Store | str | os.PathLike[str] | None = None,
+        max_age_seconds: Age | Unset = UNSET,
         max_size: int | str | Unset | None = UNSET,
         cache_set_data: bool | Unset = UNSET,
         read_only: bool = False,
         namespace: str | None = None,
-        revalidate: Revalidate | str | Unset = UNSET,
-        missing_max_age_seconds: Age | str | Unset = UNSET,
-        policy: str | Unset = UNSET,
+        revalidate: Revalidate | Unset = UNSET,
+        missing_max_age_seconds: Age | Unset = UNSET,
+        policy: PolicyName | Unset = UNSET,
         storage_options: Mapping[str, Any] | None = None,
-        upstream: str | Unset = UNSET,
+        upstream: Upstream | Unset = UNSET,
     ) -> None:
         self.max_age_seconds: Age = settings.chosen("max_age_seconds", max_age_seconds, settings.parse_age)
         self.cache_set_data: bool = settings.chosen("cache_set_data", cache_set_data, settings.parse_flag)
@@ -414,7 +416,7 @@ class CacheStore(ReadableView, WritableView):
         self.missing_max_age_seconds: Age = settings.chosen(
             "missing_max_age_seconds", missing_max_age_seconds, settings.parse_age
         )
-        self.policy: str = settings.chosen("policy", policy, settings.parse_policy)
+        self.policy: PolicyName = settings.chosen("policy", policy, settings.parse_policy)
         self._asked_policy = policy if isinstance(policy, Unset) else self.policy
         settings.parse_threads("threads", config.get("threads"))
         self._asked_max_size = max_size if isinstance(max_size, Unset) else settings.parse_bound("max_size", max_size)
@@ -571,7 +573,9 @@ class CacheStore(ReadableView, WritableView):
     # Zarr puts both into its messages: use one constant line that opens nothing and waits for nothing
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r})"
+        asked = self._asked_max_size
+        bound = f", max_size={settings.shown_size(asked)!r}" if isinstance(asked, int) else ""
+        return f"{type(self).__name__}(store={self.source.label!r}, cache_store={label_of(self._cache)!r}{bound})"
 
     def __str__(self) -> str:
         return one_line(f"xzcache({self.source.label})")

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Final, Literal
 
 from _measure import alternate
 from _report import Report, arguments
@@ -29,7 +29,7 @@ ENTRIES: Final = 100_000
 BYTES: Final = 2000
 AT_ONCE: Final = 32
 NAMESPACE: Final = "source"
-POLICIES: Final = ("lru", "adaptive")
+POLICIES: Final[tuple[Literal["lru", "adaptive"], ...]] = ("lru", "adaptive")
 CALLS: Final = 2048
 HITS_OF_A_MISS: Final = 3
 GHOSTS: Final = 16
@@ -50,7 +50,7 @@ _VALUE: Final = _PROTOTYPE.buffer.from_bytes(bytes(BYTES))
 class Cache:
     """A full cache of one policy."""
 
-    def __init__(self, root: Path, policy: str, entries: int) -> None:
+    def __init__(self, root: Path, policy: Literal["lru", "adaptive"], entries: int) -> None:
         bound = entries * BYTES
         source = MemoryStore(Everything())
         self.store = xzcache.CacheStore(
@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=30, help="seconds for each comparison")
     options = parser.parse_args()
     with Report("eviction", options.out) as report, tempfile.TemporaryDirectory() as scratch:
-        caches = {policy: Cache(Path(scratch) / policy, policy, options.entries) for policy in POLICIES}
+        caches: dict[str, Cache] = {
+            policy: Cache(Path(scratch) / policy, policy, options.entries) for policy in POLICIES
+        }
         for cache in caches.values():
             cache.fill(options.entries * 5 // 4)
         rows = []

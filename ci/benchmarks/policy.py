@@ -13,7 +13,7 @@ from ctypes import c_long
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from _policies import IN_A_ROW, POLICIES, PROCESSES, Trace, recorded
@@ -91,7 +91,7 @@ def show(report: Report, measured: Mapping[str, Cells]) -> None:
 # -- end to end
 
 
-def work(root: str, policy: str, room: int, trace: Trace, at: Any, hits: Any) -> None:
+def work(root: str, policy: Literal["lru", "adaptive"], room: int, trace: Trace, at: Any, hits: Any) -> None:
     """In each process: take some accesses, as long as there are any."""
     store = xzcache.LockedLocalStore(root, max_size=room, min_free=0, policy=policy)
     value = default_buffer_prototype().buffer.from_bytes(bytes(BYTES))

@@ -11,7 +11,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import zarr
@@ -38,7 +38,7 @@ def locked(store: Store, directory: str) -> Store:
     return xzcache.LockedLocalStore(store.root, read_only=store.read_only)
 
 
-def _cached(store: Store, directory: str, policy: str) -> Store:
+def _cached(store: Store, directory: str, policy: Literal["lru", "adaptive"]) -> Store:
     return xzcache.CacheStore(store, cache_store=directory, policy=policy, max_size="500 kB", read_only=store.read_only)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import cpu, default_buffer_prototype
@@ -67,11 +68,11 @@ class Work:
     Parameters
     ----------
     source, cache : Path
-    max_age_seconds : float or str
+    max_age_seconds : float or "infinity"
         As for `CacheStore`.
     """
 
-    def __init__(self, source: Path, cache: Path, max_age_seconds: float | str = "infinity") -> None:
+    def __init__(self, source: Path, cache: Path, max_age_seconds: float | Literal["infinity"] = "infinity") -> None:
         self.source = source
         self.store = xzcache.CacheStore(
             LocalStore(source),

@@ -211,7 +211,7 @@ def test_settings_and_where_they_come_from(tmp_path: Path) -> None:
     assert done.code == 0
     found = {row["name"]: (row["value"], row["origin"]) for row in done.json["settings"]}
     assert found["max_size"] == ("5 GB", "environment, XZCACHE_MAX_SIZE")
-    assert found["policy"] == ("adaptive", f"file {folder / 'mine.yaml'}")
+    assert found["policy"] == ("adaptive", f"file {folder / 'mine.yaml'}, line 1")
     assert found["threads"][0] == 7
     assert "Dask" in found["threads"][1]
     assert found["revalidate"] == ("open", "default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -221,7 +222,8 @@ def test_an_unknown_argument(name: str, tmp_path: Path) -> None:
         lambda: xzcache.CacheStore(tmp_path / "source", cache_store=tmp_path / "cache", **{name: 1}),
         lambda: xzcache.LockedLocalStore(tmp_path / "cache", **{name: 1}),
     ):
-        with pytest.raises(TypeError, match=name):
+        hint = {"maxsize": ", did you mean max_size", "cachestore": ", did you mean cache_store"}.get(name, "")
+        with pytest.raises(TypeError, match=f"'{name}'{hint if 'cache' not in name else ''}"):
             make()
     assert list(tmp_path.iterdir()) == []
 
@@ -457,8 +459,15 @@ def _said_by_a_process(tmp_path: Path, yaml: str = "", code: str = "", **env: st
             {"XZCACHE_MAX_SISE": "5 GB"},
             "environment, XZCACHE_MAX_SISE: max_sise is no setting, did you mean max_size?",
         ),
-        ("polcy: lru\n", "", {}, "settings.yaml: polcy is no setting, did you mean policy?"),
-        ("xzcache:\n  max_size: 5 GB\n", "", {}, "settings.yaml: xzcache is no setting"),
+        ("polcy: lru\n", "", {}, "settings.yaml, line 1: polcy is no setting, did you mean policy?"),
+        (
+            "# of the cache\nxzcache:\n  max_size: 5 GB\n  polcy: lru\n",
+            "",
+            {},
+            "settings.yaml, line 4: polcy is no setting, did you mean policy?",
+        ),
+        ("colour: red\n", "", {}, "line 1: colour is no setting; `xzcache config` lists all settings"),
+        ("xzcache: 5\n", "", {}, "settings.yaml, line 1: xzcache is no setting; `xzcache config` lists all settings"),
         ("", "", {"DASK_XZCACHE__TREADS": "2"}, "Dask's configuration: treads is no setting, did you mean threads?"),
         (
             "",
@@ -476,6 +485,35 @@ def test_a_name_that_is_no_setting_is_logged_once(
     assert said.strip().endswith(expected), said
 
 
-def test_a_bad_value_is_said_to_come_from_the_environment(tmp_path: Path) -> None:
-    said = _said_by_a_process(tmp_path, XZCACHE_MAX_SIZE="5 XB")
-    assert said.strip().endswith("(from environment, XZCACHE_MAX_SIZE)"), said
+@pytest.mark.parametrize(
+    ("yaml", "code", "env", "origin"),
+    [
+        ("", "", {"XZCACHE_MAX_SIZE": "5 XB"}, "environment, XZCACHE_MAX_SIZE"),
+        ("max_size: 5 XB\n", "", {}, "file {home}/.config/xzcache/settings.yaml, line 1"),
+        ("\nxzcache:\n  policy: lru\n  max-size: 5 XB\n", "", {}, "file {home}/.config/xzcache/settings.yaml, line 4"),
+        ("", "xzcache.config.set(max_size='5 XB')", {}, "xzcache.config.set"),
+        ("", "", {"DASK_XZCACHE__MAX_SIZE": "5 XB"}, "Dask's configuration, xzcache.max_size"),
+    ],
+)
+def test_a_bad_value_is_said_to_come_from_somewhere(
+    yaml: str, code: str, env: dict[str, str], origin: str, tmp_path: Path
+) -> None:
+    said = _said_by_a_process(tmp_path, yaml, code, **env)
+    assert said.strip().endswith(f"(from {origin.format(home=tmp_path / 'home')})"), said
+
+
+@pytest.mark.parametrize("yaml", ["max_size: 5 GB\n", "xzcache:\n  max_size: 5 GB\n", "xzcache:\nmax-size: 5 GB\n"])
+def test_settings_of_a_file_are_at_its_top_or_in_a_section(yaml: str, tmp_path: Path) -> None:
+    code = "import sys; print(xzcache.CacheStore(zarr.storage.MemoryStore()).max_size, file=sys.stderr)"
+    assert _said_by_a_process(tmp_path, yaml, code) == "5000000000\n"
+    shutil.rmtree(tmp_path / "home")
+    assert _said_by_a_process(tmp_path, yaml, code, XZCACHE_MAX_SIZE="6 GB") == "6000000000\n"
+
+
+def test_what_was_set_is_shown_with_the_names_that_are_no_settings() -> None:
+    assert repr(xzcache.config.set(max_size="1 GB")) == "xzcache.config.set({'max_size': '1 GB'})"
+    before = xzcache.config.get("policy")
+    with xzcache.config.set({"max-sise": "1 GB"}, policy="none"):
+        assert xzcache.config.get("policy") == "none"
+    assert xzcache.config.get("policy") == before
+    assert "did you mean max_size?" in repr(xzcache.config.set(max_sise="1 GB"))

@@ -43,7 +43,8 @@ async def test_one_line_that_never_changes(cache_kind: str, tmp_path: Path) -> N
     before = repr(store), str(store)
     cache = str(tmp_path / "cache") if cache_kind == "directory" else "MemoryStore"
     source_name = store.source.label
-    assert before == (f"CacheStore(store={source_name!r}, cache_store={cache!r})", f"xzcache({source_name})")
+    shown = f"CacheStore(store={source_name!r}, cache_store={cache!r}, max_size='4 kB')"
+    assert before == (shown, f"xzcache({source_name})")
     for _ in range(3):
         await read(store, "c/0")
     assert (repr(store), str(store)) == before

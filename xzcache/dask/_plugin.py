@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from os import PathLike
 
+    from xzcache._config import Age, PolicyName, Revalidate, Upstream
     from xzcache.dask._prometheus import Exporter
     from xzcache.directory import CacheDirectory
 
@@ -121,17 +122,41 @@ class CachePlugin(WorkerPlugin):
     max_size : int or str, optional
         The bound of the whole cache of a node, in bytes or as ``"200 GB"``. If it is neither given nor configured, a
         directory keeps its bound.
-    min_free, max_age_seconds, missing_max_age_seconds, revalidate, cache_set_data, policy, upstream, pipeline,
-    promote_above, fetch_timeout, lock_timeout, threads
-        As in `xzcache.config`. The default is the configuration of the client, never the environment of the workers.
     remove_on_close : bool, optional
         Whether the last worker of a node that closes normally deletes the cache, if no other process uses it. A restart
         of all workers deletes it too.
+    min_free : float or str, optional
+        The free space to leave on the file system of each node: ``"5%"``, a fraction below 1, or a size.
+    max_age_seconds : float or "infinity", optional
+        How long an entry is served without revalidation, in seconds.
+    missing_max_age_seconds : float or "infinity", optional
+        How long a missing chunk is not requested again, in seconds.
+    revalidate : {"open", "strict", True, False} or float, optional
+        When metadata documents are asked for again.
+    cache_set_data : bool, optional
+        Whether values that are written through the cache are cached.
+    policy : {"lru", "adaptive", "none"}, optional
+        Which entries are evicted first.
+    upstream : {"auto", "obstore", "fsspec"}, optional
+        The library that reads URLs.
+    pipeline : bool, optional
+        Whether xzcache's codec pipeline reads arrays over a `CacheStore`.
+    promote_above : int or str, optional
+        Bytes read in ranges of one object after which the object is fetched whole.
+    fetch_timeout, lock_timeout : float, optional
+        Seconds to wait for another process's fetch of the same object, and for the lock on the index.
+    threads : int, optional
+        Threads of a worker that read large entries and write new ones.
 
     Raises
     ------
     ValueError, TypeError
         A parameter is invalid; the message names it, its value and the accepted values.
+
+    Notes
+    -----
+    A setting that is not given has the value of the configuration of the client, never of the environment of the
+    workers.
 
     Examples
     --------
@@ -141,20 +166,42 @@ class CachePlugin(WorkerPlugin):
     name = "xzcache"
     idempotent = False
 
+    @settings.with_hints
     def __init__(
         self,
         directory: str | PathLike[str] | None = None,
         max_size: int | str | None = None,
         *,
         remove_on_close: bool = False,
-        **options: Any,
+        min_free: float | str | None = None,
+        max_age_seconds: Age | None = None,
+        missing_max_age_seconds: Age | None = None,
+        revalidate: Revalidate | None = None,
+        cache_set_data: bool | None = None,
+        policy: PolicyName | None = None,
+        upstream: Upstream | None = None,
+        pipeline: bool | None = None,
+        promote_above: int | str | None = None,
+        fetch_timeout: float | None = None,
+        lock_timeout: float | None = None,
+        threads: int | None = None,
     ) -> None:
-        if unknown := options.keys() - _PARSERS.keys():
-            name = min(unknown)
-            hint = settings.nearest(name, ("directory", "remove_on_close", *_PARSERS))
-            raise TypeError(f"CachePlugin() got an unexpected keyword argument {name!r}{hint}")
         self.remove_on_close = settings.parse_flag("remove_on_close", remove_on_close)
-        given = {"max_size": max_size, **options}
+        given: dict[str, Any] = {
+            "max_size": max_size,
+            "min_free": min_free,
+            "max_age_seconds": max_age_seconds,
+            "missing_max_age_seconds": missing_max_age_seconds,
+            "revalidate": revalidate,
+            "cache_set_data": cache_set_data,
+            "policy": policy,
+            "upstream": upstream,
+            "pipeline": pipeline,
+            "promote_above": promote_above,
+            "fetch_timeout": fetch_timeout,
+            "lock_timeout": lock_timeout,
+            "threads": threads,
+        }
         configured = _process.configured()
         chosen = {name: given[name] if given.get(name) is not None else configured[name] for name in _PARSERS}
         self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}

@@ -7,7 +7,19 @@ and the libraries that read them: options and URLs are never shown with them.
 
 from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans
 from xzcache.sources._identity import Identity, identify, is_same_source, must_identify_again, remember, slug_of
-from xzcache.sources._open import WebStore, as_xarray, is_at_hand, is_url, local_path, open_source, path_of, spelled
+from xzcache.sources._obstore import OPTIONS
+from xzcache.sources._open import (
+    SourceLike,
+    WebStore,
+    as_xarray,
+    format_by_name,
+    is_at_hand,
+    is_url,
+    local_path,
+    open_source,
+    path_of,
+    spelled,
+)
 from xzcache.sources._outage import (
     Reach,
     in_short,
@@ -20,14 +32,17 @@ from xzcache.sources._outage import (
 from xzcache.sources._urls import scrub, shown
 
 __all__ = [
+    "OPTIONS",
     "FetchResult",
     "Identity",
     "Reach",
+    "SourceLike",
     "WebStore",
     "all_of",
     "as_xarray",
     "fetch",
     "fetch_spans",
+    "format_by_name",
     "identify",
     "in_short",
     "is_at_hand",

@@ -132,6 +132,9 @@ _AZURE_PARTS: Final = {
 }
 """Of a connection string."""
 
+OPTIONS: Final = frozenset({*_BOTH, *_S3, *_S3_NATIVE, *_GCS_NATIVE, *_AZURE, *_AZURE_NATIVE, "client_kwargs", "token"})
+"""The options of `storage_options` that are known, for those who misspell one."""
+
 SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
 """The URL schemes that obstore can read."""
 

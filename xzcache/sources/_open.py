@@ -6,10 +6,10 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
 from html import unescape
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 from urllib.parse import unquote
 
 import zarr.storage
@@ -17,16 +17,36 @@ from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath
 
+from xzcache._config import nearest
 from xzcache.sources._obstore import SCHEMES, Untranslatable, object_store
 from xzcache.sources._urls import certain, check_options, links, plain, scrub, shown, without_colons
 
 logger = logging.getLogger("xzcache.sources")
 
+
+class HasFileSystem(Protocol):
+    """A path within a file system of fsspec, such as a `UPath`."""
+
+    @property
+    def protocol(self) -> str: ...
+
+    @property
+    def fs(self) -> Any: ...
+
+    @property
+    def path(self) -> str: ...
+
+
+SourceLike: TypeAlias = Store | StorePath | str | os.PathLike[str] | HasFileSystem | MutableMapping[str, Any]
+"""What a source is given as: a store, a path, a URL, a UPath, an FSMap, or a dictionary of buffers."""
+
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
+_EXTRAS: Final = {"gcs": ("gs", "gcs"), "azure": ("az", "abfs", "abfss", "adl")}
+"""The extra of the package for those schemes that `remote` does not serve."""
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
 
 
-_SLASH_MISSING: Final = re.compile(rf"({'|'.join(SCHEMES)}):", re.IGNORECASE)
+_SLASH_MISSING: Final = re.compile(rf"({'|'.join(SCHEMES)}):/*", re.IGNORECASE)
 
 
 def is_url(store: object) -> bool:
@@ -67,8 +87,8 @@ def path_of(path: str | os.PathLike[str]) -> str:
 
 
 def _lacks_slashes(text: str) -> bool:
-    """Whether a string with a user name is a URL without slashes, and not an existing path."""
-    return "@" in text and _SLASH_MISSING.match(text) is not None and not os.path.exists(path_of(text))
+    """Whether a string is a URL without slashes, and not an existing path."""
+    return _SLASH_MISSING.match(text) is not None and not os.path.exists(path_of(text))
 
 
 def as_xarray(path: str | os.PathLike[str]) -> str:
@@ -109,6 +129,11 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         options = _copied(storage_options or {})
         check_options(options)
         return _from_url(plain(certain(store, "store")), options, read_only=read_only, upstream=upstream)
+    if isinstance(store, str) and _lacks_slashes(store):
+        # never with its value, if that may be a secret
+        meant = _SLASH_MISSING.sub(r"\1://", store)
+        hint = f": give {_ACCEPTED}" if "@" in store else f", did you mean {shown(meant)}?"
+        raise ValueError(f"store is neither an existing path nor a URL (no slashes){hint}")
     if storage_options is not None:
         is_path = isinstance(store, str | os.PathLike)
         kind = "path" if is_path else f"{type(store).__name__}, which has its options already"
@@ -134,9 +159,6 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
     if isinstance(store, str):
         if not store:
             raise ValueError(f"store='' is not accepted: give {_ACCEPTED}")
-        if _lacks_slashes(store):
-            # never with its value, which may be a secret
-            raise ValueError(f"store is neither an existing path nor a URL (no slashes): give {_ACCEPTED}")
         return _local(store, read_only=read_only)
     if type(store).__name__ == "FSMap":
         _check_path(store.fs, store.root)
@@ -159,7 +181,68 @@ def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
     # resolve the path now: a change of the working directory or of a link must not change it
-    return LocalStore(Path(os.path.realpath(path_of(path))), read_only=read_only)
+    place = os.path.realpath(path_of(path))
+    if os.path.isfile(place):
+        raise ValueError(f"store={os.fspath(path)!r} {_format_of_file(place)}")
+    return LocalStore(Path(place), read_only=read_only)
+
+
+class _Format(NamedTuple):
+    """A format of files that are no Zarr stores."""
+
+    name: str
+    advice: str
+    beginnings: tuple[bytes, ...]
+    endings: tuple[str, ...]
+
+
+_FORMATS: Final = (
+    _Format(
+        "a NetCDF file", 'xr.open_dataset(..., engine="netcdf4")', (b"CDF\x01", b"CDF\x02", b"CDF\x05"), (".nc", ".cdf")
+    ),
+    _Format(
+        "a NetCDF or HDF5 file",
+        'xr.open_dataset(..., engine="h5netcdf")',
+        (b"\x89HDF\r\n",),
+        (".nc4", ".h5", ".hdf5", ".he5", ".hdf"),
+    ),
+    _Format("a GRIB file", 'xr.open_dataset(..., engine="cfgrib")', (b"GRIB",), (".grib", ".grib2", ".grb", ".grb2")),
+    _Format("a TIFF file", "rioxarray.open_rasterio(...)", (b"II*\0", b"MM\0*"), (".tif", ".tiff")),
+    _Format(
+        "a zip file", 'zarr.storage.ZipStore(..., mode="r") as the store', (b"PK\x03\x04", b"PK\x05\x06"), (".zip",)
+    ),
+    _Format(
+        "an HTML page", "the address of the data themselves", (b"<!DOCTYPE", b"<!doctype", b"<html"), (".html", ".htm")
+    ),
+    _Format(
+        "a JSON file",
+        '"reference://" with storage_options={"fo": ...} if these are references of kerchunk',
+        (b"{",),
+        (".json",),
+    ),
+    _Format("a Parquet file", "pandas.read_parquet(...)", (b"PAR1",), (".parquet",)),
+)
+
+
+def _format_of_file(path: str) -> str:
+    """What to say of a file, by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            first = file.read(16).lstrip()
+    except OSError:
+        first = b""
+    for each in _FORMATS:
+        if first.startswith(each.beginnings):
+            return f"is {each.name}, not a Zarr store: use {each.advice}"
+    return "is a file, not a Zarr store: give a directory or a URL"
+
+
+def format_by_name(name: str) -> str | None:
+    """What to say of a source in which no Zarr store was found, if its name is that of a file."""
+    for each in _FORMATS:
+        if name.lower().endswith(each.endings):
+            return f"this is {each.name} by its name, not a Zarr store: use {each.advice}"
+    return None
 
 
 def _check_path(fs: Any, path: str) -> None:
@@ -193,7 +276,10 @@ def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: s
                 # where there is no other, it has to find its credentials itself
                 return _over_obstore(url, options, read_only=read_only, sure=True)
             except (Untranslatable, ImportError) as reason:
-                raise ImportError(f"{missing}; or install obstore, as 'xzcache[remote]' does ({reason})") from missing
+                extra = next((extra for extra, names in _EXTRAS.items() if scheme in names), "remote")
+                raise ImportError(
+                    f"{shown(url)} needs a package that reads it: pip install 'xzcache[{extra}]' ({missing}; {reason})"
+                ) from missing
         raise
 
 
@@ -220,6 +306,8 @@ def _over_fsspec(url: str, options: dict[str, Any], *, read_only: bool) -> Store
     try:
         kind = fsspec.get_filesystem_class(outermost)
     except ValueError:
+        if hint := nearest(outermost, SCHEMES):
+            raise ValueError(f"store is a URL of the scheme {outermost!r}, which nothing here reads{hint}") from None
         known = ", ".join(sorted(set(fsspec.available_protocols()) - set(SCHEMES)))
         raise ValueError(
             f"store is a URL of the scheme {outermost!r}, which nothing here reads. obstore (in 'xzcache[remote]') "

@@ -7,6 +7,7 @@ that.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,16 +21,23 @@ from xarray.backends.zarr import ZarrBackendEntrypoint
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
-from xzcache._config import UNSET, chosen, config, nearest, parse_flag
+from xzcache._config import UNSET, chosen, config, parse_flag, refuse_misspelled
 from xzcache._xarray_hook import attribute_warnings_to, is_ours, original
 from xzcache.model import SourceUnreachable
 from xzcache.pipeline import give, take
 from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
+from xzcache.xarray._errors import explained, hint_of_groups
 from xzcache.xarray._globs import expanded, is_pattern
+from xzcache.xarray._keywords import OpenMfdatasetKeywords, OpenZarrKeywords, tell_all
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from xarray import Dataset, DataTree
+
+    from xzcache.sources import SourceLike
+    from xzcache.xarray._keywords import Paths
 
 
 SETTINGS: Final = tuple(
@@ -41,6 +49,8 @@ _PIPELINE: Final = "pipeline"
 """The keyword that turns `xzcache.pipeline.CachePipeline` on or off; the default is the setting of that name."""
 
 _OWN: Final = tuple(name for name in inspect.signature(ZarrBackendEntrypoint.open_dataset).parameters if name != "self")
+
+logger = logging.getLogger("xzcache.xarray")
 
 Finish = Callable[[Any], Any]
 
@@ -70,6 +80,7 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
             return _zarr.open_dataset(filename_or_obj, drop_variables=drop_variables, **kwargs)
         with _through_cache(filename_or_obj, kwargs) as (store, rest, finish):
             opened: Dataset = finish(_zarr.open_dataset(store, drop_variables=drop_variables, **rest))
+        _hint(opened, store, filename_or_obj, kwargs.get("group"))
         opened.encoding.update(_hidden(filename_or_obj))
         return opened
 
@@ -89,16 +100,15 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
         return opened
 
 
-def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
+def open_zarr(store: SourceLike, *args: Any, **kwargs: Unpack[OpenZarrKeywords]) -> Dataset:
     """Open a Zarr dataset through this machine's cache.
+
+    Accepts all parameters of `xarray.open_zarr` and all keywords of `xzcache.CacheStore`.
 
     Parameters
     ----------
     store : Store, str, Path, UPath or FSMap
-        As for `xarray.open_zarr` or `xzcache.CacheStore`.
-    *args, **kwargs
-        All parameters of `xarray.open_zarr`, all keywords of `xzcache.CacheStore`, and ``pipeline`` (bool): whether
-        `xzcache.pipeline.CachePipeline` decodes cached chunks.
+        A store, a path or a URL: what `xarray.open_zarr` or `xzcache.CacheStore` opens.
 
     Returns
     -------
@@ -112,43 +122,38 @@ def open_zarr(store: Any, *args: Any, **kwargs: Any) -> Dataset:
     ValueError, TypeError
         A parameter is invalid; the message names it, its value and the accepted values.
     """
-    _check_engine(kwargs.pop("engine", None))
+    given: dict[str, Any] = {**kwargs}
+    refuse_misspelled("open_zarr", given, _OF_OPEN_ZARR)
+    _check_engine(given.pop("engine", None))
     theirs = original()
-    settings = {name: kwargs.pop(name) for name in (*SETTINGS, _PIPELINE) if name in kwargs}
+    settings = {name: given.pop(name) for name in (*SETTINGS, _PIPELINE) if name in given}
     try:
-        bound = inspect.signature(theirs).bind(store, *args, **kwargs)
+        bound = inspect.signature(theirs).bind(store, *args, **given)
     except TypeError:
         # let xarray raise its own message
-        refused: Dataset = theirs(store, *args, **kwargs)
+        refused: Dataset = theirs(store, *args, **given)
         return refused
     settings["storage_options"] = bound.arguments.pop("storage_options", None)
-    try:
-        with _through_cache(store, settings) as (cached, rest, finish):
-            bound.arguments["store"] = cached
-            opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
-    except TypeError as error:
-        for name in sorted(kwargs.keys() - inspect.signature(theirs).parameters.keys()):
-            if hint := nearest(name, SETTINGS):
-                error.add_note(f"{name} is no keyword{hint}")
-        raise
+    with _through_cache(store, settings, bound.arguments.get("group")) as (cached, rest, finish):
+        bound.arguments["store"] = cached
+        opened: Dataset = finish(theirs(*bound.args, **bound.kwargs, **rest))
+    _hint(opened, cached, store, bound.arguments.get("group"))
     if not isinstance(store, CacheStore):
         opened.encoding.pop("source", None)
         opened.encoding.update(_source(store))
     return opened
 
 
-def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) -> Dataset:
+def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dataset:
     """Open several Zarr datasets as one, through this machine's cache.
+
+    Accepts all parameters of `xarray.open_mfdataset`, those of `xarray.open_dataset` that it passes on, and all
+    keywords of `xzcache.CacheStore`.
 
     Parameters
     ----------
     paths : str, or nested list of Store, str, Path, UPath or FSMap
         A local or remote pattern such as ``"s3://bucket/*.zarr"``, or the datasets.
-    storage_options : mapping, optional
-        Options for paths that are URLs.
-    **kwargs
-        All other parameters of `xarray.open_mfdataset`, all keywords of `xzcache.CacheStore`, and ``pipeline`` as for
-        `open_zarr`.
 
     Returns
     -------
@@ -159,11 +164,14 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
     OSError
         No dataset was found.
     """
-    _check_engine(kwargs.pop("engine", None))
-    finish = _decoding_cached if chosen(_PIPELINE, kwargs.pop(_PIPELINE, UNSET), parse_flag) else _decoding_plainly
+    given: dict[str, Any] = {**kwargs}
+    refuse_misspelled("open_mfdataset", given, _OF_OPEN_MFDATASET)
+    _check_engine(given.pop("engine", None))
+    storage_options = given.pop("storage_options", None)
+    finish = _decoding_cached if chosen(_PIPELINE, given.pop(_PIPELINE, UNSET), parse_flag) else _decoding_plainly
     # where a dataset is opened, which may be on a worker, is where its arrays are at hand
-    kwargs["preprocess"] = partial(_finished, finish, kwargs.get("preprocess"))
-    settings = {"read_only": True, **{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}}
+    given["preprocess"] = partial(_finished, finish, given.get("preprocess"))
+    settings = {"read_only": True, **{name: given.pop(name) for name in SETTINGS if name in given}}
     stores: dict[str, Any] = {}
     opened: list[CacheStore] = []
 
@@ -177,24 +185,33 @@ def open_mfdataset(paths: Any, *, storage_options: Any = None, **kwargs: Any) ->
         opened.append(store)
         return stores.setdefault(name, store) if name is not None else store
 
-    if isinstance(paths, str):
-        paths = _expanded(paths, storage_options, settings.get("upstream", config.get("upstream")))
-    given = cached(
-        [paths] if isinstance(paths, os.PathLike | Store) or type(paths).__name__ == "FSMap" else list(paths)
-    )
-    if (first := kwargs.get("attrs_file")) is not None:
-        kwargs["attrs_file"] = stores.get(os.fspath(first), first)
+    items: Any = paths
+    if isinstance(items, str):
+        items = _expanded(items, storage_options, settings.get("upstream", config.get("upstream")))
+        if not items:
+            raise OSError(f"no files to open: nothing matches {shown(str(paths))}")
+    is_one = isinstance(items, os.PathLike | Store) or type(items).__name__ == "FSMap"
+    datasets = cached([items] if is_one else list(items))
+    if (first := given.get("attrs_file")) is not None:
+        given["attrs_file"] = stores.get(os.fspath(first), first)
     try:
-        return xarray.open_mfdataset(given, engine="zarr", **kwargs)
+        return xarray.open_mfdataset(datasets, engine="zarr", **given)
     except FileNotFoundError as missing:
         for store in opened:
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
                 raise FileNotFoundError(f"{_root_of(store)} does not exist") from None
             _say(missing, store, store.source.label)
+        for store in opened[:1]:
+            if (better := explained(missing, store, store.path)) is not None:
+                raise better from missing
         raise
     except Exception as error:
         for store in opened[:1]:
             _note_offline(error, store)
+            if (better := explained(error, store, store.path)) is not None:
+                for note in getattr(error, "__notes__", ()):
+                    better.add_note(note)
+                raise better from error
         raise
 
 
@@ -233,8 +250,11 @@ def _check_engine(engine: object) -> None:
 
 
 @contextmanager
-def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
+def _through_cache(
+    given: Any, keywords: Mapping[str, Any], group: object = None
+) -> Iterator[tuple[Any, dict[str, Any], Finish]]:
     """The store that xarray opens instead, its remaining keywords, and a function for the result."""
+    refuse_misspelled("open_dataset", keywords, _OF_ENGINE)
     rest = {name: value for name, value in keywords.items() if name not in SETTINGS}
     finish = _decoding_cached if chosen(_PIPELINE, rest.pop(_PIPELINE, UNSET), parse_flag) else _decoding_plainly
     settings = {name: value for name, value in keywords.items() if name in SETTINGS}
@@ -263,10 +283,23 @@ def _through_cache(given: Any, keywords: Mapping[str, Any]) -> Iterator[tuple[An
             text = "is a file and not a Zarr store: another engine may read it"
             raise FileNotFoundError(f"{_root_of(store)} {text}") from None
         _say(error, store, given)
+        if (better := explained(error, store, source)) is not None:
+            raise better from error
         raise
     except Exception as error:
         _note_offline(error, store)
+        if (better := explained(error, store, source, group or keywords.get("group"))) is not None:
+            for note in getattr(error, "__notes__", ()):
+                better.add_note(note)
+            raise better from error
         raise
+
+
+def _hint(opened: Dataset, store: Any, given: object, group: object) -> None:
+    """Log which groups there are, for a dataset that is empty because its arrays are not at the root."""
+    is_empty = not opened.variables and not group and isinstance(store, CacheStore)
+    if is_empty and (hint := hint_of_groups(store, given)):
+        logger.warning(hint)
 
 
 def _note_offline(error: Exception, store: CacheStore) -> None:
@@ -329,6 +362,16 @@ def _say(error: Exception, store: CacheStore, given: object) -> None:
     )
     scrub(error, *(each for each in (given, getattr(given, "path", None)) if isinstance(each, str) and is_url(each)))
 
+
+_OF_OPEN_ZARR: Final = tell_all(open_zarr, OpenZarrKeywords, original())
+_OF_OPEN_MFDATASET: Final = tell_all(
+    open_mfdataset,
+    OpenMfdatasetKeywords,
+    xarray.open_mfdataset,
+    xarray.open_dataset,
+    ZarrBackendEntrypoint.open_dataset,
+)
+_OF_ENGINE: Final = frozenset({*_OWN, *SETTINGS, _PIPELINE, *inspect.signature(_zarr.open_datatree).parameters})
 
 for _function in (
     open_zarr,
