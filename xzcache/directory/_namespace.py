@@ -186,11 +186,11 @@ class SharedBackend:
         if not self.directory.health.is_aside:
             await self.directory.write_behind.stored(f"{self.prefix}{key}")
 
-    def fetching(self) -> Fetching:
+    def fetching(self) -> WriteBehind:
         """A context around a fetch; the last one to exit waits for pending publishes."""
         if not self._use.alive:
-            self._use = self.directory.used_by(self)
-        return Fetching(self.directory.write_behind)
+            self._use_again()
+        return self.directory.write_behind
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
         """Restart the age of an entry, if ages matter."""
@@ -290,25 +290,6 @@ class SharedBackend:
     def is_same_cache(self, other: object) -> bool:
         """Whether another backend keeps its entries in the same place."""
         return isinstance(other, SharedBackend) and self.directory is other.directory
-
-
-class Fetching:
-    """A fetch that is under way: its pending publishes are awaited by the last one to end."""
-
-    __slots__ = ("_write_behind",)
-
-    def __init__(self, write_behind: WriteBehind) -> None:
-        self._write_behind = write_behind
-
-    async def __aenter__(self) -> None:
-        self._write_behind.begin_fetch()
-
-    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                await self._write_behind.drain_if_last()
-        finally:
-            self._write_behind.end_fetch()
 
 
 class DirectoryParts:
