@@ -60,6 +60,11 @@ class StoreParts:
         self._key = key
         self._is_held = is_held
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there certainly are none."""
+        return not self._index.of_key(self._key)
+
     @cached_property
     def pieces(self) -> Listed:
         """The cached byte ranges."""

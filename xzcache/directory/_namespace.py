@@ -300,6 +300,11 @@ class DirectoryParts:
         self._reader = None if directory.health.is_aside else directory.reader
         self._key = key
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there certainly are none."""
+        return self._reader is None or self._reader.lacks(self._key)
+
     @cached_property
     def pieces(self) -> Listed:
         """The cached byte ranges."""

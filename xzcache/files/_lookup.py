@@ -456,6 +456,19 @@ class Reader:
             self._on_fault(error)
             return Listed(key, ())
 
+    def lacks(self, key: str) -> bool:
+        """Whether there certainly is neither a whole object nor a byte range of a key."""
+        hashed = not is_plain(key, folds=self._folds)
+        for path in (self._path(Entry(key), hashed=hashed), f"{self._root}/{range_directory(key)}"):
+            try:
+                os.stat(path)
+                return False
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return False
+        return True
+
     def quarantine_all(self) -> None:
         """Serve nothing more from this directory."""
         if not self._refuses_all:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from xzcache.index._locks import open_lock_file
-from xzcache.model import Entry
+from xzcache.model import lock_offset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ _LARGEST: Final = (1 << 64) - 1
 
 def write_counter(key: str) -> int:
     """The number of the counter of writes of a key."""
-    return Entry(key).lock_offset() % _COUNT
+    return lock_offset(key) % _COUNT
 
 
 def prefix_counter(prefix: str) -> int:
@@ -50,9 +50,14 @@ def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def _counters_above(directory: str, *, data: bool) -> tuple[int, ...]:
     # the same for all chunks of an array; a directory ends in a slash
-    above = [directory[:end] for end, character in enumerate(directory) if character == "/"]
-    counters = tuple(map(prefix_counter, above))
-    return (*counters, *map(data_counter, above)) if data else counters
+    above = [directory[: end + 1] for end, character in enumerate(directory) if character == "/"]
+    return tuple(counter for folder in above for counter in _counters_of_folder(folder)[: 2 if data else 1])
+
+
+@lru_cache(maxsize=4096)
+def _counters_of_folder(folder: str) -> tuple[int, int]:
+    # those of `prefix_counter` and `data_counter`
+    return write_counter(folder), write_counter(folder + "/")
 
 
 class WriteCounters:
@@ -96,8 +101,8 @@ class WriteCounters:
 
     def before(self, counters: Sequence[int]) -> tuple[int, ...]:
         """The last lost write and the values of some counters; most calls need only one read of the file."""
-        lost, counts = self.current()
-        return (lost, *self.values(counters, counts))
+        totals, counts = self._current()
+        return (int.from_bytes(totals[8:], "little"), *self.values(counters, counts))
 
     def read(self, counter: int) -> int:
         return self.before([counter])[1]

@@ -7,7 +7,7 @@ were logged.
 
 from xzcache.model import metadata
 from xzcache.model.backend import MISSING, Backend, Cache, Cached, Parts, nothing
-from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, namespace_of, span, within
+from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, lock_offset, namespace_of, span, within
 from xzcache.model.errors import (
     Busy,
     CacheFault,
@@ -103,6 +103,7 @@ __all__ = [
     "is_expected_fault",
     "is_from_source",
     "is_json",
+    "lock_offset",
     "merged",
     "metadata",
     "namespace_of",

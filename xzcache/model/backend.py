@@ -40,6 +40,10 @@ class Parts(Protocol):
     """The cached parts of one object. Each answer is read from the cache at its first use, and kept."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there certainly are none at this moment, as far as this cache would find them."""
+
+    @property
     def pieces(self) -> Listed:
         """The cached byte ranges, without the whole object."""
 

@@ -50,13 +50,23 @@ class Entry(NamedTuple):
 
     def lock_offset(self) -> int:
         """The byte of the lock files that stands for this entry."""
-        return int.from_bytes(self.digest()[:8], "little") & ((1 << _OFFSET_BITS) - 1)
+        return _offset(self.digest())
 
 
 @lru_cache(maxsize=4096)
 def _digest(key: str, start: int, stop: int) -> bytes:
     # asked for several times in the life of a fetch
     return blake2b(f"{key}\0{start}\0{stop}".encode(), digest_size=16).digest()
+
+
+def _offset(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little") & ((1 << _OFFSET_BITS) - 1)
+
+
+@lru_cache(maxsize=4096)
+def lock_offset(key: str) -> int:
+    """The byte of the lock files that stands for a whole object."""
+    return _offset(_digest(key, 0, END))
 
 
 def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:

@@ -74,6 +74,9 @@ class _Head(NamedTuple):
     """Whether the answer says which bytes it holds, and where they end."""
 
 
+_UNKNOWN: Final = _Head()
+
+
 # -- asking
 
 
@@ -128,11 +131,12 @@ async def fetch(
     if twin is not None:
         answer, is_clear = await _fetch_recorded(twin, key, prototype, byte_range)
     else:
-        if byte_range is None and not known and not certain:
-            look = None
-        (answer,) = await _between_looks(
-            look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
-        )
+        if look is None or (byte_range is None and not known and not certain):
+            answer = _judged(await source.get(key, prototype, byte_range), byte_range, _UNKNOWN)
+        else:
+            (answer,) = await _between_looks(
+                look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
+            )
     if byte_range is not None and answer.value is not None and answer.size is None and is_clear and not answer.exact:
         answer = await _measured(source, key, byte_range, answer)
     return _labelled([answer], byte_range, fixed=fixed, ignore_validators=ignore_validators)[0]
@@ -282,8 +286,8 @@ def _labelled(
 
 def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> FetchResult:
     """The answer with its metadata, checked for exactness."""
-    if value is None:
-        return FetchResult(None)
+    if value is None or (byte_range is None and head is _UNKNOWN):
+        return FetchResult(value)
     # the size of what was unpacked on the way is not the one that is told
     size = head.size if head.is_plain and head.is_clear else None
     return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=size)
