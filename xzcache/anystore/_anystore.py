@@ -60,7 +60,7 @@ class StoreParts:
         self._key = key
         self._is_held = is_held
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         """Whether there certainly are none."""
         return not self._index.of_key(self._key)

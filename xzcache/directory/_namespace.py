@@ -300,10 +300,13 @@ class DirectoryParts:
         self._reader = None if directory.health.is_aside else directory.reader
         self._key = key
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         """Whether there certainly are none."""
-        return self._reader is None or self._reader.lacks(self._key)
+        if self._reader is not None and not self._reader.lacks(self._key):
+            return False
+        self.pieces, self.states = Listed(self._key, ()), set()
+        return True
 
     @cached_property
     def pieces(self) -> Listed:

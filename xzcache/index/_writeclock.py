@@ -44,7 +44,7 @@ def missing_counter(array: str) -> int:
 def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
     """The numbers of all counters that writes to a key or its prefixes increment; `data`: not a document."""
     # asked for several times in the life of a fetch
-    return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
+    return (lock_offset(key) % _COUNT, *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
 @lru_cache(maxsize=1024)
@@ -57,7 +57,7 @@ def _counters_above(directory: str, *, data: bool) -> tuple[int, ...]:
 @lru_cache(maxsize=4096)
 def _counters_of_folder(folder: str) -> tuple[int, int]:
     # those of `prefix_counter` and `data_counter`
-    return write_counter(folder), write_counter(folder + "/")
+    return lock_offset(folder) % _COUNT, lock_offset(folder + "/") % _COUNT
 
 
 class WriteCounters:
@@ -101,8 +101,16 @@ class WriteCounters:
 
     def before(self, counters: Sequence[int]) -> tuple[int, ...]:
         """The last lost write and the values of some counters; most calls need only one read of the file."""
-        totals, counts = self._current()
-        return (int.from_bytes(totals[8:], "little"), *self.values(counters, counts))
+        # as `_current` and `values`: a fetch asks several times
+        totals = os.pread(self.fd, 16, _COUNT * 8)
+        seen, counts = self._seen
+        if seen != totals or len(counts) > _MOST_SEEN:
+            totals, counts = self._current()
+        lost = int.from_bytes(totals[8:], "little")
+        try:
+            return (lost, *[counts[counter] for counter in counters])
+        except KeyError:
+            return (lost, *self.values(counters, counts))
 
     def read(self, counter: int) -> int:
         return self.before([counter])[1]

@@ -41,7 +41,7 @@ class Parts(Protocol):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there certainly are none at this moment, as far as this cache would find them."""
+        """Whether there certainly are none."""
 
     @property
     def pieces(self) -> Listed:

@@ -21,7 +21,7 @@ END: Final = -1
 """A `stop` of END reads to the end of the object; a negative `start` counts back from there."""
 
 _LONGEST_PATH: Final = 3000
-_OFFSET_BITS: Final = 62
+_OFFSETS: Final = (1 << 62) - 1
 _LARGEST: Final = 1 << 62
 
 
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
     def lock_offset(self) -> int:
         """The byte of the lock files that stands for this entry."""
-        return _offset(self.digest())
+        return int.from_bytes(self.digest()[:8], "little") & _OFFSETS
 
 
 @lru_cache(maxsize=4096)
@@ -59,14 +59,10 @@ def _digest(key: str, start: int, stop: int) -> bytes:
     return blake2b(f"{key}\0{start}\0{stop}".encode(), digest_size=16).digest()
 
 
-def _offset(digest: bytes) -> int:
-    return int.from_bytes(digest[:8], "little") & ((1 << _OFFSET_BITS) - 1)
-
-
 @lru_cache(maxsize=4096)
 def lock_offset(key: str) -> int:
     """The byte of the lock files that stands for a whole object."""
-    return _offset(_digest(key, 0, END))
+    return int.from_bytes(_digest(key, 0, END)[:8], "little") & _OFFSETS
 
 
 def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:

@@ -436,7 +436,7 @@ class RangeReads:
         since = self._backend.write_version(key)
         parts = self._backend.parts(key)
         found, missing = await self._fetches.look(parts, wanted)
-        states = parts.states if missing or alone else set()
+        states = parts.states if missing or alone else set[str]()
         if missing and found:
             # read after the states, which may be those of another object already
             is_current = self._backend.write_version(key) == since
@@ -452,7 +452,9 @@ class RangeReads:
         if missing:
             fetch = self._whole if promoted else self._missing
             calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, parts))
-        outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call] if calls else []
+        # a task of its own would only cost one call time
+        answers = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
+        outcomes = [outcome for answer in answers for outcome in answer]
         if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)

@@ -176,8 +176,11 @@ async def fetch_spans(
     for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
+    if len(ranges) == 1:
+        options: dict[str, Any] = {"fixed": fixed, "ignore_validators": ignore_validators, "states": states}
+        return [await fetch(source, key, prototype, ranges[0], **options)]
     one_by_one = type(source) in _OBSTORES or _Recording.twin_of(source) is not None
-    if len(ranges) == 1 or one_by_one or not hasattr(source, "get_ranges"):
+    if one_by_one or not hasattr(source, "get_ranges"):
         turn = asyncio.Semaphore(limits["max_concurrency"])
 
         async def one(byte_range: RangeByteRequest) -> FetchResult:
@@ -219,6 +222,9 @@ async def fetch_spans(
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of several calls; if one fails, cancel the others and raise its exception."""
+    calls = list(calls)
+    if len(calls) == 1:
+        return [await calls[0]]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
