@@ -47,6 +47,12 @@ class WriteVersions:
         self._process = process
         self._lost, self._counts = process.writes.current()
 
+    @property
+    def are_current(self) -> bool:
+        """Whether no process without the guard has written since; under the guard."""
+        # the counters are read anew when the totals have changed
+        return self._process.writes.current()[1] is self._counts
+
     def of(self, key: str) -> WriteVersion:
         """The write version of a key, with counters read at their first use."""
         process = self._process

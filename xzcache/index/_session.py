@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -285,7 +285,7 @@ class Registration:
 
     def open_index(self) -> Index:
         """The current index, with this process registered in it; under the guard only."""
-        generation = self.read_generation()
+        generation = self._read(0)
         if generation != self.generation or generation == 0:
             self.close_index()
         elif self.index is not None and self.index.is_logged:
@@ -596,7 +596,7 @@ class IndexSession:
     def guarded(self, patience: float | None = None) -> Iterator[Registration]:
         """Hold the guard of the current directory without opening the index; wait `patience` seconds if given."""
         for _ in range(3):
-            process = self.process()
+            process = self.current or self.process()
             self._used = time.monotonic()
             with process.guard if patience is None else process.guard.within(patience):
                 if self.current is process and process.guard.is_current():
@@ -624,7 +624,7 @@ class IndexSession:
             index = None
             try:
                 index = opened = process.open_index()
-                process.patiently(lambda: opened.begin(0))
+                process.patiently(partial(opened.begin, 0.0))
                 yield process, index
                 index.commit()
                 process.write_serial(index)
@@ -725,7 +725,7 @@ class IndexSession:
 
     def _present(self) -> Registration:
         """The registration in the directory that is at the path now, which may have been replaced."""
-        process = self.process()
+        process = self.current or self.process()
         if not process.guard.is_current():
             with self.guarded() as joined:
                 process = joined
