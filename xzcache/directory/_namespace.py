@@ -300,23 +300,25 @@ class DirectoryParts:
         self._reader = None if directory.health.is_aside else directory.reader
         self._key = key
 
+    @property
+    def _is_known_empty(self) -> bool:
+        """What `is_empty` has answered, if it was asked."""
+        return bool(self.__dict__.get("is_empty", False))
+
     @cached_property
     def is_empty(self) -> bool:
         """Whether there certainly are none."""
-        if self._reader is not None and not self._reader.lacks(self._key):
-            return False
-        self.pieces, self.states = Listed(self._key, ()), set()
-        return True
+        return self._reader is None or self._reader.lacks(self._key)
 
     @cached_property
     def pieces(self) -> Listed:
         """The cached byte ranges."""
-        return Listed(self._key, ()) if self._reader is None else self._reader.listed(self._key)
+        return Listed(self._key, ()) if self._reader is None or self._is_known_empty else self._reader.listed(self._key)
 
     @cached_property
     def states(self) -> set[str]:
         """The validators of all parts; an empty string stands for an unknown state."""
-        return set() if self._reader is None else self._reader.states_of(self._key)
+        return set() if self._reader is None or self._is_known_empty else self._reader.states_of(self._key)
 
     def validator(self, entry: Entry) -> str:
         """The validator of a cached entry at this moment; empty if it has none."""

@@ -427,7 +427,7 @@ class Publisher:
                 item.is_spent = False
             raise
         self._undo(process, index, [item for item in entering if item.failure is not None])
-        if any([item.replaced for item in entering]):
+        if [item for item in entering if item.replaced is not None]:
             index.begin()
             self._drop_replaced(index, entering)
         stored = [item for item in entering if item.failure is None]
@@ -496,7 +496,6 @@ class Publisher:
         index.commit()
         index.begin()
         return self._space.mark_deleted(process, index, rows.values())
-
 
 
 def _log(items: Iterable[StagedEntry]) -> None:

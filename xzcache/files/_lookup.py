@@ -458,10 +458,10 @@ class Reader:
 
     def lacks(self, key: str) -> bool:
         """Whether there certainly is neither a whole object nor a byte range of a key."""
-        hashed = not is_plain(key, folds=self._folds)
-        for path in (self._path(Entry(key), hashed=hashed), f"{self._root}/{range_directory(key)}"):
+        name = key if is_plain(key, folds=self._folds) else relative_path(Entry(key), hashed=True)
+        for path in (name, range_directory(key)):
             try:
-                os.stat(path)
+                os.stat(f"{self._root}/{path}")
                 return False
             except FileNotFoundError:
                 pass

@@ -476,10 +476,11 @@ class Index:
         self._do(
             "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq, tick, gap) "
             f"VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {BIRTH})",
-            (self._namespace(namespace_of(entry.key)), *entry, hashed, size, crc, used, used, owner, seq, hash_of(entry)),
+            (self._namespace(entry.key), *entry, hashed, size, crc, used, used, owner, seq, hash_of(entry)),
         )
 
-    def _namespace(self, name: str) -> int:
+    def _namespace(self, key: str) -> int:
+        name = namespace_of(key)
         id_ = self._namespaces.get(name)
         if id_ is None:
             self._do("INSERT OR IGNORE INTO ns(name) VALUES(?)", (name,))

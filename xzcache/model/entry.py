@@ -96,6 +96,7 @@ def within(entry: Entry, outer: Entry, size: int) -> tuple[int, int]:
     return clip(entry.start - outer.start, stop, size)
 
 
+@lru_cache(maxsize=1024)
 def is_cacheable(key: str) -> bool:
     """Whether a key can be written down at all: as UTF-8, in the stamp of a file."""
     try:

@@ -657,7 +657,7 @@ class _Fetch:
 
     async def _must_agree(self, validators: set[str]) -> None:
         """Raise unless all validators are of one state."""
-        if len(from_source(validators)) > 1:
+        if len(validators) > 1 and len(from_source(validators)) > 1:
             await self._backend.invalidate(self._key, self._version)
             if not differ(validators) or await self._reading.has_several_validators(self._key):
                 raise Unclear
