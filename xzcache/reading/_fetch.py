@@ -198,9 +198,9 @@ class RangeFetches:
     async def look(self, parts: Parts, entries: Iterable[Entry]) -> tuple[Found, list[Entry]]:
         """The cached ranges among some entries of an object with these cached parts, and the missing ones."""
         found: Found = {}
-        if parts.is_empty:
-            return found, list(entries)
         listed = parts.pieces
+        if listed.any() is None and parts.is_empty:
+            return found, list(entries)
         missing: list[Entry] = []
         for entry in entries:
             # the first one that is missed has shown that there is no whole object either
