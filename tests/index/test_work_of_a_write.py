@@ -23,7 +23,7 @@ SCRIPT: Final = """
 import asyncio, os, sys
 import xzcache
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
 prototype, times = default_buffer_prototype(), range(int(sys.argv[2]))
 value = prototype.buffer.from_bytes(b"x" * 100)
@@ -47,6 +47,12 @@ async def main():
     await each("overwrite", lambda number: store.set(f"a/c/{number}", value))
     await each("delete", lambda number: store.delete(f"a/c/{number}"))
     await each("delete_dir", lambda number: store.delete_dir(f"a/d/{number}"))
+    memory = MemoryStore({f"a/c/{number}": value for number in range(len(times) + 1)})
+    store = xzcache.CacheStore(memory, cache_store=sys.argv[1] + "/cache", namespace="m", revalidate=False)
+    await store.get(f"a/c/{len(times)}", prototype)
+    os.path.exists("/begin-together")
+    await asyncio.gather(*(store.get(f"a/c/{number}", prototype) for number in times))
+    os.path.exists("/end")
 
 asyncio.run(main())
 """
@@ -86,6 +92,16 @@ def test_few_transactions_are_made(calls: dict[str, list[str]], work: str, most:
     assert abs(guarded - most) < 0.7
     # a commit ends the journal
     assert count(calls[work], "pwrite64(", ".db-journal>", ", 28, 0)") <= most + 0.7
+
+
+def test_misses_at_once_are_stored_in_one_transaction(calls: dict[str, list[str]]) -> None:
+    # a commit ends the journal; a recovery, which may be due, changes nothing
+    assert round(count(calls["together"], "pwrite64(", ".db-journal>", ", 28, 0)") * TIMES) == 1
+
+
+def test_an_object_that_is_not_cached_is_looked_for_few_times(calls: dict[str, list[str]]) -> None:
+    looks = sum("/ranges/" in line and "ENOENT" in line for line in calls["miss"]) / TIMES
+    assert looks <= 1.2
 
 
 def test_few_counters_of_writes_are_read(calls: dict[str, list[str]]) -> None:

@@ -36,6 +36,10 @@ class MemoryParts:
         self._key = key
 
     @property
+    def is_empty(self) -> bool:
+        return not self._of_key()
+
+    @property
     def pieces(self) -> Listed:
         spans = [(entry.start, entry.stop) for entry in self._of_key() if not entry.is_whole]
         return Listed(self._key, spans)

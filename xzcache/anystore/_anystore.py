@@ -62,6 +62,11 @@ class StoreParts:
         self._is_held = is_held
 
     @cached_property
+    def is_empty(self) -> bool:
+        """Whether there certainly are none."""
+        return not self._index.of_key(self._key)
+
+    @cached_property
     def pieces(self) -> Listed:
         """The cached byte ranges."""
         return self._index.listed(self._key)

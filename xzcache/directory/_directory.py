@@ -289,7 +289,7 @@ class CacheDirectory:
         if self.health.is_aside:
             # `prepare` logs the reason
             return True
-        return (not self.is_prepared or self.pending.has_pending) and time.monotonic() >= self._prepare_after
+        return (not self.is_ready or self.pending.has_pending) and time.monotonic() >= self._prepare_after
 
     def prepare(self) -> bool:
         """Join the directory, recover from dead processes and enforce the bound; False if that fails."""

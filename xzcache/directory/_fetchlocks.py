@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache.index import counters_of
-from xzcache.model import Entry, is_document, nothing, placed
+from xzcache.model import Entry, is_document, lock_offset, nothing, placed, unplaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +47,12 @@ class WriteVersions:
         self._process = process
         self._lost, self._counts = process.writes.current()
 
+    @property
+    def are_current(self) -> bool:
+        """Whether no process without the guard has written since; under the guard."""
+        # the counters are read anew when the totals have changed
+        return self._process.writes.current()[1] is self._counts
+
     def of(self, key: str) -> WriteVersion:
         """The write version of a key, with counters read at their first use."""
         process = self._process
@@ -73,11 +79,11 @@ class FetchLocks:
             if span[0] < 0:
                 offset = Entry(key, *span).lock_offset()
                 return partial(process.keys.unlock, offset) if process.keys.try_lock(offset) else span
-            number = Entry(key).lock_offset()
-            if (taken := process.keys.try_lock_span(number, placed(span))) is None:
-                return partial(process.keys.unlock_span, number, placed(span))
+            number, span = lock_offset(key), placed(span)
+            if (taken := process.keys.try_lock_span(number, span)) is None:
+                return partial(process.keys.unlock_span, number, span)
             # no byte beyond is locked by itself
-            return (taken[0], span[1]) if taken[1] >= _LOCKABLE else taken
+            return unplaced((taken[0], span[1])) if taken[1] >= _LOCKABLE else taken
         except OSError as error:
             # a lock is only there to save a fetch
             self._barrier.record_fault(error)
@@ -89,8 +95,7 @@ class FetchLocks:
         if process is None:
             return None
         try:
-            counters = counters_of(key, data=not is_document(key))
-            return WriteVersion(process.number, process.generation, process.writes.before(counters))
+            return current_version(process, key)
         except OSError as error:
             self._barrier.record_fault(error)
             return None

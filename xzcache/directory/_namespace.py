@@ -187,11 +187,11 @@ class SharedBackend:
         if not self.directory.health.is_aside:
             await self.directory.write_behind.stored(f"{self.prefix}{key}")
 
-    def fetching(self) -> Fetching:
+    def fetching(self) -> WriteBehind:
         """A context around a fetch; the last one to exit waits for pending publishes."""
         if not self._use.alive:
-            self._use = self.directory.used_by(self)
-        return Fetching(self.directory.write_behind)
+            self._use_again()
+        return self.directory.write_behind
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
         """Restart the age of an entry, if ages matter; that of a document tells how old what is served offline is."""
@@ -294,25 +294,6 @@ class SharedBackend:
         return isinstance(other, SharedBackend) and self.directory is other.directory
 
 
-class Fetching:
-    """A fetch that is under way: its pending publishes are awaited by the last one to end."""
-
-    __slots__ = ("_write_behind",)
-
-    def __init__(self, write_behind: WriteBehind) -> None:
-        self._write_behind = write_behind
-
-    async def __aenter__(self) -> None:
-        self._write_behind.begin_fetch()
-
-    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                await self._write_behind.drain_if_last()
-        finally:
-            self._write_behind.end_fetch()
-
-
 class DirectoryParts:
     """The cached parts of one object in a directory."""
 
@@ -321,15 +302,25 @@ class DirectoryParts:
         self._reader = None if directory.health.is_aside else directory.reader
         self._key = key
 
+    @property
+    def _is_known_empty(self) -> bool:
+        """What `is_empty` has answered, if it was asked."""
+        return bool(self.__dict__.get("is_empty", False))
+
+    @cached_property
+    def is_empty(self) -> bool:
+        """Whether there certainly are none."""
+        return self._reader is None or self._reader.lacks(self._key)
+
     @cached_property
     def pieces(self) -> Listed:
         """The cached byte ranges."""
-        return Listed(self._key, ()) if self._reader is None else self._reader.listed(self._key)
+        return Listed(self._key, ()) if self._reader is None or self._is_known_empty else self._reader.listed(self._key)
 
     @cached_property
     def states(self) -> set[str]:
         """The validators of all parts; an empty string stands for an unknown state."""
-        return set() if self._reader is None else self._reader.states_of(self._key)
+        return set() if self._reader is None or self._is_known_empty else self._reader.states_of(self._key)
 
     def validator(self, entry: Entry) -> str:
         """The validator of a cached entry at this moment; empty if it has none."""

@@ -90,6 +90,8 @@ class StagedEntry:
         Whether the index may have other entries of the same object.
     damaged : list of Row
         Other entries of the object whose files are damaged, so that their state is unknown.
+    path : str
+        Where the file is to lie.
     is_spent : bool
         Whether the index counts the bytes now.
     failure : OSError, NoRoom or None
@@ -105,6 +107,7 @@ class StagedEntry:
     replaced: Tombstone | None = None
     has_others: bool = False
     damaged: list[Row] = field(default_factory=list)
+    path: str = ""
     is_spent: bool = False
     failure: OSError | NoRoom | None = None
 
@@ -152,13 +155,13 @@ class PublishCheck:
         self._folds = folds
 
     def of(
-        self, process: Registration, index: Index, items: Sequence[StagedEntry], seen: set[str]
+        self, versions: WriteVersions, index: Index, items: Sequence[StagedEntry], seen: set[str]
     ) -> list[StagedEntry]:
         """The entries that may be published; sets their old rows and whether their paths are hashed.
 
         Checked directories are added to `seen`.
         """
-        versions, writings = WriteVersions(process), index.tables.writings()
+        writings = index.tables.writings()
         states: dict[str, str] = {}
         admitted = []
         for item in items:
@@ -219,12 +222,13 @@ class PublishCheck:
     def _finds_place(self, item: StagedEntry, seen: set[str]) -> bool:
         """Use a hashed path if a foreign file has the key of an entry; False if that fails."""
         entry = item.pending.entry
-        if item.hashed or not entry.is_whole:
-            return True
         try:
-            item.hashed = self._is_blocked(item, seen)
-            if item.hashed:
-                files.attach(item.temporary, item.stamp_in_place)
+            if not item.hashed and entry.is_whole:
+                item.hashed = self._is_blocked(item, seen)
+                if item.hashed:
+                    files.attach(item.temporary, item.stamp_in_place)
+            if item.hashed or not entry.is_whole:
+                item.path = files.inside(self._root, relative_path(entry, hashed=item.hashed), seen)
         except OSError as error:
             # an unknown file is neither replaced nor avoided
             item.failure = error
@@ -234,7 +238,7 @@ class PublishCheck:
         """Whether a foreign file or directory is at the path of an entry."""
         entry = item.pending.entry
         try:
-            path = files.inside(self._root, relative_path(entry, hashed=False), seen)
+            path = item.path = files.inside(self._root, entry.key, seen)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return True
@@ -326,7 +330,7 @@ class Publisher:
 
     def _take(self, process: Registration, batch: Sequence[PendingEntry]) -> None:
         """Take the space of several entries."""
-        size = sum(len(pending.data) for pending in batch)
+        size = sum([len(pending.data) for pending in batch])
         try:
             self._space.take(process, size)
         except NoRoom as error:
@@ -366,7 +370,8 @@ class Publisher:
     @staticmethod
     def _give_back(process: Registration, items: Sequence[StagedEntry], batch: Sequence[PendingEntry]) -> None:
         """Return the unspent part of a lease after the temporary files are gone."""
-        process.give_back(sum(len(pending.data) for pending in batch[len(items) :]))
+        if unwritten := batch[len(items) :]:
+            process.give_back(sum([len(pending.data) for pending in unwritten]))
         for item in items:
             if not item.is_spent:
                 try:
@@ -402,7 +407,8 @@ class Publisher:
 
         Returns tombstones of entries that were overtaken by a write.
         """
-        entering = self._check.of(process, index, items, seen)
+        versions = WriteVersions(process)
+        entering = self._check.of(versions, index, items, seen)
         if not entering:
             return []
         keys = {item.pending.entry.key for item in entering}
@@ -416,7 +422,7 @@ class Publisher:
                 entry, hashed=item.hashed, size=stamp.size, crc=stamp.crc, used=used, owner=process.owner, seq=number
             )
         index.tables.drop_absent(keys)
-        index.change_lease(process.owner, -sum(item.stamp.size for item in entering))
+        index.change_lease(process.owner, -sum([item.stamp.size for item in entering]))
         self._space.return_surplus(process, index)
         self._space.recency.flush_to(index, [item.pending.entry for item in entering])
         for namespace in set(map(namespace_of, keys)):
@@ -424,31 +430,26 @@ class Publisher:
         # an interrupt from here on may come after the commit
         for item in entering:
             item.is_spent = True
-        moves = []
-        for item in entering:
-            try:
-                moves.append((item, self._path(item, seen)))
-            except OSError as error:
-                item.failure = error
         try:
-            self._commit_and_reveal(index, moves)
+            self._commit_and_reveal(index, entering)
         except (sqlite3.Error, Damaged):
             for item in entering:
                 item.is_spent = False
             raise
         self._undo(process, index, [item for item in entering if item.failure is not None])
-        if any(item.replaced for item in entering):
+        if [item for item in entering if item.replaced is not None]:
             index.begin()
             self._drop_replaced(index, entering)
-        return self._superseded(process, index, [item for item in entering if item.failure is None])
+        stored = [item for item in entering if item.failure is None]
+        return self._superseded(process, index, stored, None if versions.are_current else WriteVersions(process))
 
     @staticmethod
-    def _commit_and_reveal(index: Index, moves: Iterable[tuple[StagedEntry, str]]) -> None:
+    def _commit_and_reveal(index: Index, items: Iterable[StagedEntry]) -> None:
         """In this order: a row without a named file is finished by the next process, a file without a row is lost."""
         index.commit()
-        for item, path in moves:
+        for item in items:
             try:
-                files.move(item.temporary, path)
+                files.move(item.temporary, item.path)
             except OSError as error:
                 item.failure = error
 
@@ -484,13 +485,17 @@ class Publisher:
                 else:
                     index.drop_tombstones([old.id])
 
-    def _superseded(self, process: Registration, index: Index, items: Sequence[StagedEntry]) -> list[Tombstone]:
-        """Delete entries that a writer without the guard overtook (see `Writes`), and ranges of whole objects."""
-        versions = WriteVersions(process)
+    def _superseded(
+        self, process: Registration, index: Index, items: Sequence[StagedEntry], versions: WriteVersions | None
+    ) -> list[Tombstone]:
+        """Delete entries that a writer without the guard overtook (see `Writes`), and ranges of whole objects.
+
+        `versions` are those of now; None if none has changed.
+        """
         rows = {}
         for item in items:
             version, entry = item.pending.version, item.pending.entry
-            item.pending.is_stored = version is None or version == versions.of(entry.key)
+            item.pending.is_stored = version is None or versions is None or version == versions.of(entry.key)
             rows.update({row.id: row for row in item.damaged})
             if not item.pending.is_stored or (item.has_others and entry.is_whole):
                 for row in index.of_key(entry.key):
@@ -501,9 +506,6 @@ class Publisher:
         index.commit()
         index.begin()
         return self._space.mark_deleted(process, index, rows.values())
-
-    def _path(self, item: StagedEntry, seen: set[str]) -> str:
-        return files.inside(self._root, relative_path(item.pending.entry, hashed=item.hashed), seen)
 
 
 def _log(items: Iterable[StagedEntry]) -> None:

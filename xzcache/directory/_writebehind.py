@@ -12,8 +12,8 @@ import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +40,9 @@ _LONGEST_PAUSE: Final = 1.0
 class WriteBehind:
     """The pending publishes of one cache directory. Safe for threads and event loops; empty after a fork.
 
+    Work is numbered in the order in which it comes and is done, so that a waiter only waits for a number. As a context,
+    it counts a fetch; the last fetch to end waits for all work.
+
     `publish_all` stores several entries together. `hangs` returns whether the disk hangs; its argument tells whether
     the caller has waited for long already.
     """
@@ -57,9 +60,11 @@ class WriteBehind:
     def after_fork_in_child(self) -> None:
         """Start empty: the parent finishes its own work."""
         self._lock = threading.Lock()
-        self._queue: deque[tuple[PendingEntry | Callable[[], None], Future[None]]] = deque()
-        self._waiting: dict[Future[None], int] = {}
-        self._last_of: dict[str, Future[None]] = {}
+        self._queue: deque[PendingEntry | Callable[[], None]] = deque()
+        self._added = self._ended = 0
+        self._last_of: dict[str, int] = {}
+        self._waiters: list[tuple[int, Callable[[], object]]] = []
+        self._begins_in: asyncio.AbstractEventLoop | None = None
         self._bytes = 0
         self._readers = 0
         self._is_busy = False
@@ -74,6 +79,16 @@ class WriteBehind:
         with self._lock:
             self._readers -= 1
 
+    async def __aenter__(self) -> None:
+        self.begin_fetch()
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None and (self._readers <= 1 or self._bytes > _MOST_BYTES):
+                await self.drain_if_last()
+        finally:
+            self.end_fetch()
+
     def add(self, work: Callable[[], None]) -> None:
         """Run some work in the background."""
         self._add(work, 0)
@@ -82,19 +97,25 @@ class WriteBehind:
     def publish(self, pending: PendingEntry) -> None:
         """Publish an entry in the background; requires a running loop."""
         self._add(pending, len(pending.data))
-        # tasks that were woken with this one are about to bring theirs
-        asyncio.get_running_loop().call_soon(self._begin)
+        self._begin_soon()
 
     def _add(self, what: PendingEntry | Callable[[], None], size: int) -> None:
-        future: Future[None] = Future()
         with self._lock:
             self._bytes += size
-            self._waiting[future] = size
-            self._queue.append((what, future))
+            self._added += 1
+            self._queue.append(what)
             if not callable(what):
-                self._last_of[what.entry.key] = future
+                self._last_of[what.entry.key] = self._added
+
+    def _begin_soon(self) -> None:
+        # tasks that were woken with this one are about to bring their entries
+        loop = asyncio.get_running_loop()
+        if self._begins_in is not loop:
+            self._begins_in = loop
+            loop.call_soon(self._begin)
 
     def _begin(self) -> None:
+        self._begins_in = None
         if self._may_begin() and not try_in_order(self._go_on):
             self._go_on()
 
@@ -123,22 +144,19 @@ class WriteBehind:
         with self._lock:
             batch = self._take()
         try:
-            first = batch[0][0] if batch else None
-            if callable(first):
-                first()
+            if len(batch) == 1 and callable(work := batch[0]):
+                work()
             elif batch:
-                self._publish_all([what for what, _ in batch if not callable(what)])
+                self._publish_all([what for what in batch if not callable(what)])
         finally:
-            with ExitStack() as stack:
-                for what, future in reversed(batch):
-                    stack.callback(self._finish, what, future)
+            self._end(batch)
 
-    def _take(self) -> list[tuple[PendingEntry | Callable[[], None], Future[None]]]:
+    def _take(self) -> list[PendingEntry | Callable[[], None]]:
         """The next piece of work, or the next entries that may be published together."""
-        batch: list[tuple[PendingEntry | Callable[[], None], Future[None]]] = []
+        batch: list[PendingEntry | Callable[[], None]] = []
         size, entries = 0, set()
         while self._queue and len(batch) < publishing.MOST:
-            what, _ = self._queue[0]
+            what = self._queue[0]
             if callable(what):
                 return batch or [self._queue.popleft()]
             size += len(what.data)
@@ -148,58 +166,87 @@ class WriteBehind:
             batch.append(self._queue.popleft())
         return batch
 
-    def _finish(self, what: PendingEntry | Callable[[], None], future: Future[None]) -> None:
-        try:
-            if not callable(what) and what.done is not None:
-                what.done()
-        finally:
-            with self._lock:
-                self._bytes -= self._waiting.pop(future, 0)
-                if not callable(what) and self._last_of.get(what.entry.key) is future:
-                    del self._last_of[what.entry.key]
-            future.set_result(None)
+    def _end(self, batch: Sequence[PendingEntry | Callable[[], None]]) -> None:
+        """Notify everything that waits for some work."""
+        failure = None
+        for what in batch:
+            try:
+                if not callable(what) and what.done is not None:
+                    what.done()
+            except BaseException as error:
+                failure = error
+        with self._lock:
+            for what in batch:
+                self._ended += 1
+                if not callable(what):
+                    self._bytes -= len(what.data)
+                    if self._last_of.get(what.entry.key) == self._ended:
+                        del self._last_of[what.entry.key]
+            ready = [wake for number, wake in self._waiters if number <= self._ended]
+            self._waiters = [waiter for waiter in self._waiters if waiter[0] > self._ended]
+        for wake in ready:
+            # an event loop may have been closed meanwhile
+            with suppress(RuntimeError):
+                wake()
+        if failure is not None:
+            raise failure
 
     @property
     def is_idle(self) -> bool:
         """Whether there are no fetches and no pending publishes."""
         with self._lock:
-            return not self._readers and not self._waiting
+            return not self._readers and self._ended == self._added
 
     async def drain_if_last(self) -> None:
         """Wait for pending publishes if no other fetch is under way, or if too many bytes wait."""
         while True:
             with self._lock:
-                last = next(reversed(self._waiting), None) if self._readers <= 1 or self._bytes > _MOST_BYTES else None
-            if last is None or self._hangs(False):
+                last = self._added if self._readers <= 1 or self._bytes > _MOST_BYTES else 0
+            if last <= self._ended or self._hangs(False):
                 return
-            self._begin()
             # meanwhile others may come, fetch, and leave it to this one
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
-                continue
-            if self._hangs(True):
+            if not await self._outcome(last) and self._hangs(True):
                 return
 
     async def stored(self, key: str) -> None:
         """Wait until no publish of an object is pending, unless the disk hangs."""
-        with self._lock:
-            last = self._last_of.get(key)
-        if last is None or self._hangs(False):
+        if (last := self._last_of.get(key)) is None or self._hangs(False):
             return
-        self._begin()
-        try:
-            # entries are stored in order
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(last)), LONG)
-        except TimeoutError:
+        if not await self._outcome(last):
             self._hangs(True)
+
+    async def _outcome(self, number: int) -> bool:
+        """Wait until the work up to a number has ended; False if that takes long."""
+        self._begin_soon()
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[bool] = loop.create_future()
+        if not self._tell(number, partial(loop.call_soon_threadsafe, _set, ended, True)):
+            return True
+        timer = loop.call_later(LONG, _set, ended, False)
+        try:
+            return await ended
+        finally:
+            timer.cancel()
+
+    def _tell(self, number: int, wake: Callable[[], object]) -> bool:
+        """Have a function called when the work up to a number has ended; False if it has."""
+        with self._lock:
+            if number <= self._ended:
+                return False
+            self._waiters.append((number, wake))
+            return True
 
     def wait(self) -> None:
         """Wait until all is done that there is to do now."""
         self._begin()
-        with self._lock:
-            waiting = list(self._waiting)
-        for future in waiting:
-            future.exception()
+        ended = threading.Event()
+        if self._tell(self._added, ended.set):
+            ended.wait()
+
+
+def _set(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 class Departures:

@@ -464,6 +464,19 @@ class Reader:
             self._on_fault(error)
             return Listed(key, ())
 
+    def lacks(self, key: str) -> bool:
+        """Whether there certainly is neither a whole object nor a byte range of a key."""
+        name = key if is_plain(key, folds=self._folds) else relative_path(Entry(key), hashed=True)
+        for path in (name, range_directory(key)):
+            try:
+                os.stat(f"{self._root}/{path}")
+                return False
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return False
+        return True
+
     def quarantine_all(self) -> None:
         """Serve nothing more from this directory."""
         if not self._refuses_all:

@@ -37,8 +37,7 @@ def relative_path(entry: Entry, *, hashed: bool) -> str:
     their digest.
     """
     if not entry.is_whole:
-        name = Entry(entry.key).digest().hex()
-        return f"{META}/ranges/{name[:2]}/{name}/{entry.start}_{entry.stop}"
+        return f"{range_directory(entry.key)}/{entry.start}_{entry.stop}"
     if hashed:
         name = entry.digest().hex()
         return f"{META}/odd/{name[:2]}/{name}"
@@ -47,4 +46,5 @@ def relative_path(entry: Entry, *, hashed: bool) -> str:
 
 def range_directory(key: str) -> str:
     """The directory of all byte ranges of one object."""
-    return os.path.dirname(relative_path(Entry(key, 0, 0), hashed=False))
+    name = Entry(key).digest().hex()
+    return f"{META}/ranges/{name[:2]}/{name}"

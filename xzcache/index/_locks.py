@@ -201,7 +201,7 @@ class StoringLock:
         """Join the sharers; False on a timeout, after which the next waits are much shorter for a while."""
         now = time.monotonic()
         patient = now >= self._impatient_until
-        if _poll(self._try_share, timeout if patient else min(_IMPATIENT_WAIT, timeout)):
+        if self._try_share() or _poll(self._try_share, timeout if patient else min(_IMPATIENT_WAIT, timeout)):
             return True
         if patient:
             self._impatient_until = time.monotonic() + _IMPATIENCE * timeout

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -285,7 +285,7 @@ class Registration:
 
     def open_index(self) -> Index:
         """The current index, with this process registered in it; under the guard only."""
-        generation = self.read_generation()
+        generation = self._read(0)
         if generation != self.generation or generation == 0:
             self.close_index()
         elif self.index is not None and self.index.is_logged:
@@ -480,6 +480,8 @@ class IndexSession:
         Called when the directory is found not to be a cache of this user, and when it is found to be one.
     when_used : callable
         Called after each transaction.
+    current : Registration or None
+        The registration of this process, if it has joined.
     """
 
     def __init__(self, root: str, timeout: float, joined: Callable[[], None] = lambda: None) -> None:
@@ -491,7 +493,7 @@ class IndexSession:
         self.when_refused: Callable[[], None] = _nothing
         self.when_joined: Callable[[], None] = _nothing
         self._opening = threading.Lock()
-        self._process: Registration | None = None
+        self.current: Registration | None = None
         self._forking: Registration | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
@@ -507,22 +509,17 @@ class IndexSession:
         """Whether the index was used less than a moment ago."""
         return time.monotonic() - self._used < _MOMENT
 
-    @property
-    def current(self) -> Registration | None:
-        """This process's membership, if it has joined already; never waits."""
-        return self._process
-
     def process(self) -> Registration:
         """The registration of this process, joining the directory if needed; raises `Unusable` if that fails."""
-        process = self._process
+        process = self.current
         if process is not None:
             return process
         if self.is_retired:
             raise Unusable(f"the cache directory {self.root} was removed")
         with self._opening:
-            if self._process is None:
+            if self.current is None:
                 try:
-                    self._process = self._join()
+                    self.current = self._join()
                 except Foreign:
                     self.when_refused()
                     raise
@@ -530,7 +527,7 @@ class IndexSession:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
                 self.when_joined()
                 self._joined()
-            return self._process
+            return self.current
 
     def _join(self) -> Registration:
         found = self.read_note("format")
@@ -598,10 +595,10 @@ class IndexSession:
     def guarded(self, patience: float | None = None) -> Iterator[Registration]:
         """Hold the guard of the current directory without opening the index; wait `patience` seconds if given."""
         for _ in range(3):
-            process = self.process()
+            process = self.current or self.process()
             self._used = time.monotonic()
             with process.guard if patience is None else process.guard.within(patience):
-                if self._process is process and process.guard.is_current():
+                if self.current is process and process.guard.is_current():
                     yield process
                     return
                 # this process left, or the directory was removed: start over
@@ -626,7 +623,7 @@ class IndexSession:
             index = None
             try:
                 index = opened = process.open_index()
-                process.patiently(lambda: opened.begin(0))
+                process.patiently(partial(opened.begin, 0.0))
                 yield process, index
                 index.commit()
                 process.write_serial(index)
@@ -657,7 +654,7 @@ class IndexSession:
             if not process.storing.share(self.timeout):
                 raise Busy("the index is being rebuilt")
             try:
-                if self._process is not process:
+                if self.current is not process:
                     # this process left the directory meanwhile
                     continue
                 if not process.sees_revocations():
@@ -673,7 +670,7 @@ class IndexSession:
 
     def is_stand_in(self) -> bool:
         """Whether the directory at the path is the one that this process uses, and not one that was away."""
-        process = self._process
+        process = self.current
         try:
             return process is not None and process.identity not in self.lost and process.guard.is_current()
         except OSError:
@@ -684,10 +681,10 @@ class IndexSession:
         if not process.is_deleted():
             self.lost.add(process.identity)
         # the guard is held: another thread that joins a directory waits for it with this lock
-        if self._process is process:
+        if self.current is process:
             with self._opening:
-                if self._process is process:
-                    self._process = None
+                if self.current is process:
+                    self.current = None
         process.close_index()
 
     def close(
@@ -703,7 +700,7 @@ class IndexSession:
         stays. With `has_pending`, the notes stay because invalidations are pending. Returns whether this process has
         left.
         """
-        process = self._process
+        process = self.current
         if process is None:
             return True
         is_done = False
@@ -713,21 +710,21 @@ class IndexSession:
                     return False
                 is_done = alone and not process.is_writing
             # a process that could not sign off is taken for dead, and buried by the next one
-            if self._process is process:
-                self._process = None
+            if self.current is process:
+                self.current = None
         if is_done and not has_pending:
             process.take_notes_back()
         return True
 
     def record_written(self, namespace: str) -> None:
         """Write the note of a namespace unless it exists; see `Registration.record_written`."""
-        process = self._process
+        process = self.current
         if process is None or not process.is_recorded(namespace):
             self._present().record_written(namespace)
 
     def _present(self) -> Registration:
         """The registration in the directory that is at the path now, which may have been replaced."""
-        process = self.process()
+        process = self.current or self.process()
         if not process.guard.is_current():
             with self.guarded() as joined:
                 process = joined
@@ -749,8 +746,8 @@ class IndexSession:
             finally:
                 if not stays:
                     # a thread that waits for this guard must see that the registration has ended
-                    if self._process is process:
-                        self._process = None
+                    if self.current is process:
+                        self.current = None
                     process.close_index()
             return not stays
 
@@ -777,7 +774,7 @@ class IndexSession:
 
     def before_fork(self) -> None:
         """Wait until no thread is in a section, and keep it so: the child must not inherit half a transaction."""
-        self._forking = self._process
+        self._forking = self.current
         if self._forking is not None and self._forking.guard.before_fork():
             # the child must neither use nor close the connection of its parent, so there is none to inherit
             self._forking.disconnect()
@@ -791,13 +788,13 @@ class IndexSession:
 
     def after_fork_in_child(self) -> None:
         """Start anew: release no lock of the parent, and neither use nor close its connection."""
-        for process in {self._process, self._forking} - {None}:
+        for process in {self.current, self._forking} - {None}:
             assert process is not None
             if process.index is not None:
                 _inherited.append(process.index)
                 process.index = None
             process.close_descriptors()
-        self._process = self._forking = None
+        self.current = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
         self.writing = set()

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from xzcache.index._locks import open_lock_file
-from xzcache.model import Entry
+from xzcache.model import lock_offset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ _LARGEST: Final = (1 << 64) - 1
 
 def write_counter(key: str) -> int:
     """The number of the counter of writes of a key."""
-    return Entry(key).lock_offset() % _COUNT
+    return lock_offset(key) % _COUNT
 
 
 def prefix_counter(prefix: str) -> int:
@@ -44,15 +44,20 @@ def missing_counter(array: str) -> int:
 def counters_of(key: str, *, data: bool) -> tuple[int, ...]:
     """The numbers of all counters that writes to a key or its prefixes increment; `data`: not a document."""
     # asked for several times in the life of a fetch
-    return (write_counter(key), *_counters_above(key[: key.rfind("/") + 1], data=data))
+    return (lock_offset(key) % _COUNT, *_counters_above(key[: key.rfind("/") + 1], data=data))
 
 
 @lru_cache(maxsize=1024)
 def _counters_above(directory: str, *, data: bool) -> tuple[int, ...]:
     # the same for all chunks of an array; a directory ends in a slash
-    above = [directory[:end] for end, character in enumerate(directory) if character == "/"]
-    counters = tuple(map(prefix_counter, above))
-    return (*counters, *map(data_counter, above)) if data else counters
+    above = [directory[: end + 1] for end, character in enumerate(directory) if character == "/"]
+    return tuple(counter for folder in above for counter in _counters_of_folder(folder)[: 2 if data else 1])
+
+
+@lru_cache(maxsize=4096)
+def _counters_of_folder(folder: str) -> tuple[int, int]:
+    # those of `prefix_counter` and `data_counter`
+    return lock_offset(folder) % _COUNT, lock_offset(folder + "/") % _COUNT
 
 
 class WriteCounters:
@@ -96,8 +101,16 @@ class WriteCounters:
 
     def before(self, counters: Sequence[int]) -> tuple[int, ...]:
         """The last lost write and the values of some counters; most calls need only one read of the file."""
-        lost, counts = self.current()
-        return (lost, *self.values(counters, counts))
+        # as `_current` and `values`: a fetch asks several times
+        totals = os.pread(self.fd, 16, _COUNT * 8)
+        seen, counts = self._seen
+        if seen != totals or len(counts) > _MOST_SEEN:
+            totals, counts = self._current()
+        lost = int.from_bytes(totals[8:], "little")
+        try:
+            return (lost, *[counts[counter] for counter in counters])
+        except KeyError:
+            return (lost, *self.values(counters, counts))
 
     def read(self, counter: int) -> int:
         return self.before([counter])[1]

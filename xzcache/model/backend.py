@@ -43,6 +43,10 @@ class Parts(Protocol):
     """The cached parts of one object. Each answer is read from the cache at its first use, and kept."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there certainly are none."""
+
+    @property
     def pieces(self) -> Listed:
         """The cached byte ranges, without the whole object."""
 

@@ -24,7 +24,7 @@ END: Final = -1
 """A `stop` of END reads to the end of the object; a negative `start` counts back from there."""
 
 _LONGEST_PATH: Final = 3000
-_OFFSET_BITS: Final = 62
+_OFFSETS: Final = (1 << 62) - 1
 _LARGEST: Final = 1 << 62
 
 
@@ -53,13 +53,19 @@ class Entry(NamedTuple):
 
     def lock_offset(self) -> int:
         """The byte of the lock files that stands for this entry."""
-        return int.from_bytes(self.digest()[:8], "little") & ((1 << _OFFSET_BITS) - 1)
+        return int.from_bytes(self.digest()[:8], "little") & _OFFSETS
 
 
 @lru_cache(maxsize=4096)
 def _digest(key: str, start: int, stop: int) -> bytes:
     # asked for several times in the life of a fetch
     return blake2b(f"{key}\0{start}\0{stop}".encode(), digest_size=16).digest()
+
+
+@lru_cache(maxsize=4096)
+def lock_offset(key: str) -> int:
+    """The byte of the lock files that stands for a whole object."""
+    return int.from_bytes(_digest(key, 0, END)[:8], "little") & _OFFSETS
 
 
 def span(byte_range: ByteRequest | None) -> tuple[int, int] | None:
@@ -97,6 +103,7 @@ def place_within(start: int, stop: int, outer: int, size: int) -> tuple[int, int
     return clip(start - outer, END if stop == END else stop - outer, size)
 
 
+@lru_cache(maxsize=1024)
 def is_cacheable(key: str) -> bool:
     """Whether a key can be written down at all: as UTF-8, in the stamp of a file."""
     try:

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from xzcache._fork import renew_after_fork
@@ -41,11 +42,13 @@ class Fetched(NamedTuple):
 class Claim:
     """A span of one object, as `placed` gives it, that one task fetches for all tasks that wait for it."""
 
-    __slots__ = ("_future", "sent_at", "span")
+    __slots__ = ("_outcome", "_waiters", "sent_at", "span")
 
     def __init__(self, span: Span) -> None:
         self.span = span
-        self._future: Future[Fetched] = Future()
+        self._outcome: Fetched | Exception | None = None
+        # most claims have none
+        self._waiters: list[Future[Fetched]] = []
         self.sent_at = math.inf
         """When the source was asked, by `time.perf_counter`."""
 
@@ -58,24 +61,43 @@ class Claim:
 
         Raises `LeaderCancelled`, or the exception that the source raised, which may be a `TimeoutError` as well.
         """
-        waiting = asyncio.wrap_future(self._future)
+        future: Future[Fetched] = Future()
+        self._waiters.append(future)
+        # set after that, the outcome reaches the new waiter
+        self._pass_on()
+        waiting = asyncio.wrap_future(future)
         # a waiter that gave up must not get a warning about an exception that was never retrieved
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.wait_for(asyncio.shield(waiting), timeout)
         except TimeoutError:
-            return self._future.result() if self._future.done() else None
+            return future.result() if future.done() else None
 
     def set_result(self, data: memoryview | None, validator: str | None = "", *, exact: bool = True) -> None:
-        if not self._future.done():
-            self._future.set_result(Fetched(data, validator, exact))
+        if self._outcome is None:
+            self._outcome = Fetched(data, validator, exact)
+            self._pass_on()
 
     def set_exception(self, error: BaseException) -> None:
-        if not self._future.done():
+        if self._outcome is None:
             # a cancellation, a keyboard interrupt: none of the waiters' business
-            self._future.set_exception(error if isinstance(error, Exception) else LeaderCancelled())
-            # mark the exception as retrieved, so that asyncio does not warn if there are no waiters
-            self._future.exception()
+            self._outcome = error if isinstance(error, Exception) else LeaderCancelled()
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give the outcome, if there is one, to all waiters; each is taken from the list by one thread."""
+        outcome = self._outcome
+        while outcome is not None and self._waiters:
+            with suppress(IndexError):
+                future = self._waiters.pop()
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+    @property
+    def has_outcome(self) -> bool:
+        return self._outcome is not None
 
 
 class Claims:
@@ -136,7 +158,8 @@ class Claims:
                 claims.remove(claim)
                 if not claims:
                     del self._claims[what]
-        claim.set_exception(LeaderCancelled())
+        if not claim.has_outcome:
+            claim.set_exception(LeaderCancelled())
 
 
 async def run_to_completion(coroutine: Coroutine[Any, Any, T]) -> tuple[T, bool]:

@@ -197,8 +197,10 @@ class RangeFetches:
 
     async def look(self, parts: Parts, entries: Iterable[Entry]) -> tuple[Found, list[Entry]]:
         """The cached ranges among some entries of an object with these cached parts, and the missing ones."""
-        listed = parts.pieces
         found: Found = {}
+        listed = parts.pieces
+        if listed.any() is None and parts.is_empty:
+            return found, list(entries)
         missing: list[Entry] = []
         for entry in entries:
             # the first one that is missed has shown that there is no whole object either
@@ -339,9 +341,9 @@ class _Fetch:
 
     def _names(self, parts: Parts) -> list[Span]:
         """The spans of cached pieces that overlap the wanted ranges, from the list of their names."""
-        if self._force:
-            return []
         listed = parts.pieces
+        if self._force or listed.any() is None:
+            return []
         return [_span_of(piece) for span in self._left.values() for piece in self._usable(listed.overlapping(*span))]
 
     def _usable(self, pieces: Iterable[Entry]) -> list[Entry]:
@@ -349,6 +351,8 @@ class _Fetch:
 
     def _needs(self, names: list[Span]) -> list[Span]:
         """The parts of the wanted ranges that are neither in memory nor in the given spans."""
+        if not names and not self._buffers:
+            return [span for span in map(self._trimmed, self._left.values()) if span[0] < span[1]]
         there = IntervalSet(names)
         named = [buffer for validator, buffer in self._buffers.items() if is_from_source(validator)]
         at_hand = named[0] if named else SparseBuffer()
@@ -365,9 +369,8 @@ class _Fetch:
 
     def _has_gained(self, mine: list[Lead], before: Parts, now: Parts | None) -> bool:
         """Whether a piece has appeared in a gap that would be requested with the claimed ranges."""
-        if now is None:
+        if now is None or (listed := now.pieces).any() is None:
             return False
-        listed = now.pieces
         there = [piece for lead in mine for piece in self._usable(listed.overlapping(*lead.claim.span))]
         return bool(there) and not set(there) <= set(before.pieces)
 
@@ -376,6 +379,8 @@ class _Fetch:
         if self._force:
             return None
         parts = self._backend.parts(self._key)
+        if parts.is_empty:
+            return parts
         listed = parts.pieces
         # of pieces, the validators from before the bytes
         states = parts.states if len(listed) > 1 else None
@@ -456,7 +461,7 @@ class _Fetch:
     def _take(self, entry: Entry, data: memoryview | None) -> None:
         span = self._left.pop(entry)
         self._found[entry] = data
-        if next(IntervalSet(self._asked).parts(span), None) is None:
+        if not _meet(span, self._asked):
             self._reading.stats.hit(0 if data is None else len(data), time.perf_counter() - self._started)
 
     # -- claiming the missing spans
@@ -548,7 +553,7 @@ class _Fetch:
             answers = await self._request(spans)
             there = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
-            misses = sum(next(IntervalSet(spans).parts(span), None) is not None for span in self._left.values())
+            misses = sum([_meet(span, spans) for span in self._left.values()])
             reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
             for _ in range(misses - 1):
                 reading.stats.miss(0, 0.0)
@@ -634,9 +639,7 @@ class _Fetch:
 
         Raises `OSError` if it still does.
         """
-        entries = [
-            entry for entry, span in self._left.items() if next(IntervalSet(answers).parts(span), None) is not None
-        ]
+        entries = [entry for entry, span in self._left.items() if _meet(span, answers)]
         again = [self._left[entry] for entry in entries if self._left[entry] not in answers]
         answers |= dict(zip(again, await self._request(again) if again else [], strict=True))
         for entry in entries:
@@ -656,12 +659,17 @@ class _Fetch:
 
     async def _must_agree(self, validators: set[str]) -> None:
         """Raise unless all validators are of one state."""
-        if len(from_source(validators)) > 1:
+        if len(validators) > 1 and len(from_source(validators)) > 1:
             await self._backend.invalidate(self._key, self._version)
             if not differ(validators) or await self._reading.has_several_validators(self._key):
                 raise Unclear
             self._reading.record_replaced(self._key)
             raise Replaced(self._key)
+
+
+def _meet(span: Span, spans: Iterable[Span]) -> bool:
+    """Whether a span has bytes in common with one of some spans."""
+    return any(max(first, span[0]) < min(last, span[1]) for first, last in spans)
 
 
 def _span_of(piece: Entry) -> Span:

@@ -377,7 +377,7 @@ class ReadThrough:
         self, lead: Lead, version: Any, request: Request, *, force: bool, may_divide: bool
     ) -> Buffer | None:
         key, entry, claim, reading = request.key, request.entry, lead.claim, self.reading
-        publishing = False
+        publishing = is_new = False
         try:
             if force:
                 # another process may have sent its request before this read began
@@ -385,9 +385,12 @@ class ReadThrough:
                 claim.mark_sent()
                 answer, data = await reading.revalidate(request)
             else:
-                data = await self._acquire_or_wait(lead, request, may_divide=may_divide)
+                self._try_lock(lead, request, may_divide=may_divide)
+                # checked with the lock held: no other process stores a part that overlaps from now on
+                is_new = lead.unlock is not None and self.backend.parts(key).is_empty
+                data = None if is_new else await self._wait(lead, request, may_divide=may_divide)
                 if data is None:
-                    if may_divide and self._has_parts(request):
+                    if may_divide and not is_new and self._has_parts(request):
                         raise Divided
                     if reading.max_age == "infinity":
                         answer = await reading.fetch(request)
@@ -405,7 +408,7 @@ class ReadThrough:
             if answer.exact and is_document(key):
                 version = await self.backend.apply_document(key, None if data is None else bytes(data), version)
                 self.freshness.mark_validated(key, data)
-            if data is not None and may_store:
+            if data is not None and may_store and not (is_new and entry.is_whole):
                 version, validator, replaced = await reading.agree(key, entry, validator, version, data)
                 if replaced and _READS_SHARDS_BY_GET and entry.start > 0:
                     raise Replaced(key)
@@ -430,28 +433,30 @@ class ReadThrough:
         size = sum(min(piece.stop, last) - max(piece.start, first) for piece in pieces)
         return size > NEGLIGIBLE and all(map(is_from_source, parts.states))
 
-    async def _acquire_or_wait(self, lead: Lead, request: Request, *, may_divide: bool) -> memoryview | None:
-        """Take the fetch lock, or wait for the entry that another process fetches.
+    def _try_lock(self, lead: Lead, request: Request, *, may_divide: bool) -> None:
+        """Try to take the fetch lock; raises `Divided` if another process fetches a part only."""
+        if lead.what is not None:
+            answer = self.backend.acquire(request.key, unplaced(lead.claim.span))
+            if not isinstance(answer, tuple):
+                lead.unlock = answer
+            elif may_divide and placed(answer) != lead.claim.span:
+                raise Divided
 
-        After the deadline neither is done: the other process may be stopped, so this one fetches as well. Raises
-        `Divided` if another process fetches a part only.
+    async def _wait(self, lead: Lead, request: Request, *, may_divide: bool) -> memoryview | None:
+        """The entry, if another process has stored it; without the fetch lock, wait for one of both.
+
+        After the deadline there is neither: the other process may be stopped, so this one fetches as well.
         """
-        span = lead.claim.span
         deadline = time.monotonic() + self.reading.timeout
         pause = FIRST_POLL
         while True:
-            if lead.what is not None:
-                answer = self.backend.acquire(request.key, unplaced(span))
-                if not isinstance(answer, tuple):
-                    lead.unlock = answer
-                elif may_divide and placed(answer) != span:
-                    raise Divided
             # check with the lock held: the previous holder may just have published
             data = await self.reading.get_cached(request.entry)
             if lead.unlock is not None or data is not None or time.monotonic() >= deadline or lead.what is None:
                 return data
             await asyncio.sleep(pause)
             pause = min(pause * 1.2, LONGEST_POLL)
+            self._try_lock(lead, request, may_divide=may_divide)
 
 
 # -- Many byte ranges of one object, as Zarr's sharding codec reads them; missing ranges are requested together.
@@ -540,7 +545,7 @@ class RangeReads:
         since = self._backend.write_version(key)
         parts = self._backend.parts(key)
         found, missing = await self._fetches.look(parts, wanted)
-        states = parts.states if missing or alone else set()
+        states = parts.states if missing or alone else set[str]()
         if missing and found:
             # read after the states, which may be those of another object already
             is_current = self._backend.write_version(key) == since
@@ -556,7 +561,9 @@ class RangeReads:
         if missing:
             fetch = self._whole if promoted else self._missing
             calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, parts))
-        outcomes = [outcome for call in await asyncio.gather(*calls) for outcome in call] if calls else []
+        # a task of its own would only cost one call time
+        answers = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
+        outcomes = [outcome for answer in answers for outcome in answer]
         if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
             return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
         is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)

@@ -369,7 +369,7 @@ class Reading:
             # pending publishes belong to a session as well; wait, so that no other session is cached beside them
             await self.backend.stored(key)
         parts = self.backend.parts(key)
-        if entry.is_whole and parts.pieces.any() is None:
+        if parts.is_empty or (entry.is_whole and parts.pieces.any() is None):
             # a whole object replaces another whole one of any state
             return version, validator, False
         if entry.start == entry.stop:

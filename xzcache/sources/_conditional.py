@@ -74,6 +74,9 @@ class _Head(NamedTuple):
     """Whether the answer says which bytes it holds, and where they end."""
 
 
+_UNKNOWN: Final = _Head()
+
+
 # -- asking
 
 
@@ -128,11 +131,12 @@ async def fetch(
     if twin is not None:
         answer, is_clear = await _fetch_recorded(twin, key, prototype, byte_range)
     else:
-        if byte_range is None and not known and not certain:
-            look = None
-        (answer,) = await _between_looks(
-            look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
-        )
+        if look is None or (byte_range is None and not known and not certain):
+            answer = _judged(await source.get(key, prototype, byte_range), byte_range, _UNKNOWN)
+        else:
+            (answer,) = await _between_looks(
+                look, key, [byte_range], states, lambda: _alone(source.get(key, prototype, byte_range))
+            )
     if byte_range is not None and answer.value is not None and answer.size is None and is_clear and not answer.exact:
         answer = await _measured(source, key, byte_range, answer)
     return _labelled([answer], byte_range, fixed=fixed, ignore_validators=ignore_validators)[0]
@@ -172,8 +176,11 @@ async def fetch_spans(
     for `fetch`. Exceptions of the source are raised.
     """
     ranges = [RangeByteRequest(*span) for span in spans]
+    if len(ranges) == 1:
+        options: dict[str, Any] = {"fixed": fixed, "ignore_validators": ignore_validators, "states": states}
+        return [await fetch(source, key, prototype, ranges[0], **options)]
     one_by_one = type(source) in _OBSTORES or _Recording.twin_of(source) is not None
-    if len(ranges) == 1 or one_by_one or not hasattr(source, "get_ranges"):
+    if one_by_one or not hasattr(source, "get_ranges"):
         turn = asyncio.Semaphore(limits["max_concurrency"])
 
         async def one(byte_range: RangeByteRequest) -> FetchResult:
@@ -215,6 +222,9 @@ async def fetch_spans(
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of several calls; if one fails, cancel the others and raise its exception."""
+    calls = list(calls)
+    if len(calls) == 1:
+        return [await calls[0]]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -282,8 +292,8 @@ def _labelled(
 
 def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -> FetchResult:
     """The answer with its metadata, checked for exactness."""
-    if value is None:
-        return FetchResult(None)
+    if value is None or (byte_range is None and head is _UNKNOWN):
+        return FetchResult(value)
     # the size of what was unpacked on the way is not the one that is told
     size = head.size if head.is_plain and head.is_clear else None
     return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=size)
