@@ -155,7 +155,7 @@ def _pretty(result: Any) -> Callable[[], None] | None:
     return show
 
 
-_RIGHT: Final = ("entries", "size", "share", "cached")
+_RIGHT: Final = ("entries", "size", "share", "cached", "hits", "hit rate")
 
 
 def _bar(share: float | None, encoding: str, width: int = 20) -> str:

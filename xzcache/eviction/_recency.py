@@ -6,18 +6,29 @@ import os
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 from xzcache._config import config
 from xzcache.eviction._policies import UseBatch
 from xzcache.index import hash_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from xzcache.eviction._policies import Policy
     from xzcache.index import Index
     from xzcache.model import Entry
+
+
+_NONE: Final[Mapping[Entry, int]] = {}
+
+
+class Tell(Protocol):
+    """Tells the index, within a section, what else was counted; `uses` and `arrived` as for a policy."""
+
+    def __call__(
+        self, index: Index, uses: Mapping[Entry, int], arrived: Mapping[Entry, int], *, everything: bool
+    ) -> None: ...
 
 
 class Recency:
@@ -30,6 +41,7 @@ class Recency:
         self._lock = threading.Lock()
         self._uses: dict[Entry, int] = {}
         self._flush_after = 0.0
+        self.tell: Tell | None = None
 
     def record_use(self, entry: Entry) -> bool:
         """Record a use; True if `flush_to` is due."""
@@ -47,13 +59,19 @@ class Recency:
         self._flush_after = max(self._flush_after, time.monotonic() + 1.0) if due else self._flush_after
         return due
 
-    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
-        """Write the recorded uses and the new entries to the index."""
+    def flush_to(self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False) -> None:
+        """Write the recorded uses and the new entries, with their sizes, to the index.
+
+        With `everything`, nothing that was counted is kept for a later transaction.
+        """
         with self._lock:
             uses, self._uses = self._uses, {}
         if uses or arrived:
             # a copy: a hit that began before may still add to it
-            self.policy.record(index, UseBatch(dict(uses), arrived))
+            uses = dict(uses)
+            self.policy.record(index, UseBatch(uses, arrived))
+        if self.tell is not None:
+            self.tell(index, uses, arrived, everything=everything)
 
     def __bool__(self) -> bool:
         return bool(self._uses)
@@ -77,7 +95,7 @@ class Traced(Recency):
             self._trace.clear()
         return super().record_use(entry)
 
-    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+    def flush_to(self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False) -> None:
         """Write the recorded uses to the index and to the file."""
         trace, self._trace = self._trace, []
         trace += ((time.time_ns(), entry) for entry in arrived)
@@ -92,7 +110,7 @@ class Traced(Recency):
                 os.write(descriptor, "".join(lines).encode())
             finally:
                 os.close(descriptor)
-        super().flush_to(index, arrived)
+        super().flush_to(index, arrived, everything=everything)
 
 
 def recency_for(policy: Policy) -> Recency:

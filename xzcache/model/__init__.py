@@ -6,7 +6,7 @@ were logged.
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import MISSING, Backend, Cache, Cached, Parts, nothing
+from xzcache.model.backend import MISSING, Backend, Cache, Cached, Parts, ReadCounters, Reads, nothing
 from xzcache.model.entry import END, META, Data, Entry, clip, is_cacheable, namespace_of, span, within
 from xzcache.model.errors import (
     Busy,
@@ -82,6 +82,8 @@ __all__ = [
     "Listed",
     "NoRoom",
     "Parts",
+    "ReadCounters",
+    "Reads",
     "Replaced",
     "Span",
     "SparseBuffer",

@@ -141,6 +141,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.claims = claims_of(self.backend)
+        self.backend.count(self.stats)
 
     @contextmanager
     def watching(self, key: str) -> Iterator[Watch]:
@@ -224,6 +225,7 @@ class Reading:
         """
         seconds = time.perf_counter() - began
         self.stats.miss(size or 0, seconds)
+        self.backend.record_fetch(began)
         if logger.isEnabledFor(logging.DEBUG):
             result = "absent" if size is None else f"{size} bytes"
             logger.debug("fetched %s: %s in %.3f s", self._described(key, spans), result, seconds)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from xzcache._fork import renew_after_fork
+from xzcache.model import Reads
 
 observers: Final[list[Callable[[str, int, float], None]]] = []
 """Called for each read with ``"cache"`` or ``"source"``, its bytes and its seconds."""
@@ -48,6 +49,11 @@ class Stats:
                 counters.seconds_from_source += seconds
         for observe in observers:
             observe("source", size, seconds)
+
+    def reads(self) -> Reads:
+        """The counters that a cache may keep for longer."""
+        with self._all[-1]._lock:
+            return Reads(self.hits, self.misses, self.bytes_from_cache, self.bytes_from_source, self.seconds_from_cache)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters under Zarr's names, and those of xzcache; sizes in bytes, times in seconds."""

@@ -1,0 +1,371 @@
+"""The statistics that last: what this process has counted, and tells to the index with the uses of entries.
+
+Seconds saved are an estimate of the time by which the reads of this machine would have taken longer without the cache:
+
+1. The price of a source. While requests to a source are under way in a process, however many at once, its wall-clock
+   time is counted. Least squares divide this time among reads and bytes: seconds for each read, and for each byte.
+   Later reads count for more. The price is remembered in the index, so that a session without a miss has one.
+2. What a process has saved is the price of its hits, less the time that it spent on them.
+3. Processes that read at the same time save their time at the same time: of them, the one that saved the most counts.
+
+Nothing is saved while the price of a source is unknown.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import sub
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from xzcache.index import OTHERS, SAMPLED, Counts, lot_of
+from xzcache.model import Reads, namespace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from xzcache.index import Index, Row
+    from xzcache.model import Entry, ReadCounters
+
+WATCHED: Final = 4096
+"""Up to so many entries, all uses are sampled; in a larger cache, those of about half as many entries or more."""
+_LARGEST: Final = (1 << 32) - 1
+_MOST_EVENTS: Final = 1 << 14
+_EVERY: Final = 0.5
+"""Seconds between two reports to the index, at the least."""
+_MOST_PERIODS: Final = 64
+_REMEMBERED: Final = 2000.0
+"""The reads after which an observed price has lost most of its weight."""
+_SUMS: Final = 8
+_MOST_SPANS: Final = 32
+_SHORTEST: Final = 1e-3
+
+
+# -- Prices. No disk, no clock, no SQL.
+
+
+def with_observation(sums: Sequence[float] | None, reads: int, size: int, seconds: float) -> list[float]:
+    """Add an observation to the sums of earlier ones: reads, bytes, seconds, and their products."""
+    # megabytes, so that the sums are of similar magnitude
+    size_mb = size / 1e6
+    keep = math.exp(-reads / _REMEMBERED)
+    new = (
+        reads,
+        size_mb,
+        seconds,
+        reads * reads,
+        reads * size_mb,
+        size_mb * size_mb,
+        reads * seconds,
+        size_mb * seconds,
+    )
+    return [before * keep + value for before, value in zip(_checked(sums), new, strict=True)]
+
+
+def _checked(sums: Sequence[float] | None) -> Sequence[float]:
+    """The sums; zeros if there are none, or garbage."""
+    return sums if sums is not None and len(sums) == _SUMS and all(map(math.isfinite, sums)) else [0.0] * _SUMS
+
+
+def price_of(sums: Sequence[float] | None) -> tuple[float, float]:
+    """Seconds for each read and for each byte, neither negative, that explain what was observed; in all, exactly."""
+    reads, size, seconds, rr, rs, ss, rt, st = _checked(sums)
+    whole = rr * ss - rs * rs
+    is_singular = whole <= 1e-6 * rr * ss
+    each, for_size = (0.0, 0.0) if is_singular else ((rt * ss - st * rs) / whole, (st * rr - rt * rs) / whole)
+    if each < 0 or for_size < 0 or not each + for_size:
+        # objects of one size do not tell which of both costs; otherwise, the better of two simple explanations
+        each, for_size = rt / rr if rr else 0.0, st / ss if ss else 0.0
+        if is_singular:
+            each, for_size = each / 2, for_size / 2
+        elif rt * each >= st * for_size:
+            for_size = 0.0
+        else:
+            each = 0.0
+    explained = each * reads + for_size * size
+    scale = seconds / explained if explained > 0 else 0.0
+    return each * scale, for_size * scale / 1e6
+
+
+def raised(levels: Sequence[float], begin: float, end: float, level: float) -> tuple[list[float], float]:
+    """Raise a step function to a level between two times, where it is lower; returns it, and the area added.
+
+    The steps are begin, end, level, one after the other, in the order of time.
+    """
+    steps = [(levels[at], levels[at + 1], levels[at + 2]) for at in range(0, len(levels) - 2, 3)]
+    cuts = sorted({begin, end, *(time_ for step in steps for time_ in step[:2])})
+    result: list[list[float]] = []
+    area = 0.0
+    for first, last in pairwise(cuts):
+        before = max((height for start, stop, height in steps if start <= first and last <= stop), default=0.0)
+        after = max(before, level) if begin <= first and last <= end else before
+        area += (after - before) * (last - first)
+        if after <= 0:
+            continue
+        if result and result[-1][1] == first and result[-1][2] == after:
+            result[-1][1] = last
+        else:
+            result.append([first, last, after])
+    return [number for step in result[-_MOST_SPANS:] for number in step], area
+
+
+class Busy:
+    """The wall-clock time in which any of several overlapping activities was under way."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._periods: list[tuple[float, float]] = []
+
+    def add(self, begin: float, end: float) -> None:
+        """Add an activity that has just ended."""
+        gained = max(0.0, end - begin)
+        while self._periods and self._periods[-1][1] >= begin:
+            first, last = self._periods.pop()
+            gained -= max(0.0, min(last, end) - max(first, begin))
+            begin, end = min(begin, first), max(end, last)
+        self._periods.append((begin, end))
+        del self._periods[:-_MOST_PERIODS]
+        self.seconds += max(0.0, gained)
+
+
+# -- What this process has counted.
+
+
+@dataclass(eq=False, slots=True)
+class _Counted:
+    """Counters of one store, or of copies of it, and their values when the index was told last.
+
+    `namespace` is None for a source that only this process has.
+    """
+
+    counters: ReadCounters
+    namespace: str | None
+    users: weakref.WeakSet[object]
+    told: Reads = field(default_factory=Reads)
+
+
+class _Others(NamedTuple):
+    """The other counters of one source."""
+
+    busy: float = 0.0
+    evictions: int = 0
+    evicted_size: int = 0
+
+
+@dataclass(slots=True)
+class _Source:
+    """The other counters of one source, and their values when the index was told last."""
+
+    busy: Busy = field(default_factory=Busy)
+    evictions: int = 0
+    evicted_size: int = 0
+    told: _Others = field(default_factory=_Others)
+
+    def now(self) -> _Others:
+        return _Others(self.busy.seconds, self.evictions, self.evicted_size)
+
+
+@dataclass(slots=True)
+class _News:
+    """What was counted of one source since the index was told."""
+
+    counts: Counts = field(default_factory=Counts)
+    busy: float = 0.0
+    on_hits: float = 0.0
+
+
+class _Event(NamedTuple):
+    """A sampled use: of an entry that was cached already, that arrives, or that is evicted."""
+
+    at: int
+    lot: int
+    size: int
+    namespace: str | None = None
+    """Of an entry that arrives."""
+    is_eviction: bool = False
+
+
+class Ledger:
+    """What this process has counted of the reads through one directory, until the index is told.
+
+    Nothing here is called for a hit: the counters of the stores are read when uses are told to the index.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[int, _Counted] = {}
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Count from zero, as the counters of the stores do."""
+        self._lock = threading.Lock()
+        self._sources: defaultdict[str | None, _Source] = defaultdict(_Source)
+        self._events: list[_Event] = []
+        self._arrivals = 0
+        self._shift = 0
+        self._due = 0.0
+        self._began = math.inf
+        for counted in self._counted.values():
+            counted.told = Reads()
+
+    # -- counting
+
+    def count(self, counters: ReadCounters, user: object, namespace: str | None) -> None:
+        """Tell the index of these counters while the user lives, and once more."""
+        counted = self._counted.get(id(counters))
+        if counted is None or counted.namespace != namespace:
+            if len(self._counted) % 64 == 63:
+                self._forget()
+            counted = self._counted[id(counters)] = _Counted(counters, namespace, weakref.WeakSet())
+        counted.users.add(user)
+
+    def fetched(self, namespace: str | None, began: float) -> None:
+        """Count a request to a source that has just ended, and began at a time of `time.perf_counter`."""
+        with self._lock:
+            self._sources[namespace].busy.add(began, time.perf_counter())
+
+    def evicted(self, rows: Iterable[Row]) -> None:
+        """Count entries that are about to be evicted; within a section."""
+        now, limit = time.time_ns(), 1 << 32 >> self._shift
+        with self._lock:
+            for row in rows:
+                source = self._sources[namespace_of(row.entry.key)]
+                source.evictions += 1
+                source.evicted_size += row.size
+                if (lot := lot_of(row.entry)) < limit:
+                    self._events.append(_Event(now, lot, row.size, is_eviction=True))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the index is to be told of any read."""
+        return any(counted.counters.reads() != counted.told for counted in list(self._counted.values()))
+
+    def _forget(self) -> None:
+        """Forget counters that nobody uses and of which all is told."""
+        for key, counted in list(self._counted.items()):
+            if not counted.users and counted.counters.reads() == counted.told:
+                self._counted.pop(key, None)
+
+    # -- telling
+
+    def tell(self, index: Index, uses: Mapping[Entry, int], arrived: Mapping[Entry, int], *, everything: bool) -> None:
+        """Tell the index what was counted, with the uses that it is told anyway; within a section.
+
+        Without `everything`, it may be kept for a later transaction.
+        """
+        limit = 1 << 32 >> self._shift
+        if uses:
+            self._began = min(self._began, min(uses.values()) / 1e9)
+            for entry, used in uses.items():
+                if (lot := lot_of(entry)) < limit:
+                    self._events.append(_Event(used, lot, 0))
+        if arrived:
+            now = time.time_ns()
+            self._arrivals += len(arrived)
+            for entry, size in arrived.items():
+                if (lot := lot_of(entry)) < limit:
+                    self._events.append(_Event(now, lot, size, namespace_of(entry.key)))
+        if everything or time.monotonic() >= self._due:
+            self._due = time.monotonic() + _EVERY
+            self._tell(index)
+        elif len(self._events) > _MOST_EVENTS:
+            del self._events[: _MOST_EVENTS // 2]
+
+    def _tell(self, index: Index) -> None:
+        events, self._events = self._events, []
+        arrivals, self._arrivals = self._arrivals, 0
+        began, self._began = self._began, math.inf
+        news, when_told = self._news()
+        if not (news or events):
+            return
+        statistics = index.statistics
+        statistics.make(arrivals)
+        now = time.time()
+        numbers = {name: OTHERS if name is None else index.number_of(name) for name in news}
+        saved = {}
+        for name, new in news.items():
+            sums = statistics.prices(numbers[name])
+            if new.counts.misses and new.busy > 0:
+                sums = with_observation(sums, new.counts.misses, new.counts.bytes_from_source, new.busy)
+                statistics.set_prices(numbers[name], sums)
+            each, for_byte = price_of(sums)
+            # several threads may have spent their time at the same time
+            on_hits = min(new.on_hits, max(0.0, now - began))
+            saved[name] = max(0.0, new.counts.hits * each + new.counts.bytes_from_cache * for_byte - on_hits)
+        part = _part_of_machine(index, began, now, sum(saved.values()))
+        refetched = self._add_events(index, events, news, arrivals)
+        rows: dict[int, Counts] = {}
+        for name, new in news.items():
+            counts = new.counts._replace(seconds_saved=saved[name] * part)
+            rows[numbers[name]] = rows.get(numbers[name], Counts()).plus(counts)
+        for name, (count, size) in refetched.items():
+            number = index.number_of(name)
+            again = Counts(refetched=count << self._shift, refetched_size=size << self._shift)
+            rows[number] = rows.get(number, Counts()).plus(again)
+        statistics.add(int(now), rows)
+        self._shift = (index.totals().entries // WATCHED).bit_length()
+        index.when_committed.append(when_told)
+
+    def _news(self) -> tuple[dict[str | None, _News], Callable[[], None]]:
+        """What was counted by source, and a function that takes note that it was told."""
+        news: defaultdict[str | None, _News] = defaultdict(_News)
+        reads = [(counted, counted.counters.reads()) for counted in list(self._counted.values())]
+        for counted, current in reads:
+            if current != counted.told:
+                hits, misses, cached, fetched, on_hits = map(sub, current, counted.told)
+                new = news[counted.namespace]
+                new.counts = new.counts.plus(Counts(hits, misses, cached, fetched))
+                new.on_hits += on_hits
+        with self._lock:
+            others = [(name, source, source.now()) for name, source in self._sources.items()]
+        for name, source, now in others:
+            if now != source.told:
+                busy, evictions, size = map(sub, now, source.told)
+                new = news[name]
+                new.busy += busy
+                new.counts = new.counts.plus(Counts(evictions=evictions, evicted_size=size))
+
+        def when_told() -> None:
+            for counted, current in reads:
+                counted.told = current
+            for _, source, now in others:
+                source.told = now
+            self._forget()
+
+        return dict(news), when_told
+
+    def _add_events(
+        self, index: Index, events: Sequence[_Event], news: Mapping[str | None, _News], arrivals: int
+    ) -> dict[str, tuple[int, int]]:
+        """Add to the sample; returns, by source, the number and size of sampled entries that were fetched again."""
+        statistics = index.statistics
+        again: dict[str, tuple[int, int]] = {}
+        for event in events:
+            if event.is_eviction:
+                statistics.add_gone(event.lot, event.at)
+            elif event.namespace is not None and statistics.take_gone(event.lot):
+                count, size = again.get(event.namespace, (0, 0))
+                again[event.namespace] = count + 1, size + event.size
+        uses = [event for event in events if not event.is_eviction]
+        packed = b"".join(SAMPLED.pack(event.at, event.lot, min(event.size, _LARGEST)) for event in uses)
+        reads = sum(new.counts.reads for new in news.values())
+        misses = sum(new.counts.misses for new in news.values())
+        if reads or uses:
+            statistics.add_uses(self._shift, reads, misses - arrivals, len(uses), packed)
+        return again
+
+
+def _part_of_machine(index: Index, began: float, now: float, saved: float) -> float:
+    """The part of what this process has saved that no other process has saved at the same time."""
+    if saved <= 0:
+        return 0.0
+    statistics = index.statistics
+    began = min(began, now - _SHORTEST)
+    levels = [number for number in statistics.lately_saved() if math.isfinite(number)]
+    levels, area = raised(levels, began, now, saved / (now - began))
+    statistics.set_lately_saved(levels)
+    return area / saved
