@@ -15,7 +15,7 @@ from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
-    from xzcache.manage import CacheUnavailable, check, clear, info, ls, resize
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, report, resize
     from xzcache.xarray import open_mfdataset, open_zarr
 
 
@@ -41,6 +41,7 @@ __all__ = [
     "ls",
     "open_mfdataset",
     "open_zarr",
+    "report",
     "resize",
 ]
 
@@ -54,6 +55,7 @@ _LATE: Final = {
     "ls": "xzcache.manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
+    "report": "xzcache.manage",
     "resize": "xzcache.manage",
 }
 """Names whose modules take long to import."""

@@ -1,14 +1,15 @@
 """The miss ratio that other bounds would give, predicted from a sample of the uses.
 
 A sample has all uses of some keys, chosen by their hashes, so it behaves as the whole does in a cache that is smaller
-by the same factor (Waldspurger et al., "SHARDS", 2015, and "Miniature simulations", 2017). The policy of the cache is run
-on the sample, at each bound.
+by the same factor (Waldspurger et al., "SHARDS", 2015, and "Miniature simulations", 2017). The policy of the cache
+is run on the sample, at each bound.
 
 No disk, no clock, no SQL: uses and bounds in, ratios out.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
@@ -82,6 +83,12 @@ class Sample(NamedTuple):
             shift,
             is_whole(rows),
         )
+
+    def thinned(self, most: int) -> Sample:
+        """A sample of fewer keys, with about so many uses at the most."""
+        shift = self.shift + max(0, math.ceil(math.log2(max(1, len(self.at)) / most)))
+        kept = self.keys < 1 << HASH_BITS >> shift
+        return self._replace(at=self.at[kept], keys=self.keys[kept], sizes=self.sizes[kept], shift=shift)
 
     @property
     def counted_from(self) -> int:

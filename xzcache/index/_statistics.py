@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from contextlib import suppress
-from operator import add
+from operator import add, sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class Counts(NamedTuple):
     def plus(self, other: Counts) -> Counts:
         """The sum of both."""
         return Counts(*map(add, self, other))
+
+    def minus(self, other: Counts) -> Counts:
+        """The difference of both."""
+        return Counts(*map(sub, self, other))
 
 
 class UsesRow(NamedTuple):

@@ -166,10 +166,13 @@ class Info(_Shown):
         ever, day = self.ever, self.last_day
         none = "nothing was read in the last day"
         lately = f"{shown_part(day.hit_rate)} in the last day" if day.reads else none
-        saved = f"{shown_size(ever.bytes_from_cache)} and {shown_duration(ever.seconds_saved)}"
+        saved, saved_lately = (
+            f"{shown_size(counts.bytes_from_cache)} and {shown_duration(counts.seconds_saved)}"
+            for counts in (ever, day)
+        )
         rows = {
             "hits": f"{ever.hits:,} of {ever.reads:,} reads ({shown_part(ever.hit_rate)}); {lately}",
-            "saved": f"{saved}; {shown_size(day.bytes_from_cache)} and {shown_duration(day.seconds_saved)} in the last day",
+            "saved": f"{saved}; {saved_lately} in the last day",
         }
         if ever.evictions:
             rows["evicted"] = f"{ever.evictions:,} entries, of which {ever.refetched:,} were fetched again"
