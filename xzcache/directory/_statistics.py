@@ -19,15 +19,16 @@ import time
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 from operator import sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xzcache.index import OTHERS, SAMPLED, Counts, lot_of
+from xzcache.index import OTHERS, SAMPLED, Counts, UsesRow, lot_of
 from xzcache.model import Reads, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from xzcache.index import Index, Row
     from xzcache.model import Entry, ReadCounters
@@ -179,15 +180,27 @@ class _News:
     on_hits: float = 0.0
 
 
-class _Event(NamedTuple):
+class Event(NamedTuple):
     """A sampled use: of an entry that was cached already, that arrives, or that is evicted."""
 
     at: int
     lot: int
     size: int
+    span: int = 0
+    """How long before the same process had used it first, in ns."""
     namespace: str | None = None
     """Of an entry that arrives."""
     is_eviction: bool = False
+
+
+def sampled_uses(uses: Mapping[Entry, int], limit: int) -> Iterator[Event]:
+    """The sampled ones of uses in the order of the first use of each entry, with the times of their last ones."""
+    first = math.inf
+    for entry, used in reversed(list(uses.items())):
+        # what was used first after this entry was not used before it
+        first = min(first, used)
+        if (lot := lot_of(entry)) < limit:
+            yield Event(used, lot, 0, int(used - first))
 
 
 class Ledger:
@@ -204,8 +217,8 @@ class Ledger:
         """Count from zero, as the counters of the stores do."""
         self._lock = threading.Lock()
         self._sources: defaultdict[str | None, _Source] = defaultdict(_Source)
-        self._events: list[_Event] = []
-        self._arrivals = 0
+        self._events: list[Event] = []
+        self._arrivals = self._used = 0
         self._shift = 0
         self._due = 0.0
         self._began = math.inf
@@ -237,7 +250,7 @@ class Ledger:
                 source.evictions += 1
                 source.evicted_size += row.size
                 if (lot := lot_of(row.entry)) < limit:
-                    self._events.append(_Event(now, lot, row.size, is_eviction=True))
+                    self._events.append(Event(now, lot, row.size, is_eviction=True))
 
     @property
     def has_news(self) -> bool:
@@ -260,15 +273,14 @@ class Ledger:
         limit = 1 << 32 >> self._shift
         if uses:
             self._began = min(self._began, min(uses.values()) / 1e9)
-            for entry, used in uses.items():
-                if (lot := lot_of(entry)) < limit:
-                    self._events.append(_Event(used, lot, 0))
+            self._used += len(uses)
+            self._events += sampled_uses(uses, limit)
         if arrived:
             now = time.time_ns()
             self._arrivals += len(arrived)
             for entry, size in arrived.items():
                 if (lot := lot_of(entry)) < limit:
-                    self._events.append(_Event(now, lot, size, namespace_of(entry.key)))
+                    self._events.append(Event(now, lot, size, 0, namespace_of(entry.key)))
         if everything or time.monotonic() >= self._due:
             self._due = time.monotonic() + _EVERY
             self._tell(index)
@@ -277,7 +289,7 @@ class Ledger:
 
     def _tell(self, index: Index) -> None:
         events, self._events = self._events, []
-        arrivals, self._arrivals = self._arrivals, 0
+        (arrivals, used), self._arrivals, self._used = (self._arrivals, self._used), 0, 0
         began, self._began = self._began, math.inf
         news, when_told = self._news()
         if not (news or events):
@@ -297,7 +309,10 @@ class Ledger:
             on_hits = min(new.on_hits, max(0.0, now - began))
             saved[name] = max(0.0, new.counts.hits * each + new.counts.bytes_from_cache * for_byte - on_hits)
         part = _part_of_machine(index, began, now, sum(saved.values()))
-        refetched = self._add_events(index, events, news, arrivals)
+        refetched = self._add_events(index, events)
+        reads = reduce(Counts.plus, (new.counts for new in news.values()), Counts())
+        if reads.reads or events:
+            statistics.add_uses(packed(events, self._shift, reads, arrivals, used))
         rows: dict[int, Counts] = {}
         for name, new in news.items():
             counts = new.counts._replace(seconds_saved=saved[name] * part)
@@ -338,10 +353,9 @@ class Ledger:
 
         return dict(news), when_told
 
-    def _add_events(
-        self, index: Index, events: Sequence[_Event], news: Mapping[str | None, _News], arrivals: int
-    ) -> dict[str, tuple[int, int]]:
-        """Add to the sample; returns, by source, the number and size of sampled entries that were fetched again."""
+    @staticmethod
+    def _add_events(index: Index, events: Sequence[Event]) -> dict[str, tuple[int, int]]:
+        """Tell who is gone; returns, by source, the number and size of sampled entries that were fetched again."""
         statistics = index.statistics
         again: dict[str, tuple[int, int]] = {}
         for event in events:
@@ -350,13 +364,17 @@ class Ledger:
             elif event.namespace is not None and statistics.take_gone(event.lot):
                 count, size = again.get(event.namespace, (0, 0))
                 again[event.namespace] = count + 1, size + event.size
-        uses = [event for event in events if not event.is_eviction]
-        packed = b"".join(SAMPLED.pack(event.at, event.lot, min(event.size, _LARGEST)) for event in uses)
-        reads = sum(new.counts.reads for new in news.values())
-        misses = sum(new.counts.misses for new in news.values())
-        if reads or uses:
-            statistics.add_uses(self._shift, reads, misses - arrivals, len(uses), packed)
         return again
+
+
+def packed(events: Iterable[Event], shift: int, counts: Counts, arrivals: int, used: int) -> UsesRow:
+    """The row of the sample; of all entries, some arrived and some were used."""
+    uses = b"".join(
+        SAMPLED.pack(event.at, event.lot, min(event.size, _LARGEST), min(event.span // 1000, _LARGEST))
+        for event in events
+        if not event.is_eviction
+    )
+    return UsesRow(0, shift, counts.reads, counts.misses - arrivals, counts.hits - used, uses)
 
 
 def _part_of_machine(index: Index, began: float, now: float, saved: float) -> float:

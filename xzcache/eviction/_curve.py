@@ -19,19 +19,26 @@ from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for
 from xzcache.index import SAMPLED, is_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from xzcache.eviction._adaptive import Ints
+    from numpy.typing import NDArray
+
+    from xzcache.eviction._adaptive import Ints, Reals
     from xzcache.index import UsesRow
 
-_DTYPE: Final = np.dtype([("at", "<i8"), ("key", "<u4"), ("size", "<u4")])
+_DTYPE: Final = np.dtype([("at", "<i8"), ("key", "<u4"), ("size", "<u4"), ("span", "<u4")])
 """As `SAMPLED`."""
+_MOST_STEPS: Final = 8
+"""The repeated uses of an entry in one report that are simulated one by one; of more, each stands for several."""
 _WARMING: Final = 0.25
 """The part of a sample that only fills the simulated cache, where earlier uses are not known any more."""
 
 
 class Sample(NamedTuple):
-    """The uses of sampled keys in the order of time, as processes told of them.
+    """The uses of sampled keys in the order of time.
+
+    A process tells of the last of several uses of an entry between two reports. Of those before, it is known when the
+    first one was and how many there were of all entries: they are taken to be equally far apart.
 
     Attributes
     ----------
@@ -39,6 +46,8 @@ class Sample(NamedTuple):
         When, in ns since the epoch.
     keys, sizes : array of int
         Hashes of the keys, below ``2**62 >> shift``, and the bytes of their entries.
+    weights : array of float
+        For how many uses of sampled keys one stands.
     told_at, reads, unstored : array of int
         For each report of a process: when its last use was, the reads of any key, sampled or not, since its report
         before, and how many more misses than stored entries there were.
@@ -51,6 +60,7 @@ class Sample(NamedTuple):
     at: Ints
     keys: Ints
     sizes: Ints
+    weights: Reals
     told_at: Ints
     reads: Ints
     unstored: Ints
@@ -61,23 +71,28 @@ class Sample(NamedTuple):
     def of(cls, rows: Sequence[UsesRow], usual: int) -> Self:
         """The sample in the index; `usual` is the size of an entry whose own is not known."""
         shift = max((row.shift for row in rows), default=0)
-        parts = [np.frombuffer(row.uses[: len(row.uses) // SAMPLED.size * SAMPLED.size], _DTYPE) for row in rows]
-        told_at = np.maximum.accumulate([int(part["at"].max(initial=0)) for part in parts] or [0])
-        uses = np.concatenate([np.zeros(0, _DTYPE), *parts])
-        uses = uses[uses["key"] < 1 << 32 >> shift]
-        uses = uses[np.argsort(uses["at"], kind="stable")]
+        parts, weights, told_at = [np.zeros(0, _DTYPE)], [np.zeros(0)], [0]
+        for row in rows:
+            part = np.frombuffer(row.uses[: len(row.uses) // SAMPLED.size * SAMPLED.size], _DTYPE)
+            told_at.append(max(told_at[-1], int(part["at"].max(initial=0))))
+            for some, weight in _expanded(part[part["key"] < 1 << 32 >> shift], row.repeats / 2**shift):
+                parts.append(some)
+                weights.append(np.full(len(some), weight))
+        uses, weight = np.concatenate(parts), np.concatenate(weights)
+        order = np.argsort(uses["at"], kind="stable")
+        uses = uses[order]
         # the size is known of an entry that arrived, and it is the same for all of its uses
         _, of_key = np.unique(uses["key"], return_inverse=True)
         sizes = np.zeros(len(uses), np.int64)
         np.maximum.at(sizes, of_key, uses["size"].astype(np.int64))
         sizes = np.where(sizes > 0, sizes, usual)[of_key]
         counts = np.array([(row.reads, row.unstored) for row in rows], np.int64).reshape(-1, 2)
-        keys = uses["key"].astype(np.int64) << (HASH_BITS - 32)
         return cls(
             uses["at"].astype(np.int64),
-            keys,
+            uses["key"].astype(np.int64) << (HASH_BITS - 32),
             sizes,
-            told_at[: len(rows)],
+            weight[order],
+            np.array(told_at[1:], np.int64),
             counts[:, 0],
             counts[:, 1],
             shift,
@@ -88,7 +103,8 @@ class Sample(NamedTuple):
         """A sample of fewer keys, with about so many uses at the most."""
         shift = self.shift + max(0, math.ceil(math.log2(max(1, len(self.at)) / most)))
         kept = self.keys < 1 << HASH_BITS >> shift
-        return self._replace(at=self.at[kept], keys=self.keys[kept], sizes=self.sizes[kept], shift=shift)
+        at, keys, sizes = (column[kept] for column in (self.at, self.keys, self.sizes))
+        return self._replace(at=at, keys=keys, sizes=sizes, weights=self.weights[kept], shift=shift)
 
     @property
     def counted_from(self) -> int:
@@ -96,24 +112,47 @@ class Sample(NamedTuple):
         return 0 if self.is_whole else int(len(self.at) * _WARMING)
 
 
+def _expanded(uses: NDArray[np.void], repeats: float) -> Iterator[tuple[NDArray[np.void], float]]:
+    """The uses of one report, and the repeated ones among them, with the weight of each."""
+    again = uses["span"] > 0
+    count = int(again.sum())
+    steps = min(_MOST_STEPS, max(1, round(repeats / count))) if count and repeats >= 1 else 0
+    spans = uses["span"][again].astype(np.int64) * 1000
+    for step in range(steps + 1):
+        some = uses.copy() if step == 0 else uses[again]
+        at = some["at"][again] if step == 0 else some["at"]
+        moved = at - spans + spans * step // max(1, steps)
+        if step == 0:
+            some["at"][again] = moved
+        else:
+            some["at"] = moved
+        yield some, repeats / (count * steps) if step else 1.0
+
+
 class _Counting(Adaptive):
-    """The policy ``adaptive`` with all of its simulated cache watched: counts the uses that it would have held."""
+    """The policy ``adaptive``: counts the uses that its simulated cache does not hold; ids are numbers of uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Reals) -> None:
         super().__init__()
-        self.found = 0.0
+        self._weights = weights
+        self.missed = 0.0
 
-    def _compare(self, ours: float, recency: float) -> None:
-        self.found += recency if self.prefers_recency else ours
-        super()._compare(ours, recency)
+    def _use_once(self, uses: Uses, oldest: int) -> None:
+        at = np.minimum(np.searchsorted(self._keys, uses.keys), max(0, len(self._keys) - 1))
+        held = np.zeros(len(at), np.bool_)
+        if len(self._keys):
+            recent = uses.ticks - self._last[at] <= oldest
+            held = (self._keys[at] == uses.keys) & (recent if self.prefers_recency else self._kept[at])
+        self.missed += float(self._weights[uses.ids[~held]].sum())
+        super()._use_once(uses, oldest)
 
 
 def _misses_of_recency(sample: Sample, room: float, begin: int) -> float:
     held: OrderedDict[int, int] = OrderedDict()
-    used = misses = 0
-    for number, (key, size) in enumerate(zip(sample.keys.tolist(), sample.sizes.tolist(), strict=True)):
+    used, misses = 0, 0.0
+    for number, key, size, weight in _uses_of(sample):
         if (before := held.pop(key, None)) is None:
-            misses += number >= begin
+            misses += weight if number >= begin else 0.0
         else:
             used -= before
         if size <= room:
@@ -126,14 +165,20 @@ def _misses_of_recency(sample: Sample, room: float, begin: int) -> float:
 
 def _misses_without_eviction(sample: Sample, room: float, begin: int) -> float:
     held: set[int] = set()
-    used = misses = 0
-    for number, (key, size) in enumerate(zip(sample.keys.tolist(), sample.sizes.tolist(), strict=True)):
+    used, misses = 0, 0.0
+    for number, key, size, weight in _uses_of(sample):
         if key not in held:
-            misses += number >= begin
+            misses += weight if number >= begin else 0.0
             if used + size <= room:
                 held.add(key)
                 used += size
     return misses
+
+
+def _uses_of(sample: Sample) -> Iterator[tuple[int, int, int, float]]:
+    return zip(
+        range(len(sample.keys)), sample.keys.tolist(), sample.sizes.tolist(), sample.weights.tolist(), strict=True
+    )
 
 
 def _misses_of_adaptive(sample: Sample, room: float, begin: int) -> float:
@@ -143,13 +188,13 @@ def _misses_of_adaptive(sample: Sample, room: float, begin: int) -> float:
     # the keys of the sample become those that the policy watches, of a cache that is larger by as much
     shift = HASH_BITS + 1 - limit_for(entries).bit_length()
     keys = (sample.keys << sample.shift) >> shift
-    policy = _Counting()
-    uses = Uses(np.arange(1, count + 1), keys, sample.sizes, np.zeros(count, np.int64))
-    found = 0.0
+    policy = _Counting(sample.weights)
+    uses = Uses(np.arange(1, count + 1), keys, sample.sizes, np.arange(count))
+    missed = 0.0
     for first, last in ((0, begin), (begin, count)):
-        found = policy.found
+        missed = policy.missed
         policy.learn(Uses(*(column[first:last] for column in uses)), entries, room * 2**shift)
-    return count - begin - (policy.found - found)
+    return policy.missed - missed
 
 
 _MISSES: Final = {
@@ -166,12 +211,12 @@ def predicted(sample: Sample, bounds: Iterable[int], policy: str) -> list[float]
     """
     begin = sample.counted_from
     factor = 2**sample.shift
-    uses = (len(sample.keys) - begin) * factor
-    if not uses:
+    if begin >= len(sample.keys):
         return None
     counted = sample.told_at >= sample.at[begin]
     unstored = max(0, int(sample.unstored[counted].sum()))
-    # several reads of a key between two reports are one use: the others are hits with any bound
+    uses = float(sample.weights[begin:].sum()) * factor
+    # reads of which nothing else is known are hits with any bound
     reads = max(int(sample.reads[counted].sum()), unstored + (uses if factor == 1 else 1))
     misses = (_MISSES[policy](sample, bound / factor, begin) * factor for bound in bounds)
     return [min(1.0, (missed + unstored) / reads) for missed in misses]

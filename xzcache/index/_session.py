@@ -521,9 +521,11 @@ class IndexSession:
         if self.is_retired:
             raise Unusable(f"the cache directory {self.root} was removed")
         with self._opening:
-            if self._process is None:
+            # another thread may leave at any moment
+            process = self._process
+            if process is None:
                 try:
-                    self._process = self._join()
+                    process = self._process = self._join()
                 except Foreign:
                     self.when_refused()
                     raise
@@ -531,7 +533,7 @@ class IndexSession:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
                 self.when_joined()
                 self._joined()
-            return self._process
+            return process
 
     def _join(self) -> Registration:
         found = self.read_note("format")

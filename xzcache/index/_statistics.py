@@ -26,10 +26,11 @@ _MOST_SOURCES: Final = 1000
 OTHERS: Final = 0
 """The number of all sources that have no rows of their own; SQLite numbers namespaces from 1."""
 
-SAMPLED: Final = struct.Struct("<qII")
-"""A sampled use: when, in ns since the epoch, `lot_of` the entry, and its size in bytes; 0 if that is not known."""
+SAMPLED: Final = struct.Struct("<qIII")
+"""A sampled use: when, in ns since the epoch; `lot_of` the entry; its size in bytes, 0 if that is not known; and how
+long before, in microseconds, the same process had used it first since its last report."""
 MOST_USES: Final = 1 << 16
-"""The sampled uses that are kept, the latest: 16 bytes each."""
+"""The sampled uses that are kept, the latest: 20 bytes each."""
 _NOT_WHOLE: Final = 1 << 40
 """The first number of uses in a cache that had entries before there were statistics."""
 _MOST_GONE: Final = 1 << 16
@@ -44,7 +45,7 @@ _TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS lately(one INTEGER PRIMARY KEY CHECK(one = 1), saved TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS sample("
     "id INTEGER PRIMARY KEY, shift INTEGER NOT NULL, reads INTEGER NOT NULL, unstored INTEGER NOT NULL, "
-    "uses BLOB NOT NULL)",
+    "repeats INTEGER NOT NULL, uses BLOB NOT NULL)",
     "CREATE TABLE IF NOT EXISTS gone(key INTEGER PRIMARY KEY, at INTEGER NOT NULL)",
 )
 _SUMS: Final = (
@@ -96,13 +97,18 @@ class Counts(NamedTuple):
 
 
 class UsesRow(NamedTuple):
-    """Sampled uses that were told together, packed as `SAMPLED`; see `Statistics.add_uses`."""
+    """Sampled uses that a process told together, packed as `SAMPLED`; one key of ``2**shift`` is sampled.
+
+    `reads` are all reads of the process since its report before, `unstored` how many more misses there were than new
+    entries, and `repeats` how many more hits than used entries.
+    """
 
     number: int
     """How many uses there are up to this one."""
     shift: int
     reads: int
     unstored: int
+    repeats: int
     uses: bytes
 
 
@@ -126,7 +132,7 @@ class Statistics:
             (entries,) = self._do("SELECT n FROM total").fetchone()
             # a row without uses
             first = 0 if entries <= arrived else _NOT_WHOLE
-            self._do("INSERT INTO sample(id, shift, reads, unstored, uses) VALUES(?, 0, 0, 0, x'')", (first,))
+            self._do("INSERT INTO sample VALUES(?, 0, 0, 0, 0, x'')", (first,))
         self._is_made = True
 
     def forget_uncommitted(self) -> None:
@@ -191,15 +197,12 @@ class Statistics:
 
     # -- the sample
 
-    def add_uses(self, shift: int, reads: int, unstored: int, count: int, packed: bytes) -> None:
-        """Add sampled uses; one key of ``2**shift`` is sampled.
-
-        `reads` are all reads since the last call, and `unstored` how many more misses there were than stored entries.
-        """
+    def add_uses(self, row: UsesRow) -> None:
+        """Add sampled uses; the row gets another number."""
         (last,) = self._do("SELECT max(id) FROM sample").fetchone()
         # the number of a row is that of its last use, so that the numbers tell how many there are
-        number = (last or 0) + max(1, count)
-        self._do("INSERT INTO sample VALUES(?, ?, ?, ?, ?)", (number, shift, reads, unstored, packed))
+        number = (last or 0) + max(1, len(row.uses) // SAMPLED.size)
+        self._do("INSERT INTO sample VALUES(?, ?, ?, ?, ?, ?)", (number, *row[1:]))
         (first,) = self._do("SELECT min(id) FROM sample").fetchone()
         if number - first > MOST_USES * 9 // 8:
             self._do("DELETE FROM sample WHERE id <= ?", (number - MOST_USES,))

@@ -148,9 +148,9 @@ def _page(
     now = datetime.now(UTC)
     since = "" if found.since is None else f" · read since {datetime.fromtimestamp(found.since, UTC):%Y-%m-%d}"
     footer = (
-        f"xzcache {version('xzcache')}. Days are in UTC. Time saved is an estimate of wall-clock time: what the hits would "
-        "have taken at the prices that were observed of their source, less what they took; of processes that read at the "
-        "same time, the one that saved the most counts."
+        f"xzcache {version('xzcache')}. Days are in UTC. Time saved is an estimate of wall-clock time: what the hits "
+        "would have taken at the prices that were observed of their source, less what they took; of processes that "
+        "read at the same time, the one that saved the most counts."
     )
     template = (files("xzcache.manage") / "report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
@@ -198,8 +198,8 @@ def _size(found: Info, curves: Sequence[Curve]) -> str:
     now, double, half = ratios[1], ratios[2], ratios[0.5]
     what = "bound" if found.max_size else "size"
     said = (
-        f"Of the reads since {datetime.fromtimestamp(main.since or 0, UTC):%Y-%m-%d %H:%M} UTC, {now:.0%} are misses with "
-        f"the present {what} of {shown_size(main.bound)}, {double:.0%} with twice as much, {half:.0%} with half."
+        f"Of the reads since {datetime.fromtimestamp(main.since or 0, UTC):%Y-%m-%d %H:%M} UTC, {now:.0%} are misses "
+        f"with the present {what} of {shown_size(main.bound)}, {double:.0%} with twice as much, {half:.0%} with half."
     )
     rows = []
     for factor in _SAID:
