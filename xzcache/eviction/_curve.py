@@ -75,9 +75,9 @@ class Sample(NamedTuple):
         for row in rows:
             part = np.frombuffer(row.uses[: len(row.uses) // SAMPLED.size * SAMPLED.size], _DTYPE)
             told_at.append(max(told_at[-1], int(part["at"].max(initial=0))))
-            for some, weight in _expanded(part[part["key"] < 1 << 32 >> shift], row.repeats / 2**shift):
+            for some, each in _expanded(part[part["key"] < 1 << 32 >> shift], row.repeats / 2**shift):
                 parts.append(some)
-                weights.append(np.full(len(some), weight))
+                weights.append(np.full(len(some), each))
         uses, weight = np.concatenate(parts), np.concatenate(weights)
         order = np.argsort(uses["at"], kind="stable")
         uses = uses[order]

@@ -134,7 +134,7 @@ def _page(
     sources: Sources,
     curves: Sequence[Curve],
 ) -> str:
-    body = [_figures(found)]
+    body = [] if found.state == "absent" else [_figures(found)]
     if found.ever.reads:
         days = _days(by_day)
         body += [_size(found, curves), _over_time(days), _churn(found, days)]

@@ -45,7 +45,7 @@ def shown_duration(seconds: float) -> str:
         if seconds >= 1.995 * length or (unit == "s" and seconds >= 0.9995):
             amount = seconds / length
             return f"{amount:.0f} {unit}" if amount >= 99.5 else f"{amount:.3g} {unit}"
-    return f"{seconds * 1000:.0f} ms"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.0005 else "0 s"
 
 
 def shown_part(part: float | None) -> str:
