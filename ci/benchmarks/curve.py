@@ -21,10 +21,10 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 import xzcache
-from xzcache.directory import Counts, Sample, predicted
-from xzcache.directory._statistics import WATCHED, Event, packed, sampled_uses
+from xzcache.directory import Sample, predicted
+from xzcache.directory._statistics import WATCHED, sampled_uses
 from xzcache.eviction._adaptive import Adaptive
-from xzcache.index import UsesRow, lot_of
+from xzcache.index import SAMPLED, UsesRow, lot_of
 from xzcache.index._statistics import MOST_USES
 from xzcache.manage import curve
 from xzcache.model import Entry
@@ -49,22 +49,23 @@ def sampled(trace: Trace, room: int) -> Sample:
     limit = 1 << 32 >> shift
     held = _Recency(room)
     uses: list[dict[Entry, int]] = [{} for _ in range(PROCESSES)]
-    events: list[list[Event]] = [[] for _ in range(PROCESSES)]
+    parts: list[list[bytes]] = [[] for _ in range(PROCESSES)]
     # hits, misses, used, accesses, reports
     counts = np.zeros((PROCESSES, 5), np.int64)
     rows = [UsesRow(0, 0, 0, 0, 0, b"")]
 
     def tell(process: int) -> None:
-        events[process] += sampled_uses(uses[process], limit)
+        parts[process].append(sampled_uses(uses[process], limit))
         counts[process, 2] += len(uses[process])
         uses[process] = {}
 
     def report(process: int) -> None:
         hits, misses, used, _, _ = counts[process].tolist()
-        row = packed(events[process], shift, Counts(hits, misses), misses, used)
-        rows.append(row._replace(number=rows[-1].number + len(row.uses) // 20))
+        packed = b"".join(parts[process])
+        number = rows[-1].number + len(packed) // SAMPLED.size
+        rows.append(UsesRow(number, shift, hits + misses, 0, hits - used, packed))
         counts[process] = 0
-        events[process] = []
+        parts[process] = []
 
     for at, (key, process) in enumerate(zip(trace.tolist(), turns(len(trace)).tolist(), strict=True)):
         now = (at + 1) * STEP_NS
@@ -76,7 +77,7 @@ def sampled(trace: Trace, room: int) -> Sample:
             tell(process)
             counts[process, 4] += 1
         if not is_hit and (lot := lot_of(entries[key])) < limit:
-            events[process].append(Event(now, lot, BYTES, 0, "n"))
+            parts[process].append(SAMPLED.pack(now, lot, BYTES, 0))
         if counts[process, 4] >= EVERY:
             report(process)
     for process in range(PROCESSES):

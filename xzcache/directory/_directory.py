@@ -422,21 +422,21 @@ class CacheDirectory:
             self.session.is_retired = False
             self._prepare_after = 0.0
 
-    def flush(self) -> None:
-        """Write the latest uses to the index."""
+    def flush(self, *, everything: bool = False) -> None:
+        """Write the latest uses to the index; with `everything`, all that was counted as well, so that it is exact."""
         if self.session.is_retired:
             # the directory was removed meanwhile, so there is no index
             return
         has_joined = self.session.current is not None
         # a process that has only served hits has not joined yet
         if (self.recency and (has_joined or (self.wants_preparing and self.prepare()))) or (
-            has_joined and self.ledger.has_news
+            everything and has_joined and self.ledger.has_news
         ):
-            self.barrier.try_or(self._flush, None)
+            self.barrier.try_or(lambda: self._flush(everything=everything), None)
 
-    def _flush(self) -> None:
+    def _flush(self, *, everything: bool) -> None:
         with self.session.section() as (_, index):
-            self.recency.flush_to(index, everything=True)
+            self.recency.flush_to(index, everything=everything)
             left = {item.entry.key for item in index.unowned_tombstones()}
         if left:
             self.writes.adopt(list(left))

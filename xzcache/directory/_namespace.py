@@ -262,7 +262,7 @@ class SharedBackend:
                 self.directory.write_behind.wait()
             if self.directory.is_made:
                 self.directory.prepare()
-                self.directory.flush()
+                self.directory.flush(everything=True)
             totals = self.directory.totals()
             count, size = self.directory.share(self.namespace)
         else:

@@ -24,11 +24,13 @@ from itertools import pairwise
 from operator import sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from xzcache.index import OTHERS, SAMPLED, Counts, UsesRow, lot_of
+import numpy as np
+
+from xzcache.index import OTHERS, SAMPLED, USES, Counts, UsesRow, lot_of
 from xzcache.model import Reads, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from xzcache.index import Index, Row
     from xzcache.model import Entry, ReadCounters
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 WATCHED: Final = 4096
 """Up to so many entries, all uses are sampled; in a larger cache, those of about half as many entries or more."""
 _LARGEST: Final = (1 << 32) - 1
-_MOST_EVENTS: Final = 1 << 14
 _EVERY: Final = 0.5
 """Seconds between two reports to the index, at the least."""
 _MOST_PERIODS: Final = 64
@@ -180,27 +181,28 @@ class _News:
     on_hits: float = 0.0
 
 
-class Event(NamedTuple):
-    """A sampled use: of an entry that was cached already, that arrives, or that is evicted."""
+class _Event(NamedTuple):
+    """A sampled entry that arrives, or is evicted."""
 
     at: int
     lot: int
     size: int
-    span: int = 0
-    """How long before the same process had used it first, in ns."""
-    namespace: str | None = None
-    """Of an entry that arrives."""
+    namespace: str = ""
     is_eviction: bool = False
 
 
-def sampled_uses(uses: Mapping[Entry, int], limit: int) -> Iterator[Event]:
-    """The sampled ones of uses in the order of the first use of each entry, with the times of their last ones."""
-    first = math.inf
-    for entry, used in reversed(list(uses.items())):
-        # what was used first after this entry was not used before it
-        first = min(first, used)
-        if (lot := lot_of(entry)) < limit:
-            yield Event(used, lot, 0, int(used - first))
+def sampled_uses(uses: Mapping[Entry, int], limit: int) -> bytes:
+    """The sampled ones of uses, packed.
+
+    They are in the order of the first use of each entry, with the times of their last ones.
+    """
+    at = np.fromiter(uses.values(), np.int64, len(uses))
+    # what was used first after an entry was not used before it
+    first = np.minimum.accumulate(at[::-1])[::-1]
+    found = np.zeros(len(at), USES)
+    found["at"], found["key"] = at, [lot_of(entry) for entry in uses]
+    found["span"] = np.minimum((at - first) // 1000, _LARGEST)
+    return bytes(found[found["key"] < limit].tobytes())
 
 
 class Ledger:
@@ -217,7 +219,8 @@ class Ledger:
         """Count from zero, as the counters of the stores do."""
         self._lock = threading.Lock()
         self._sources: defaultdict[str | None, _Source] = defaultdict(_Source)
-        self._events: list[Event] = []
+        self._events: list[_Event] = []
+        self._uses: list[bytes] = []
         self._arrivals = self._used = 0
         self._shift = 0
         self._due = 0.0
@@ -250,7 +253,7 @@ class Ledger:
                 source.evictions += 1
                 source.evicted_size += row.size
                 if (lot := lot_of(row.entry)) < limit:
-                    self._events.append(Event(now, lot, row.size, is_eviction=True))
+                    self._events.append(_Event(now, lot, row.size, is_eviction=True))
 
     @property
     def has_news(self) -> bool:
@@ -274,25 +277,24 @@ class Ledger:
         if uses:
             self._began = min(self._began, min(uses.values()) / 1e9)
             self._used += len(uses)
-            self._events += sampled_uses(uses, limit)
+            self._uses.append(sampled_uses(uses, limit))
         if arrived:
             now = time.time_ns()
             self._arrivals += len(arrived)
             for entry, size in arrived.items():
                 if (lot := lot_of(entry)) < limit:
-                    self._events.append(Event(now, lot, size, 0, namespace_of(entry.key)))
+                    self._uses.append(SAMPLED.pack(now, lot, min(size, _LARGEST), 0))
+                    self._events.append(_Event(now, lot, size, namespace_of(entry.key)))
         if everything or time.monotonic() >= self._due:
             self._due = time.monotonic() + _EVERY
             self._tell(index)
-        elif len(self._events) > _MOST_EVENTS:
-            del self._events[: _MOST_EVENTS // 2]
 
     def _tell(self, index: Index) -> None:
-        events, self._events = self._events, []
+        (events, uses), self._events, self._uses = (self._events, b"".join(self._uses)), [], []
         (arrivals, used), self._arrivals, self._used = (self._arrivals, self._used), 0, 0
         began, self._began = self._began, math.inf
         news, when_told = self._news()
-        if not (news or events):
+        if not (news or events or uses):
             return
         statistics = index.statistics
         statistics.make(arrivals)
@@ -311,8 +313,9 @@ class Ledger:
         part = _part_of_machine(index, began, now, sum(saved.values()))
         refetched = self._add_events(index, events)
         reads = reduce(Counts.plus, (new.counts for new in news.values()), Counts())
-        if reads.reads or events:
-            statistics.add_uses(packed(events, self._shift, reads, arrivals, used))
+        if reads.reads or uses:
+            row = UsesRow(0, self._shift, reads.reads, reads.misses - arrivals, reads.hits - used, uses)
+            statistics.add_uses(row)
         rows: dict[int, Counts] = {}
         for name, new in news.items():
             counts = new.counts._replace(seconds_saved=saved[name] * part)
@@ -354,27 +357,17 @@ class Ledger:
         return dict(news), when_told
 
     @staticmethod
-    def _add_events(index: Index, events: Sequence[Event]) -> dict[str, tuple[int, int]]:
+    def _add_events(index: Index, events: Sequence[_Event]) -> dict[str, tuple[int, int]]:
         """Tell who is gone; returns, by source, the number and size of sampled entries that were fetched again."""
         statistics = index.statistics
         again: dict[str, tuple[int, int]] = {}
         for event in events:
             if event.is_eviction:
                 statistics.add_gone(event.lot, event.at)
-            elif event.namespace is not None and statistics.take_gone(event.lot):
+            elif statistics.take_gone(event.lot):
                 count, size = again.get(event.namespace, (0, 0))
                 again[event.namespace] = count + 1, size + event.size
         return again
-
-
-def packed(events: Iterable[Event], shift: int, counts: Counts, arrivals: int, used: int) -> UsesRow:
-    """The row of the sample; of all entries, some arrived and some were used."""
-    uses = b"".join(
-        SAMPLED.pack(event.at, event.lot, min(event.size, _LARGEST), min(event.span // 1000, _LARGEST))
-        for event in events
-        if not event.is_eviction
-    )
-    return UsesRow(0, shift, counts.reads, counts.misses - arrivals, counts.hits - used, uses)
 
 
 def _part_of_machine(index: Index, began: float, now: float, saved: float) -> float:

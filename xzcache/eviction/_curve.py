@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self
 import numpy as np
 
 from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for
-from xzcache.index import SAMPLED, is_whole
+from xzcache.index import USES, is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from xzcache.eviction._adaptive import Ints, Reals
     from xzcache.index import UsesRow
 
-_DTYPE: Final = np.dtype([("at", "<i8"), ("key", "<u4"), ("size", "<u4"), ("span", "<u4")])
-"""As `SAMPLED`."""
 _MOST_STEPS: Final = 8
 """The repeated uses of an entry in one report that are simulated one by one; of more, each stands for several."""
 _WARMING: Final = 0.25
@@ -71,9 +69,9 @@ class Sample(NamedTuple):
     def of(cls, rows: Sequence[UsesRow], usual: int) -> Self:
         """The sample in the index; `usual` is the size of an entry whose own is not known."""
         shift = max((row.shift for row in rows), default=0)
-        parts, weights, told_at = [np.zeros(0, _DTYPE)], [np.zeros(0)], [0]
+        parts, weights, told_at = [np.zeros(0, USES)], [np.zeros(0)], [0]
         for row in rows:
-            part = np.frombuffer(row.uses[: len(row.uses) // SAMPLED.size * SAMPLED.size], _DTYPE)
+            part = np.frombuffer(row.uses[: len(row.uses) // USES.itemsize * USES.itemsize], USES)
             told_at.append(max(told_at[-1], int(part["at"].max(initial=0))))
             for some, each in _expanded(part[part["key"] < 1 << 32 >> shift], row.repeats / 2**shift):
                 parts.append(some)

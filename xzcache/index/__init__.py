@@ -11,7 +11,7 @@ from xzcache.index._history import History, hash_of, lot_of
 from xzcache.index._inspect import Inspector, Objects, Source, Uses
 from xzcache.index._session import IndexSession, Registration, written_notes
 from xzcache.index._sql import Index, Row, Tombstone, Totals
-from xzcache.index._statistics import DAY, OTHERS, SAMPLED, Counts, Looked, UsesRow, is_whole
+from xzcache.index._statistics import DAY, OTHERS, SAMPLED, USES, Counts, Looked, UsesRow, is_whole
 from xzcache.index._writeclock import (
     WriteCounters,
     counters_of,
@@ -25,6 +25,7 @@ __all__ = [
     "DAY",
     "OTHERS",
     "SAMPLED",
+    "USES",
     "Counts",
     "History",
     "Index",

@@ -12,6 +12,8 @@ from contextlib import suppress
 from operator import add, sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +31,8 @@ OTHERS: Final = 0
 SAMPLED: Final = struct.Struct("<qIII")
 """A sampled use: when, in ns since the epoch; `lot_of` the entry; its size in bytes, 0 if that is not known; and how
 long before, in microseconds, the same process had used it first since its last report."""
+USES: Final = np.dtype([("at", "<i8"), ("key", "<u4"), ("size", "<u4"), ("span", "<u4")])
+"""Of several, packed."""
 MOST_USES: Final = 1 << 16
 """The sampled uses that are kept, the latest: 20 bytes each."""
 _NOT_WHOLE: Final = 1 << 40

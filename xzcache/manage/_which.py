@@ -51,7 +51,7 @@ def settled(root: str) -> CacheDirectory | None:
     opened = opened_directory(root)
     if opened is not None and opened.is_made and not opened.health.is_aside:
         opened.write_behind.wait()
-        opened.flush()
+        opened.flush(everything=True)
     return opened
 
 
