@@ -6,7 +6,8 @@ Seconds saved are an estimate of the time by which the reads of this machine wou
    time is counted. Least squares divide this time among reads and bytes: seconds for each read, and for each byte.
    Later reads count for more. The price is remembered in the index, so that a session without a miss has one.
 2. What a process has saved is the price of its hits, less the time that it spent on them.
-3. Processes that read at the same time save their time at the same time: of them, the one that saved the most counts.
+3. Processes that read at the same time save their time at the same time: at each moment, the one that saves the most
+   counts. What a process has saved is spread over the time since it told of something saved before.
 
 Nothing is saved while the price of a source is unknown.
 """
@@ -46,7 +47,9 @@ _MOST_PERIODS: Final = 64
 _REMEMBERED: Final = 2000.0
 """The reads after which an observed price has lost most of its weight."""
 _SUMS: Final = 8
-_MOST_SPANS: Final = 32
+_MOST_SPANS: Final = 64
+_LONGEST: Final = 10.0
+"""Seconds over which a process spreads at the most what it saved at once."""
 _SHORTEST: Final = 1e-3
 
 
@@ -104,9 +107,11 @@ def raised(levels: Sequence[float], begin: float, end: float, level: float) -> t
     steps = [(levels[at], levels[at + 1], levels[at + 2]) for at in range(0, len(levels) - 2, 3)]
     cuts = sorted({begin, end, *(time_ for step in steps for time_ in step[:2])})
     result: list[list[float]] = []
-    area = 0.0
+    area, at = 0.0, 0
     for first, last in pairwise(cuts):
-        before = max((height for start, stop, height in steps if start <= first and last <= stop), default=0.0)
+        while at < len(steps) and steps[at][1] <= first:
+            at += 1
+        before = steps[at][2] if at < len(steps) and steps[at][0] <= first else 0.0
         after = max(before, level) if begin <= first and last <= end else before
         area += (after - before) * (last - first)
         if after <= 0:
@@ -228,6 +233,7 @@ class Ledger:
         self._shift = 0
         self._due = 0.0
         self._began = math.inf
+        self._saved_until = time.time()
         for counted in self._counted.values():
             counted.told = Reads()
 
@@ -236,6 +242,8 @@ class Ledger:
     def count(self, counters: ReadCounters, user: object, namespace: str | None) -> None:
         """Tell the index of these counters while the user lives, and once more."""
         counted = self._counted.get(id(counters))
+        if not self._counted:
+            self._saved_until = time.time()
         if counted is None or counted.namespace != namespace:
             if len(self._counted) % 64 == 63:
                 self._forget()
@@ -319,7 +327,7 @@ class Ledger:
             # several threads may have spent their time at the same time
             on_hits = min(new.on_hits, max(0.0, now - began))
             saved[name] = max(0.0, new.counts.hits * each + new.counts.bytes_from_cache * for_byte - on_hits)
-        part = _part_of_machine(index, began, now, sum(saved.values()))
+        part = self._part_of_machine(index, began, now, sum(saved.values()))
         refetched = self._add_events(index, events)
         reads = reduce(Counts.plus, (new.counts for new in news.values()), Counts())
         if reads.reads or uses:
@@ -379,14 +387,19 @@ class Ledger:
                 again[event.namespace] = count + 1, size + event.size
         return again
 
+    def _part_of_machine(self, index: Index, began: float, now: float, saved: float) -> float:
+        """The part of what this process has saved that no other process has saved at the same time.
 
-def _part_of_machine(index: Index, began: float, now: float, saved: float) -> float:
-    """The part of what this process has saved that no other process has saved at the same time."""
-    if saved <= 0:
-        return 0.0
-    statistics = index.statistics
-    began = min(began, now - _SHORTEST)
-    levels = [number for number in statistics.lately_saved() if math.isfinite(number)]
-    levels, area = raised(levels, began, now, saved / (now - began))
-    statistics.set_lately_saved(levels)
-    return area / saved
+        Hits take so little time that those of several processes hardly ever meet. So what was saved is spread over the
+        time since this process saved something before, or began to read, in which the others did as this one.
+        """
+        if saved <= 0:
+            return 0.0
+        statistics = index.statistics
+        since = now - self._saved_until
+        length = max(_SHORTEST, min(since, max(now - began, _LONGEST)))
+        self._saved_until = now
+        levels = [number for number in statistics.lately_saved() if math.isfinite(number)]
+        levels, area = raised(levels, now - length, now, saved / length)
+        statistics.set_lately_saved([round(number, 3) for number in levels])
+        return area / saved
