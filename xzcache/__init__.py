@@ -16,7 +16,7 @@ from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
-    from xzcache.manage import CacheUnavailable, check, clear, info, ls, progress, resize
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, progress, report, resize
     from xzcache.xarray import open_mfdataset, open_zarr
 
 
@@ -44,6 +44,7 @@ __all__ = [
     "open_mfdataset",
     "open_zarr",
     "progress",
+    "report",
     "resize",
 ]
 
@@ -58,6 +59,7 @@ _LATE: Final = {
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
     "progress": "xzcache.manage",
+    "report": "xzcache.manage",
     "resize": "xzcache.manage",
 }
 """Names whose modules take long to import."""

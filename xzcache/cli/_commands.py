@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 
@@ -55,6 +56,8 @@ Examples:
   xzcache clear era5 --dry-run             what clearing it would remove
   xzcache clear --older-than 30d --yes     remove what was not used for a month
   xzcache resize 50GB                      how much it may hold
+  xzcache report -o report.html            how it is used, and how large it should be
+  xzcache top                              what is read at the moment
 \b
 Exit codes: 0 all is well, 1 trouble was found or the command failed, 2 bad input.
 Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh_source, fish_source.
@@ -155,7 +158,7 @@ def _pretty(result: Any) -> Callable[[], None] | None:
     return show
 
 
-_RIGHT: Final = ("entries", "size", "share", "cached")
+_RIGHT: Final = ("entries", "size", "share", "cached", "hits", "hit rate")
 
 
 def _bar(share: float | None, encoding: str, width: int = 20) -> str:
@@ -320,6 +323,90 @@ def check(repair: bool, directory: str | None, as_json: bool) -> None:
     else:
         click.echo(str(audit))
     _end(ok=audit.ok)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache report -o report.html
+  xzcache report -o report.html --json
+""",
+    short_help="A page about the use of the cache, and how large it should be.",
+)
+@click.option("-o", "--output", metavar="FILE", default="xzcache-report.html", show_default=True, help="The page.")
+@_directory
+@_json
+@_one_line_errors
+def report(output: str, directory: str | None, as_json: bool) -> None:
+    """Write a page of HTML about the use of the cache: by source and over time, hits, churn, saved time and bytes.
+
+    It shows what part of the reads would be misses with a smaller or a larger bound. The page needs no network.
+    """
+    _print(manage.report(output, directory), as_json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache top
+  xzcache top --once --seconds 5
+  xzcache top --json
+""",
+    short_help="What is read at the moment, and by which processes.",
+)
+@click.option("--once", is_flag=True, help="Print one sample; so does a pipe.")
+@click.option("--seconds", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Between two looks.")
+@_directory
+@_json
+@_one_line_errors
+def top(once: bool, seconds: float, directory: str | None, as_json: bool) -> None:
+    """Show the hit rate, the bytes a second from the cache and from the sources, and the processes at work.
+
+    In a terminal it goes on until Ctrl-C, over the last ten seconds. With --once, with --json and in a pipe it
+    prints one sample of so many seconds.
+    """
+    meter = manage.Meter(directory, max(seconds, 10.0))
+    found = meter.read()
+    if once or as_json or not sys.stdout.isatty():
+        if found.state == "ok":
+            time.sleep(seconds)
+            found = meter.read()
+        _print(found, as_json=as_json)
+        _end(ok=found.ok)
+        return
+    while True:
+        click.clear()
+        _print(found, as_json=False)
+        try:
+            time.sleep(seconds)
+        except KeyboardInterrupt:
+            return
+        found = meter.read()
+
+
+@cli.command(
+    "serve-metrics",
+    epilog="""\b
+Examples:
+  xzcache serve-metrics
+  xzcache serve-metrics --port 9200 --directory /scratch/cache
+""",
+    short_help="Figures for Prometheus, on this machine only.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=9478, show_default=True, help="0 is any free one.")
+@_directory
+@_one_line_errors
+def serve_metrics(port: int, directory: str | None) -> None:
+    """Serve the figures of the cache at http://127.0.0.1:PORT/metrics, in the text format of Prometheus.
+
+    They are those of all processes, and outlive them. Ends with Ctrl-C.
+    """
+    with manage.metrics_server(port, directory) as server:
+        click.echo(f"http://127.0.0.1:{server.server_address[1]}/metrics")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
 
 
 @cli.command(

@@ -11,15 +11,19 @@ from xzcache.directory._audit import Audit, Finding, audit
 from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._namespace import SharedBackend
 from xzcache.directory._registry import cleanup_resources, open_directory, opened_directory
+from xzcache.eviction import Sample, predicted
 from xzcache.files import can_be_made, free_bytes, is_on_network, is_plain, private_name, resolve_directory, temporary
-from xzcache.index import Inspector, Objects, Source, Totals, Uses
+from xzcache.index import DAY, Counts, Inspector, Objects, Source, Totals, Uses
 
 __all__ = [
+    "DAY",
     "Audit",
     "CacheDirectory",
+    "Counts",
     "Finding",
     "Inspector",
     "Objects",
+    "Sample",
     "SharedBackend",
     "Source",
     "Totals",
@@ -32,6 +36,7 @@ __all__ = [
     "is_plain",
     "open_directory",
     "opened_directory",
+    "predicted",
     "private_name",
     "resolve_directory",
     "temporary",

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 from xzcache import _threads as pool
@@ -28,6 +29,7 @@ from xzcache.directory._invalidation import PendingInvalidations, Writes
 from xzcache.directory._metadata import MetadataTracker
 from xzcache.directory._publish import Publisher
 from xzcache.directory._space import Space
+from xzcache.directory._statistics import Ledger
 from xzcache.directory._writebehind import WriteBehind, departures
 from xzcache.eviction import POLICIES, recency_for
 from xzcache.files import LONG, Health, Quarantine, Reader
@@ -104,13 +106,15 @@ class CacheDirectory:
         self._min_free = min_free
         self._policy = policy
         self._quarantine = Quarantine()
+        self.ledger = Ledger()
         self._start(max_size, default_max_size)
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None, *, only_raise: bool = False) -> None:
         self.recency = recency_for(POLICIES[self._policy]())
+        self.recency.tell = self.ledger.tell
         self.barrier = FaultBarrier(self.session, max_size, default_max_size, self.health, only_raise=only_raise)
         self.session.when_used = self.health.record_progress
-        self.space = Space(self.session, self.recency, self._min_free)
+        self.space = Space(self.session, self.recency, self.ledger, self._min_free)
         folds = files.folds_case(self.session.meta)
         before, self._quarantine = self._quarantine, Quarantine(self._quarantine)
         self.reader = Reader(self.barrier, folds=folds, quarantine=self._quarantine)
@@ -418,18 +422,21 @@ class CacheDirectory:
             self.session.is_retired = False
             self._prepare_after = 0.0
 
-    def flush(self) -> None:
-        """Write the latest uses to the index."""
+    def flush(self, *, everything: bool = False) -> None:
+        """Write the latest uses to the index; with `everything`, all that was counted as well, so that it is exact."""
         if self.session.is_retired:
             # the directory was removed meanwhile, so there is no index
             return
+        has_joined = self.session.current is not None
         # a process that has only served hits has not joined yet
-        if self.recency and (self.session.current is not None or (self.wants_preparing and self.prepare())):
-            self.barrier.try_or(self._flush, None)
+        if (self.recency and (has_joined or (self.wants_preparing and self.prepare()))) or (
+            everything and has_joined and self.ledger.has_news
+        ):
+            self.barrier.try_or(lambda: self._flush(everything=everything), None)
 
-    def _flush(self) -> None:
+    def _flush(self, *, everything: bool) -> None:
         with self.session.section() as (_, index):
-            self.recency.flush_to(index)
+            self.recency.flush_to(index, everything=everything)
             left = {item.entry.key for item in index.unowned_tombstones()}
         if left:
             self.writes.adopt(list(left))
@@ -501,7 +508,7 @@ class CacheDirectory:
         self.pending.leave_note()
 
     def _close(self, *, unless_writing: bool = False) -> bool:
-        last_words = self.recency.flush_to if self.recency else None
+        last_words = partial(self.recency.flush_to, everything=True)
         left = self.session.close(last_words, unless_writing=unless_writing, has_pending=self.pending.has_pending)
         if (prepared := self._prepared) is not None and prepared[0] is not self.session.current:
             self._prepared = None
@@ -534,5 +541,6 @@ class CacheDirectory:
         self.session.after_fork_in_child()
         self.health = Health(self.root, self._probe, self._retry_pending)
         self.pending.let_go_of_note()
+        self.ledger.after_fork_in_child()
         # the users are there in the child, too
         self._start(self.barrier.bound, self.barrier.default_bound, only_raise=self.barrier.only_raise)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xzcache.directory._invalidation import Begun
     from xzcache.directory._writebehind import WriteBehind
     from xzcache.files import Found
-    from xzcache.model import Absence, Array, Cached, Data, Extent, Span
+    from xzcache.model import Absence, Array, Cached, Data, Extent, ReadCounters, Span
 
 
 _INLINE: Final = 1 << 20
@@ -43,6 +43,7 @@ class SharedBackend:
         self.namespace = namespace
         self.prefix = f"{namespace}/"
         self._use = directory.used_by(self)
+        self._lasting = namespace if lasting else None
         if not lasting:
             renew_after_fork(self)
 
@@ -66,6 +67,14 @@ class SharedBackend:
         if self.directory.wants_preparing:
             self._use_again()
             await self.directory.prepare_promptly()
+
+    def count(self, counters: ReadCounters) -> None:
+        """Keep what these counters of reads count in the statistics of the directory."""
+        self.directory.ledger.count(counters, self, self._lasting)
+
+    def record_fetch(self, began: float) -> None:
+        """Record that a request to the source has just ended, which began at a time of `time.perf_counter`."""
+        self.directory.ledger.fetched(self._lasting, began)
 
     def close(self) -> None:
         """Leave the directory soon unless it has other users; the next use joins again."""
@@ -255,7 +264,7 @@ class SharedBackend:
                 self.directory.write_behind.wait()
             if self.directory.is_made:
                 self.directory.prepare()
-                self.directory.flush()
+                self.directory.flush(everything=True)
             totals = self.directory.totals()
             count, size = self.directory.share(self.namespace)
         else:

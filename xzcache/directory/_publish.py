@@ -424,7 +424,7 @@ class Publisher:
         index.tables.drop_absent(keys)
         index.change_lease(process.owner, -sum([item.stamp.size for item in entering]))
         self._space.return_surplus(process, index)
-        self._space.recency.flush_to(index, [item.pending.entry for item in entering])
+        self._space.recency.flush_to(index, {item.pending.entry: item.stamp.size for item in entering})
         for namespace in set(map(namespace_of, keys)):
             self._session.record_made(namespace)
         # an interrupt from here on may come after the commit

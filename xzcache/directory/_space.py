@@ -22,6 +22,7 @@ from xzcache.model import META, NoRoom
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from xzcache.directory._statistics import Ledger
     from xzcache.eviction import Policy, Recency
     from xzcache.index import Index, IndexSession, Registration, Row, Tombstone, Totals
 
@@ -64,9 +65,10 @@ class HideReport:
 class Space:
     """Leases and frees the space of one cache directory; `min_free` is a fraction of the file system, or bytes."""
 
-    def __init__(self, session: IndexSession, recency: Recency, min_free: float | int) -> None:
+    def __init__(self, session: IndexSession, recency: Recency, ledger: Ledger, min_free: float | int) -> None:
         self.session = session
         self.recency = recency
+        self._ledger = ledger
         self.min_free = min_free
         self.evictions = 0
         self._is_bound_small = False
@@ -141,7 +143,7 @@ class Space:
             # another process may take the freed bytes: the caller then evicts more
             index.begin()
             self.recency.flush_to(index)
-            return short, self.mark_deleted(process, index, self.policy.choose(index, short))
+            return short, self._mark_evicted(process, index, short)
 
     def _grant(self, process: Registration, index: Index, totals: Totals, size: int, whole: int) -> int:
         """Lease `size` bytes more, and some in advance; returns how many are missing, 0 if they were taken."""
@@ -208,14 +210,18 @@ class Space:
         while freed < want:
             with self.session.section() as (process, index):
                 self.recency.flush_to(index)
-                victims = self.policy.choose(index, want - freed)
-                tombstones = self.mark_deleted(process, index, victims)
+                tombstones = self._mark_evicted(process, index, want - freed)
             self.unlink_deleted(tombstones)
             self._count_evicted(tombstones)
             freed += sum(item.size for item in tombstones)
             if not tombstones:
                 break
         return freed
+
+    def _mark_evicted(self, process: Registration, index: Index, want: int) -> list[Tombstone]:
+        victims = self.policy.choose(index, want)
+        self._ledger.evicted(victims)
+        return self.mark_deleted(process, index, victims)
 
     def _count_evicted(self, tombstones: Sequence[Tombstone]) -> None:
         self.evictions += len(tombstones)

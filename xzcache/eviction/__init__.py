@@ -5,6 +5,7 @@ and that is taken under the mutex of `Recency`; what `"adaptive"` has learned li
 transactions, and is kept by each process as it was last read.
 """
 
+from xzcache.eviction._curve import Sample, predicted
 from xzcache.eviction._policies import POLICIES, Policy
 from xzcache.eviction._recency import Recency, recency_for
 
@@ -12,5 +13,7 @@ __all__ = [
     "POLICIES",
     "Policy",
     "Recency",
+    "Sample",
+    "predicted",
     "recency_for",
 ]

@@ -14,7 +14,7 @@ from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for
 from xzcache.index import hash_of, lot_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from xzcache.eviction._adaptive import Ints
     from xzcache.index import History, Index, Row
@@ -94,7 +94,7 @@ class UseBatch(NamedTuple):
     """Uses of entries, in ns since the epoch, and new entries."""
 
     uses: Mapping[Entry, int]
-    arrived: Sequence[Entry]
+    arrived: Collection[Entry]
 
 
 class Policy(Protocol):

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 from xzcache._config import config
 from xzcache.eviction._policies import UseBatch
@@ -14,10 +14,21 @@ from xzcache.index import hash_of
 from xzcache.model import Entry, Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from xzcache.eviction._policies import Policy
     from xzcache.index import Index
+
+
+_NONE: Final[Mapping[Entry, int]] = {}
+
+
+class Tell(Protocol):
+    """Tells the index, within a section, what else was counted; `uses` and `arrived` as for a policy."""
+
+    def __call__(
+        self, index: Index, uses: Mapping[Entry, int], arrived: Mapping[Entry, int], *, everything: bool
+    ) -> None: ...
 
 
 class Recency:
@@ -34,6 +45,7 @@ class Recency:
         self.due_at = 0.0
         self._longest = longest
         self._lock = threading.Lock()
+        self.tell: Tell | None = None
 
     def record_use(self, entry: Entry) -> bool:
         """Record a use; True if `flush_to` is due."""
@@ -54,15 +66,20 @@ class Recency:
             self.due_at = max(self.due_at, now + 1.0)
         return due
 
-    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
-        """Write the recorded uses and the new entries to the index."""
+    def flush_to(self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False) -> None:
+        """Write the recorded uses and the new entries, with their sizes, to the index.
+
+        With `everything`, nothing that was counted is kept for a later transaction.
+        """
         with self._lock:
             recorded, self.uses, self.due_at = self.uses, self._no_uses(), 0.0
-        if recorded or arrived:
-            zero = _zero()
-            # a copy: a hit that began before may still add to it
-            uses = {Entry(*extent): zero + int(at * 1e9) for extent, at in recorded.copy().items()}
+        zero = _zero()
+        # a copy: a hit that began before may still add to it
+        uses = {Entry(*extent): zero + int(at * 1e9) for extent, at in recorded.copy().items()}
+        if uses or arrived:
             self.policy.record(index, UseBatch(uses, arrived))
+        if self.tell is not None:
+            self.tell(index, uses, arrived, everything=everything)
 
     def _no_uses(self) -> dict[Extent, float]:
         return {}
@@ -100,7 +117,7 @@ class Traced(Recency):
     def _no_uses(self) -> dict[Extent, float]:
         return _TracedUses(self._trace, 1 << 14)
 
-    def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
+    def flush_to(self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False) -> None:
         """Write the recorded uses to the index and to the file."""
         zero = _zero()
         trace = [(zero + int(at * 1e9), Entry(*extent)) for at, extent in self._trace]
@@ -117,7 +134,7 @@ class Traced(Recency):
                 os.write(descriptor, "".join(lines).encode())
             finally:
                 os.close(descriptor)
-        super().flush_to(index, arrived)
+        super().flush_to(index, arrived, everything=everything)
 
 
 def _zero() -> int:

@@ -11,6 +11,7 @@ from xzcache.index._history import History, hash_of, lot_of
 from xzcache.index._inspect import Inspector, Objects, Source, Uses
 from xzcache.index._session import IndexSession, Registration, written_notes
 from xzcache.index._sql import Index, Row, Tombstone, Totals
+from xzcache.index._statistics import DAY, OTHERS, SAMPLED, USES, Counts, Looked, UsesRow, is_whole
 from xzcache.index._writeclock import (
     WriteCounters,
     counters_of,
@@ -21,10 +22,16 @@ from xzcache.index._writeclock import (
 )
 
 __all__ = [
+    "DAY",
+    "OTHERS",
+    "SAMPLED",
+    "USES",
+    "Counts",
     "History",
     "Index",
     "IndexSession",
     "Inspector",
+    "Looked",
     "Objects",
     "Registration",
     "Row",
@@ -32,10 +39,12 @@ __all__ = [
     "Tombstone",
     "Totals",
     "Uses",
+    "UsesRow",
     "WriteCounters",
     "counters_of",
     "data_counter",
     "hash_of",
+    "is_whole",
     "lot_of",
     "missing_counter",
     "prefix_counter",

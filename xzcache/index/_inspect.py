@@ -17,6 +17,7 @@ from xzcache import files
 from xzcache.index._locks import try_flock
 from xzcache.index._session import FORMAT
 from xzcache.index._sql import UPGRADES, VERSION, Totals, connect, is_write_ahead, range_of
+from xzcache.index._statistics import Counts, Looked, UsesRow, by_day, look, sampled
 from xzcache.model import META, Busy, CacheFault, Damaged, Foreign, Unusable, namespace_of, translated
 
 if TYPE_CHECKING:
@@ -194,10 +195,25 @@ class Inspector:
             raise Damaged(f"the totals of the index in {self.root} are missing")
         return Totals(*row)
 
-    def processes(self) -> int:
-        """How many processes have joined the directory."""
+    def processes(self) -> list[int]:
+        """The ids of the processes that have joined the directory."""
         with self._section() as index:
-            return int(index.execute("SELECT count(*) FROM owner").fetchone()[0])
+            return [abs(pid) for (pid,) in index.execute("SELECT pid FROM owner ORDER BY id")]
+
+    def statistics(self) -> Looked:
+        """The reads of each source, ever and in the last day."""
+        with self._section() as index:
+            return look(index, int(time.time()))
+
+    def by_day(self) -> dict[int, dict[str, Counts]]:
+        """The reads of each source on each of the last days, by the beginning of the day in seconds since the epoch."""
+        with self._section() as index:
+            return by_day(index, int(time.time()))
+
+    def sampled(self) -> list[UsesRow]:
+        """The sampled uses, oldest first."""
+        with self._section() as index:
+            return sampled(index)
 
     def sources(self) -> list[Source]:
         """The sources that have entries, largest first."""

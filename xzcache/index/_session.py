@@ -517,9 +517,11 @@ class IndexSession:
         if self.is_retired:
             raise Unusable(f"the cache directory {self.root} was removed")
         with self._opening:
-            if self.current is None:
+            # another thread may leave at any moment
+            process = self.current
+            if process is None:
                 try:
-                    self.current = self._join()
+                    process = self.current = self._join()
                 except Foreign:
                     self.when_refused()
                     raise
@@ -527,7 +529,7 @@ class IndexSession:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
                 self.when_joined()
                 self._joined()
-            return self.current
+            return process
 
     def _join(self) -> Registration:
         found = self.read_note("format")

@@ -14,10 +14,11 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache.index._history import BIRTH, History, hash_of
+from xzcache.index._statistics import Statistics
 from xzcache.model import Damaged, Entry, is_document, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 # -- The tables of the index, and their rows.
@@ -319,6 +320,9 @@ class Index:
         self.committed_serial = 0
         self.tables = Tables(self.connection)
         self.history = History(self.connection)
+        self.statistics = Statistics(self.connection)
+        self.when_committed: list[Callable[[], None]] = []
+        """Called once, after the transaction is committed; dropped if it is rolled back."""
 
     @property
     def is_logged(self) -> bool:
@@ -354,8 +358,11 @@ class Index:
             serial = self.serial() if connection.total_changes != self._changes else self.committed_serial
             self._do("COMMIT")
             self._changes, self.committed_serial = connection.total_changes, serial
+            while self.when_committed:
+                self.when_committed.pop()()
 
     def rollback(self) -> None:
+        self.when_committed.clear()
         if self.connection.in_transaction:
             self._do("ROLLBACK")
 
@@ -476,11 +483,25 @@ class Index:
         self._do(
             "INSERT INTO entry(ns, key, start, stop, odd, size, crc, used, rank, owner, seq, tick, gap) "
             f"VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {BIRTH})",
-            (self._namespace(entry.key), *entry, hashed, size, crc, used, used, owner, seq, hash_of(entry)),
+            (
+                self.number_of(namespace_of(entry.key)),
+                *entry,
+                hashed,
+                size,
+                crc,
+                used,
+                used,
+                owner,
+                seq,
+                hash_of(entry),
+            ),
         )
 
     def _namespace(self, key: str) -> int:
-        name = namespace_of(key)
+        return self.number_of(namespace_of(key))
+
+    def number_of(self, name: str) -> int:
+        """The number of a namespace, which gets one if it has none."""
         id_ = self._namespaces.get(name)
         if id_ is None:
             self._do("INSERT OR IGNORE INTO ns(name) VALUES(?)", (name,))
@@ -489,8 +510,9 @@ class Index:
         return id_
 
     def forget_uncommitted(self) -> None:
-        """Clear the memory of namespaces that a rolled back transaction added."""
+        """Clear the memory of namespaces and tables that a rolled back transaction added."""
         self._namespaces.clear()
+        self.statistics.forget_uncommitted()
 
     def remove(self, id_: int) -> None:
         self._do("DELETE FROM entry WHERE id = ?", (id_,))

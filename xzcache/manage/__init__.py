@@ -8,24 +8,34 @@ directory that this process may only read.
 from xzcache.manage._change import check, clear, parse_since, resize
 from xzcache.manage._look import info, ls, settings
 from xzcache.manage._progress import Progress, progress
+from xzcache.manage._report import Report, report
 from xzcache.manage._results import Arrays, CacheUnavailable, Cleared, Info, Resized, Settings, Sources, UnknownSource
+from xzcache.manage._statistics import Activity, Curve, Meter, curve, metrics, metrics_server
 
 __all__ = [
+    "Activity",
     "Arrays",
     "CacheUnavailable",
     "Cleared",
+    "Curve",
     "Info",
+    "Meter",
     "Progress",
+    "Report",
     "Resized",
     "Settings",
     "Sources",
     "UnknownSource",
     "check",
     "clear",
+    "curve",
     "info",
     "ls",
+    "metrics",
+    "metrics_server",
     "parse_since",
     "progress",
+    "report",
     "resize",
     "settings",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from typing import Any, Final, overload
 
 from zarr.abc.store import Store
 
 from xzcache._config import DEFAULTS, config, origin_of, shown_bound, unknown_settings
-from xzcache.directory import Inspector, Objects, free_bytes, is_plain
+from xzcache.directory import Counts, Inspector, Objects, free_bytes, is_plain
 from xzcache.manage._results import (
     Array,
     Arrays,
@@ -55,14 +56,17 @@ def info(directory: str | os.PathLike[str] | None = None) -> Info:
     try:
         settled(root)
         with Inspector(root) as inspector:
-            totals = inspector.totals()
+            totals, statistics = inspector.totals(), inspector.statistics()
             return replace(
                 found,
+                ever=reduce(Counts.plus, statistics.of_sources.values(), Counts()),
+                last_day=reduce(Counts.plus, statistics.of_the_day.values(), Counts()),
+                since=statistics.since,
                 used=totals.size,
                 max_size=totals.max_size,
                 entries=totals.entries,
                 sources=len(inspector.sources()),
-                processes=inspector.processes(),
+                processes=len(inspector.processes()),
                 reserved=totals.lease + totals.tombstones,
                 node=inspector.note("node"),
             )

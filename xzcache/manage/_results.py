@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from xzcache._config import shown_bound, shown_duration, shown_size
 from xzcache._display import Table
+from xzcache.directory import Counts
 
 T = TypeVar("T")
 
@@ -33,6 +34,29 @@ def _shown_time(seconds: float | None) -> str:
         return "-"
     ago = max(0.0, time.time() - seconds)
     return f"{shown_duration(ago)} ago" if ago >= 60 else "just now"
+
+
+def shown_seconds(seconds: float) -> str:
+    """A measured time for people, in its largest unit and with up to three digits."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 1.995 * length or (unit == "s" and seconds >= 0.9995):
+            amount = seconds / length
+            return f"{amount:.0f} {unit}" if amount >= 99.5 else f"{amount:.3g} {unit}"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.0005 else "0 s"
+
+
+def shown_part(part: float | None) -> str:
+    """A part of a whole for people; neither all nor nothing is rounded away."""
+    if part is None:
+        return "-"
+    if 0 < part < 0.01 or 0.99 < part < 1:
+        return "<1%" if part < 0.5 else ">99%"
+    return f"{part:.0%}"
+
+
+def counts_as_dict(counts: Counts) -> dict[str, Any]:
+    """Counts for JSON, with the hit rate."""
+    return {**counts._asdict(), "seconds_saved": round(counts.seconds_saved, 3), "hit_rate": _as_json(counts.hit_rate)}
 
 
 def _as_json(value: Any) -> Any:
@@ -98,6 +122,13 @@ class Info(_Shown):
         As configured in this process.
     node : str
         The uuid of this directory; empty if it has none.
+    ever, last_day : Counts
+        The reads through the cache by all processes, since there are statistics and in the last 24 hours: ``hits``,
+        ``misses``, ``hit_rate``, ``bytes_from_cache``, ``bytes_from_source``, ``seconds_saved``, ``evictions``,
+        ``refetched`` and others. The seconds are an estimate of the time by which reading would have taken longer.
+        What a running process has counted in the last seconds may be missing.
+    since : float or None
+        The beginning of the statistics, in seconds since the epoch; None without any.
     """
 
     directory: str
@@ -114,6 +145,9 @@ class Info(_Shown):
     policy: str = ""
     min_free: str = ""
     node: str = ""
+    ever: Counts = field(default_factory=Counts)
+    last_day: Counts = field(default_factory=Counts)
+    since: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -122,7 +156,23 @@ class Info(_Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain values, for JSON."""
-        return dict(vars(self))
+        counts = {"ever": counts_as_dict(self.ever), "last_day": counts_as_dict(self.last_day)}
+        return {**vars(self), **counts, "since": _when(self.since)}
+
+    def _statistics(self) -> dict[str, str]:
+        ever, day = self.ever, self.last_day
+        none = "nothing was read in the last day"
+        lately = f"{shown_part(day.hit_rate)} in the last day" if day.reads else none
+        saved, saved_lately = (
+            f"{shown_size(counts.bytes_from_cache)} and {shown_seconds(counts.seconds_saved)}" for counts in (ever, day)
+        )
+        rows = {
+            "hits": f"{ever.hits:,} of {ever.reads:,} reads ({shown_part(ever.hit_rate)}); {lately}",
+            "saved": f"{saved}; {saved_lately} in the last day",
+        }
+        if ever.evictions:
+            rows["evicted"] = f"{ever.evictions:,} entries, of which {ever.refetched:,} were fetched again"
+        return rows
 
     def table(self) -> Table:
         """The figures as a table, for displays."""
@@ -135,6 +185,8 @@ class Info(_Shown):
             rows["used"] = f"{shown_size(self.used)} {bound}"
             rows["entries"] = f"{self.entries:,} of {self.sources:,} source{'s' * (self.sources != 1)}"
             rows["processes"] = f"{self.processes:,}"
+        if self.ever.reads:
+            rows |= self._statistics()
         if self.disk_size:
             rows["disk"] = f"{shown_size(self.disk_free)} free of {shown_size(self.disk_size)}"
         rows["policy"] = f"{self.policy}, min_free={self.min_free}"
@@ -145,7 +197,10 @@ class Info(_Shown):
 
 
 class Source(NamedTuple):
-    """One source in a cache; the size in bytes, times in seconds since the epoch."""
+    """One source in a cache; the size in bytes, times in seconds since the epoch.
+
+    `counts` are the reads by all processes since there are statistics; see `Info`.
+    """
 
     name: str
     """The readable part of the namespace."""
@@ -155,6 +210,11 @@ class Source(NamedTuple):
     share: float
     """The part of all cached bytes."""
     last_used: float | None
+    counts: Counts = Counts()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return {**self._asdict(), "last_used": _when(self.last_used), "counts": counts_as_dict(self.counts)}
 
 
 class Array(NamedTuple):
@@ -200,18 +260,28 @@ class Sources(_Rows[Source]):
 
     def as_dict(self) -> dict[str, Any]:
         """The rows as plain values, for JSON."""
-        rows = [{**item._asdict(), "last_used": _when(item.last_used)} for item in self]
+        rows = [item.as_dict() for item in self]
         return {"directory": self.directory, "state": self.state, "trouble": self.trouble, "sources": rows}
 
     def table(self) -> Table:
         """The figures as a table, for displays."""
         names = display_names(self.items)
         rows = [
-            (name, f"{s.entries:,}", shown_size(s.size), f"{s.share:.0%}", _shown_time(s.last_used))
+            (
+                name,
+                f"{s.entries:,}",
+                shown_size(s.size),
+                f"{s.share:.0%}",
+                _shown_time(s.last_used),
+                f"{s.counts.hits:,}" if s.counts.reads else "-",
+                shown_part(s.counts.hit_rate),
+            )
             for name, s in zip(names, self.items, strict=True)
         ]
         note = self.trouble or ("" if rows else f"the cache in {self.directory} is empty")
-        return Table(self.directory, ("source", "entries", "size", "share", "last use"), rows, note=note)
+        return Table(
+            self.directory, ("source", "entries", "size", "share", "last use", "hits", "hit rate"), rows, note=note
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,8 +300,12 @@ class Arrays(_Rows[Array]):
         rows = [
             {**item._asdict(), "fraction": _as_json(item.fraction), "last_used": _when(item.last_used)} for item in self
         ]
-        source = {**self.source._asdict(), "last_used": _when(self.source.last_used)}
-        return {"directory": self.directory, "source": source, "arrays": rows, "other_size": self.other_size}
+        return {
+            "directory": self.directory,
+            "source": self.source.as_dict(),
+            "arrays": rows,
+            "other_size": self.other_size,
+        }
 
     def table(self) -> Table:
         """The figures as a table, for displays."""

@@ -13,7 +13,7 @@ from zarr.storage import LocalStore
 
 from xzcache._caches import default_directory
 from xzcache._config import as_found, parse_root
-from xzcache.directory import CacheDirectory, Inspector, opened_directory, resolve_directory
+from xzcache.directory import CacheDirectory, Counts, Inspector, opened_directory, resolve_directory
 from xzcache.local import LockedLocalStore
 from xzcache.manage._results import Arrays, CacheUnavailable, Source, State, UnknownSource, display_names
 from xzcache.model import META, Busy, CacheFault, Damaged, Foreign
@@ -51,7 +51,7 @@ def settled(root: str) -> CacheDirectory | None:
     opened = opened_directory(root)
     if opened is not None and opened.is_made and not opened.health.is_aside:
         opened.write_behind.wait()
-        opened.flush()
+        opened.flush(everything=True)
     return opened
 
 
@@ -78,19 +78,26 @@ def must(root: str, action: Callable[[], T]) -> T:
         raise CacheUnavailable(state_of(error, root)[1]) from error
 
 
+def name_of(namespace: str) -> str:
+    """The readable part of a namespace."""
+    return _DIGEST.sub("", namespace) or "(top)"
+
+
 def sources_of(inspector: Inspector, before: int | None = 0) -> tuple[list[Source], dict[str, tuple[int, int]]]:
     """The sources, and for each what was not used since a time, in ns; with None, their uses are left out."""
     found = inspector.sources()
     uses = {} if before is None else inspector.uses(before)
     whole = sum(source.size for source in found)
+    counts = inspector.statistics().of_sources
     listed = []
     old = {}
     for source in found:
         use = uses.get(source.id)
         last = use.last / 1e9 if use is not None and use.last else None
-        name = _DIGEST.sub("", source.namespace) or "(top)"
+        name = name_of(source.namespace)
         share = source.size / whole if whole else 0.0
-        listed.append(Source(name, source.namespace, source.entries, source.size, share, last))
+        count = counts.get(source.namespace, Counts())
+        listed.append(Source(name, source.namespace, source.entries, source.size, share, last, count))
         old[source.namespace] = (use.old_entries, use.old_size) if use is not None else (0, 0)
     return listed, old
 

@@ -6,7 +6,7 @@ were logged.
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import MISSING, Absence, Array, Backend, Cache, Cached, Parts, nothing
+from xzcache.model.backend import MISSING, Absence, Array, Backend, Cache, Cached, Parts, ReadCounters, Reads, nothing
 from xzcache.model.entry import (
     END,
     META,
@@ -100,6 +100,8 @@ __all__ = [
     "Listed",
     "NoRoom",
     "Parts",
+    "ReadCounters",
+    "Reads",
     "Replaced",
     "SourceUnreachable",
     "Span",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,6 +64,23 @@ class Parts(Protocol):
         """When the source last gave or confirmed the whole object, in seconds since the epoch; None if unknown."""
 
 
+class Reads(NamedTuple):
+    """Counters of reads; bytes and seconds of all of them together."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_from_cache: int = 0
+    bytes_from_source: int = 0
+    seconds_from_cache: float = 0.0
+
+
+class ReadCounters(Protocol):
+    """Counters that only grow."""
+
+    def reads(self) -> Reads:
+        """Their values."""
+
+
 class Backend(Protocol):
     """The cached entries of one source.
 
@@ -86,6 +103,16 @@ class Backend(Protocol):
 
     async def prepare(self) -> None:
         """Open the cache, if it is not open. Every other method works without, but may find and store nothing."""
+        return
+
+    # -- statistics
+
+    def count(self, counters: ReadCounters) -> None:
+        """Keep what these counters of reads of this source count, for longer than this process if possible."""
+        return
+
+    def record_fetch(self, began: float) -> None:
+        """Record that a request to the source has just ended, which began at a time of `time.perf_counter`."""
         return
 
     # -- looking up

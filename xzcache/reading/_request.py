@@ -159,6 +159,7 @@ class Reading:
         self.reach = sources.reach_of(self.backend.namespace)
         # the exceptions of a store of the user's own are the user's business
         self._explains = self.freshness.serves_offline and sources.is_of_a_client(self.source)
+        self.backend.count(self.stats)
 
     @contextmanager
     def watching(self, key: str) -> Iterator[Watch]:
@@ -332,6 +333,7 @@ class Reading:
         """
         seconds = time.perf_counter() - began
         self.stats.miss(size or 0, seconds)
+        self.backend.record_fetch(began)
         if logger.isEnabledFor(logging.DEBUG):
             result = "absent" if size is None else f"{size} bytes"
             logger.debug("fetched %s: %s in %.3f s", self._described(key, spans), result, seconds)

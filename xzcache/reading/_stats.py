@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from xzcache._fork import renew_after_fork
+from xzcache.model import Reads
 
 observers: Final[list[Callable[[str, int, float], None]]] = []
 """Called for each read with ``"cache"`` or ``"source"``, its bytes and its seconds."""
@@ -63,6 +64,13 @@ class Stats:
                 counters._seconds_from_source += seconds
         for observe in observers:
             observe("source", size, seconds)
+
+    def reads(self) -> Reads:
+        """The counters that a cache may keep for longer."""
+        with self._root._lock:
+            self._count_hits()
+            sizes = self._bytes_from_cache, self._bytes_from_source
+            return Reads(self._hits, self._misses, *sizes, self._seconds_from_cache)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters under Zarr's names, and those of xzcache; sizes in bytes, times in seconds."""

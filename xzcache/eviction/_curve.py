@@ -1,0 +1,220 @@
+"""The miss ratio that other bounds would give, predicted from a sample of the uses.
+
+A sample has all uses of some keys, chosen by their hashes, so it behaves as the whole does in a cache that is smaller
+by the same factor (Waldspurger et al., "SHARDS", 2015, and "Miniature simulations", 2017). The policy of the cache
+is run on the sample, at each bound.
+
+No disk, no clock, no SQL: uses and bounds in, ratios out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
+
+import numpy as np
+
+from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for
+from xzcache.index import USES, is_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from xzcache.eviction._adaptive import Ints, Reals
+    from xzcache.index import UsesRow
+
+_MOST_STEPS: Final = 8
+"""The repeated uses of an entry in one report that are simulated one by one; of more, each stands for several."""
+_WARMING: Final = 0.25
+"""The part of a sample that only fills the simulated cache, where earlier uses are not known any more."""
+
+
+class Sample(NamedTuple):
+    """The uses of sampled keys in the order of time.
+
+    A process tells of the last of several uses of an entry between two reports. Of those before, it is known when the
+    first one was and how many there were of all entries: they are taken to be equally far apart.
+
+    Attributes
+    ----------
+    at : array of int
+        When, in ns since the epoch.
+    keys, sizes : array of int
+        Hashes of the keys, below ``2**62 >> shift``, and the bytes of their entries.
+    weights : array of float
+        For how many uses of sampled keys one stands.
+    told_at, reads, unstored : array of int
+        For each report of a process: when its last use was, the reads of any key, sampled or not, since its report
+        before, and how many more misses than stored entries there were.
+    shift : int
+        One key of ``2**shift`` is sampled.
+    is_whole : bool
+        Whether it has the uses since the cache was made, and not only the latest.
+    """
+
+    at: Ints
+    keys: Ints
+    sizes: Ints
+    weights: Reals
+    told_at: Ints
+    reads: Ints
+    unstored: Ints
+    shift: int
+    is_whole: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[UsesRow], usual: int) -> Self:
+        """The sample in the index; `usual` is the size of an entry whose own is not known."""
+        shift = max((row.shift for row in rows), default=0)
+        parts, weights, told_at = [np.zeros(0, USES)], [np.zeros(0)], [0]
+        for row in rows:
+            part = np.frombuffer(row.uses[: len(row.uses) // USES.itemsize * USES.itemsize], USES)
+            told_at.append(max(told_at[-1], int(part["at"].max(initial=0))))
+            for some, each in _expanded(part[part["key"] < 1 << 32 >> shift], row.repeats / 2**shift):
+                parts.append(some)
+                weights.append(np.full(len(some), each))
+        uses, weight = np.concatenate(parts), np.concatenate(weights)
+        order = np.argsort(uses["at"], kind="stable")
+        uses = uses[order]
+        # the size is known of an entry that arrived, and it is the same for all of its uses
+        _, of_key = np.unique(uses["key"], return_inverse=True)
+        sizes = np.zeros(len(uses), np.int64)
+        np.maximum.at(sizes, of_key, uses["size"].astype(np.int64))
+        sizes = np.where(sizes > 0, sizes, usual)[of_key]
+        counts = np.array([(row.reads, row.unstored) for row in rows], np.int64).reshape(-1, 2)
+        return cls(
+            uses["at"].astype(np.int64),
+            uses["key"].astype(np.int64) << (HASH_BITS - 32),
+            sizes,
+            weight[order],
+            np.array(told_at[1:], np.int64),
+            counts[:, 0],
+            counts[:, 1],
+            shift,
+            is_whole(rows),
+        )
+
+    def thinned(self, most: int) -> Sample:
+        """A sample of fewer keys, with about so many uses at the most."""
+        shift = self.shift + max(0, math.ceil(math.log2(max(1, len(self.at)) / most)))
+        kept = self.keys < 1 << HASH_BITS >> shift
+        at, keys, sizes = (column[kept] for column in (self.at, self.keys, self.sizes))
+        return self._replace(at=at, keys=keys, sizes=sizes, weights=self.weights[kept], shift=shift)
+
+    @property
+    def counted_from(self) -> int:
+        """The first use that is counted: those before it only fill the simulated cache."""
+        return 0 if self.is_whole else int(len(self.at) * _WARMING)
+
+
+def _expanded(uses: NDArray[np.void], repeats: float) -> Iterator[tuple[NDArray[np.void], float]]:
+    """The uses of one report, and the repeated ones among them, with the weight of each."""
+    again = uses["span"] > 0
+    count = int(again.sum())
+    steps = min(_MOST_STEPS, max(1, round(repeats / count))) if count and repeats >= 1 else 0
+    spans = uses["span"][again].astype(np.int64) * 1000
+    for step in range(steps + 1):
+        some = uses.copy() if step == 0 else uses[again]
+        at = some["at"][again] if step == 0 else some["at"]
+        moved = at - spans + spans * step // max(1, steps)
+        if step == 0:
+            some["at"][again] = moved
+        else:
+            some["at"] = moved
+        yield some, repeats / (count * steps) if step else 1.0
+
+
+class _Counting(Adaptive):
+    """The policy ``adaptive``: counts the uses that its simulated cache does not hold; ids are numbers of uses."""
+
+    def __init__(self, weights: Reals) -> None:
+        super().__init__()
+        self._weights = weights
+        self.missed = 0.0
+
+    def _use_once(self, uses: Uses, oldest: int) -> None:
+        at = np.minimum(np.searchsorted(self._keys, uses.keys), max(0, len(self._keys) - 1))
+        held = np.zeros(len(at), np.bool_)
+        if len(self._keys):
+            recent = uses.ticks - self._last[at] <= oldest
+            held = (self._keys[at] == uses.keys) & (recent if self.prefers_recency else self._kept[at])
+        self.missed += float(self._weights[uses.ids[~held]].sum())
+        super()._use_once(uses, oldest)
+
+
+def _misses_of_recency(sample: Sample, room: float, begin: int) -> float:
+    held: OrderedDict[int, int] = OrderedDict()
+    used, misses = 0, 0.0
+    for number, key, size, weight in _uses_of(sample):
+        if (before := held.pop(key, None)) is None:
+            misses += weight if number >= begin else 0.0
+        else:
+            used -= before
+        if size <= room:
+            held[key] = size
+            used += size
+            while used > room:
+                used -= held.popitem(last=False)[1]
+    return misses
+
+
+def _misses_without_eviction(sample: Sample, room: float, begin: int) -> float:
+    held: set[int] = set()
+    used, misses = 0, 0.0
+    for number, key, size, weight in _uses_of(sample):
+        if key not in held:
+            misses += weight if number >= begin else 0.0
+            if used + size <= room:
+                held.add(key)
+                used += size
+    return misses
+
+
+def _uses_of(sample: Sample) -> Iterator[tuple[int, int, int, float]]:
+    return zip(
+        range(len(sample.keys)), sample.keys.tolist(), sample.sizes.tolist(), sample.weights.tolist(), strict=True
+    )
+
+
+def _misses_of_adaptive(sample: Sample, room: float, begin: int) -> float:
+    count = len(sample.keys)
+    entries = max(1, int(room / max(1.0, float(sample.sizes.mean()))))
+    entries = min(entries, len(np.unique(sample.keys)))
+    # the keys of the sample become those that the policy watches, of a cache that is larger by as much
+    shift = HASH_BITS + 1 - limit_for(entries).bit_length()
+    keys = (sample.keys << sample.shift) >> shift
+    policy = _Counting(sample.weights)
+    uses = Uses(np.arange(1, count + 1), keys, sample.sizes, np.arange(count))
+    missed = 0.0
+    for first, last in ((0, begin), (begin, count)):
+        missed = policy.missed
+        policy.learn(Uses(*(column[first:last] for column in uses)), entries, room * 2**shift)
+    return policy.missed - missed
+
+
+_MISSES: Final = {
+    "lru": _misses_of_recency,
+    "none": _misses_without_eviction,
+    "adaptive": _misses_of_adaptive,
+}
+
+
+def predicted(sample: Sample, bounds: Iterable[int], policy: str) -> list[float] | None:
+    """For each bound, in bytes, the part of all reads that would be misses; None if the sample shows nothing.
+
+    It is that of the reads that the sample covers, in a cache that is empty at its beginning.
+    """
+    begin = sample.counted_from
+    factor = 2**sample.shift
+    if begin >= len(sample.keys):
+        return None
+    counted = sample.told_at >= sample.at[begin]
+    unstored = max(0, int(sample.unstored[counted].sum()))
+    uses = float(sample.weights[begin:].sum()) * factor
+    # reads of which nothing else is known are hits with any bound
+    reads = max(int(sample.reads[counted].sum()), unstored + (uses if factor == 1 else 1))
+    misses = (_MISSES[policy](sample, bound / factor, begin) * factor for bound in bounds)
+    return [min(1.0, (missed + unstored) / reads) for missed in misses]

@@ -1,0 +1,292 @@
+"""The statistics that last: reads by source and time, prices of sources, and a sample of the uses.
+
+The tables are made by the first process that has something to tell, and older processes of the same format take no
+notice of them: so one index serves both. They hold no entry, and no total depends on them.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from contextlib import suppress
+from operator import add, sub
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable, Mapping, Sequence
+
+HOUR: Final = 3600
+DAY: Final = 86_400
+_OF_HOURS, _OF_DAYS, _OF_MONTHS = range(3)
+_HOURS_KEPT: Final = DAY
+_DAYS_KEPT: Final = 90 * DAY
+_MOST_SOURCES: Final = 1000
+"""Sources that have rows of their own; those that were not read for the longest time are added up."""
+OTHERS: Final = 0
+"""The number of all sources that have no rows of their own; SQLite numbers namespaces from 1."""
+
+SAMPLED: Final = struct.Struct("<qIII")
+"""A sampled use: when, in ns since the epoch; `lot_of` the entry; its size in bytes, 0 if that is not known; and how
+long before, in microseconds, the same process had used it first since its last report."""
+USES: Final = np.dtype([("at", "<i8"), ("key", "<u4"), ("size", "<u4"), ("span", "<u4")])
+"""Of several, packed."""
+MOST_USES: Final = 1 << 16
+"""The sampled uses that are kept, the latest: 20 bytes each."""
+_NOT_WHOLE: Final = 1 << 40
+"""The first number of uses in a cache that had entries before there were statistics."""
+_MOST_GONE: Final = 1 << 16
+
+_TABLES: Final = (
+    """CREATE TABLE IF NOT EXISTS stat(
+  unit INTEGER NOT NULL, time INTEGER NOT NULL, ns INTEGER NOT NULL, hits INTEGER NOT NULL, misses INTEGER NOT NULL,
+  cached INTEGER NOT NULL, fetched INTEGER NOT NULL, saved REAL NOT NULL, evicted INTEGER NOT NULL,
+  evicted_size INTEGER NOT NULL, again INTEGER NOT NULL, again_size INTEGER NOT NULL,
+  PRIMARY KEY(unit, time, ns)) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS price(ns INTEGER PRIMARY KEY, sums TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS lately(one INTEGER PRIMARY KEY CHECK(one = 1), saved TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS sample("
+    "id INTEGER PRIMARY KEY, shift INTEGER NOT NULL, reads INTEGER NOT NULL, unstored INTEGER NOT NULL, "
+    "repeats INTEGER NOT NULL, uses BLOB NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS gone(key INTEGER PRIMARY KEY, at INTEGER NOT NULL)",
+)
+_SUMS: Final = (
+    "sum(hits), sum(misses), sum(cached), sum(fetched), sum(saved), sum(evicted), sum(evicted_size), sum(again), "
+    "sum(again_size)"
+)
+_ADD: Final = (
+    "ON CONFLICT DO UPDATE SET hits = hits + excluded.hits, misses = misses + excluded.misses, "
+    "cached = cached + excluded.cached, fetched = fetched + excluded.fetched, saved = saved + excluded.saved, "
+    "evicted = evicted + excluded.evicted, evicted_size = evicted_size + excluded.evicted_size, "
+    "again = again + excluded.again, again_size = again_size + excluded.again_size"
+)
+
+
+class Counts(NamedTuple):
+    """What was read through a cache; sizes in bytes.
+
+    `refetched` are entries that were evicted and then fetched again; in a cache of more than 4096 entries, their number
+    is estimated from a sample.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_from_cache: int = 0
+    bytes_from_source: int = 0
+    seconds_saved: float = 0.0
+    evictions: int = 0
+    evicted_size: int = 0
+    refetched: int = 0
+    refetched_size: int = 0
+
+    @property
+    def reads(self) -> int:
+        """Hits and misses."""
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The part of all reads that are hits; None without reads."""
+        return self.hits / self.reads if self.reads else None
+
+    def plus(self, other: Counts) -> Counts:
+        """The sum of both."""
+        return Counts(*map(add, self, other))
+
+    def minus(self, other: Counts) -> Counts:
+        """The difference of both."""
+        return Counts(*map(sub, self, other))
+
+
+class UsesRow(NamedTuple):
+    """Sampled uses that a process told together, packed as `SAMPLED`; one key of ``2**shift`` is sampled.
+
+    `reads` are all reads of the process since its report before, `unstored` how many more misses there were than new
+    entries, and `repeats` how many more hits than used entries.
+    """
+
+    number: int
+    """How many uses there are up to this one."""
+    shift: int
+    reads: int
+    unstored: int
+    repeats: int
+    uses: bytes
+
+
+class Statistics:
+    """The statistics in one open index; within a section only, as all of the index."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._do = connection.execute
+        self._do_many = connection.executemany
+        self._is_made = False
+        self._compacted = -1
+        self._gone = 0
+
+    def make(self, arrived: int) -> None:
+        """Create the tables, unless they are there; `arrived` entries are of this transaction."""
+        if self._is_made:
+            return
+        if self._do("SELECT 1 FROM sqlite_master WHERE name = 'gone'").fetchone() is None:
+            for statement in _TABLES:
+                self._do(statement)
+            (entries,) = self._do("SELECT n FROM total").fetchone()
+            # a row without uses
+            first = 0 if entries <= arrived else _NOT_WHOLE
+            self._do("INSERT INTO sample VALUES(?, 0, 0, 0, 0, x'')", (first,))
+        self._is_made = True
+
+    def forget_uncommitted(self) -> None:
+        """Forget tables that a rolled back transaction may have created."""
+        self._is_made = False
+
+    # -- reads
+
+    def add(self, now: int, counts: Mapping[int, Counts]) -> None:
+        """Add counts of sources, by their number, at a time in seconds since the epoch."""
+        hour = now - now % HOUR
+        self._do_many(
+            f"INSERT INTO stat VALUES({_OF_HOURS}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) {_ADD}",
+            [(hour, source, *count) for source, count in counts.items()],
+        )
+        if hour != self._compacted:
+            self._compacted = hour
+            self._compact(now)
+
+    def _compact(self, now: int) -> None:
+        """Add up old hours by day, old days by month, and old sources."""
+        today = now - now % DAY
+        month = "CAST(strftime('%s', time, 'unixepoch', 'start of month') AS INTEGER)"
+        for unit, coarser, start, before in (
+            (_OF_HOURS, _OF_DAYS, f"time - time % {DAY}", today - _HOURS_KEPT),
+            (_OF_DAYS, _OF_MONTHS, month, today - _DAYS_KEPT),
+        ):
+            if self._do("SELECT 1 FROM stat WHERE unit = ? AND time < ? LIMIT 1", (unit, before)).fetchone():
+                self._do(
+                    f"INSERT INTO stat SELECT {coarser}, {start}, ns, {_SUMS} FROM stat WHERE unit = ? AND time < ? "
+                    f"GROUP BY 2, 3 {_ADD}",
+                    (unit, before),
+                )
+                self._do("DELETE FROM stat WHERE unit = ? AND time < ?", (unit, before))
+        old = self._do(
+            "SELECT ns FROM stat WHERE ns != ? GROUP BY ns ORDER BY max(time) DESC LIMIT -1 OFFSET ?",
+            (OTHERS, _MOST_SOURCES),
+        ).fetchall()
+        for (source,) in old:
+            self._do(
+                f"INSERT INTO stat SELECT unit, time, {OTHERS}, {_SUMS} FROM stat WHERE ns = ? GROUP BY 1, 2 {_ADD}",
+                (source,),
+            )
+            self._do("DELETE FROM stat WHERE ns = ?", (source,))
+            self._do("DELETE FROM price WHERE ns = ?", (source,))
+
+    # -- prices
+
+    def prices(self, source: int) -> list[float] | None:
+        """The sums from which the price of a read from a source is estimated; None if there are none."""
+        return _numbers(self._do("SELECT sums FROM price WHERE ns = ?", (source,)).fetchone())
+
+    def set_prices(self, source: int, sums: Sequence[float]) -> None:
+        self._do("INSERT OR REPLACE INTO price(ns, sums) VALUES(?, ?)", (source, json.dumps(sums)))
+
+    def lately_saved(self) -> list[float]:
+        """The seconds that were saved lately, in a form that only its writer knows."""
+        return _numbers(self._do("SELECT saved FROM lately").fetchone()) or []
+
+    def set_lately_saved(self, numbers: Sequence[float]) -> None:
+        self._do("INSERT OR REPLACE INTO lately(one, saved) VALUES(1, ?)", (json.dumps(numbers),))
+
+    # -- the sample
+
+    def add_uses(self, row: UsesRow) -> None:
+        """Add sampled uses; the row gets another number."""
+        (last,) = self._do("SELECT max(id) FROM sample").fetchone()
+        # the number of a row is that of its last use, so that the numbers tell how many there are
+        number = (last or 0) + max(1, len(row.uses) // SAMPLED.size)
+        self._do("INSERT INTO sample VALUES(?, ?, ?, ?, ?, ?)", (number, *row[1:]))
+        (first,) = self._do("SELECT min(id) FROM sample").fetchone()
+        if number - first > MOST_USES * 9 // 8:
+            self._do("DELETE FROM sample WHERE id <= ?", (number - MOST_USES,))
+
+    def add_gone(self, key: int, at: int) -> None:
+        """Note that a sampled entry was evicted."""
+        self._do("INSERT OR REPLACE INTO gone(key, at) VALUES(?, ?)", (key, at))
+        self._gone -= 1
+        if self._gone < 0:
+            self._gone = _MOST_GONE // 8
+            (surplus,) = self._do("SELECT count(*) - ? FROM gone", (_MOST_GONE,)).fetchone()
+            if surplus > 0:
+                self._do("DELETE FROM gone WHERE key IN (SELECT key FROM gone ORDER BY at LIMIT ?)", (surplus,))
+
+    def take_gone(self, key: int) -> bool:
+        """Whether a sampled entry that arrives was evicted before; that is forgotten now."""
+        return self._do("DELETE FROM gone WHERE key = ?", (key,)).rowcount > 0
+
+
+def _numbers(row: tuple[str] | None) -> list[float] | None:
+    """A list of numbers; None where there is none, or garbage."""
+    if row is not None:
+        with suppress(ValueError, TypeError):
+            return [float(number) for number in json.loads(row[0])]
+    return None
+
+
+class Looked(NamedTuple):
+    """The statistics as an `Inspector` finds them: of sources by name, the others under an empty one."""
+
+    of_sources: dict[str, Counts]
+    of_the_day: dict[str, Counts]
+    """Of the last 24 hours."""
+    since: int | None
+    """The beginning of the first hour, day or month, in seconds since the epoch."""
+
+
+def is_whole(rows: Sequence[UsesRow]) -> bool:
+    """Whether a sample begins with the first use of a cache."""
+    return bool(rows) and rows[0].number == 0
+
+
+def look(index: sqlite3.Connection, now: int) -> Looked:
+    """The sums by source, of all time and of the last day."""
+    if not _is_there(index):
+        return Looked({}, {}, None)
+    (since,) = index.execute("SELECT min(time) FROM stat").fetchone()
+    return Looked(_by_name(index, ""), _by_name(index, f"WHERE unit = {_OF_HOURS} AND time > {now - DAY}"), since)
+
+
+def by_day(index: sqlite3.Connection, now: int) -> dict[int, dict[str, Counts]]:
+    """By the beginning of each of the last 90 days (UTC), the counts of each source."""
+    found: dict[int, dict[str, Counts]] = {}
+    if _is_there(index):
+        query = (
+            f"SELECT time - time % {DAY}, ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns "
+            f"WHERE unit IN ({_OF_HOURS}, {_OF_DAYS}) AND time > ? GROUP BY 1, ns ORDER BY 1"
+        )
+        for day, name, *sums in index.execute(query, (now - _DAYS_KEPT,)):
+            of_day = found.setdefault(day, {})
+            of_day[name or ""] = of_day.get(name or "", Counts()).plus(Counts(*sums))
+    return found
+
+
+def sampled(index: sqlite3.Connection) -> list[UsesRow]:
+    """The sampled uses, oldest first."""
+    if not _is_there(index):
+        return []
+    return [UsesRow(*row) for row in index.execute("SELECT * FROM sample ORDER BY id")]
+
+
+def _is_there(index: sqlite3.Connection) -> bool:
+    return index.execute("SELECT 1 FROM sqlite_master WHERE name = 'gone'").fetchone() is not None
+
+
+def _by_name(index: sqlite3.Connection, where: str) -> dict[str, Counts]:
+    found: dict[str, Counts] = {}
+    rows: Iterable[tuple[str | None, ...]] = index.execute(
+        f"SELECT ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns {where} GROUP BY stat.ns"
+    )
+    for name, *sums in rows:
+        found[name or ""] = found.get(name or "", Counts()).plus(Counts(*sums))  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,356 @@
+"""What the statistics of a cache say: what other bounds would give, what is read now, figures for Prometheus."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import reduce
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from xzcache._config import config, parse_policy, shown_bound, shown_size
+from xzcache._display import Table
+from xzcache.directory import Counts, Inspector, Sample, predicted
+from xzcache.manage._look import info
+from xzcache.manage._results import CacheUnavailable, State, _Shown, counts_as_dict, shown_part
+from xzcache.manage._which import must, name_of, root_of, settled, state_of
+from xzcache.model import CacheFault
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+OTHER_SOURCES: Final = "(others)"
+_FACTORS: Final = (0.25, 0.5, 1, 2, 4)
+
+
+# -- What other bounds would give.
+
+
+@dataclass(frozen=True, repr=False)
+class Curve(_Shown):
+    """The part of the reads that would be misses with other bounds.
+
+    Attributes
+    ----------
+    directory : str
+        The cache directory.
+    policy : str
+        The eviction policy.
+    bound : int
+        The bound, in bytes; the size of the cache if it has no bound.
+    bounds : tuple of int
+        Other bounds, in bytes.
+    miss_ratios : tuple of float
+        The predicted part of the reads that are misses, for each of `bounds`; empty if too little was read yet.
+    uses : int
+        The uses in the sample.
+    since : float or None
+        When the reads that were predicted began, in seconds since the epoch.
+    """
+
+    directory: str
+    policy: str
+    bound: int
+    bounds: tuple[int, ...] = ()
+    miss_ratios: tuple[float, ...] = ()
+    uses: int = 0
+    since: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return dict(vars(self))
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        if not self.miss_ratios:
+            return Table("xzcache", note="too little was read to tell what other bounds would give")
+        rows = [
+            (shown_size(bound), f"{bound / self.bound:.3g}", f"{ratio:.1%}", f"{1 - ratio:.1%}")
+            for bound, ratio in zip(self.bounds, self.miss_ratios, strict=True)
+        ]
+        return Table("xzcache", ("bound", "times", "misses", "hits"), rows, note=f"policy {self.policy}")
+
+
+def curve(
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    factors: Sequence[float] = _FACTORS,
+    policy: str | None = None,
+    most: int | None = None,
+) -> Curve:
+    """What smaller and larger bounds would give, predicted from a sample of the latest uses.
+
+    Parameters
+    ----------
+    directory : str or Path, optional
+        The cache directory. Default is this user's default cache on this machine.
+    factors : sequence of float, optional
+        The bounds, as multiples of the current one.
+    policy : str, optional
+        The eviction policy. Default is the configured one.
+    most : int, optional
+        Look at so many uses at the most: a larger sample is more exact and takes longer.
+
+    Returns
+    -------
+    Curve
+
+    Raises
+    ------
+    CacheUnavailable
+        The cache cannot be read; the message says why.
+    """
+    policy = parse_policy("policy", config.get("policy") if policy is None else policy)
+    root = root_of(directory)
+    settled(root)
+
+    def look() -> tuple[int, Sample]:
+        with Inspector(root) as inspector:
+            totals = inspector.totals()
+            usual = totals.size // totals.entries if totals.entries else 1
+            bound = totals.size if totals.max_size is None else totals.max_size
+            return max(1, bound), Sample.of(inspector.sampled(), usual)
+
+    bound, sample = must(root, look)
+    if most is not None:
+        sample = sample.thinned(most)
+    bounds = tuple(max(1, int(bound * factor)) for factor in factors)
+    ratios = predicted(sample, bounds, policy)
+    if ratios is None:
+        return Curve(root, policy, bound)
+    since = float(sample.at[sample.counted_from]) / 1e9
+    return Curve(root, policy, bound, bounds, tuple(ratios), len(sample.at), since)
+
+
+# -- What is read at the moment.
+
+
+class Process(NamedTuple):
+    """A process that uses a cache; `command` is empty where the system does not tell."""
+
+    pid: int
+    command: str
+
+
+@dataclass(frozen=True, repr=False)
+class Activity(_Shown):
+    """What all processes have read through a cache lately.
+
+    Processes tell of misses about twice a second, of hits at the latest with the first one after five seconds.
+
+    Attributes
+    ----------
+    directory : str
+        The cache directory.
+    seconds : float
+        The time that was looked at.
+    counts : Counts
+        The reads in this time, of all sources.
+    by_source : dict
+        The same by the name of the source, those with the most bytes first.
+    processes : tuple of Process
+        The processes that use the cache.
+    used, max_size : int, int or None
+        The bytes of all entries, and the bound.
+    state, trouble
+        As of `Info`.
+    """
+
+    directory: str
+    seconds: float = 0.0
+    counts: Counts = field(default_factory=Counts)
+    by_source: dict[str, Counts] = field(default_factory=dict)
+    processes: tuple[Process, ...] = ()
+    used: int = 0
+    max_size: int | None = None
+    state: State = "ok"
+    trouble: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no trouble; an absent cache is none."""
+        return self.state in ("ok", "absent")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return {
+            **vars(self),
+            "seconds": round(self.seconds, 3),
+            "counts": counts_as_dict(self.counts),
+            "by_source": {name: counts_as_dict(counts) for name, counts in self.by_source.items()},
+            "processes": [process._asdict() for process in self.processes],
+        }
+
+    def _row(self, name: str, counts: Counts) -> tuple[str, ...]:
+        seconds = self.seconds or 1.0
+        return (
+            name,
+            f"{counts.reads / seconds:,.1f}",
+            shown_part(counts.hit_rate),
+            f"{shown_size(counts.bytes_from_cache / seconds)}/s",
+            f"{shown_size(counts.bytes_from_source / seconds)}/s",
+            f"{counts.evictions / seconds:,.1f}",
+        )
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        if self.trouble:
+            return Table("xzcache", note=self.trouble)
+        rows = [self._row(name, counts) for name, counts in self.by_source.items()]
+        rows.append(self._row("all", self.counts))
+        columns = ("source", "reads/s", "hit rate", "from cache", "from source", "evicted/s")
+        named = [f"{process.pid} {process.command}".rstrip() for process in self.processes]
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        note = (
+            f"{self.directory}: {shown_size(self.used)} of {shown_bound(self.max_size)}; in the last "
+            f"{self.seconds:.0f} s\n{len(named)} process{'es' * (len(named) != 1)}"
+            f"{': ' if named else ''}{', '.join(named[:8])}{more}"
+        )
+        return Table("xzcache", columns, rows, note=note)
+
+
+class Meter:
+    """Tells what is read through a cache, from one look at its index to another.
+
+    Parameters
+    ----------
+    directory : str or Path, optional
+        The cache directory. Default is this user's default cache on this machine.
+    window : float, optional
+        The seconds to look back.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None, window: float = 10.0) -> None:
+        self._root = root_of(directory)
+        self._window = window
+        self._looks: deque[tuple[float, dict[str, Counts]]] = deque()
+
+    def read(self) -> Activity:
+        """What was read since a look that is as old as the window, or since the first one."""
+        now = time.monotonic()
+        try:
+            with Inspector(self._root) as inspector:
+                totals, counts, pids = inspector.totals(), inspector.statistics().of_sources, inspector.processes()
+        except (CacheFault, OSError) as error:
+            self._looks.clear()
+            state, trouble = state_of(error, self._root)
+            return Activity(self._root, state=state, trouble=trouble)
+        self._looks.append((now, counts))
+        while len(self._looks) > 1 and self._looks[1][0] <= now - self._window:
+            self._looks.popleft()
+        then, before = self._looks[0]
+        lately: dict[str, Counts] = {}
+        for namespace, count in counts.items():
+            count = count.minus(before.get(namespace, Counts()))
+            if count.reads > 0 or count.evictions > 0:
+                lately[_named(namespace)] = lately.get(_named(namespace), Counts()).plus(count)
+        order = sorted(lately, key=lambda name: -(lately[name].bytes_from_cache + lately[name].bytes_from_source))
+        return Activity(
+            self._root,
+            now - then,
+            reduce(Counts.plus, lately.values(), Counts()),
+            {name: lately[name] for name in order},
+            tuple(Process(pid, _command(pid)) for pid in pids),
+            totals.size,
+            totals.max_size,
+        )
+
+
+def _named(namespace: str) -> str:
+    return name_of(namespace) if namespace else OTHER_SOURCES
+
+
+def _command(pid: int) -> str:
+    """The name of a process; empty if the system does not tell."""
+    with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
+        return file.read(64).strip()
+    return ""
+
+
+# -- Figures for Prometheus, in its text format.
+
+_COUNTERS: Final = {
+    "hits": ("xzcache_source_hits_total", "Reads that the source was not asked for."),
+    "misses": ("xzcache_source_misses_total", "Reads that the source was asked for."),
+    "bytes_from_cache": ("xzcache_source_from_cache_bytes_total", "Bytes read from the cache."),
+    "bytes_from_source": ("xzcache_source_from_source_bytes_total", "Bytes read from the source."),
+    "seconds_saved": ("xzcache_source_saved_seconds_total", "Estimated wall-clock seconds saved on this machine."),
+    "evictions": ("xzcache_source_evictions_total", "Entries that were evicted."),
+    "refetched": ("xzcache_source_refetched_total", "Entries that were evicted and then fetched again."),
+}
+_GAUGES: Final = {
+    "used": ("xzcache_node_used_bytes", "Bytes in the cache."),
+    "max_size": ("xzcache_node_bound_bytes", "The most that the cache may hold."),
+    "entries": ("xzcache_node_entries", "Entries in the cache."),
+    "processes": ("xzcache_node_processes", "Processes that use the cache."),
+    "disk_free": ("xzcache_node_disk_free_bytes", "Free bytes of the file system."),
+}
+
+
+def metrics(directory: str | os.PathLike[str] | None = None) -> str:
+    """The figures of a cache in the text format of Prometheus, by all processes and since there are statistics."""
+    root = root_of(directory)
+    found = info(root)
+    lines = [
+        "# HELP xzcache_up Whether the cache can be read.",
+        "# TYPE xzcache_up gauge",
+        f"xzcache_up {int(found.state == 'ok')}",
+    ]
+    if found.state != "ok":
+        return "\n".join([*lines, ""])
+    for name, (metric, meaning) in _GAUGES.items():
+        if (value := getattr(found, name)) is not None:
+            lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} gauge"]
+            lines.append(f'{metric}{{node="{_label(found.node)}"}} {value}')
+    for name, (metric, meaning) in _COUNTERS.items():
+        lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} counter"]
+        for namespace, counts in _counts(root).items():
+            labels = f'node="{_label(found.node)}",source="{_label(namespace or OTHER_SOURCES)}"'
+            lines.append(f"{metric}{{{labels}}} {getattr(counts, name)}")
+    return "\n".join([*lines, ""])
+
+
+def _counts(root: str) -> dict[str, Counts]:
+    with suppress(CacheFault, OSError), Inspector(root) as inspector:
+        return inspector.statistics().of_sources
+    return {}
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def metrics_server(port: int, directory: str | os.PathLike[str] | None = None) -> ThreadingHTTPServer:
+    """A server of `metrics` at ``/metrics`` that only this machine reaches; port 0 is any free one.
+
+    Raises
+    ------
+    CacheUnavailable
+        The port cannot be used; the message says why.
+    """
+    root = root_of(directory)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] not in ("/", "/metrics"):
+                self.send_error(404)
+                return
+            body = metrics(root).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535"
+        raise CacheUnavailable(f"port {port} of 127.0.0.1 cannot be used: {why}") from error
