@@ -15,7 +15,7 @@ from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
-    from xzcache.manage import CacheUnavailable, check, clear, info, ls, resize
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, pin, resize, unpin
     from xzcache.xarray import open_mfdataset, open_zarr
 
 
@@ -41,7 +41,9 @@ __all__ = [
     "ls",
     "open_mfdataset",
     "open_zarr",
+    "pin",
     "resize",
+    "unpin",
 ]
 
 _LATE: Final = {
@@ -54,7 +56,9 @@ _LATE: Final = {
     "ls": "xzcache.manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
+    "pin": "xzcache.manage",
     "resize": "xzcache.manage",
+    "unpin": "xzcache.manage",
 }
 """Names whose modules take long to import."""
 

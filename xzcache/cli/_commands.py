@@ -55,6 +55,7 @@ Examples:
   xzcache clear era5 --dry-run             what clearing it would remove
   xzcache clear --older-than 30d --yes     remove what was not used for a month
   xzcache resize 50GB                      how much it may hold
+  xzcache pin era5 t2m --for 7d            keep an array for a week
 \b
 Exit codes: 0 all is well, 1 trouble was found or the command failed, 2 bad input.
 Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh_source, fish_source.
@@ -90,7 +91,7 @@ def _one_line_errors(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except (manage.UnknownSource, TypeError, ValueError) as error:
-            if not isinstance(error, manage.UnknownSource) and "accepted" not in str(error):
+            if not isinstance(error, manage.UnknownSource | manage.TooLarge) and "accepted" not in str(error):
                 # a bug, and no bad input
                 raise
             raise BadInput(str(error)) from error
@@ -252,10 +253,7 @@ def clear(
     The sources themselves are left alone, and running programs go on: they fetch again what they need.
     """
     if older_than is not None:
-        try:
-            manage.parse_since("--older-than", older_than)
-        except ValueError:
-            raise BadInput(f'--older-than {older_than!r} is not accepted: give "7d", "12h", "30m" or "90s"') from None
+        _parsed_age("--older-than", older_than)
     if not dry_run and not yes:
         would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
         if would.entries:
@@ -320,6 +318,69 @@ def check(repair: bool, directory: str | None, as_json: bool) -> None:
     else:
         click.echo(str(audit))
     _end(ok=audit.ok)
+
+
+def _parsed_age(name: str, given: str) -> float:
+    try:
+        return manage.parse_since(name, given)
+    except ValueError:
+        raise BadInput(f'{name} {given!r} is not accepted: give "7d", "12h", "30m" or "90s"') from None
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache pin era5
+  xzcache pin era5 t2m --for 7d
+  xzcache pin                              what is pinned
+""",
+    short_help="Keep a source or an array: eviction passes over it.",
+)
+@click.argument("source", required=False, shell_complete=_sources)
+@click.argument("array", required=False)
+@click.option("--for", "duration", metavar="TIME", help='The time after which the pin ends: "7d", "12h", "30m".')
+@_directory
+@_json
+@_one_line_errors
+def pin(source: str | None, array: str | None, duration: str | None, directory: str | None, as_json: bool) -> None:
+    """Pin SOURCE, or one ARRAY of it: what is cached of it, now and later, is passed over by eviction.
+
+    Pins may take 80 % of the bound. Without SOURCE, the pins are listed.
+    """
+    seconds = None if duration is None else _parsed_age("--for", duration)
+    if source is None:
+        if seconds is not None:
+            raise BadInput("--for is not accepted without SOURCE: give what is to be pinned")
+        found = manage.pins(directory)
+    else:
+        found = manage.pin(source, array, duration=seconds, directory=directory)
+    _print(found, as_json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache unpin era5
+  xzcache unpin era5 t2m
+  xzcache unpin --all
+""",
+    short_help="End a pin, or all.",
+)
+@click.argument("source", required=False, shell_complete=_sources)
+@click.argument("array", required=False)
+@click.option("--all", "everything", is_flag=True, help="End all pins.")
+@_directory
+@_json
+@_one_line_errors
+def unpin(source: str | None, array: str | None, everything: bool, directory: str | None, as_json: bool) -> None:
+    """End the pin of SOURCE and of its arrays, or of one ARRAY. Nothing is removed from the cache."""
+    if (source is None) != everything:
+        raise BadInput("one of SOURCE and --all is accepted: give what is to be unpinned")
+    count = manage.unpin(source, array, directory=directory)
+    if as_json:
+        click.echo(json.dumps({"unpinned": count, **manage.pins(directory).as_dict()}, indent=2))
+    else:
+        click.echo(f"{count} pin{'s' * (count != 1)} ended")
 
 
 @cli.command(

@@ -12,14 +12,16 @@ from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._namespace import SharedBackend
 from xzcache.directory._registry import cleanup_resources, open_directory, opened_directory
 from xzcache.files import can_be_made, free_bytes, is_on_network, is_plain, private_name, resolve_directory, temporary
-from xzcache.index import Inspector, Objects, Source, Totals, Uses
+from xzcache.index import PINNED_SHARE, Inspector, Objects, Pin, Source, Totals, Uses
 
 __all__ = [
+    "PINNED_SHARE",
     "Audit",
     "CacheDirectory",
     "Finding",
     "Inspector",
     "Objects",
+    "Pin",
     "SharedBackend",
     "Source",
     "Totals",

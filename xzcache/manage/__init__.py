@@ -7,22 +7,39 @@ directory that this process may only read.
 
 from xzcache.manage._change import check, clear, parse_since, resize
 from xzcache.manage._look import info, ls, settings
-from xzcache.manage._results import Arrays, CacheUnavailable, Cleared, Info, Resized, Settings, Sources, UnknownSource
+from xzcache.manage._pin import pin, pins, unpin
+from xzcache.manage._results import (
+    Arrays,
+    CacheUnavailable,
+    Cleared,
+    Info,
+    Pins,
+    Resized,
+    Settings,
+    Sources,
+    TooLarge,
+    UnknownSource,
+)
 
 __all__ = [
     "Arrays",
     "CacheUnavailable",
     "Cleared",
     "Info",
+    "Pins",
     "Resized",
     "Settings",
     "Sources",
+    "TooLarge",
     "UnknownSource",
     "check",
     "clear",
     "info",
     "ls",
     "parse_since",
+    "pin",
+    "pins",
     "resize",
     "settings",
+    "unpin",
 ]

@@ -27,6 +27,10 @@ class UnknownSource(LookupError):
         return str(self.args[0])
 
 
+class TooLarge(ValueError):
+    """The cache cannot hold, or may not pin, so much; the message has the figures, in one line."""
+
+
 def _shown_time(seconds: float | None) -> str:
     """A last use for people: how long ago it was."""
     if seconds is None:
@@ -101,6 +105,8 @@ class Info(_Shown):
         As configured in this process.
     node : str
         The uuid of this directory; empty if it has none.
+    pins, pinned : int, int
+        The number of pins, and the bytes of the pinned entries.
     """
 
     directory: str
@@ -117,6 +123,8 @@ class Info(_Shown):
     policy: str = ""
     min_free: str = ""
     node: str = ""
+    pins: int = 0
+    pinned: int = 0
 
     @property
     def ok(self) -> bool:
@@ -138,6 +146,8 @@ class Info(_Shown):
             rows["used"] = f"{shown_size(self.used)} {bound}"
             rows["entries"] = f"{self.entries:,} of {self.sources:,} source{'s' * (self.sources != 1)}"
             rows["processes"] = f"{self.processes:,}"
+            if self.pins:
+                rows["pinned"] = f"{shown_size(self.pinned)} by {self.pins:,} pin{'s' * (self.pins != 1)}"
         if self.disk_size:
             rows["disk"] = f"{shown_size(self.disk_free)} free of {shown_size(self.disk_size)}"
         rows["policy"] = f"{self.policy}, min_free={self.min_free}"
@@ -158,6 +168,8 @@ class Source(NamedTuple):
     share: float
     """The part of all cached bytes."""
     last_used: float | None
+    pinned: int = 0
+    """The bytes that eviction passes over."""
 
 
 class Array(NamedTuple):
@@ -177,6 +189,8 @@ class Array(NamedTuple):
     """The objects that are known to be missing at the source, which are never cached."""
     size: int
     last_used: float | None
+    pinned: int = 0
+    """The bytes that eviction passes over."""
 
     @property
     def fraction(self) -> float | None:
@@ -214,7 +228,8 @@ class Sources(_Rows[Source]):
             for name, s in zip(names, self.items, strict=True)
         ]
         note = self.trouble or ("" if rows else f"the cache in {self.directory} is empty")
-        return Table(self.directory, ("source", "entries", "size", "share", "last use"), rows, note=note)
+        columns, rows = _with_pinned(("source", "entries", "size", "share", "last use"), rows, self.items)
+        return Table(self.directory, columns, rows, note=note)
 
 
 @dataclass(frozen=True, repr=False)
@@ -248,7 +263,7 @@ class Arrays(_Rows[Array]):
             rows.append((item.name, item.dtype or "?", shape, part, counts, shown_size(item.size), used))
         if self.other_size:
             rows.append(("(documents, others)", "", "", "", "", shown_size(self.other_size), ""))
-        columns = ("array", "type", "shape", "cached", "chunks", "size", "last use")
+        columns, rows = _with_pinned(("array", "type", "shape", "cached", "chunks", "size", "last use"), rows, self)
         return Table(self.source.namespace, columns, rows)
 
 
@@ -354,6 +369,56 @@ class Setting(NamedTuple):
     name: str
     value: Any
     origin: str
+
+
+def _with_pinned(
+    columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], items: Sequence[Source | Array]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A column more, if anything is pinned."""
+    if not any(item.pinned for item in items):
+        return columns, list(rows)
+    cells = [shown_size(item.pinned) if item.pinned else "-" for item in items]
+    cells += [""] * (len(rows) - len(cells))
+    return (*columns, "pinned"), [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+
+
+class Pin(NamedTuple):
+    """One pin: a source or an array of it, and when the pin ends, in seconds since the epoch; None for never."""
+
+    path: str
+    """The namespace of the source, and the path of the array."""
+    until: float | None
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of the source."""
+        return self.path.partition("/")[0]
+
+    def as_source(self) -> Source:
+        """The source, of which nothing may be cached."""
+        return Source(self.namespace, self.namespace, 0, 0, 0.0, None)
+
+
+@dataclass(frozen=True, repr=False)
+class Pins(_Rows[Pin]):
+    """The pins of a cache; `size` are the bytes of all pinned entries, and `limit` what they may take."""
+
+    directory: str
+    items: tuple[Pin, ...] = ()
+    size: int = 0
+    limit: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The rows as plain values, for JSON."""
+        rows = [{**item._asdict(), "until": _when(item.until)} for item in self]
+        return {"directory": self.directory, "pins": rows, "size": self.size, "limit": self.limit}
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        rows = [(item.path, "unpinned" if item.until is None else (_when(item.until) or "")) for item in self]
+        limit = "" if self.limit is None else f" of {shown_size(self.limit)} that may be"
+        note = f"{shown_size(self.size)}{limit} pinned" if rows else f"nothing is pinned in {self.directory}"
+        return Table(self.directory, ("pinned", "until"), rows, note=note)
 
 
 def _when(seconds: float | None) -> str | None:

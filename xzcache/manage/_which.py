@@ -90,7 +90,8 @@ def sources_of(inspector: Inspector, before: int | None = 0) -> tuple[list[Sourc
         last = use.last / 1e9 if use is not None and use.last else None
         name = _DIGEST.sub("", source.namespace) or "(top)"
         share = source.size / whole if whole else 0.0
-        listed.append(Source(name, source.namespace, source.entries, source.size, share, last))
+        pinned = use.pinned if use is not None else 0
+        listed.append(Source(name, source.namespace, source.entries, source.size, share, last, pinned))
         old[source.namespace] = (use.old_entries, use.old_size) if use is not None else (0, 0)
     return listed, old
 
