@@ -512,7 +512,7 @@ class Index:
         )
 
     def by_rank(self, limit: int) -> list[Row]:
-        """The entries of lowest rank, lowest first; pinned ones only if they exceed their share and are all there is."""
+        """The entries of lowest rank, lowest first; pinned ones only if all are and exceed their share."""
         query = f"SELECT {_COLUMNS} FROM entry WHERE rank < {PINNED} ORDER BY rank LIMIT ?"
         rows = [_row(r) for r in self._do(query, (limit,))]
         if not rows and (surplus := self.pins.surplus()) > 0:
@@ -586,8 +586,9 @@ class Index:
         columns = _COLUMNS.replace(", ", ", e.")
         window = f"SELECT {_COLUMNS}, ns FROM entry WHERE id > ? ORDER BY id LIMIT ?"
         where, values = (" AND ns.name = ?", (namespace,)) if namespace is not None else ("", ())
+        where = f"e.used < ? AND e.rank < {PINNED}{where}"
         rows = self._do(
-            f"SELECT e.{columns} FROM ({window}) e JOIN ns ON ns.id = e.ns WHERE e.used < ? AND e.rank < {PINNED}{where}",
+            f"SELECT e.{columns} FROM ({window}) e JOIN ns ON ns.id = e.ns WHERE {where}",
             (after, limit, time_, *values),
         ).fetchall()
         (end,) = self._do(

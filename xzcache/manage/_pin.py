@@ -25,8 +25,8 @@ def pin(
 ) -> Pins:
     """Keep a source, or one of its arrays, in the cache: eviction passes over what is pinned.
 
-    What is cached of it later is pinned as well. Pinned entries may take 80 % of the bound; of entries beyond that, only
-    those are kept that are used. What changes at the source is invalidated as ever, and `clear` removes pinned entries.
+    What is cached of it later is pinned as well. Pinned entries may take 80 % of the bound; entries beyond that are
+    evicted like all others. What changes at the source is invalidated as ever, and `clear` removes pinned entries.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def unpin(source: Any = None, array: str | None = None, *, directory: str | os.P
     if not len(known):
         return 0
     opened = open_directory(root)
-    return sum(must(root, lambda name=name: opened.unpin(name)) for name in names)
+    return must(root, lambda: sum(map(opened.unpin, names)))
 
 
 def pins(directory: str | os.PathLike[str] | None = None) -> Pins:

@@ -228,8 +228,8 @@ class Sources(_Rows[Source]):
             for name, s in zip(names, self.items, strict=True)
         ]
         note = self.trouble or ("" if rows else f"the cache in {self.directory} is empty")
-        columns, rows = _with_pinned(("source", "entries", "size", "share", "last use"), rows, self.items)
-        return Table(self.directory, columns, rows, note=note)
+        columns = ("source", "entries", "size", "share", "last use")
+        return Table(self.directory, *_with_pinned(columns, rows, self.items), note=note)
 
 
 @dataclass(frozen=True, repr=False)
@@ -263,8 +263,8 @@ class Arrays(_Rows[Array]):
             rows.append((item.name, item.dtype or "?", shape, part, counts, shown_size(item.size), used))
         if self.other_size:
             rows.append(("(documents, others)", "", "", "", "", shown_size(self.other_size), ""))
-        columns, rows = _with_pinned(("array", "type", "shape", "cached", "chunks", "size", "last use"), rows, self)
-        return Table(self.source.namespace, columns, rows)
+        columns = ("array", "type", "shape", "cached", "chunks", "size", "last use")
+        return Table(self.source.namespace, *_with_pinned(columns, rows, self))
 
 
 @dataclass(frozen=True, repr=False)
