@@ -16,7 +16,7 @@ from xzcache.store import CacheInfo, CacheStats, CacheStore
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
     from xzcache.manage import CacheUnavailable, check, clear, info, ls, pin, resize, unpin
-    from xzcache.xarray import open_mfdataset, open_zarr
+    from xzcache.xarray import open_mfdataset, open_zarr, warm
 
 
 __version__ = version("xzcache")
@@ -44,6 +44,7 @@ __all__ = [
     "pin",
     "resize",
     "unpin",
+    "warm",
 ]
 
 _LATE: Final = {
@@ -59,6 +60,7 @@ _LATE: Final = {
     "pin": "xzcache.manage",
     "resize": "xzcache.manage",
     "unpin": "xzcache.manage",
+    "warm": "xzcache.xarray",
 }
 """Names whose modules take long to import."""
 

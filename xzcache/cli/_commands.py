@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 
@@ -15,12 +16,13 @@ from xzcache import manage
 from xzcache._config import parse_bound, shown_bound, shown_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 P = ParamSpec("P")
 
 _FAILED: Final = 1
 _BAD_INPUT: Final = 2
+_INTERRUPTED: Final = 130
 
 
 class BadInput(click.ClickException):
@@ -55,6 +57,7 @@ Examples:
   xzcache clear era5 --dry-run             what clearing it would remove
   xzcache clear --older-than 30d --yes     remove what was not used for a month
   xzcache resize 50GB                      how much it may hold
+  xzcache warm s3://bucket/era5.zarr       fetch it before it is needed
   xzcache pin era5 t2m --for 7d            keep an array for a week
 \b
 Exit codes: 0 all is well, 1 trouble was found or the command failed, 2 bad input.
@@ -64,7 +67,7 @@ Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh
 @click.version_option(package_name="xzcache")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """See, clear, size and check the cache of Zarr chunks that all processes of this machine share."""
+    """See, fill, clear, size and check the cache of Zarr chunks that all processes of this machine share."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -381,6 +384,134 @@ def unpin(source: str | None, array: str | None, everything: bool, directory: st
         click.echo(json.dumps({"unpinned": count, **manage.pins(directory).as_dict()}, indent=2))
     else:
         click.echo(f"{count} pin{'s' * (count != 1)} ended")
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache warm s3://bucket/era5.zarr --variable t2m --sel time=2020-01-01:2020-02-01
+  xzcache warm era5.zarr --sel lat=60:40 --isel time=0:24 --dry-run
+  xzcache warm s3://bucket/era5.zarr --storage-option anon=true --pin --for 7d
+  xzcache warm s3://bucket/era5.zarr --scheduler tcp://10.0.0.1:8786 --every-node
+\b
+Exit codes: 0 all is cached, 1 some objects failed, 2 bad input or no room, 130 interrupted.
+After an interruption, the same command goes on with the rest.
+""",
+    short_help="Fetch what is missing of a dataset, before it is needed.",
+)
+@click.argument("source")
+@click.option(
+    "-v", "--variable", "variables", multiple=True, metavar="NAME", help="Only this variable; may be repeated."
+)
+@click.option("--sel", multiple=True, metavar="DIM=LABELS", help="Only these labels: one, a range A:B, or A,B,C.")
+@click.option("--isel", multiple=True, metavar="DIM=POSITIONS", help="Only these positions, as 0:24.")
+@click.option("--concurrency", default="32", metavar="N", show_default=True, help="Concurrent requests, of each node.")
+@click.option(
+    "--retries", default="3", metavar="N", show_default=True, help="How often failed objects are tried again."
+)
+@click.option(
+    "-o", "--storage-option", "options", multiple=True, metavar="KEY=VALUE", help="For the client of the URL."
+)
+@click.option("--pin", "is_pinned", is_flag=True, help="Pin what is warmed, so that eviction passes over it.")
+@click.option("--for", "duration", metavar="TIME", help='With --pin: the time after which the pin ends, as "7d".')
+@click.option("--scheduler", metavar="ADDRESS", help="Warm the nodes of this Dask cluster, each with its share.")
+@click.option("--every-node", is_flag=True, help="With --scheduler: warm all of it on each node.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@_directory
+@_json
+@_one_line_errors
+def warm(
+    source: str,
+    variables: tuple[str, ...],
+    sel: tuple[str, ...],
+    isel: tuple[str, ...],
+    concurrency: str,
+    retries: str,
+    options: tuple[str, ...],
+    is_pinned: bool,
+    duration: str | None,
+    scheduler: str | None,
+    every_node: bool,
+    dry_run: bool,
+    quiet: bool,
+    directory: str | None,
+    as_json: bool,
+) -> None:
+    """Fetch what is missing of the dataset at SOURCE, a URL or path, into the cache, and no more."""
+    if duration is not None and not is_pinned:
+        raise BadInput("--for is not accepted without --pin")
+    pin = is_pinned if duration is None else _parsed_age("--for", duration)
+    if every_node and scheduler is None:
+        raise BadInput("--every-node is not accepted without --scheduler: give the address of a Dask cluster")
+    chosen: dict[str, Any] = {
+        "concurrency": _whole("--concurrency", concurrency, 1),
+        "retries": _whole("--retries", retries, 0),
+        **({"storage_options": _storage_options(options)} if options else {}),
+    }
+    # not at the top: xarray takes long to import
+    from xzcache.xarray import warm as warm_
+
+    with _cluster(scheduler) as client:
+        try:
+            found = warm_(
+                source,
+                list(variables) or None,
+                sel or None,
+                isel=isel or None,
+                client=client,
+                every_node=every_node,
+                pin=pin,
+                progress=False if quiet or as_json else None,
+                dry_run=dry_run,
+                directory=directory,
+                **chosen,
+            )
+        except KeyboardInterrupt:
+            click.echo("xzcache: interrupted; what was fetched is cached, the same command fetches the rest", err=True)
+            raise click.exceptions.Exit(_INTERRUPTED) from None
+    _print(found, as_json=as_json)
+    _end(ok=found.ok)
+
+
+def _whole(name: str, given: str, least: int) -> int:
+    if not given.strip().isdecimal() or int(given) < least:
+        raise BadInput(f"{name} {given!r} is not accepted: give a whole number, {least} or more")
+    return int(given)
+
+
+def _storage_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """Options as JSON values where they are such; their values are never shown, as they may be secrets."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise BadInput(f"--storage-option {key!r} without a value is not accepted: give KEY=VALUE")
+        *folders, last = key.split(".")
+        place = found
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        try:
+            place[last] = json.loads(value)
+        except ValueError:
+            place[last] = value
+    return found
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    if address is None:
+        yield None
+        return
+    from distributed import Client
+
+    make: Callable[..., Any] = Client
+    try:
+        client = make(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"no scheduler answers at {address!r}: {' '.join(str(error).split())}") from None
+    with client:
+        yield client
 
 
 @cli.command(

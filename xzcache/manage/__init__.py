@@ -7,11 +7,12 @@ directory that this process may only read.
 
 from xzcache.manage._change import check, clear, parse_since, resize
 from xzcache.manage._look import info, ls, settings
-from xzcache.manage._pin import pin, pins, unpin
+from xzcache.manage._pin import pin, pin_namespace, pins, unpin
 from xzcache.manage._results import (
     Arrays,
     CacheUnavailable,
     Cleared,
+    Failed,
     Info,
     Pins,
     Resized,
@@ -19,27 +20,36 @@ from xzcache.manage._results import (
     Sources,
     TooLarge,
     UnknownSource,
+    Warmed,
 )
+from xzcache.manage._warm import Part, Positions, progress_bar, warm_parts
 
 __all__ = [
     "Arrays",
     "CacheUnavailable",
     "Cleared",
+    "Failed",
     "Info",
+    "Part",
     "Pins",
+    "Positions",
     "Resized",
     "Settings",
     "Sources",
     "TooLarge",
     "UnknownSource",
+    "Warmed",
     "check",
     "clear",
     "info",
     "ls",
     "parse_since",
     "pin",
+    "pin_namespace",
     "pins",
+    "progress_bar",
     "resize",
     "settings",
     "unpin",
+    "warm_parts",
 ]

@@ -6,12 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Final, Literal, NamedTuple, TypeVar, overload
 
 from xzcache._config import shown_bound, shown_size
 from xzcache._display import Table
 
 T = TypeVar("T")
+
+_MOST_LISTED: Final = 20
+"""The failed objects that a display names."""
 
 State = Literal["ok", "absent", "damaged", "foreign", "busy", "unusable"]
 
@@ -380,6 +383,92 @@ def _with_pinned(
     cells = [shown_size(item.pinned) if item.pinned else "-" for item in items]
     cells += [""] * (len(rows) - len(cells))
     return (*columns, "pinned"), [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+
+
+class Failed(NamedTuple):
+    """An object that is not in the cache after a warming, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Warmed(_Shown):
+    """What a warming did, on all nodes.
+
+    Attributes
+    ----------
+    objects : int
+        The objects (chunks, or shards) that were asked for.
+    cached : int
+        Those that were cached before, and were not requested.
+    fetched, absent : int, int
+        Those that were fetched, and those that the source does not have.
+    missing : int
+        Those that were not cached before.
+    needed : int or None
+        An estimate of the bytes of the missing objects, made before they were fetched; None if it could not be made.
+    size : int
+        The bytes that came from the source.
+    seconds : float
+        The time that it took to fetch them.
+    failed : tuple of Failed
+        Objects that are not cached in spite of retries, with their keys and the reasons.
+    not_tried : int
+        Objects that were not requested because of `trouble`.
+    trouble : str
+        Why the warming stopped before its end; empty if it did not.
+    directories : tuple of str
+        The caches, one for each node.
+    dry_run : bool
+        Whether nothing was fetched.
+    """
+
+    objects: int
+    cached: int
+    fetched: int = 0
+    absent: int = 0
+    missing: int = 0
+    needed: int | None = None
+    size: int = 0
+    seconds: float = 0.0
+    failed: tuple[Failed, ...] = ()
+    not_tried: int = 0
+    trouble: str = ""
+    directories: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was asked for is cached now, as far as the source has it."""
+        return not (self.failed or self.not_tried or self.trouble)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return {"ok": self.ok, **vars(self), "failed": [item._asdict() for item in self.failed]}
+
+    def __repr__(self) -> str:
+        where = f" on {len(self.directories)} nodes" if len(self.directories) > 1 else ""
+        objects = f"{self.objects:,} object{'s' * (self.objects != 1)}{where}: {self.cached:,} cached before"
+        if self.dry_run:
+            about = "" if self.needed is None else f", at most about {shown_size(self.needed)}"
+            return f"{objects}, {self.missing:,} to be fetched{about}"
+        rate = f", {shown_size(self.size / self.seconds)}/s" if self.size and self.seconds else ""
+        lines = [f"{objects}, {self.fetched:,} fetched ({shown_size(self.size)} in {self.seconds:.1f} s{rate})"]
+        if self.absent:
+            lines[0] += f", {self.absent:,} missing at the source"
+        if self.trouble:
+            lines.append(f"stopped: {self.trouble}; {self.not_tried:,} objects were not requested")
+        if self.failed:
+            lines.append(f"failed: {len(self.failed):,}")
+            lines += [f"  {item.key}: {item.reason}" for item in self.failed[:_MOST_LISTED]]
+            if len(self.failed) > _MOST_LISTED:
+                lines.append(f"  and {len(self.failed) - _MOST_LISTED:,} more")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        return Table("xzcache", note=repr(self))
 
 
 class Pin(NamedTuple):
