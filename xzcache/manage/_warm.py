@@ -238,7 +238,7 @@ class _IndexOfShard:
     @classmethod
     def of(cls, array: zarr.Array[Any], grid: tuple[int, ...]) -> _IndexOfShard | None:
         """The index of an array's shards; None if its objects are read as a whole."""
-        codecs = getattr(array.metadata, "codecs", ())
+        codecs: tuple[Any, ...] = tuple(getattr(array.metadata, "codecs", ()))
         # with any other codec around the shards, Zarr reads them as a whole
         if len(codecs) != 1 or not isinstance(codec := codecs[0], ShardingCodec):
             return None
@@ -490,7 +490,8 @@ def check_room(plan: Plan, where: str, bound: str) -> None:
     if needed > plan.capacity:
         raise TooLarge(
             f"about {shown_size(needed)} are asked for, of which {shown_size(plan.cached_size)} are cached, and "
-            f"{where} has room for {shown_size(plan.capacity)} ({bound}): select less, or enlarge it with `xzcache resize`"
+            f"{where} has room for {shown_size(plan.capacity)} ({bound}): select less, or enlarge it with "
+            "`xzcache resize`"
         )
 
 

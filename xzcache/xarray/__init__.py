@@ -1,4 +1,4 @@
-"""xarray's ways in: the engine `"zcache"`, `open_zarr`, `open_mfdataset`, `warm`, `dataset.zcache`. No state of its own."""
+"""xarray's ways in: the engine `"zcache"`, `open_zarr`, `open_mfdataset`, `warm`, `dataset.zcache`. Keeps no state."""
 
 from xzcache.xarray._accessor import ZcacheAccessor
 from xzcache.xarray._engine import ZcacheBackendEntrypoint, open_mfdataset, open_zarr

@@ -55,8 +55,8 @@ def warm(
     """Fetch what is missing of a dataset into the cache, and no more.
 
     Synchronous, in a script and within a running event loop alike. Objects that are cached are not requested, nor are
-    the chunks of shards that are not needed. After an interruption (Ctrl-C), requests under way end and are stored, and the
-    same call goes on with the rest.
+    the chunks of shards that are not needed. After an interruption (Ctrl-C), requests under way end and are stored, and
+    the same call goes on with the rest.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def warm(
         After an interruption, when what was fetched so far is stored.
     """
     parse_threads_named("concurrency", concurrency)
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+    if not (type(retries) is int and retries >= 0):
         raise ValueError(f"retries={retries!r} is not accepted: give a whole number, 0 or more")
     for name, flag in {"every_node": every_node, "dry_run": dry_run}.items():
         parse_flag(name, flag)
