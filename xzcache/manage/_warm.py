@@ -309,6 +309,7 @@ class Run:
         self.is_stopped = False
         self.outcome = Outcome()
         self._failures_in_row = 0
+        self._fetched: list[Item] = []
         self._from_source = self._counted()
 
     def _counted(self) -> int:
@@ -406,6 +407,7 @@ class Run:
             self.outcome.absent += 1
         else:
             self.outcome.fetched += 1
+            self._fetched.append(item)
 
     def _is_over(self, room: float | None) -> bool:
         if self._failures_in_row >= _MOST_FAILURES:
@@ -419,17 +421,16 @@ class Run:
         while not self.is_stopped and time.monotonic() < end:
             await asyncio.sleep(_TICK)
 
-    async def verify(self, items: Sequence[Item]) -> None:
+    async def verify(self) -> None:
         """Add the objects that were fetched, and are not in the cache, to the failed ones."""
-        failed = {each.key for each in self.outcome.failed}
-        for count, (number, coords) in enumerate(items, 1):
+        for count, (number, coords) in enumerate(self._fetched, 1):
             if self.is_stopped:
                 return
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
             objects = self.objects[number]
             key = objects.key(coords)
-            if key in failed or objects.store._reads.reading.must_ask(key) or await objects.look(coords) is not None:
+            if objects.store._reads.reading.must_ask(key) or await objects.look(coords) is not None:
                 continue
             self.outcome.fetched -= 1
             self.outcome.failed.append(Failed(key, "it was fetched, but the cache did not keep it"))
@@ -533,7 +534,8 @@ def warm_parts(
     """Fetch what is missing of some parts, here or on each node of a cluster."""
     began = time.monotonic()
     if client is not None:
-        return _on_cluster(client, list(parts), concurrency, retries, every_node, dry_run, show)
+        with client.as_current():
+            return _on_cluster(client, list(parts), concurrency, retries, every_node, dry_run, show)
     run = Run(parts)
     plan = drive(run, run.plan(Share()))
     where, bound = _names(run)
@@ -561,7 +563,7 @@ def warm_parts(
         tick()
     seconds = time.monotonic() - started
     if not outcome.trouble:
-        drive(run, run.verify(plan.missing))
+        drive(run, run.verify())
     return replace(
         found,
         fetched=outcome.fetched,
@@ -635,7 +637,7 @@ def _fetch_there(parts: list[Part], items: list[Item], concurrency: int, retries
     drive(run, run.fetch(items, concurrency, retries, None))
     run.settle()
     if not run.outcome.trouble:
-        drive(run, run.verify(items))
+        drive(run, run.verify())
     run.outcome.size = run.size
     return run.outcome
 

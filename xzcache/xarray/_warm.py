@@ -170,16 +170,14 @@ def _errors_named(source: Any) -> Iterator[None]:
     text = os.fspath(source) if isinstance(source, str | os.PathLike) else str(source)
     try:
         yield
-    except (ValueError, TypeError) as error:
-        if "accepted" in str(error):
-            raise
-        raise OSError(f"{shown(text)} cannot be opened: {scrub(error, text)}") from None
     except FileNotFoundError as error:
-        # Zarr's own, too, whatever it could not find
+        # before the errors of values, because Zarr's are both
         raise UnknownSource(f"there is no Zarr array or group at {shown(text)!r}: give its URL or path") from error
-    except (UnknownSource, KeyboardInterrupt):
+    except UnknownSource:
         raise
     except Exception as error:
+        if isinstance(error, ValueError | TypeError) and "accepted" in str(error):
+            raise
         reason = " ".join(str(scrub(error, text)).split()) or type(error).__name__
         raise OSError(f"{shown(text)} cannot be opened: {reason[:500]}") from None
 
