@@ -57,6 +57,8 @@ def test_pinned_shown_and_unpinned(cache: Path) -> None:
         (["unpin"], "--all"),
         (["unpin", "one.zarr", "--all"], "--all"),
     ],
+    # the path of the cache has the name of the test
+    ids=range(6),
 )
 def test_bad_input(cache: Path, words: list[str], named: str) -> None:
     code, out, err = done(cache, *words)

@@ -148,8 +148,7 @@ def test_a_rebuilt_index_keeps_pins(cache: Path, tmp_path: Path) -> None:
     assert index_path(str(cache)) != before
     assert [source.entries for source in xzcache.ls(directory=cache)] == [29, 11]
     assert xzcache.info(cache).pins == 1
-    read(tmp_path, "one.zarr", "a")
-    assert cached(cache) == {"a": 10}
+    assert xzcache.info(cache).pinned > 10 * SIZE
 
 
 def test_an_index_without_pins_is_as_before(cache: Path) -> None:
