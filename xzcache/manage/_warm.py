@@ -478,7 +478,8 @@ def _is_missing(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    text = " ".join(str(scrub(error)).split())
+    # the rest is for the developers of a client
+    text = " ".join(str(scrub(error)).partition("Debug source:")[0].split())
     name = type(error).__name__
     return name if not text else text[:300] if text.startswith(name) else f"{name}: {text[:300]}"
 
@@ -570,7 +571,7 @@ def warm_parts(
         absent=outcome.absent,
         size=run.size,
         seconds=seconds,
-        failed=tuple(outcome.failed),
+        failed=tuple(sorted(outcome.failed)),
         not_tried=outcome.not_tried,
         trouble=outcome.trouble,
         directories=(where,),
@@ -725,7 +726,7 @@ def _on_cluster(
         absent=sum(each.absent for each in outcomes),
         size=sum(each.size for each in outcomes),
         seconds=time.monotonic() - started,
-        failed=tuple(failed for each in outcomes for failed in each.failed),
+        failed=tuple(sorted(failed for each in outcomes for failed in each.failed)),
         not_tried=sum(each.not_tried for each in outcomes),
         trouble="; ".join(each.trouble for each in outcomes if each.trouble),
     )
