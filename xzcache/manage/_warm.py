@@ -21,7 +21,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import zarr
-from dask.utils import format_time
 from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -88,11 +87,19 @@ class Progress(NamedTuple):
         failed = f", {self.failed:,} failed" if self.failed else ""
         left = ""
         if fetched > 0 and self.done < self.total:
-            left = f", {format_time((self.total - self.done) * self.seconds / fetched)} left"
+            left = f", {_shown_duration((self.total - self.done) * self.seconds / fetched)} left"
         return f"{self.done:,}/{self.total:,} objects, {shown_size(self.size)}, {shown_size(rate)}/s{left}{failed}"
 
 
 Show = Callable[[Progress], None]
+
+
+def _shown_duration(seconds: float) -> str:
+    """A time that is left, in its largest unit of which there are some."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{math.ceil(seconds)} s"
 
 
 # -- the objects of a part
