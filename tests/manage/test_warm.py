@@ -136,7 +136,7 @@ def sharded(path: Path, **options: Any) -> np.ndarray[Any, Any]:
     values = np.random.default_rng(0).integers(1, 250, 31 * KB + 5, dtype="u1")
     values[4 * KB : 5 * KB] = 0
     group = zarr.create_group(LocalStore(path))
-    options = {"shards": 8 * KB, "chunks": KB, "compressors": None, "dimension_names": ["x"], **options}
+    options = {"shards": (8 * KB,), "chunks": (KB,), "compressors": None, "dimension_names": ["x"], **options}
     group.create_array("a", shape=len(values), dtype="u1", fill_value=0, **options)[:] = values
     zarr.consolidate_metadata(LocalStore(path))
     return values

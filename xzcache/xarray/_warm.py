@@ -360,10 +360,9 @@ def _behind(data: Any) -> Iterator[tuple[zarr.Array[Any], tuple[Positions, ...]]
     originals = {key: value for key, value in needed.items() if isinstance(key, str) and key.startswith("original-")}
     for key, value in originals.items():
         reads = [slices for task in needed.values() if (slices := _slices(task, key)) is not None]
-        hull = [
-            np.unique(np.concatenate([np.arange(part.start, part.stop) for part in set_])) if set_ else None
-            for set_ in (list(dict.fromkeys(along)) for along in zip(*reads, strict=True))
-        ]
+        # Dask's chunks along each dimension; a slice is no key of a set in Python 3.11
+        spans = [sorted({(part.start, part.stop) for part in along}) for along in zip(*reads, strict=True)]
+        hull = [np.unique(np.concatenate([np.arange(*span) for span in along])) for along in spans]
         yield from _unwrapped(getattr(value, "value", value), [hull] if reads else [])
 
 
