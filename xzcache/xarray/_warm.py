@@ -360,6 +360,11 @@ def _behind(data: Any) -> Iterator[tuple[zarr.Array[Any], tuple[Positions, ...]]
     originals = {key: value for key, value in needed.items() if isinstance(key, str) and key.startswith("original-")}
     for key, value in originals.items():
         reads = [slices for task in needed.values() if (slices := _slices(task, key)) is not None]
+        if not reads and getattr(getattr(value, "value", value), "shape", ()):
+            raise ValueError(
+                "the Dask graph of this dataset is not accepted, because it does not show which chunks it reads: give "
+                "the dataset as it was opened, and sel"
+            )
         # Dask's chunks along each dimension; a slice is no key of a set in Python 3.11
         spans = [sorted({(part.start, part.stop) for part in along}) for along in zip(*reads, strict=True)]
         hull = [np.unique(np.concatenate([np.arange(*span) for span in along])) for along in spans]
