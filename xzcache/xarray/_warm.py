@@ -360,7 +360,8 @@ def _behind(data: Any) -> Iterator[tuple[zarr.Array[Any], tuple[Positions, ...]]
     originals = {key: value for key, value in needed.items() if isinstance(key, str) and key.startswith("original-")}
     for key, value in originals.items():
         reads = [slices for task in needed.values() if (slices := _slices(task, key)) is not None]
-        if not reads and getattr(getattr(value, "value", value), "shape", ()):
+        original: Any = getattr(value, "value", value)
+        if not reads and original.shape:
             raise ValueError(
                 "the Dask graph of this dataset is not accepted, because it does not show which chunks it reads: give "
                 "the dataset as it was opened, and sel"
@@ -368,7 +369,7 @@ def _behind(data: Any) -> Iterator[tuple[zarr.Array[Any], tuple[Positions, ...]]
         # Dask's chunks along each dimension; a slice is no key of a set in Python 3.11
         spans = [sorted({(part.start, part.stop) for part in along}) for along in zip(*reads, strict=True)]
         hull = [np.unique(np.concatenate([np.arange(*span) for span in along])) for along in spans]
-        yield from _unwrapped(getattr(value, "value", value), [hull] if reads else [])
+        yield from _unwrapped(original, [hull] if reads else [])
 
 
 def _slices(task: Any, original: str) -> tuple[slice, ...] | None:
