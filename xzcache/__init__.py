@@ -16,8 +16,8 @@ from xzcache.store import CacheInfo, CacheStats, CacheStore
 
 if TYPE_CHECKING:
     from xzcache.dask import CachePlugin, cluster_info
-    from xzcache.manage import CacheUnavailable, check, clear, info, ls, progress, report, resize
-    from xzcache.xarray import open_mfdataset, open_zarr
+    from xzcache.manage import CacheUnavailable, check, clear, info, ls, pin, progress, report, resize, unpin
+    from xzcache.xarray import open_mfdataset, open_zarr, warm
 
 
 __version__ = version("xzcache")
@@ -43,9 +43,12 @@ __all__ = [
     "ls",
     "open_mfdataset",
     "open_zarr",
+    "pin",
     "progress",
     "report",
     "resize",
+    "unpin",
+    "warm",
 ]
 
 _LATE: Final = {
@@ -58,9 +61,12 @@ _LATE: Final = {
     "ls": "xzcache.manage",
     "open_mfdataset": "xzcache.xarray",
     "open_zarr": "xzcache.xarray",
+    "pin": "xzcache.manage",
     "progress": "xzcache.manage",
     "report": "xzcache.manage",
     "resize": "xzcache.manage",
+    "unpin": "xzcache.manage",
+    "warm": "xzcache.xarray",
 }
 """Names whose modules take long to import."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -230,3 +232,81 @@ def nginx_server(directory: Path, scratch: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+
+
+# -- a server with a delay, in a process of its own
+
+
+class Delayed:
+    """A web server whose answers take a while; `served` are the paths that it answered, with 200 or 206."""
+
+    def __init__(self, url: str, log: Path) -> None:
+        self.url = url
+        self._log = log
+
+    def served(self) -> list[str]:
+        return [line.split(" ", 1)[1] for line in self._log.read_text().splitlines() if line.startswith("2")]
+
+    def chunks(self) -> list[str]:
+        """The chunks that were sent, each as often as it was."""
+        return [path for path in self.served() if "/c/" in path]
+
+    def forget(self) -> None:
+        os.truncate(self._log, 0)
+
+
+@contextmanager
+def delayed_server(directory: Path, scratch: Path, seconds: float, refused: str = "") -> Iterator[Delayed]:
+    """Serve files, each answer after some seconds; paths that end in a text of the file `refused` are refused (500)."""
+    log = scratch / "served"
+    log.touch()
+    command = [sys.executable, __file__, str(directory), str(log), str(seconds), refused]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield Delayed(f"http://127.0.0.1:{int(server.stdout.readline())}", log)
+        finally:
+            server.terminate()
+
+
+async def _serve_delayed(directory: str, log: str, seconds: float, refused: str) -> None:
+    lines = open(log, "a", buffering=1)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                method, path = head.split(" ", 2)[:2]
+                await asyncio.sleep(seconds)
+                status, headers, body = _answer(directory, path, head, refused)
+                lines.write(f"{status} {path}\n" if method == "GET" else f"{method} {path}\n")
+                lengths = f"Content-Length: {len(body)}\r\n"
+                writer.write(
+                    f"HTTP/1.1 {status} x\r\n{headers}{lengths}\r\n".encode() + (body if method == "GET" else b"")
+                )
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=256)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def _answer(directory: str, path: str, head: str, refused: str) -> tuple[int, str, bytes]:
+    if refused and any(path.endswith(text) for text in Path(refused).read_text().split()):
+        return 500, "", b""
+    try:
+        body = Path(directory + path).read_bytes()
+    except OSError:
+        return 404, "", b""
+    tag = f'Accept-Ranges: bytes\r\nETag: "{len(body)}-{zlib.crc32(body)}"\r\n'
+    asked = re.search(r"\r\nrange: bytes=(\d*)-(\d*)\r\n", head, re.IGNORECASE)
+    if asked is None:
+        return 200, tag, body
+    first = int(asked[1]) if asked[1] else len(body) - int(asked[2])
+    last = min(len(body) - 1, int(asked[2])) if asked[1] and asked[2] else len(body) - 1
+    return 206, f"{tag}Content-Range: bytes {first}-{last}/{len(body)}\r\n", body[first : last + 1]
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve_delayed(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4]))

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 
@@ -16,12 +17,13 @@ from xzcache import manage
 from xzcache._config import parse_bound, shown_bound, shown_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 P = ParamSpec("P")
 
 _FAILED: Final = 1
 _BAD_INPUT: Final = 2
+_INTERRUPTED: Final = 130
 
 
 class BadInput(click.ClickException):
@@ -58,6 +60,8 @@ Examples:
   xzcache resize 50GB                      how much it may hold
   xzcache report -o report.html            how it is used, and how large it should be
   xzcache top                              what is read at the moment
+  xzcache warm s3://bucket/era5.zarr       fetch it before it is needed
+  xzcache pin era5 t2m --for 7d            keep an array for a week
 \b
 Exit codes: 0 all is well, 1 trouble was found or the command failed, 2 bad input.
 Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh_source, fish_source.
@@ -66,7 +70,7 @@ Completion of the shell: eval "$(_XZCACHE_COMPLETE=bash_source xzcache)", or zsh
 @click.version_option(package_name="xzcache")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """See, clear, size and check the cache of Zarr chunks that all processes of this machine share."""
+    """See, fill, clear, size and check the cache of Zarr chunks that all processes of this machine share."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -93,7 +97,7 @@ def _one_line_errors(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except (manage.UnknownSource, TypeError, ValueError) as error:
-            if not isinstance(error, manage.UnknownSource) and "accepted" not in str(error):
+            if not isinstance(error, manage.UnknownSource | manage.TooLarge) and "accepted" not in str(error):
                 # a bug, and no bad input
                 raise
             raise BadInput(str(error)) from error
@@ -255,10 +259,7 @@ def clear(
     The sources themselves are left alone, and running programs go on: they fetch again what they need.
     """
     if older_than is not None:
-        try:
-            manage.parse_since("--older-than", older_than)
-        except ValueError:
-            raise BadInput(f'--older-than {older_than!r} is not accepted: give "7d", "12h", "30m" or "90s"') from None
+        _parsed_age("--older-than", older_than)
     if not dry_run and not yes:
         would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
         if would.entries:
@@ -323,6 +324,197 @@ def check(repair: bool, directory: str | None, as_json: bool) -> None:
     else:
         click.echo(str(audit))
     _end(ok=audit.ok)
+
+
+def _parsed_age(name: str, given: str) -> float:
+    try:
+        return manage.parse_since(name, given)
+    except ValueError:
+        raise BadInput(f'{name} {given!r} is not accepted: give "7d", "12h", "30m" or "90s"') from None
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache pin era5
+  xzcache pin era5 t2m --for 7d
+  xzcache pin                              what is pinned
+""",
+    short_help="Keep a source or an array: eviction passes over it.",
+)
+@click.argument("source", required=False, shell_complete=_sources)
+@click.argument("array", required=False)
+@click.option("--for", "duration", metavar="TIME", help='The time after which the pin ends: "7d", "12h", "30m".')
+@_directory
+@_json
+@_one_line_errors
+def pin(source: str | None, array: str | None, duration: str | None, directory: str | None, as_json: bool) -> None:
+    """Pin SOURCE, or one ARRAY of it: what is cached of it, now and later, is passed over by eviction.
+
+    Pins may take 80 % of the bound. Without SOURCE, the pins are listed.
+    """
+    seconds = None if duration is None else _parsed_age("--for", duration)
+    if source is None:
+        if seconds is not None:
+            raise BadInput("--for is not accepted without SOURCE: give what is to be pinned")
+        found = manage.pins(directory)
+    else:
+        found = manage.pin(source, array, duration=seconds, directory=directory)
+    _print(found, as_json=as_json)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache unpin era5
+  xzcache unpin era5 t2m
+  xzcache unpin --all
+""",
+    short_help="End a pin, or all.",
+)
+@click.argument("source", required=False, shell_complete=_sources)
+@click.argument("array", required=False)
+@click.option("--all", "everything", is_flag=True, help="End all pins.")
+@_directory
+@_json
+@_one_line_errors
+def unpin(source: str | None, array: str | None, everything: bool, directory: str | None, as_json: bool) -> None:
+    """End the pin of SOURCE and of its arrays, or of one ARRAY. Nothing is removed from the cache."""
+    if (source is None) != everything:
+        raise BadInput("one of SOURCE and --all is accepted: give what is to be unpinned")
+    count = manage.unpin(source, array, directory=directory)
+    if as_json:
+        click.echo(json.dumps({"unpinned": count, **manage.pins(directory).as_dict()}, indent=2))
+    else:
+        click.echo(f"{count} pin{'s' * (count != 1)} ended")
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  xzcache warm s3://bucket/era5.zarr --variable t2m --sel time=2020-01-01:2020-02-01
+  xzcache warm era5.zarr --sel lat=60:40 --isel time=0:24 --dry-run
+  xzcache warm s3://bucket/era5.zarr --storage-option anon=true --pin --for 7d
+  xzcache warm s3://bucket/era5.zarr --scheduler tcp://10.0.0.1:8786 --every-node
+\b
+Exit codes: 0 all is cached, 1 some objects failed, 2 bad input or no room, 130 interrupted.
+After an interruption, the same command goes on with the rest.
+""",
+    short_help="Fetch what is missing of a dataset, before it is needed.",
+)
+@click.argument("source")
+@click.option(
+    "-v", "--variable", "variables", multiple=True, metavar="NAME", help="Only this variable; may be repeated."
+)
+@click.option("--sel", multiple=True, metavar="DIM=LABELS", help="Only these labels: one, a range A:B, or A,B,C.")
+@click.option("--isel", multiple=True, metavar="DIM=POSITIONS", help="Only these positions, as 0:24.")
+@click.option("--concurrency", default="32", metavar="N", show_default=True, help="Concurrent requests, of each node.")
+@click.option(
+    "--retries", default="3", metavar="N", show_default=True, help="How often failed objects are tried again."
+)
+@click.option(
+    "-o", "--storage-option", "options", multiple=True, metavar="KEY=VALUE", help="For the client of the URL."
+)
+@click.option("--pin", "is_pinned", is_flag=True, help="Pin what is warmed, so that eviction passes over it.")
+@click.option("--for", "duration", metavar="TIME", help='With --pin: the time after which the pin ends, as "7d".')
+@click.option("--scheduler", metavar="ADDRESS", help="Warm the nodes of this Dask cluster, each with its share.")
+@click.option("--every-node", is_flag=True, help="With --scheduler: warm all of it on each node.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@_directory
+@_json
+@_one_line_errors
+def warm(
+    source: str,
+    variables: tuple[str, ...],
+    sel: tuple[str, ...],
+    isel: tuple[str, ...],
+    concurrency: str,
+    retries: str,
+    options: tuple[str, ...],
+    is_pinned: bool,
+    duration: str | None,
+    scheduler: str | None,
+    every_node: bool,
+    dry_run: bool,
+    quiet: bool,
+    directory: str | None,
+    as_json: bool,
+) -> None:
+    """Fetch what is missing of the dataset at SOURCE, a URL or path, into the cache, and no more."""
+    if duration is not None and not is_pinned:
+        raise BadInput("--for is not accepted without --pin")
+    pin = is_pinned if duration is None else _parsed_age("--for", duration)
+    if every_node and scheduler is None:
+        raise BadInput("--every-node is not accepted without --scheduler: give the address of a Dask cluster")
+    chosen: dict[str, Any] = {
+        "concurrency": _whole("--concurrency", concurrency, 1),
+        "retries": _whole("--retries", retries, 0),
+        **({"storage_options": _storage_options(options)} if options else {}),
+    }
+    # not at the top: xarray takes long to import
+    from xzcache.xarray import warm as warm_
+
+    with _cluster(scheduler) as client:
+        try:
+            found = warm_(
+                source,
+                list(variables) or None,
+                sel or None,
+                isel=isel or None,
+                client=client,
+                every_node=every_node,
+                pin=pin,
+                progress=False if quiet or as_json else None,
+                dry_run=dry_run,
+                directory=directory,
+                **chosen,
+            )
+        except KeyboardInterrupt:
+            click.echo("xzcache: interrupted; what was fetched is cached, the same command fetches the rest", err=True)
+            raise click.exceptions.Exit(_INTERRUPTED) from None
+    _print(found, as_json=as_json)
+    _end(ok=found.ok)
+
+
+def _whole(name: str, given: str, least: int) -> int:
+    if not given.strip().isdecimal() or int(given) < least:
+        raise BadInput(f"{name} {given!r} is not accepted: give a whole number, {least} or more")
+    return int(given)
+
+
+def _storage_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """Options as JSON values where they are such; their values are never shown, as they may be secrets."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise BadInput(f"--storage-option {key!r} without a value is not accepted: give KEY=VALUE")
+        *folders, last = key.split(".")
+        place = found
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        try:
+            place[last] = json.loads(value)
+        except ValueError:
+            place[last] = value
+    return found
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    if address is None:
+        yield None
+        return
+    from distributed import Client
+
+    make: Callable[..., Any] = Client
+    try:
+        client = make(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"no scheduler answers at {address!r}: {' '.join(str(error).split())}") from None
+    with client:
+        yield client
 
 
 @cli.command(

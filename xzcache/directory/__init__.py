@@ -13,16 +13,18 @@ from xzcache.directory._namespace import SharedBackend
 from xzcache.directory._registry import cleanup_resources, open_directory, opened_directory
 from xzcache.eviction import Sample, predicted
 from xzcache.files import can_be_made, free_bytes, is_on_network, is_plain, private_name, resolve_directory, temporary
-from xzcache.index import DAY, Counts, Inspector, Objects, Source, Totals, Uses
+from xzcache.index import DAY, PINNED_SHARE, Counts, Inspector, Objects, Pin, Source, Totals, Uses
 
 __all__ = [
     "DAY",
+    "PINNED_SHARE",
     "Audit",
     "CacheDirectory",
     "Counts",
     "Finding",
     "Inspector",
     "Objects",
+    "Pin",
     "Sample",
     "SharedBackend",
     "Source",

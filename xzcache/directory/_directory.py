@@ -388,6 +388,36 @@ class CacheDirectory:
                 return count, size
             after = end
 
+    def pin(self, name: str, spans: Sequence[tuple[str, str]], until: int | None) -> None:
+        """Pin spans of keys under a name, until a time in ns since the epoch: eviction passes over their entries.
+
+        Raises `CacheFault` or `OSError` if that fails.
+        """
+        self.write_behind.wait()
+        self._must(lambda: self._pin(name, spans, until))
+
+    def _pin(self, name: str, spans: Sequence[tuple[str, str]], until: int | None) -> None:
+        with self.session.section() as (_, index):
+            index.pins.add(name, spans, until)
+        for low, high in spans:
+            after: str | None = low
+            while after is not None:
+                with self.session.section() as (_, index):
+                    after = index.pins.mark(after, high, _WINDOW)
+
+    def unpin(self, name: str | None) -> int:
+        """End a pin, or all; returns how many there were. Raises `CacheFault` or `OSError` if that fails."""
+        return self._must(lambda: self._unpin(name))
+
+    def _unpin(self, name: str | None) -> int:
+        with self.session.section() as (_, index):
+            count = index.pins.end(name)
+        more = True
+        while more:
+            with self.session.section() as (_, index):
+                more = index.pins.release(_WINDOW)
+        return count
+
     def _must(self, action: Callable[[], T]) -> T:
         self.must_prepare()
         return self.barrier.with_rebuild(action)

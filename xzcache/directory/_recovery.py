@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import files
 from xzcache.files import Whose, is_plain, range_directory, relative_path
-from xzcache.index import Index, Row, prefix_counter, write_counter, written_notes
+from xzcache.index import Index, Row, prefix_counter, salvaged, write_counter, written_notes
 from xzcache.model import END, META, Busy, CacheFault, Entry, is_expected_fault
 
 if TYPE_CHECKING:
@@ -492,6 +492,7 @@ def _remove_index(session: IndexSession, generation: int) -> None:
 
 def _build(session: IndexSession, process: Registration, generation: int, max_size: int | None) -> None:
     last = max([0, process.owner, *_numbers_in(f"{session.meta}/tmp")])
+    pins = salvaged(process.index_path(process.read_generation()))
     index = Index(process.index_path(generation), create=True)
     try:
         index.begin()
@@ -516,6 +517,7 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
                 index.add(entry, hashed=hashed, size=stamp.size, crc=stamp.crc, used=status.st_mtime_ns, owner=0, seq=0)
             else:
                 _discard_or_count(session, index, entry, hashed=hashed, size=status.st_size, certain=stamp is not None)
+        index.pins.restore(pins)
         _shrink(session, index)
         index.commit()
     finally:

@@ -169,6 +169,7 @@ class Learning:
             self._queued += len(watched)
 
     def choose(self, index: Index, want: int) -> list[Row]:
+        index.pins.release_ended()
         victims = self._next(index, want)
         if not victims:
             self._learn(index, is_full=True)
@@ -197,7 +198,7 @@ class Learning:
                     break
                 passed += 1
                 row = rows.get(id_)
-                if row is not None and row.tick == tick:
+                if row is not None and row.tick == tick and not row.is_pinned:
                     victims.append(row)
                     freed += row.size
             del self._leaving[:passed]
@@ -267,6 +268,7 @@ POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] =
 
 def _oldest(index: Index, want: int) -> list[Row]:
     """Victims by least recent use; ranks that lag behind are put right on the way."""
+    index.pins.release_ended()
     totals = index.totals()
     # the expected number of victims, twice, because some may have been used meanwhile
     expected = want * totals.entries // max(1, totals.size) + 1

@@ -9,8 +9,9 @@ it, and read without. The locks of keys and byte ranges are never waited for. Kn
 
 from xzcache.index._history import History, hash_of, lot_of
 from xzcache.index._inspect import Inspector, Objects, Source, Uses
+from xzcache.index._pins import PINNED_SHARE, Pin
 from xzcache.index._session import IndexSession, Registration, written_notes
-from xzcache.index._sql import Index, Row, Tombstone, Totals
+from xzcache.index._sql import Index, Row, Tombstone, Totals, salvaged
 from xzcache.index._statistics import DAY, OTHERS, SAMPLED, USES, Counts, Looked, UsesRow, is_whole
 from xzcache.index._writeclock import (
     WriteCounters,
@@ -24,6 +25,7 @@ from xzcache.index._writeclock import (
 __all__ = [
     "DAY",
     "OTHERS",
+    "PINNED_SHARE",
     "SAMPLED",
     "USES",
     "Counts",
@@ -33,6 +35,7 @@ __all__ = [
     "Inspector",
     "Looked",
     "Objects",
+    "Pin",
     "Registration",
     "Row",
     "Source",
@@ -48,6 +51,7 @@ __all__ = [
     "lot_of",
     "missing_counter",
     "prefix_counter",
+    "salvaged",
     "write_counter",
     "written_notes",
 ]

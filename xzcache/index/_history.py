@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 from zlib import crc32
 
+from xzcache.index._pins import PINNED
+
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable, Sequence
@@ -114,8 +116,12 @@ class History:
     # -- eviction candidates
 
     def entries_from(self, id_: int, over: int, most: int) -> list[tuple[int, int, int]]:
-        """`(id, tick, gap)` of entries in the order of their ids, from an id on, after skipping some."""
-        statement = "SELECT id, tick, gap FROM entry WHERE id >= ? ORDER BY id LIMIT ? OFFSET ?"
+        """`(id, tick, gap)` of entries in the order of their ids, from an id on, after skipping some.
+
+        Of the `most` entries, pinned ones are left out.
+        """
+        window = "SELECT id, tick, gap, rank FROM entry WHERE id >= ? ORDER BY id LIMIT ? OFFSET ?"
+        statement = f"SELECT id, tick, gap FROM ({window}) WHERE rank < {PINNED}"
         return self._do(statement, (id_, most, over)).fetchall()
 
     def present(self, ids: Sequence[int]) -> list[int]:

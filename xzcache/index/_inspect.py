@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache import files
 from xzcache.index._locks import try_flock
+from xzcache.index._pins import PINNED, Pin, rows_of, usage_of
 from xzcache.index._session import FORMAT
 from xzcache.index._sql import UPGRADES, VERSION, Totals, connect, is_write_ahead, range_of
 from xzcache.index._statistics import Counts, Looked, UsesRow, by_day, look, sampled
@@ -39,18 +40,22 @@ class Source(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """The uses of the entries of one source: the last one, in ns since the epoch, and what was not used for long."""
+    """The uses of the entries of one source: the last one, in ns since the epoch, and what was not used for long.
+
+    `pinned` are the bytes of its pinned entries, which are not counted as old.
+    """
 
     last: int = 0
     old_entries: int = 0
     old_size: int = 0
+    pinned: int = 0
 
 
 class Objects(NamedTuple):
     """The cached objects beneath a prefix, without documents.
 
     `whole` counts objects that are cached whole, `partial` those of which only byte ranges are, and `missing` those
-    that are known to be missing at the source.
+    that are known to be missing at the source. `pinned` are bytes of `size`.
     """
 
     whole: int = 0
@@ -58,6 +63,7 @@ class Objects(NamedTuple):
     missing: int = 0
     size: int = 0
     last: int = 0
+    pinned: int = 0
 
 
 class Inspector:
@@ -195,6 +201,12 @@ class Inspector:
             raise Damaged(f"the totals of the index in {self.root} are missing")
         return Totals(*row)
 
+    def pins(self) -> tuple[list[Pin], int]:
+        """The pins, by name, and the bytes of all pinned entries."""
+        with self._section() as index:
+            found = dict.fromkeys(Pin(row.name, row.until) for row in rows_of(index))
+            return list(found), usage_of(index)[1]
+
     def processes(self) -> list[int]:
         """The ids of the processes that have joined the directory."""
         with self._section() as index:
@@ -228,16 +240,18 @@ class Inspector:
         while True:
             with self._section() as index:
                 rows = index.execute(
-                    "SELECT ns, max(used), sum(used < ?), sum((used < ?) * size), max(id) FROM "
-                    "(SELECT id, ns, used, size FROM entry WHERE id > ? ORDER BY id LIMIT ?) GROUP BY ns",
-                    (before, before, after, _BATCH),
+                    f"SELECT ns, max(used), sum(used < ?1 AND rank < {PINNED}), "
+                    f"sum((used < ?1 AND rank < {PINNED}) * size), sum((rank = {PINNED}) * size), max(id) FROM "
+                    "(SELECT id, ns, used, size, rank FROM entry WHERE id > ?2 ORDER BY id LIMIT ?3) GROUP BY ns",
+                    (before, after, _BATCH),
                 ).fetchall()
             if not rows:
                 return found
-            for ns, last, entries, size, _ in rows:
+            for ns, last, entries, size, pinned, _ in rows:
                 known = found.get(ns, Uses())
-                found[ns] = Uses(max(known.last, last), known.old_entries + entries, known.old_size + size)
-            after = max(row[4] for row in rows)
+                old = known.old_entries + entries, known.old_size + size
+                found[ns] = Uses(max(known.last, last), *old, known.pinned + pinned)
+            after = max(row[5] for row in rows)
 
     def nodes(self, namespace: str) -> list[str]:
         """Paths, below a namespace, of the arrays whose documents were read."""
@@ -265,15 +279,21 @@ class Inspector:
                     f"SELECT key FROM entry{where} AND key > ? ORDER BY key LIMIT 1 OFFSET ?", (*bounds, after, _BATCH)
                 ).fetchone()
                 until = ("", ()) if end is None else (" AND key <= ?", end)
-                whole, partial, size, last = index.execute(
+                whole, partial, size, last, pinned = index.execute(
                     "SELECT coalesce(sum(start = 0 AND stop = -1), 0), "
                     "count(DISTINCT CASE WHEN start != 0 OR stop != -1 THEN key END), coalesce(sum(size), 0), "
-                    f"coalesce(max(used), 0) FROM entry{where} AND key > ?{until[0]} "
+                    f"coalesce(max(used), 0), coalesce(sum((rank = {PINNED}) * size), 0) "
+                    f"FROM entry{where} AND key > ?{until[0]} "
                     f"AND key NOT IN ({', '.join('?' * len(besides))})",
                     (*bounds, after, *until[1], *besides),
                 ).fetchone()
             counted = Objects(
-                counted.whole + whole, counted.partial + partial, missing, counted.size + size, max(counted.last, last)
+                counted.whole + whole,
+                counted.partial + partial,
+                missing,
+                counted.size + size,
+                max(counted.last, last),
+                counted.pinned + pinned,
             )
             after = None if end is None else end[0]
         return counted

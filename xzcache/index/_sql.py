@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache.index._history import BIRTH, History, hash_of
+from xzcache.index._pins import PINNED, PinRow, Pins, rows_of
 from xzcache.index._statistics import Statistics
 from xzcache.model import Damaged, Entry, is_document, namespace_of
 
@@ -128,6 +129,11 @@ class Row(NamedTuple):
     owner: int
     seq: int
     tick: int
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the entry is passed over by eviction."""
+        return self.rank >= PINNED
 
 
 class Tombstone(NamedTuple):
@@ -323,6 +329,7 @@ class Index:
         self.statistics = Statistics(self.connection)
         self.when_committed: list[Callable[[], None]] = []
         """Called once, after the transaction is committed; dropped if it is rolled back."""
+        self.pins = Pins(self.connection)
 
     @property
     def is_logged(self) -> bool:
@@ -420,6 +427,7 @@ class Index:
 
     def mend_totals(self) -> bool:
         """Correct totals that differ from their rows; returns whether any did. Raises `Damaged` for invalid rows."""
+        are_pins_wrong = self.pins.mend()
         count, size, least = self._do(
             "SELECT count(*), coalesce(sum(size), 0), coalesce(min(size), 0) FROM entry"
         ).fetchone()
@@ -429,7 +437,7 @@ class Index:
             raise Damaged("an entry of the index has a size that no file can have")
         shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0), coalesce(min(n), 0) FROM ns").fetchone()
         if self.totals()[:4] == (count, size, lease, tombstones) and shares[:2] == (count, size) and shares[2] >= 0:
-            return False
+            return are_pins_wrong
         self._do("UPDATE total SET n = ?, bytes = ?, lease = ?, dying = ?", (count, size, lease, tombstones))
         self._do("UPDATE ns SET n = 0, bytes = 0")
         sums = self._do("SELECT count(*), sum(size), ns FROM entry GROUP BY ns").fetchall()
@@ -526,8 +534,16 @@ class Index:
         )
 
     def by_rank(self, limit: int) -> list[Row]:
-        """The entries of lowest rank, lowest first."""
-        return [_row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry ORDER BY rank LIMIT ?", (limit,))]
+        """The entries of lowest rank, lowest first; pinned ones only if all are and exceed their share."""
+        query = f"SELECT {_COLUMNS} FROM entry WHERE rank < {PINNED} ORDER BY rank LIMIT ?"
+        rows = [_row(r) for r in self._do(query, (limit,))]
+        if not rows and (surplus := self.pins.surplus()) > 0:
+            for row in self._do(f"SELECT {_COLUMNS} FROM entry WHERE rank = {PINNED} LIMIT ?", (limit,)):
+                if surplus <= 0:
+                    break
+                rows.append(_row(row))
+                surplus -= rows[-1].size
+        return rows
 
     def set_rank(self, ranks: Iterable[tuple[int, int]]) -> None:
         """Set `(rank, id)` pairs."""
@@ -585,12 +601,16 @@ class Index:
         return [_row(r) for r in rows]
 
     def unused_since(self, time_: int, namespace: str | None, after: int, limit: int) -> tuple[list[Row], int]:
-        """Of the next entries by id, those whose last use was before a time, in ns; and the id to go on after."""
+        """Of the next entries by id, those whose last use was before a time, in ns; and the id to go on after.
+
+        Pinned entries are passed over.
+        """
         columns = _COLUMNS.replace(", ", ", e.")
         window = f"SELECT {_COLUMNS}, ns FROM entry WHERE id > ? ORDER BY id LIMIT ?"
         where, values = (" AND ns.name = ?", (namespace,)) if namespace is not None else ("", ())
+        where = f"e.used < ? AND e.rank < {PINNED}{where}"
         rows = self._do(
-            f"SELECT e.{columns} FROM ({window}) e JOIN ns ON ns.id = e.ns WHERE e.used < ?{where}",
+            f"SELECT e.{columns} FROM ({window}) e JOIN ns ON ns.id = e.ns WHERE {where}",
             (after, limit, time_, *values),
         ).fetchall()
         (end,) = self._do(
@@ -657,6 +677,18 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
     # no waiting in SQLite: while it waits, every process waits for the guard
     return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
+
+
+def salvaged(path: str) -> list[PinRow]:
+    """The pins of a damaged index, if they can be read."""
+    try:
+        if is_write_ahead(path):
+            return []
+        with closing(connect(path, "ro")) as connection:
+            rows = rows_of(connection)
+    except (sqlite3.Error, OSError, Damaged, ValueError, TypeError):
+        return []
+    return rows if all(isinstance(text, str) for row in rows for text in row[:3]) else []
 
 
 def is_locked(error: sqlite3.Error) -> bool:

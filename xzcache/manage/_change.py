@@ -12,8 +12,8 @@ from zarr.core.sync import sync
 
 from xzcache._config import chosen_max_size, origin_of, parse_bound, parse_flag, shown_bound, shown_size
 from xzcache.anystore import StoreBackend
-from xzcache.directory import Audit, Inspector, audit, open_directory
-from xzcache.manage._results import CacheUnavailable, Cleared, Resized, Source
+from xzcache.directory import PINNED_SHARE, Audit, Inspector, audit, open_directory
+from xzcache.manage._results import CacheUnavailable, Cleared, Resized, Source, TooLarge
 from xzcache.manage._which import directory_of, find, is_there, must, root_of, settled, sources_of, state_of
 from xzcache.store import CacheStore
 
@@ -53,7 +53,7 @@ def clear(
     source : str, Path or Store, optional
         As for `ls`. Default is all sources.
     older_than : str, timedelta or float, optional
-        Only remove entries that were not used for this time: ``"7d"``, or a number of seconds.
+        Only remove entries that were not used for this time: ``"7d"``, or a number of seconds. Pinned ones stay.
     directory : str or Path, optional
         The cache directory. Default is that of a `CacheStore`, else this user's default cache on this machine.
     dry_run : bool, optional
@@ -139,6 +139,8 @@ def resize(max_size: int | str | None, directory: str | os.PathLike[str] | None 
     ------
     CacheUnavailable
         There is no cache, or it cannot be changed; the message says why.
+    TooLarge
+        More is pinned than pins may take of that bound.
     """
     bound = parse_bound("max_size", max_size)
     root = root_of(directory)
@@ -150,6 +152,12 @@ def resize(max_size: int | str | None, directory: str | os.PathLike[str] | None 
     # a damaged index is rebuilt
     must(root, opened.must_prepare)
     before = must(root, lambda: _totals(root))
+    pinned = must(root, lambda: _pinned(root))
+    if bound is not None and pinned > bound * PINNED_SHARE:
+        raise TooLarge(
+            f"{shown_size(pinned)} of the cache in {root} are pinned, and pins may take {PINNED_SHARE:.0%} of the "
+            f"bound: give {shown_size(pinned / PINNED_SHARE)} or more, or unpin something first"
+        )
     must(root, lambda: opened.change_bound(bound))
     after = must(root, lambda: _totals(root))
     note = ""
@@ -168,6 +176,11 @@ def resize(max_size: int | str | None, directory: str | os.PathLike[str] | None 
 def _totals(root: str) -> Any:
     with Inspector(root) as inspector:
         return inspector.totals()
+
+
+def _pinned(root: str) -> int:
+    with Inspector(root) as inspector:
+        return inspector.pins()[1]
 
 
 def check(directory: str | os.PathLike[str] | None = None, *, repair: bool = False) -> Audit:

@@ -57,6 +57,7 @@ def info(directory: str | os.PathLike[str] | None = None) -> Info:
         settled(root)
         with Inspector(root) as inspector:
             totals, statistics = inspector.totals(), inspector.statistics()
+            pins, pinned = inspector.pins()
             return replace(
                 found,
                 ever=reduce(Counts.plus, statistics.of_sources.values(), Counts()),
@@ -69,6 +70,8 @@ def info(directory: str | os.PathLike[str] | None = None) -> Info:
                 processes=len(inspector.processes()),
                 reserved=totals.lease + totals.tombstones,
                 node=inspector.note("node"),
+                pins=len(pins),
+                pinned=pinned,
             )
     except (CacheFault, OSError) as error:
         state, trouble = state_of(error, root)
@@ -146,7 +149,8 @@ def _arrays(inspector: Inspector, source: Source) -> Arrays:
 def _row(name: str, grid: metadata.Grid | None, objects: Objects) -> Array:
     last = objects.last / 1e9 if objects.last else None
     shape, dtype, total = (grid.shape, grid.dtype, grid.objects) if grid is not None else (None, "", None)
-    return Array(name, shape, dtype, total, objects.whole, objects.partial, objects.missing, objects.size, last)
+    counts = objects.whole, objects.partial, objects.missing, objects.size
+    return Array(name, shape, dtype, total, *counts, last, objects.pinned)
 
 
 def _document(key: str, root: str) -> bytes | None:

@@ -6,13 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Final, Literal, NamedTuple, TypeVar, overload
 
 from xzcache._config import shown_bound, shown_duration, shown_size
 from xzcache._display import Table
 from xzcache.directory import Counts
 
 T = TypeVar("T")
+
+_MOST_LISTED: Final = 20
+"""The failed objects that a display names."""
 
 State = Literal["ok", "absent", "damaged", "foreign", "busy", "unusable"]
 
@@ -26,6 +29,10 @@ class UnknownSource(LookupError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class TooLarge(ValueError):
+    """The cache cannot hold, or may not pin, so much; the message has the figures, in one line."""
 
 
 def _shown_time(seconds: float | None) -> str:
@@ -129,6 +136,8 @@ class Info(_Shown):
         What a running process has counted in the last seconds may be missing.
     since : float or None
         The beginning of the statistics, in seconds since the epoch; None without any.
+    pins, pinned : int, int
+        The number of pins, and the bytes of the pinned entries.
     """
 
     directory: str
@@ -148,6 +157,8 @@ class Info(_Shown):
     ever: Counts = field(default_factory=Counts)
     last_day: Counts = field(default_factory=Counts)
     since: float | None = None
+    pins: int = 0
+    pinned: int = 0
 
     @property
     def ok(self) -> bool:
@@ -185,6 +196,8 @@ class Info(_Shown):
             rows["used"] = f"{shown_size(self.used)} {bound}"
             rows["entries"] = f"{self.entries:,} of {self.sources:,} source{'s' * (self.sources != 1)}"
             rows["processes"] = f"{self.processes:,}"
+            if self.pins:
+                rows["pinned"] = f"{shown_size(self.pinned)} by {self.pins:,} pin{'s' * (self.pins != 1)}"
         if self.ever.reads:
             rows |= self._statistics()
         if self.disk_size:
@@ -211,6 +224,8 @@ class Source(NamedTuple):
     """The part of all cached bytes."""
     last_used: float | None
     counts: Counts = Counts()
+    pinned: int = 0
+    """The bytes that eviction passes over."""
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain values, for JSON."""
@@ -234,6 +249,8 @@ class Array(NamedTuple):
     """The objects that are known to be missing at the source, which are never cached."""
     size: int
     last_used: float | None
+    pinned: int = 0
+    """The bytes that eviction passes over."""
 
     @property
     def fraction(self) -> float | None:
@@ -279,9 +296,8 @@ class Sources(_Rows[Source]):
             for name, s in zip(names, self.items, strict=True)
         ]
         note = self.trouble or ("" if rows else f"the cache in {self.directory} is empty")
-        return Table(
-            self.directory, ("source", "entries", "size", "share", "last use", "hits", "hit rate"), rows, note=note
-        )
+        columns = ("source", "entries", "size", "share", "last use", "hits", "hit rate")
+        return Table(self.directory, *_with_pinned(columns, rows, self.items), note=note)
 
 
 @dataclass(frozen=True, repr=False)
@@ -320,7 +336,7 @@ class Arrays(_Rows[Array]):
         if self.other_size:
             rows.append(("(documents, others)", "", "", "", "", shown_size(self.other_size), ""))
         columns = ("array", "type", "shape", "cached", "chunks", "size", "last use")
-        return Table(self.source.namespace, columns, rows)
+        return Table(self.source.namespace, *_with_pinned(columns, rows, self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -425,6 +441,142 @@ class Setting(NamedTuple):
     name: str
     value: Any
     origin: str
+
+
+def _with_pinned(
+    columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], items: Sequence[Source | Array]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A column more, if anything is pinned."""
+    if not any(item.pinned for item in items):
+        return columns, list(rows)
+    cells = [shown_size(item.pinned) if item.pinned else "-" for item in items]
+    cells += [""] * (len(rows) - len(cells))
+    return (*columns, "pinned"), [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+
+
+class Failed(NamedTuple):
+    """An object that is not in the cache after a warming, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Warmed(_Shown):
+    """What a warming did, on all nodes.
+
+    Attributes
+    ----------
+    objects : int
+        The objects (chunks, or shards) that were asked for.
+    cached : int
+        Those that were cached before, and were not requested.
+    fetched, absent : int, int
+        Those that were fetched, and those that the source does not have.
+    missing : int
+        Those that were not cached before.
+    needed : int or None
+        An estimate of the bytes of the missing objects, made before they were fetched; None if it could not be made.
+    size : int
+        The bytes that came from the source.
+    seconds : float
+        The time that it took to fetch them.
+    failed : tuple of Failed
+        Objects that are not cached in spite of retries, with their keys and the reasons.
+    not_tried : int
+        Objects that were not requested because of `trouble`.
+    trouble : str
+        Why the warming stopped before its end; empty if it did not.
+    directories : tuple of str
+        The caches, one for each node.
+    dry_run : bool
+        Whether nothing was fetched.
+    """
+
+    objects: int
+    cached: int
+    fetched: int = 0
+    absent: int = 0
+    missing: int = 0
+    needed: int | None = None
+    size: int = 0
+    seconds: float = 0.0
+    failed: tuple[Failed, ...] = ()
+    not_tried: int = 0
+    trouble: str = ""
+    directories: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was asked for is cached now, as far as the source has it."""
+        return not (self.failed or self.not_tried or self.trouble)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return {"ok": self.ok, **vars(self), "failed": [item._asdict() for item in self.failed]}
+
+    def __repr__(self) -> str:
+        where = f" on {len(self.directories)} nodes" if len(self.directories) > 1 else ""
+        objects = f"{self.objects:,} object{'s' * (self.objects != 1)}{where}: {self.cached:,} cached before"
+        if self.dry_run:
+            about = "" if self.needed is None else f", at most about {shown_size(self.needed)}"
+            return f"{objects}, {self.missing:,} to be fetched{about}"
+        rate = f", {shown_size(self.size / self.seconds)}/s" if self.size and self.seconds else ""
+        lines = [f"{objects}, {self.fetched:,} fetched ({shown_size(self.size)} in {self.seconds:.1f} s{rate})"]
+        if self.absent:
+            lines[0] += f", {self.absent:,} missing at the source"
+        if self.trouble:
+            lines.append(f"stopped: {self.trouble}; {self.not_tried:,} objects were not requested")
+        if self.failed:
+            lines.append(f"failed: {len(self.failed):,}")
+            lines += [f"  {item.key}: {item.reason}" for item in self.failed[:_MOST_LISTED]]
+            if len(self.failed) > _MOST_LISTED:
+                lines.append(f"  and {len(self.failed) - _MOST_LISTED:,} more")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        return Table("xzcache", note=repr(self))
+
+
+class Pin(NamedTuple):
+    """One pin: a source or an array of it, and when the pin ends, in seconds since the epoch; None for never."""
+
+    path: str
+    """The namespace of the source, and the path of the array."""
+    until: float | None
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of the source."""
+        return self.path.partition("/")[0]
+
+    def as_source(self) -> Source:
+        """The source, of which nothing may be cached."""
+        return Source(self.namespace, self.namespace, 0, 0, 0.0, None)
+
+
+@dataclass(frozen=True, repr=False)
+class Pins(_Rows[Pin]):
+    """The pins of a cache; `size` are the bytes of all pinned entries, and `limit` what they may take."""
+
+    directory: str
+    items: tuple[Pin, ...] = ()
+    size: int = 0
+    limit: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The rows as plain values, for JSON."""
+        rows = [{**item._asdict(), "until": _when(item.until)} for item in self]
+        return {"directory": self.directory, "pins": rows, "size": self.size, "limit": self.limit}
+
+    def table(self) -> Table:
+        """The figures as a table, for displays."""
+        rows = [(item.path, "unpinned" if item.until is None else (_when(item.until) or "")) for item in self]
+        limit = "" if self.limit is None else f" of {shown_size(self.limit)} that may be"
+        note = f"{shown_size(self.size)}{limit} pinned" if rows else f"nothing is pinned in {self.directory}"
+        return Table(self.directory, ("pinned", "until"), rows, note=note)
 
 
 def _when(seconds: float | None) -> str | None:

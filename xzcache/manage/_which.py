@@ -97,7 +97,8 @@ def sources_of(inspector: Inspector, before: int | None = 0) -> tuple[list[Sourc
         name = name_of(source.namespace)
         share = source.size / whole if whole else 0.0
         count = counts.get(source.namespace, Counts())
-        listed.append(Source(name, source.namespace, source.entries, source.size, share, last, count))
+        pinned = use.pinned if use is not None else 0
+        listed.append(Source(name, source.namespace, source.entries, source.size, share, last, count, pinned))
         old[source.namespace] = (use.old_entries, use.old_size) if use is not None else (0, 0)
     return listed, old
 

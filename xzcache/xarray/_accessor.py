@@ -9,11 +9,12 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from xzcache.manage import Arrays, Info, info, ls
+from xzcache.manage import Arrays, Info, Warmed, info, ls
 from xzcache.store import CacheStats, CacheStore
+from xzcache.xarray._warm import warm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 _STATES: Final = {"none": 0, "part": 1, "whole": 2, "missing": 3}
@@ -173,6 +174,11 @@ class ZcacheAccessor:
             total[name] = max(cast(dict[str, Any], store.cache_stats())[name] for store in stores)
         total["hit_rate"] = total["hits"] / total["total_requests"] if total["total_requests"] else 0.0  # type: ignore[assignment]
         return cast(CacheStats, dict(total))
+
+    def warm(self, variables: str | Sequence[str] | None = None, sel: Any = None, **options: Any) -> Warmed:
+        """Fetch what is missing of this dataset into the cache; as `xzcache.warm`, with all its keywords."""
+        self._stores()
+        return warm(self._dataset, variables, sel, **options)
 
     def _parts(self) -> list[Info | Arrays]:
         return [self.info(), *(ls(store) for store in self._stores())]
