@@ -76,15 +76,16 @@ _MOST_QUEUED: Final = 4 * _QUEUED
 """How many uses are learned from at once: of more, the latest."""
 _LOOKED_AT: Final = 4096
 _RUNS: Final = 64
-_LEAVING: Final = 32
-"""When scanning all entries, evict the lowest-scored 1/32."""
+_LEAVING: Final = 64
+"""When scanning all entries, evict the lowest-scored 1/64. Each victim costs a scan of so many rows."""
 _LEAVING_OF_SOME: Final = 16
-_FEWEST: Final = 16
 _CANDIDATES: Final = 900
 """The number of watched keys to look up, of which some may still be cached."""
 _ANYWHERE: Final = 0.125
 _EVERY: Final = 32
-"""Learn when the number of uses since the last time is 1/32 of the number of entries."""
+"""Learn when the number of uses since the last time is 1/32 of the number of entries, ..."""
+_REFRESHED: Final = 200
+"""... but not more often than what was learned changes: each time, all of it is read and written."""
 _GHOSTS: Final = 16
 """For how many uses ghosts are kept, in entries of the cache: there are never more of them."""
 _FEWEST_GHOSTS: Final = 50_000
@@ -218,7 +219,7 @@ class Learning:
             ids, first = np.unique(ids, return_index=True)
             ticks, gaps, now = ticks[first], gaps[first], history.now()
             order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
-            leaving = order[: max(_FEWEST, len(ids) // share)]
+            leaving = order[: max(1, len(ids) // share)]
             self._leaving = list(zip(ids[leaving].tolist(), ticks[leaving].tolist(), strict=True))
             self._found_at = now
 
@@ -257,7 +258,7 @@ class Learning:
         history.forget_ghosts(now - max(_FEWEST_GHOSTS, _GHOSTS * totals.entries), self._serial)
 
     def _has_learned(self, now: int) -> bool:
-        return self._queued <= _QUEUED and 0 <= now - self._learned_at < self._entries // _EVERY
+        return self._queued <= _QUEUED and 0 <= now - self._learned_at < max(_REFRESHED, self._entries // _EVERY)
 
 
 POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] = {

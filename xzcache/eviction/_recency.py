@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xzcache._config import config
 from xzcache.eviction._policies import UseBatch
@@ -20,16 +20,29 @@ if TYPE_CHECKING:
     from xzcache.model import Entry
 
 
+_SHARE: Final = 16
+"""While entries are evicted, a process keeps at most the uses of 1/16 of the entries to itself."""
+_FEWEST: Final = 8
+"""Fewer uses are not worth a transaction."""
+
+
 class Recency:
-    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction."""
+    """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
+
+    A process that evicts flushes its own uses first. Other processes flush after `most` uses, or `longest` seconds;
+    earlier if the cache is small and entries were evicted since their last flush, for a use that is not in the index
+    saves no entry.
+    """
 
     def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
         self.policy = policy
-        self._most = most
+        self._most = self._enough = most
         self._longest = longest
         self._lock = threading.Lock()
         self._uses: dict[Entry, int] = {}
         self._flush_after = 0.0
+        self._is_flushing = False
+        self._removals: int | None = None
 
     def record_use(self, entry: Entry) -> bool:
         """Record a use; True if `flush_to` is due."""
@@ -37,23 +50,37 @@ class Recency:
         if not uses:
             self._flush_after = time.monotonic() + self._longest
         uses[entry] = time.time_ns()
-        if len(uses) < self._most and time.monotonic() < self._flush_after:
+        if len(uses) < self._enough and time.monotonic() < self._flush_after:
             return False
         if len(uses) > 64 * self._most:
             # the index cannot be used: drop the uses to limit the memory
             uses.clear()
         # the caller has a second for the flush
-        due = time.monotonic() >= self._flush_after or len(uses) == self._most
-        self._flush_after = max(self._flush_after, time.monotonic() + 1.0) if due else self._flush_after
+        due = not self._is_flushing or time.monotonic() >= self._flush_after
+        if due:
+            self._is_flushing = True
+            self._flush_after = max(self._flush_after, time.monotonic() + 1.0)
         return due
 
     def flush_to(self, index: Index, arrived: Sequence[Entry] = ()) -> None:
         """Write the recorded uses and the new entries to the index."""
         with self._lock:
             uses, self._uses = self._uses, {}
+            self._is_flushing = False
         if uses or arrived:
             # a copy: a hit that began before may still add to it
             self.policy.record(index, UseBatch(dict(uses), arrived))
+        if uses:
+            self._set_pace(index)
+
+    def _set_pace(self, index: Index) -> None:
+        """Set how many uses are enough for the next flush: few while entries of a small cache are evicted."""
+        entries, removals = index.turnover()
+        if self._removals in (None, removals):
+            self._enough = min(self._most, 2 * self._enough)
+        else:
+            self._enough = min(self._most, max(_FEWEST, entries // _SHARE))
+        self._removals = removals
 
     def __bool__(self) -> bool:
         return bool(self._uses)

@@ -364,6 +364,12 @@ class Index:
 
     # -- totals
 
+    def turnover(self) -> tuple[int, int]:
+        """The number of entries, and a number that grows by 1 with each entry that was removed."""
+        # the serial counts arrivals and removals, the number of entries is their difference
+        entries, removals = self._do("SELECT n, (serial - n) / 2 FROM total").fetchone()
+        return entries, removals
+
     def totals(self) -> Totals:
         return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
 
