@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _SHARE: Final = 16
-"""While entries are evicted, a process keeps at most the uses of 1/16 of the entries to itself."""
+"""While one process evicts, the others together keep at most the uses of 1/16 of the entries to themselves."""
 _FEWEST: Final = 8
 """Fewer uses are not worth a transaction."""
 
@@ -30,8 +30,8 @@ class Recency:
     """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
 
     A process that evicts flushes its own uses first. Other processes flush after `most` uses, or `longest` seconds;
-    earlier if the cache is small and entries were evicted since their last flush, for a use that is not in the index
-    saves no entry.
+    earlier if the cache is small and entries were evicted since their last flush, because a use that is not in the
+    index saves no entry.
     """
 
     def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
@@ -74,12 +74,12 @@ class Recency:
             self._set_pace(index)
 
     def _set_pace(self, index: Index) -> None:
-        """Set how many uses are enough for the next flush: few while entries of a small cache are evicted."""
-        entries, removals = index.turnover()
-        if self._removals in (None, removals):
+        """Set after how many uses to flush: few while entries of a small cache are evicted by other processes."""
+        entries, owners, removals = index.turnover()
+        if owners < 2 or self._removals in (None, removals):
             self._enough = min(self._most, 2 * self._enough)
         else:
-            self._enough = min(self._most, max(_FEWEST, entries // _SHARE))
+            self._enough = min(self._most, max(_FEWEST, entries // (_SHARE * (owners - 1))))
         self._removals = removals
 
     def __bool__(self) -> bool:
