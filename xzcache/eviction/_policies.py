@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from xzcache.eviction._adaptive import Ints
-    from xzcache.index import History, Index, Row
+    from xzcache.index import History, Index, Row, Totals
     from xzcache.model import Entry
 
 
@@ -174,7 +174,7 @@ class Learning:
         if not victims:
             self._learn(index, is_full=True)
             if not self._adaptive.prefers_recency:
-                self._look(index)
+                self._look(index, want)
                 victims = self._next(index, want)
         victims = victims or _oldest(index, want)
         index.history.add_ghosts((row.entry, row.id) for row in victims)
@@ -189,8 +189,7 @@ class Learning:
         victims: list[Row] = []
         freed = 0
         while self._leaving and freed < want and len(victims) < _BATCH:
-            # so many leave, if they are as large as most
-            count = min(_BATCH - len(victims), (want - freed) * totals.entries // max(1, totals.size) + 1)
+            count = min(_BATCH - len(victims), _expected(totals, want - freed))
             rows = index.of_ids([id_ for id_, _ in self._leaving[:count]])
             passed = 0
             for id_, tick in self._leaving[:count]:
@@ -204,8 +203,8 @@ class Learning:
             del self._leaving[:passed]
         return victims
 
-    def _look(self, index: Index) -> None:
-        """Look at all entries, or at some of many, for the least worth of them."""
+    def _look(self, index: Index, want: int) -> None:
+        """Look at all entries, or at some of many, for the least worth of them, at least as many as are wanted."""
         history = index.history
         if self._entries <= _LOOKED_AT:
             rows, share = history.entries_from(0, 0, _LOOKED_AT), _LEAVING
@@ -219,7 +218,7 @@ class Learning:
             ids, first = np.unique(ids, return_index=True)
             ticks, gaps, now = ticks[first], gaps[first], history.now()
             order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
-            leaving = order[: max(1, len(ids) // share)]
+            leaving = order[: max(_expected(index.totals(), want), len(ids) // share)]
             self._leaving = list(zip(ids[leaving].tolist(), ticks[leaving].tolist(), strict=True))
             self._found_at = now
 
@@ -266,12 +265,16 @@ POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] =
 }
 
 
+def _expected(totals: Totals, want: int) -> int:
+    """How many entries hold so many bytes, if they are as large as most."""
+    return want * totals.entries // max(1, totals.size) + 1
+
+
 def _oldest(index: Index, want: int) -> list[Row]:
     """Victims by least recent use; ranks that lag behind are put right on the way."""
     totals = index.totals()
-    # the expected number of victims, twice, because some may have been used meanwhile
-    expected = want * totals.entries // max(1, totals.size) + 1
-    while rows := index.by_rank(2 * min(_BATCH, expected)):
+    # twice, because some may have been used meanwhile
+    while rows := index.by_rank(2 * min(_BATCH, _expected(totals, want))):
         victims, ranks = least_recently_used(rows, want, _BATCH)
         index.set_rank(ranks)
         if victims or not ranks:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from xzcache.model import Entry
 
 
-_SHARE: Final = 16
-"""While one process evicts, the others together keep at most the uses of 1/16 of the entries to themselves."""
+_SHARE: Final = 32
+"""While one process evicts, the others together keep at most the uses of 1/32 of the entries to themselves."""
 _FEWEST: Final = 8
 """Fewer uses are not worth a transaction."""
 
