@@ -344,7 +344,6 @@ def test_of_a_large_cache_a_part_is_looked_at(
     """
     monkeypatch.setattr("xzcache.eviction._policies._LOOKED_AT", 64)
     monkeypatch.setattr("xzcache.eviction._policies._RUNS", 16)
-    monkeypatch.setattr("xzcache.eviction._policies._FEWEST", 4)
     monkeypatch.setattr("xzcache.eviction._policies._ANYWHERE", 0.1 if is_watched else 1.0)
     if not is_watched:
         monkeypatch.setattr(Adaptive, "some_ids", lambda *_: np.zeros(0, np.int64))
