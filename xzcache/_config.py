@@ -53,8 +53,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "revalidate": "open",
     # whether values that are written through the cache are cached
     "cache_set_data": True,
-    # which entries are evicted first: "lru", "adaptive", or "none", which evicts nothing
-    "policy": "lru",
+    # which entries are evicted first: "adaptive", "lru", or "none", which evicts nothing
+    "policy": "adaptive",
     # a file for a trace of all uses, under hashes of their keys; None: no trace
     "trace": None,
     # the library that reads URLs: "obstore", "fsspec", or "auto", obstore if it can

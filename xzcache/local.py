@@ -61,9 +61,9 @@ class LockedLocalStore(LocalStore):
     min_free : float, int or str, optional
         The free space to leave on the file system: ``"5%"``, a fraction below 1, or a size. Configured: 5 %.
     policy : str, optional
-        Which entries are evicted first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be
-        used soon; ``"none"``, no eviction. Default is the latest request in this process, or the configured policy.
-        Each process evicts by its own policy.
+        Which entries are evicted first: ``"adaptive"``, those least likely to be used soon; ``"lru"``, the least
+        recently used; ``"none"``, no eviction. Default is the latest request in this process, or the configured policy
+        (``"adaptive"``). Each process evicts by its own policy.
 
     Raises
     ------

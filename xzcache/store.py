@@ -364,9 +364,9 @@ class CacheStore(ReadableView, WritableView):
         and with ``revalidate=False`` at least `max_age_seconds`. A local directory or memory is always asked by
         default.
     policy : str, optional
-        Which entries are evicted first: ``"lru"``, the least recently used; ``"adaptive"``, those least likely to be
-        used soon; ``"none"``, no eviction for new entries. A cache store that is no directory treats ``"adaptive"`` as
-        ``"lru"``.
+        Which entries are evicted first: ``"adaptive"``, those least likely to be used soon; ``"lru"``, the least
+        recently used; ``"none"``, no eviction for new entries. Configured: ``"adaptive"``, which a cache store that is
+        no directory treats as ``"lru"``.
     storage_options : mapping, optional
         Options for a `store` that is a URL, as for fsspec's clients or for obstore.
     upstream : {"auto", "obstore", "fsspec"}, optional

@@ -34,6 +34,13 @@ BYTES: Final = 2000
 LEAST: Final = 0.01
 """Nothing is worse than a hundredth of the best, so that a mean of ratios can be told; without hits there is none."""
 
+ROOMS: Final = (50, 150, 600, 2500, 10_000)
+"""Entries that fit into caches of other sizes."""
+SHARES_OF_ROOMS: Final = (0.25, 0.8)
+SIZED: Final = (10e3, 50e6)
+"""The smallest and the largest of objects of many sizes, as many in each octave, in bytes."""
+SIZED_KEYS: Final = 2000
+
 Cells = Mapping[float, Mapping[str, float]]
 
 
@@ -41,7 +48,7 @@ def ratios(trace: Trace) -> Cells:
     """For each share of the keys that fits, the hit ratio of each policy."""
     keys = len(np.unique(trace))
     rooms = {share: max(1, int(share * keys)) for share in SHARES}
-    return {share: {name: run(trace, room) for name, run in POLICIES.items()} for share, room in rooms.items()}
+    return {share: {name: run(trace, room).mean() for name, run in POLICIES.items()} for share, room in rooms.items()}
 
 
 def mean(cells: Sequence[Mapping[str, float]], name: str) -> float:
@@ -88,6 +95,72 @@ def show(report: Report, measured: Mapping[str, Cells]) -> None:
     report.panels("ratios", "Hit ratio over the part of the keys that fits", panels)
 
 
+# -- caches of other sizes
+
+
+def of_room(cell: tuple[int, str, int, float]) -> tuple[float, float, float]:
+    """Hit ratios of ours, of least recent use and of MIN, in a cache of so many entries, a share of the keys."""
+    seed, kind, room, share = cell
+    keys = int(room / share)
+    trace = make(kind, seed, keys, max(40_000, 12 * keys))
+    room = max(1, int(share * len(np.unique(trace))))
+    ours, recency, limit = (float(POLICIES[name](trace, room).mean()) for name in (OURS, LRU, MIN))
+    return ours, recency, limit
+
+
+def run_rooms(
+    report: Report, seed: int, results: Mapping[tuple[int, str, int, float], tuple[float, float, float]]
+) -> None:
+    rows = []
+    for room in ROOMS:
+        for share in SHARES_OF_ROOMS:
+            found = {kind: results[seed, kind, room, share] for kind in DESCRIBED}
+            behind = min(found, key=lambda kind: found[kind][0] - found[kind][1])
+            means = [mean([{"ours": cell[at], MIN: cell[2]} for cell in found.values()], "ours") for at in range(2)]
+            difference = found[behind][0] - found[behind][1]
+            rows.append((f"{room}, {share:.0%}", *(f"{value:.3f}" for value in means), f"{difference:+.3f} ({behind})"))
+    columns = ["entries that fit, of all", "adaptive over MIN, mean", "LRU over MIN, mean", "worst against LRU"]
+    report.table("Kinds described, in caches of other sizes, at least 12 accesses a key", columns, rows)
+
+
+# -- objects of many sizes
+
+
+def sized(cell: tuple[int, str, int]) -> Mapping[float, Mapping[str, tuple[float, float]]]:
+    """For each share of the bytes that fits, and each policy: the ratio of hits, and of bytes that are hit."""
+    seed, kind, length = cell
+    trace = make(kind, seed, SIZED_KEYS, length)
+    draw = np.random.default_rng(seed)
+    sizes = np.exp(draw.uniform(*np.log(SIZED), int(np.max(trace)) + 1)).astype(np.int64)
+    found: dict[float, dict[str, tuple[float, float]]] = {}
+    for share in SHARES:
+        found[share] = {}
+        for name, run in POLICIES.items():
+            hits = run(trace, int(share * sizes.sum()), sizes)
+            found[share][name] = float(hits.mean()), float(sizes[trace[hits]].sum() / sizes[trace].sum())
+    return found
+
+
+def show_sized(report: Report, measured: Mapping[str, Mapping[float, Mapping[str, tuple[float, float]]]]) -> None:
+    cells = {(kind, share): cell for kind, all_ in measured.items() for share, cell in all_.items()}
+    rows = []
+    for name in POLICIES:
+        row = [name]
+        for at in range(2):
+            values = {place: {policy: both[at] for policy, both in cell.items()} for place, cell in cells.items()}
+            row += [f"{np.mean([cell[name] for cell in values.values()]):.3f}", worst_against(LRU, name, values)]
+        rows.append(tuple(row))
+    columns = ["policy", "objects, mean", "worst against LRU", "bytes, mean", "worst against LRU"]
+    title = f"Objects of {SIZED[0] / 1e3:.0f} kB to {SIZED[1] / 1e6:.0f} MB: hit ratio of objects and of bytes"
+    report.table(f"{title} (MIN ignores sizes here, and is no limit)", columns, rows)
+    kinds = []
+    for kind, all_ in measured.items():
+        ratios_ = [[all_[share][name] for name in (OURS, LRU)] for share in SHARES]
+        kinds.append((kind, *(f"{a[0]:.2f}, {a[1]:.2f} / {b[0]:.2f}, {b[1]:.2f}" for a, b in ratios_)))
+    columns = ["trace", *(f"{share:.0%} of the bytes" for share in SHARES)]
+    report.table("Objects, bytes: adaptive / LRU", columns, kinds)
+
+
 # -- end to end
 
 
@@ -132,7 +205,7 @@ def run_real(report: Report, seed: int, length: int) -> None:
         room = int(share * len(np.unique(trace)))
         row = [f"{kind}, {share:.0%} of {keys}"]
         for policy, name in {"adaptive": OURS, "lru": OUR_LRU}.items():
-            real, pure = end_to_end(trace, policy, room), POLICIES[name](trace, room)
+            real, pure = end_to_end(trace, policy, room), POLICIES[name](trace, room).mean()
             row += [f"{real:.3f}", f"{pure:.3f}", f"{real - pure:+.3f}"]
         rows.append(tuple(row))
     columns = ["trace", "adaptive", "pure", "difference", "LRU", "pure", "difference"]
@@ -163,8 +236,14 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(2 if options.full else 1) as pool:
             traces = [make(kind, options.seed, options.keys, options.length) for kind in kinds]
             measured = dict(zip(kinds, pool.map(ratios, traces, chunksize=1), strict=True))
+            some = [(options.seed, kind, options.length) for kind in DESCRIBED]
+            of_sizes = dict(zip(DESCRIBED, pool.map(sized, some, chunksize=1), strict=True))
+            others = list(product((options.seed,), DESCRIBED, ROOMS, SHARES_OF_ROOMS))
+            in_rooms = dict(zip(others, pool.map(of_room, others, chunksize=1), strict=True))
         summarize(report, measured)
         show(report, measured)
+        run_rooms(report, options.seed, in_rooms)
+        show_sized(report, of_sizes)
         if not options.no_end_to_end:
             run_real(report, options.seed, options.length * 3 // 10)
 

@@ -648,7 +648,7 @@ def test_a_second_registration_configures_anew(tmp_path: Path) -> None:
 
 def test_a_second_client_that_chooses_nothing_changes_nothing(tmp_path: Path) -> None:
     with cluster(1) as client, Client(client.scheduler.address) as other:
-        client.register_plugin(xzcache.CachePlugin(tmp_path / "chosen", "1 GB", policy="adaptive"))
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "chosen", "1 GB", policy="lru"))
         before = client.run(configured)
         with xzcache.config.set(dict(DEFAULTS)):
             other.register_plugin(xzcache.CachePlugin())
@@ -657,7 +657,7 @@ def test_a_second_client_that_chooses_nothing_changes_nothing(tmp_path: Path) ->
         with xzcache.config.set(directory=str(tmp_path / "configured")):
             other.register_plugin(xzcache.CachePlugin())
         (after,) = client.run(configured).values()
-        assert (after["directory"], after["policy"]) == (str(tmp_path / "configured"), "lru")
+        assert (after["directory"], after["policy"]) == (str(tmp_path / "configured"), "adaptive")
         other.register_plugin(xzcache.CachePlugin(policy="none"))
         (after,) = client.run(configured).values()
         assert after["policy"] == "none"

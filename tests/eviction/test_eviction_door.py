@@ -197,10 +197,40 @@ def test_a_use_is_told_at_last_though_there_are_few(index: Index) -> None:
     assert not recency.record_use(ENTRIES[1])
 
 
-def test_memory_is_bounded_while_the_index_cannot_be_told() -> None:
+def told_after(recency: Recency, index: Index) -> int:
+    """After how many uses a flush is due; flushes."""
+    count = next(number for number in range(1, 1000) if recency.record_use(Entry(f"s/used/{number}")))
+    recency.flush_to(index)
+    return count
+
+
+def test_uses_are_told_sooner_while_entries_of_others_leave(index: Index) -> None:
+    recency = Recency(Told(), most=64, longest=1e9)
+    for _ in range(2):
+        index.add_owner(1)
+    for number in range(40, 320):
+        add(index, Entry(f"s/a/c/{number}"), used=number + 1)
+    assert told_after(recency, index) == 64
+    evict(index, POLICIES["lru"](), SIZE)
+    assert told_after(recency, index) == 64
+    # some 320 entries, of which the other process may keep a 32nd to itself
+    assert told_after(recency, index) == 9
+    # none leaves
+    assert [told_after(recency, index) for _ in range(3)] == [18, 36, 64]
+    while index.totals().entries > 20:
+        evict(index, POLICIES["lru"](), SIZE)
+    told_after(recency, index)
+    assert told_after(recency, index) == 8
+    # alone, it evicts with all of its uses told
+    index.drop_owner(1)
+    evict(index, POLICIES["lru"](), SIZE)
+    assert [told_after(recency, index) for _ in range(4)] == [16, 32, 64, 64]
+
+
+def test_memory_is_bounded_while_the_index_cannot_be_told(index: Index) -> None:
     recency = Recency(told := Told(), most=4, longest=1e9)
     due = sum(recency.record_use(Entry(f"s/{number}")) for number in range(10_000))
-    recency.flush_to(None)  # type: ignore[arg-type]
+    recency.flush_to(index)
     assert len(told.batches[0].uses) <= 64 * 4
     assert due >= 1
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import Team, audit, barrier, made, run, version_of
+from processes import Team, audit, barrier, made, run, until, version_of
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
@@ -94,21 +94,21 @@ def test_the_gap_between_uses_follows_slowly() -> None:
 def test_a_loop_larger_than_the_cache_is_served_in_part(share: float) -> None:
     trace = traces.make("epochs over everything", 7, 800, 20_000)
     room = int(800 * share)
-    assert simulated.least_recent(trace, room) == 0
-    assert simulated.adaptive(trace, room) > 0.85 * simulated.best(trace, room)
+    assert not simulated.least_recent(trace, room).any()
+    assert simulated.adaptive(trace, room).mean() > 0.85 * simulated.best(trace, room).mean()
 
 
 @pytest.mark.parametrize(("kind", "least"), [("epochs over everything", 0.9), ("a fresh shuffle each epoch", 0.7)])
 def test_a_few_passes_are_enough(kind: str, least: float) -> None:
     """Who reads everything four times does not want to wait for three of them until it is noticed."""
     trace = traces.make(kind, 7, 800, 4 * 800)
-    assert simulated.adaptive(trace, 240) > least * simulated.best(trace, 240)
+    assert simulated.adaptive(trace, 240).mean() > least * simulated.best(trace, 240).mean()
 
 
-def test_what_suits_least_recent_use_is_left_to_it() -> None:
-    trace = traces.make("ping-pong scan", 7, 1000, 30_000)
-    room = 300
-    assert simulated.adaptive(trace, room) > simulated.least_recent(trace, room) - 0.04
+@pytest.mark.parametrize(("room", "keys"), [(50, 62), (150, 600), (600, 750), (600, 1200)])
+def test_what_suits_least_recent_use_is_left_to_it(room: int, keys: int) -> None:
+    trace = traces.make("ping-pong scan", 7, keys, 40 * keys)
+    assert simulated.adaptive(trace, room).mean() > simulated.least_recent(trace, room).mean() - 0.02
 
 
 def test_min_is_best() -> None:
@@ -128,7 +128,7 @@ def test_min_is_best() -> None:
     draw = random.Random(3)
     for _ in range(50):
         trace = tuple(draw.randrange(5) for _ in range(10))
-        assert simulated.best(np.array(trace), 2) * 10 == pytest.approx(most(trace, frozenset(), 2))
+        assert simulated.best(np.array(trace), 2).sum() == pytest.approx(most(trace, frozenset(), 2))
 
 
 def test_memory_is_bounded_whatever_comes() -> None:
@@ -344,7 +344,6 @@ def test_of_a_large_cache_a_part_is_looked_at(
     """
     monkeypatch.setattr("xzcache.eviction._policies._LOOKED_AT", 64)
     monkeypatch.setattr("xzcache.eviction._policies._RUNS", 16)
-    monkeypatch.setattr("xzcache.eviction._policies._FEWEST", 4)
     monkeypatch.setattr("xzcache.eviction._policies._ANYWHERE", 0.1 if is_watched else 1.0)
     if not is_watched:
         monkeypatch.setattr(Adaptive, "some_ids", lambda *_: np.zeros(0, np.int64))
@@ -355,6 +354,48 @@ def test_of_a_large_cache_a_part_is_looked_at(
     assert store.directory.barrier.faults == 0
     best = 10 * 150
     assert hits > 0.75 * best if is_watched else hits < 0.6 * best
+
+
+def read_when_asked(link: Connection, root: str) -> None:
+    store = xzcache.LockedLocalStore(root)
+    assert store.directory.prepare()
+    while numbers := link.recv():
+        for number in numbers:
+            assert store.get_sync(f"k{number}") is not None
+        link.send("read")
+
+
+@pytest.mark.parametrize("policy", ["lru", "adaptive"])
+def test_few_uses_of_a_small_cache_are_told_while_another_process_evicts(tmp_path: Path, policy: str) -> None:
+    """A use that the index does not hear of saves no entry: 256 uses are more than half of this cache."""
+    store = xzcache.LockedLocalStore(tmp_path, max_size=450 * VALUE, policy="lru")
+    for number in range(440):
+        store.set_sync(f"k{number}", put(f"k{number}"))
+
+    def last_use(number: int) -> int:
+        with store.directory.session.section() as (_, index):
+            (row,) = index.of_key(f"k{number}")
+            return row.used
+
+    with Team() as team:
+        reader = team.start(read_when_asked, str(tmp_path), settings={"policy": policy})
+
+        def read(numbers: list[int]) -> int:
+            """Have these read; returns of how many the index has heard."""
+            before = {number: last_use(number) for number in numbers}
+            reader.send(numbers)
+            reader.hear("read")
+            told = until(lambda: [number for number in numbers if last_use(number) > before[number]])
+            return len(told)
+
+        assert read(list(range(140, 440))) >= 256
+        for number in range(50):
+            store.set_sync(f"new/{number}", put(f"new/{number}"))
+        assert read(list(range(140, 440))) >= 256
+        # now it knows that entries leave
+        assert read(list(range(140, 180))) >= 8
+        reader.send([])
+        reader.result()
 
 
 def mixed(link: Connection, root: str, policy: str, seed: int, seconds: float) -> None:
@@ -680,7 +721,7 @@ def test_a_trace_is_recorded_and_can_be_replayed(tmp_path: Path, policy: str) ->
     assert set(sizes.tolist()) == {VALUE}
     assert len(set(keys.tolist())) == 75
     # everything is read three times, a third of it in both processes
-    assert simulated.best(keys, 75) == pytest.approx(225 / 300)
+    assert simulated.best(keys, 75).mean() == pytest.approx(225 / 300)
 
 
 def test_a_trace_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class CacheDirectory:
         default_max_size: int | None,
         min_free: float | int,
         lock_timeout: float,
-        policy: str = "lru",
+        policy: str = "adaptive",
     ) -> None:
         self.root = root
         self._users: set[int] = set()

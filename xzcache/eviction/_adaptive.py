@@ -126,6 +126,8 @@ _REFRESH: Final = (200, 2000)
 _PATIENCE: Final = 1.5
 """The lost hits, in entries of the cache, after which the other order is followed, if both were equally good."""
 _FEWEST: Final = 64
+_AHEAD: Final = 0.95
+"""The learned order is followed if this part of its hits exceeds the hits of least recent use, which never errs."""
 _AGES: Final = 1 << 60
 _FORMAT: Final = 2
 _SUM: Final = struct.Struct("<I")
@@ -259,7 +261,8 @@ class Adaptive:
         """Count the hits of both orders, and the hits that the followed order missed."""
         self._hits += ours
         self._recency_hits += recency
-        self._regret = max(0.0, self._regret + (ours - recency if self.prefers_recency else recency - ours))
+        lost = _AHEAD * ours - recency if self.prefers_recency else recency - _AHEAD * ours
+        self._regret = max(0.0, self._regret + lost)
 
     def _choose(self, entries: int, keep: float) -> None:
         """Follow the other order once as many hits were lost as the change may cost: the more, the better this one."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from xzcache.eviction._adaptive import Ints
-    from xzcache.index import History, Index, Row
+    from xzcache.index import History, Index, Row, Totals
     from xzcache.model import Entry
 
 
@@ -76,15 +76,16 @@ _MOST_QUEUED: Final = 4 * _QUEUED
 """How many uses are learned from at once: of more, the latest."""
 _LOOKED_AT: Final = 4096
 _RUNS: Final = 64
-_LEAVING: Final = 32
-"""When scanning all entries, evict the lowest-scored 1/32."""
+_LEAVING: Final = 64
+"""When scanning all entries, evict the lowest-scored 1/64. Each victim costs a scan of so many rows."""
 _LEAVING_OF_SOME: Final = 16
-_FEWEST: Final = 16
 _CANDIDATES: Final = 900
 """The number of watched keys to look up, of which some may still be cached."""
 _ANYWHERE: Final = 0.125
 _EVERY: Final = 32
-"""Learn when the number of uses since the last time is 1/32 of the number of entries."""
+"""Learn when the number of uses since the last time is 1/32 of the number of entries, ..."""
+_REFRESHED: Final = 200
+"""... but not more often than what was learned changes: each time, all of it is read and written."""
 _GHOSTS: Final = 16
 """For how many uses ghosts are kept, in entries of the cache: there are never more of them."""
 _FEWEST_GHOSTS: Final = 50_000
@@ -174,7 +175,7 @@ class Learning:
         if not victims:
             self._learn(index, is_full=True)
             if not self._adaptive.prefers_recency:
-                self._look(index)
+                self._look(index, want)
                 victims = self._next(index, want)
         victims = victims or _oldest(index, want)
         index.history.add_ghosts((row.entry, row.id) for row in victims)
@@ -189,8 +190,7 @@ class Learning:
         victims: list[Row] = []
         freed = 0
         while self._leaving and freed < want and len(victims) < _BATCH:
-            # so many leave, if they are as large as most
-            count = min(_BATCH - len(victims), (want - freed) * totals.entries // max(1, totals.size) + 1)
+            count = min(_BATCH - len(victims), _expected(totals, want - freed))
             rows = index.of_ids([id_ for id_, _ in self._leaving[:count]])
             passed = 0
             for id_, tick in self._leaving[:count]:
@@ -204,8 +204,8 @@ class Learning:
             del self._leaving[:passed]
         return victims
 
-    def _look(self, index: Index) -> None:
-        """Look at all entries, or at some of many, for the least worth of them."""
+    def _look(self, index: Index, want: int) -> None:
+        """Look at all entries, or at some of many, for the least worth of them, at least as many as are wanted."""
         history = index.history
         if self._entries <= _LOOKED_AT:
             rows, share = history.entries_from(0, 0, _LOOKED_AT), _LEAVING
@@ -219,7 +219,7 @@ class Learning:
             ids, first = np.unique(ids, return_index=True)
             ticks, gaps, now = ticks[first], gaps[first], history.now()
             order = np.argsort(self._adaptive.worth_of(gaps, now - ticks), kind="stable")
-            leaving = order[: max(_FEWEST, len(ids) // share)]
+            leaving = order[: max(_expected(index.totals(), want), len(ids) // share)]
             self._leaving = list(zip(ids[leaving].tolist(), ticks[leaving].tolist(), strict=True))
             self._found_at = now
 
@@ -258,7 +258,7 @@ class Learning:
         history.forget_ghosts(now - max(_FEWEST_GHOSTS, _GHOSTS * totals.entries), self._serial)
 
     def _has_learned(self, now: int) -> bool:
-        return self._queued <= _QUEUED and 0 <= now - self._learned_at < self._entries // _EVERY
+        return self._queued <= _QUEUED and 0 <= now - self._learned_at < max(_REFRESHED, self._entries // _EVERY)
 
 
 POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] = {
@@ -266,13 +266,17 @@ POLICIES: Final[Mapping[str, type[LeastRecentlyUsed | NoEviction | Learning]]] =
 }
 
 
+def _expected(totals: Totals, want: int) -> int:
+    """How many entries hold so many bytes, if they are as large as most."""
+    return want * totals.entries // max(1, totals.size) + 1
+
+
 def _oldest(index: Index, want: int) -> list[Row]:
     """Victims by least recent use; ranks that lag behind are put right on the way."""
     index.pins.release_ended()
     totals = index.totals()
-    # the expected number of victims, twice, because some may have been used meanwhile
-    expected = want * totals.entries // max(1, totals.size) + 1
-    while rows := index.by_rank(2 * min(_BATCH, expected)):
+    # twice, because some may have been used meanwhile
+    while rows := index.by_rank(2 * min(_BATCH, _expected(totals, want))):
         victims, ranks = least_recently_used(rows, want, _BATCH)
         index.set_rank(ranks)
         if victims or not ranks:

@@ -31,8 +31,18 @@ class Tell(Protocol):
     ) -> None: ...
 
 
+_SHARE: Final = 32
+"""While one process evicts, the others together keep at most the uses of 1/32 of the entries to themselves."""
+_FEWEST: Final = 8
+"""Fewer uses are not worth a transaction."""
+
+
 class Recency:
     """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
+
+    A process that evicts flushes its own uses first. Other processes flush after 256 uses, or `longest` seconds;
+    earlier if the cache is small and entries were evicted since their last flush, because a use that is not in the
+    index saves no entry.
 
     A hit stores its use without a call: ``uses[key, start, stop] = time.monotonic()``. It calls `is_due` only if there
     are `most` uses, or it is later than `due_at`.
@@ -41,10 +51,12 @@ class Recency:
     def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
         self.policy = policy
         self.uses = self._no_uses()
-        self.most = most
+        self.most = self._largest = most
         self.due_at = 0.0
         self._longest = longest
         self._lock = threading.Lock()
+        self._is_flushing = False
+        self._removals: int | None = None
         self.tell: Tell | None = None
 
     def record_use(self, entry: Entry) -> bool:
@@ -55,14 +67,15 @@ class Recency:
     def is_due(self, now: float) -> bool:
         """Whether `flush_to` is due, which the caller has a second for."""
         uses = self.uses
-        if len(uses) > 64 * self.most:
+        if len(uses) > 64 * self._largest:
             # the index cannot be used: drop the uses to limit the memory
             uses.clear()
         if not self.due_at:
             # this is the first use since the last flush
             self.due_at = now + self._longest
-        due = now >= self.due_at or len(uses) == self.most
+        due = now >= self.due_at or (len(uses) >= self.most and not self._is_flushing)
         if due:
+            self._is_flushing = True
             self.due_at = max(self.due_at, now + 1.0)
         return due
 
@@ -73,13 +86,25 @@ class Recency:
         """
         with self._lock:
             recorded, self.uses, self.due_at = self.uses, self._no_uses(), 0.0
+            self._is_flushing = False
         zero = _zero()
         # a copy: a hit that began before may still add to it
         uses = {Entry(*extent): zero + int(at * 1e9) for extent, at in recorded.copy().items()}
         if uses or arrived:
             self.policy.record(index, UseBatch(uses, arrived))
+        if uses:
+            self._set_pace(index)
         if self.tell is not None:
             self.tell(index, uses, arrived, everything=everything)
+
+    def _set_pace(self, index: Index) -> None:
+        """Set after how many uses to flush: few while entries of a small cache are evicted by other processes."""
+        entries, owners, removals = index.turnover()
+        if owners < 2 or self._removals in (None, removals):
+            self.most = min(self._largest, 2 * self.most)
+        else:
+            self.most = min(self._largest, max(_FEWEST, entries // (_SHARE * (owners - 1))))
+        self._removals = removals
 
     def _no_uses(self) -> dict[Extent, float]:
         return {}

@@ -378,6 +378,13 @@ class Index:
 
     # -- totals
 
+    def turnover(self) -> tuple[int, int, int]:
+        """The numbers of entries and of owners, and a number that grows by 1 with each entry that is removed."""
+        # the serial counts arrivals and removals, the number of entries is their difference
+        statement = "SELECT n, (SELECT count(*) FROM owner), (serial - n) / 2 FROM total"
+        entries, owners, removals = self._do(statement).fetchone()
+        return entries, owners, removals
+
     def totals(self) -> Totals:
         return Totals(*self._do("SELECT n, bytes, lease, dying, max_size FROM total").fetchone())
 
