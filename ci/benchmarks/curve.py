@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
-from _policies import PROCESSES, Trace, _Cache, _Recency, hashed, turns
+from _policies import PROCESSES, Trace, _Cache, _Recency, turns
 from _report import Report, arguments
 from _traces import DESCRIBED, GUESSES, make
 from zarr.core.buffer import default_buffer_prototype
@@ -48,7 +48,7 @@ def sampled(trace: Trace, room: int) -> Sample:
     entries = [Entry(f"n/c/{key}") for key in range(int(np.max(trace)) + 1)]
     shift = (min(room, len(entries)) // WATCHED).bit_length()
     limit = 1 << 32 >> shift
-    held = _Recency(room)
+    held = _Recency(room, [1] * len(entries))
     uses: list[dict[Entry, int]] = [{} for _ in range(PROCESSES)]
     parts: list[list[bytes]] = [[] for _ in range(PROCESSES)]
     # hits, misses, used, accesses, reports
@@ -91,17 +91,18 @@ def sampled(trace: Trace, room: int) -> Sample:
 def replayed(trace: Trace, room: int, policy: str, begin: int) -> float:
     """The part of the accesses, from one on, that are misses."""
     misses = 0
+    sizes = [1] * (int(np.max(trace)) + 1)
     if policy == "lru":
-        held = _Recency(room)
+        held = _Recency(room, sizes)
         for number, key in enumerate(trace.tolist()):
             misses += not held.use(key) and number >= begin
     else:
-        cache = _Cache(Adaptive(), hashed(np.arange(int(np.max(trace)) + 1)), room, 4096)
+        cache = _Cache(Adaptive(), sizes, room, 4096)
         for number, (key, process) in enumerate(zip(trace.tolist(), turns(len(trace)).tolist(), strict=True)):
             if cache.is_here[key]:
-                cache.hit(key, process)
+                cache.hit(key, process, number)
             else:
-                cache.come(key, process)
+                cache.come(key, process, number)
                 misses += number >= begin
     return misses / (len(trace) - begin)
 

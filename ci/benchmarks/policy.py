@@ -131,7 +131,8 @@ def sized(cell: tuple[int, str, int]) -> Mapping[float, Mapping[str, tuple[float
     seed, kind, length = cell
     trace = make(kind, seed, SIZED_KEYS, length)
     draw = np.random.default_rng(seed)
-    sizes = np.exp(draw.uniform(*np.log(SIZED), int(np.max(trace)) + 1)).astype(np.int64)
+    least, most = np.log(SIZED)
+    sizes = np.exp(draw.uniform(least, most, int(np.max(trace)) + 1)).astype(np.int64)
     found: dict[float, dict[str, tuple[float, float]]] = {}
     for share in SHARES:
         found[share] = {}
