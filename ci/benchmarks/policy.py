@@ -131,14 +131,14 @@ def sized(cell: tuple[int, str, int]) -> Mapping[float, Mapping[str, tuple[float
     seed, kind, length = cell
     trace = make(kind, seed, SIZED_KEYS, length)
     draw = np.random.default_rng(seed)
-    least, most = np.log(SIZED)
+    least, most = (float(np.log(size)) for size in SIZED)
     sizes = np.exp(draw.uniform(least, most, int(np.max(trace)) + 1)).astype(np.int64)
     found: dict[float, dict[str, tuple[float, float]]] = {}
     for share in SHARES:
         found[share] = {}
         for name, run in POLICIES.items():
             hits = run(trace, int(share * sizes.sum()), sizes)
-            found[share][name] = float(hits.mean()), float(sizes[trace[hits]].sum() / sizes[trace].sum())
+            found[share][name] = float(hits.mean()), float(sizes[trace[hits]].sum()) / float(sizes[trace].sum())
     return found
 
 
