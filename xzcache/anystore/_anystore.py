@@ -200,8 +200,11 @@ class StoreBackend(Backend):
             self._is_bound_small = True
             text = "an object of %s is larger than max_size=%s of the cache: such objects are not cached"
             logger.warning(text, shown_size(size), shown_size(self.bound))
-        if (limit is not None and size > limit) or not self._index.arrive(entry.key):
+        if limit is not None and size > limit:
             return False
+        while (under_way := self._index.arrive(entry.key)) is not None:
+            # a piece of the object is being stored, or all of it
+            await asyncio.shield(asyncio.wrap_future(under_way))
         # from here on no other thread stores an entry of the object
         others = [self._index.validator(other) for other in self._index.of_key(entry.key) if other != entry]
         if not all(are_compatible(validator, other) for other in others):

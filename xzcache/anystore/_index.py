@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache._config import is_fresh
@@ -54,7 +55,7 @@ class MemoryIndex:
     def after_fork_in_child(self) -> None:
         """Start with a new lock, without the stores that only tasks of the parent would finish."""
         self._lock = threading.Lock()
-        self._arriving: set[str] = set()
+        self._arriving: dict[str, Future[None]] = {}
         self.size = sum(record.size for record in self._records.values())
 
     def __len__(self) -> int:
@@ -163,21 +164,22 @@ class MemoryIndex:
         with self._lock:
             self.size -= size
 
-    def arrive(self, key: str) -> bool:
-        """Mark a key as being stored until `arrived`; False if another task is storing it.
+    def arrive(self, key: str) -> Future[None] | None:
+        """Mark a key as being stored until `arrived`; if another task is storing it, returns what ends with that.
 
         Meanwhile, the cache store may hold a value that must not be served.
         """
         with self._lock:
-            if key in self._arriving:
-                return False
-            self._arriving.add(key)
-            return True
+            if (under_way := self._arriving.get(key)) is None:
+                self._arriving[key] = Future()
+            return under_way
 
     def arrived(self, key: str) -> None:
         """Undo `arrive`."""
         with self._lock:
-            self._arriving.discard(key)
+            done = self._arriving.pop(key, None)
+        if done is not None:
+            done.set_result(None)
 
     def record(self, entry: Entry, size: int, data: memoryview | None, version: WriteVersion, validator: str) -> bool:
         """Record an entry whose space was taken; False if its key was written since the version was read."""

@@ -22,7 +22,7 @@ import zarr.storage
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from xzcache.model import FIXED, clip, is_from_source, session_validator, span
+from xzcache.model import FIXED, clip, is_document, is_from_source, session_validator, span
 from xzcache.sources._open import WebStore
 
 if TYPE_CHECKING:
@@ -120,18 +120,21 @@ async def fetch(
         answer = await _of_obstore(source, key, prototype, byte_range, known, options)
         return _labelled([answer], byte_range, fixed=fixed, ignore_validators=ignore_validators)[0]
     look, twin = None if fixed else _look_at(source), _Recording.twin_of(source)
+    is_of_files = isinstance(source, LocalStore)
     # if the validator comes with the bytes, a metadata request pays only if it is likely to save them
     if look is not None and known and (twin is None or certain):
         if (seen := (await look(key)).validator) == known:
             return FetchResult(None, known, unchanged=True)
         states = lambda: {seen}  # noqa: E731
-    elif isinstance(source, LocalStore) or byte_range is None:
+    elif is_of_files or byte_range is None:
         states = set
     is_clear = True
     if twin is not None:
         answer, is_clear = await _fetch_recorded(twin, key, prototype, byte_range)
     else:
-        if look is None or (byte_range is None and not known and not certain):
+        # of a whole chunk in a file, to look costs little, and parts of it are of the same state
+        is_worth_it = byte_range is not None or known or certain or (is_of_files and not is_document(key))
+        if look is None or not is_worth_it:
             answer = _judged(await source.get(key, prototype, byte_range), byte_range, _UNKNOWN)
         else:
             (answer,) = await _between_looks(
