@@ -80,7 +80,7 @@ def _of_dask() -> dict[str, Any]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question that names the nearest known name, for the end of a message; empty if none is near."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1, cutoff=0.7)
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1, cutoff=0.65)
     return f", did you mean {close[0]}?" if close else ""
 
 

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from xzcache.cli import cli, main
 
-COMMANDS = {"info", "ls", "clear", "resize", "check", "config"}
+LOOKING = {"info", "ls", "check", "config"}
+COMMANDS = {*LOOKING, "clear", "pin", "report", "resize", "serve-metrics", "top", "unpin", "warm"}
 
 
 def test_each_command_says_what_it_is_for() -> None:
@@ -21,7 +22,7 @@ def test_each_command_says_what_it_is_for() -> None:
         assert said.output.startswith("Usage: ")
 
 
-@pytest.mark.parametrize("command", ["info", "ls", "check", "config"])
+@pytest.mark.parametrize("command", sorted(LOOKING))
 def test_what_only_looks_answers_programs_and_makes_nothing(command: str, tmp_path: Path) -> None:
     said = CliRunner().invoke(cli, [command, "--json", "--directory", str(tmp_path / "cache")])
     assert said.exit_code == 0, said.output

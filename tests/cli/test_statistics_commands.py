@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,10 @@ def test_one_sample_in_a_pipe(cache: Path) -> None:
 
 
 def test_metrics_are_served_on_this_machine_until_interrupted(cache: Path) -> None:
+    # where the tests run in the background of a shell, the signal would be ignored
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command("serve-metrics", "--port", "0", "-d", cache), stdout=subprocess.PIPE, text=True
+        command("serve-metrics", "--port", "0", "-d", cache), stdout=subprocess.PIPE, text=True, preexec_fn=heed
     ) as process:
         try:
             assert process.stdout is not None

@@ -277,8 +277,8 @@ def amidst(reveal: Callable[..., Any]) -> Callable[..., Any]:
 
 def rename_first(index: Index, moves: Any) -> None:
     """The two steps in the wrong order, and the end between them."""
-    for item, path in moves:
-        _files.move(item.temporary, path)
+    for item in moves:
+        _files.move(item.temporary, item.path)
     die()
 
 

@@ -426,7 +426,7 @@ for name, value, accepted in [
     ("max_size", "20 GBB", 'a whole number of bytes, 0 or more, a string such as "20 GB"'),
     ("max_age_seconds", "1 h", 'a number of seconds, 0 or more, or "infinity"'),
     ("missing_max_age_seconds", -1, 'a number of seconds, 0 or more, or "infinity"'),
-    ("revalidate", "always", '"open", True, False, or a number of seconds, 0 or more'),
+    ("revalidate", "always", '"open", "strict", True, False, or a number of seconds, 0 or more'),
     ("policy", "fifo", '"lru" (least recently used), "adaptive" or "none"'),
     ("upstream", "s3fs", '"auto" (obstore where it can, else fsspec), "obstore" or "fsspec"'),
     ("cache_set_data", "yes", "True or False"),

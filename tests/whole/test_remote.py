@@ -140,9 +140,10 @@ def test_what_is_cached_is_read_without_a_server(upstream: str, zarr_format: int
         assert not s3.counts().tallies
     check(url, revalidate=False, **options)
     elsewhere(check, url, revalidate=False, **options)
+    check(url, **options)
     for read in (partial(xr.open_zarr, engine="zcache"), xzcache.open_mfdataset):
         with pytest.raises(Exception, match=r"zarr\.json|\.zmetadata|\.zgroup|onnect") as raised:
-            read(url, **options)
+            read(url, revalidate="strict", **options)
         assert raised.value.__notes__ == ["revalidate=False reads what is cached of this source without asking it"]
 
 

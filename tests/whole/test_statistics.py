@@ -178,7 +178,7 @@ def test_a_damaged_index_loses_the_statistics_and_no_read(tmp_path: Path) -> Non
     read(store, range(20))
     assert store.cache_stats()["cache_errors"] == 0
     assert xzcache.info(cache).entries == 20
-    assert manage.curve(cache).policy == "lru"
+    assert manage.curve(cache).policy == "adaptive"
 
 
 def test_a_cache_without_statistics_goes_on(tmp_path: Path) -> None:

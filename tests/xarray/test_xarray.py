@@ -132,6 +132,10 @@ def assert_same(expected: Any, actual: Any) -> None:
             assert repr(actual[name].encoding) == repr(expected[name].encoding)
             assert type(actual[name].variable._data) is type(expected[name].variable._data)
     elif isinstance(expected, Exception):
+        if str(expected) == "no files to open":
+            # ours names the pattern
+            assert (type(actual), str(actual).partition(": ")[0]) == (type(expected), str(expected))
+            return
         if message(actual) != message(expected) and actual.__cause__ is not None:
             # ours says more, and is caught by what catches theirs by a built-in type
             assert isinstance(expected, type(actual))
@@ -827,5 +831,5 @@ def test_it_knows_all_that_the_engine_zarr_knows() -> None:
 
 def test_a_file_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "x.nc").write_bytes(b"\x89HDF\r\n\x1a\n")
-    with pytest.raises(FileNotFoundError, match=r"x\.nc is a file and not a Zarr store"):
+    with pytest.raises(ValueError, match=r"x\.nc' is a NetCDF or HDF5 file, not a Zarr store"):
         xr.open_zarr(tmp_path / "x.nc", engine="zcache", cache_store=tmp_path / "cache")

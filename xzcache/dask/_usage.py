@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from distributed.metrics import context_meter
 
 from xzcache import _threads as pool
+from xzcache._fork import renew_after_fork
 from xzcache.reading import observers, process
 
 if TYPE_CHECKING:
@@ -17,7 +18,20 @@ if TYPE_CHECKING:
 
 
 _SECONDS: Final = 1.0
-_PROCESS: Final = uuid.uuid4().hex
+
+
+class _Process:
+    """An id of this process that no other process on any host has; a forked child gets its own."""
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        self.id = uuid.uuid4().hex
+
+
+_this: Final = _Process()
 
 
 class Usage(NamedTuple):
@@ -52,7 +66,7 @@ def usage(directory: CacheDirectory) -> Usage:
 def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
     counts: dict[str, Any] = process.as_dict()
     return Usage(
-        process=_PROCESS,
+        process=_this.id,
         node=node,
         directory=directory.root,
         used=totals.size,

@@ -283,7 +283,8 @@ def _through_cache(
             text = "is a file and not a Zarr store: another engine may read it"
             raise FileNotFoundError(f"{_root_of(store)} {text}") from None
         _say(error, store, given)
-        if (better := explained(error, store, source)) is not None:
+        # of a path within a store, Zarr's message names it
+        if not path and (better := explained(error, store, source)) is not None:
             raise better from error
         raise
     except Exception as error:
