@@ -94,16 +94,18 @@ def make(folder: Path) -> None:
     import numpy as np
     import xarray as xr
 
-    values = np.random.default_rng(1).standard_normal((16, 60, 120)).astype("f4")
+    values = np.random.default_rng(1).standard_normal((64, 60, 120)).astype("f4")
     dims = ("time", "latitude", "longitude")
-    times = np.arange("2024-01-01", "2024-01-17", dtype="datetime64[D]").astype("datetime64[ns]")
+    times = np.arange("2020-01-01", "2020-03-05", dtype="datetime64[D]").astype("datetime64[ns]")
     data = xr.Dataset({"t2m": (dims, values), "u10": (dims, -values)}, {"time": times})
     chunks = {"chunks": (4, 60, 120)}
     data.to_zarr(folder / "era5.zarr", encoding=dict.fromkeys(data, chunks), zarr_format=3)
     sharded = {"chunks": (1, 60, 120), "shards": (8, 60, 120)}
     data.to_zarr(folder / "sharded.zarr", encoding=dict.fromkeys(data, sharded), zarr_format=3)
-    for year in ("2024", "2025"):
-        part = data.assign_coords(time=times + np.timedelta64(366 if year == "2025" else 0, "D"))
+    data = data.isel(time=slice(16))
+    for year in (2024, 2025):
+        begin = np.datetime64(f"{year}-01-01") - np.datetime64("2020-01-01")
+        part = data.assign_coords(time=data["time"].values + begin)
         part.to_zarr(folder / f"{year}.zarr", encoding=dict.fromkeys(data, chunks), zarr_format=3)
 
 

@@ -47,7 +47,9 @@ def _differences_of_files(built: Path) -> list[str]:
     with tarfile.open(source) as tar:
         sources = {name.partition("/")[2] for name in tar.getnames()}
     here = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "xzcache").rglob("*") if path.suffix in (".py", ".typed")
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "xzcache").rglob("*")
+        if path.suffix in (".html", ".py", ".typed")
     }
     found = [f"the wheel lacks or adds {name}" for name in sorted(wheels ^ here)]
     wanted = here | {"README.md", "LICENSE", "CITATION.cff", "ci/smoke.py", "mkdocs.yml", "tests/conftest.py"}

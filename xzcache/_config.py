@@ -78,9 +78,9 @@ def _of_dask() -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in section.items()} if isinstance(section, dict) else {}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], least: float = 0.7) -> str:
     """A question that names the nearest known name, for the end of a message; empty if none is near."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1, cutoff=0.65)
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), 1, cutoff=least)
     return f", did you mean {close[0]}?" if close else ""
 
 

@@ -467,6 +467,8 @@ def test_a_directory_that_was_taken_away_is_not_told_of_uses(tmp_path: Path, cap
 @pytest.mark.slow
 def test_ghosts_are_bounded_and_count_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xzcache.eviction._policies._FEWEST_GHOSTS", 256)
+    # they are forgotten in one of 16 rounds of learning
+    monkeypatch.setattr("xzcache.eviction._policies._REFRESHED", 0)
     store = xzcache.LockedLocalStore(tmp_path, max_size=50 * VALUE, policy="adaptive")
     directory = store.directory
     for number in range(6000):

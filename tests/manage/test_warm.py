@@ -237,7 +237,12 @@ def slow(tmp_path: Path) -> Iterator[Delayed]:
 def command(url: str, tmp_path: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
     words = ("-m", "xzcache", "warm", f"{url}/era5.zarr", "--directory", str(tmp_path / "cache"), *words)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], **{**pipes, **options})
+    return subprocess.Popen([sys.executable, *words], preexec_fn=heed, **{**pipes, **options})
+
+
+def heed() -> None:
+    """Let SIGINT do what it does by default, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_failed_objects_are_retried_and_listed(slow: Delayed, tmp_path: Path) -> None:
@@ -263,7 +268,10 @@ def test_interrupted_and_started_again(slow: Delayed, tmp_path: Path, by_module:
         started = command(slow.url, tmp_path, "--concurrency", "2")
     else:
         started = subprocess.Popen(
-            [sys.executable, "-c", f"import xzcache; xzcache.warm({arguments})"], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", f"import xzcache; xzcache.warm({arguments})"],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed,
         )
     with started as process:
         until(lambda: len(slow.chunks()) >= 20)

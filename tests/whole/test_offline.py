@@ -241,8 +241,8 @@ def test_a_source_that_is_back_is_asked_again(
         # a fresh process asks at once
         assert run(look, source.url, source.options(), slice(20)).values[0, 0] == 1000
         # this one after a while, whether the dataset is opened again or was opened while the source was away
-        until(lambda: source.open().t2m.offset == 1000, pause=0.5)
-        until(lambda: session.t2m[:20].values[0, 0] == 1000, pause=0.5)
+        until(lambda: source.open().t2m.offset == 1000)
+        until(lambda: session.t2m[:20].values[0, 0] == 1000)
         np.testing.assert_array_equal(session.t2m[:20], weather(1000).t2m[:20])
         # one warning for a source and a process
         source.server.kill()

@@ -299,7 +299,7 @@ def _matching(name: str, paths: Iterable[str]) -> list[str]:
 
 def _unknown_variable(name: str, known: Iterable[Any]) -> ValueError:
     names = sorted(map(str, known))
-    hint = nearest(name, names) or f", give one of {', '.join(map(repr, names[:8]))}"
+    hint = nearest(name, names, 0.6) or f", give one of {', '.join(map(repr, names[:8]))}"
     hint += f" and {len(names) - 8} more" if len(names) > 8 and "give" in hint else ""
     return ValueError(f"variables={name!r} is not accepted: the dataset has no such variable{hint}")
 
@@ -486,7 +486,7 @@ class _Selections:
             for name in names:
                 if name not in self._used:
                     known = sorted(self._known)
-                    hint = nearest(name, known) or f", give one of {', '.join(map(repr, known))}"
+                    hint = nearest(name, known, 0.6) or f", give one of {', '.join(map(repr, known))}"
                     raise ValueError(f"{kind}={name!r} is not accepted: there is no such dimension{hint}")
 
 
