@@ -345,6 +345,8 @@ def test_of_a_large_cache_a_part_is_looked_at(
     monkeypatch.setattr("xzcache.eviction._policies._LOOKED_AT", 64)
     monkeypatch.setattr("xzcache.eviction._policies._RUNS", 16)
     monkeypatch.setattr("xzcache.eviction._policies._ANYWHERE", 0.1 if is_watched else 1.0)
+    # as often for the size of the cache as for a large one
+    monkeypatch.setattr("xzcache.eviction._policies._REFRESHED", 0)
     if not is_watched:
         monkeypatch.setattr(Adaptive, "some_ids", lambda *_: np.zeros(0, np.int64))
     store = xzcache.LockedLocalStore(tmp_path, max_size=150 * VALUE, policy="adaptive")
