@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sources import buffer, memory_source
+from sources import buffer, by_ranges, memory_source
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 
@@ -55,6 +55,7 @@ async def ranges(store: xzcache.CacheStore, *wanted: tuple[int, int]) -> dict[in
     return found
 
 
+@by_ranges
 async def test_byte_ranges_are_counted_once_each_whether_or_not_others_are_missing(tmp_path: Path) -> None:
     source = memory_source()
     await source.set(KEY, buffer(DATA))
