@@ -52,7 +52,7 @@ CACHES = ("lru", "adaptive")
 BROKEN = ("forgetful", "stale", "flipping")
 
 SLICE = {"ours": "adaptive"}
-"""What a run of a few minutes compares: the store for each pipeline, of which the first runs what takes long as well."""
+"""What a run of a few minutes compares: the store for each pipeline. The first one runs what takes long as well."""
 
 
 @dataclass(frozen=True)
