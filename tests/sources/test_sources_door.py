@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pickle
+import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, StorePath, WrapperStore
 
 from xzcache import sources
-from xzcache.model import FIXED, are_compatible, differ, is_from_source
+from xzcache.model import FIXED, Replaced, are_compatible, differ, is_from_source
 
 DATA = bytes(range(200))
 SECRET = "hush-hush"
@@ -307,3 +310,30 @@ async def test_an_error_of_the_source_is_its_own_and_ends_the_other_requests() -
         await sources.all_of([endless(), failing()])
     assert cancelled.is_set()
     assert await sources.all_of(asyncio.sleep(0, number) for number in range(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionRefusedError(), True),
+        (TimeoutError(), True),
+        (socket.gaierror(socket.EAI_NONAME, "no such name"), True),
+        (OSError(errno.ESTALE, "a mount whose server is gone"), True),
+        (ExceptionGroup("both", [ConnectionResetError(), TimeoutError()]), True),
+        (ExceptionGroup("one is an answer", [ConnectionResetError(), PermissionError()]), False),
+        # the source has answered, with the bytes of two states; its number is that of a mount that is gone
+        (Replaced("a/c/0"), False),
+        (ExceptionGroup("ranges", [Replaced("a/c/0")]), False),
+        (FileNotFoundError(), False),
+        (PermissionError(), False),
+        (ssl.SSLCertVerificationError(), False),
+        (ValueError("nothing is known of it"), False),
+    ],
+    ids=repr,
+)
+def test_which_exceptions_are_an_outage(error: Exception, expected: bool) -> None:
+    assert sources.is_outage(error) is expected
+    wrapped = RuntimeError("of a client")
+    wrapped.__cause__ = error
+    if not isinstance(error, ExceptionGroup):
+        assert sources.is_outage(wrapped) is expected

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import zarr.storage
 from zarr.storage import FsspecStore, LocalStore
 
+from xzcache.model import Replaced
 from xzcache.sources._urls import shown_within
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def is_outage(error: BaseException) -> bool:
 
 def _verdict(error: BaseException) -> bool | None:
     """Whether one exception of a chain says that the source cannot be reached; None if it does not tell."""
+    if isinstance(error, Replaced):
+        # our own, with `errno.ESTALE`: the source has answered, with two states
+        return False
     if (status := _status_of(error)) is not None:
         return status in (408, 429) or (500 <= status < 600 and status not in (501, 505))
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
