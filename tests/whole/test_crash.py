@@ -670,6 +670,34 @@ def test_the_audit_sees_a_rename_before_the_commit(tmp_path: Path) -> None:
     assert findings(root) == [f"a file without a row: {root}/k3, {VALUE} bytes"]
 
 
+def join_and_die(link: Connection, root: str) -> None:
+    assert xzcache.LockedLocalStore(root).directory.prepare()
+    die()
+
+
+def join_many(link: Connection, root: str) -> None:
+    """As if the few entries of these tests were many."""
+    _recovery._FEW = 3  # type: ignore[misc]  # that is the point
+    assert xzcache.LockedLocalStore(root).directory.prepare()
+
+
+def test_many_entries_are_counted_after_a_crash_and_not_at_each_joining(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    run(fill_ten, root)
+    with sqlite3.connect(index_path(root)) as index:
+        index.execute("UPDATE total SET bytes = bytes + 1")
+    index.close()
+    run(join_many, root)
+    assert findings(root)
+    killed(join_and_die, root)
+    # that one joined as one of few entries, and has counted them
+    with sqlite3.connect(index_path(root)) as index:
+        index.execute("UPDATE total SET bytes = bytes + 1")
+    index.close()
+    run(join_many, root)
+    assert audit(root) == 10
+
+
 def test_the_audit_sees_an_account_that_is_off(tmp_path: Path) -> None:
     root = str(tmp_path)
     run(fill_ten, root)

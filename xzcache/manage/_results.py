@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -72,12 +73,12 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-class _Shown:
+class _Shown(ABC):
     """A result with a short display for consoles, a table for notebooks, and a dictionary for programs."""
 
+    @abstractmethod
     def table(self) -> Table:
         """The figures as a table, for displays."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return self.table().text()

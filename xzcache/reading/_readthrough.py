@@ -215,11 +215,13 @@ class ReadThrough:
             return await ask()
         except Exception as error:
             # with `revalidate=False`, an answer was not wanted
-            if not reading.is_outage(error) and not never_asks:
+            is_outage = reading.is_outage(error)
+            if not is_outage and not never_asks:
                 raise
             if (found := await self.offline(request.key, is_beside=is_beside)) is None:
                 raise
-            reading.served_offline(request.key, began, error)
+            if is_outage:
+                reading.served_offline(request.key, began, error)
             self._served_offline(request.key, found)
             return reading.hit(request, None if found is MISSING else found)
 
