@@ -19,9 +19,10 @@ import zarr
 from servers import nobody, tidy, web_server
 from sources import CountingStore, again, buffer, cached, local_source, neighbours, read, read_now
 from zarr.abc.store import Store
-from zarr.storage import LocalStore, MemoryStore, ObjectStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore
 
 import xzcache
+from xzcache.sources import reach_of
 
 __all__ = ["nobody", "tidy"]
 
@@ -341,3 +342,30 @@ def test_equal_cache_directories_have_the_same_rights(tmp_path: Path) -> None:
     assert store.with_read_only(True) == xzcache.LockedLocalStore(tmp_path / "cache", read_only=True) != store
     assert store != LocalStore(tmp_path / "cache")
     assert store != xzcache.LockedLocalStore(tmp_path / "other")
+
+
+class Refusing(WrapperStore[Store]):
+    """A source that raises an exception, once it is told which."""
+
+    error: Exception | None = None
+
+    async def get(self, *args: Any, **options: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        return await super().get(*args, **options)
+
+
+@pytest.mark.parametrize(("error", "is_down"), [(PermissionError("refused"), False), (ConnectionError("gone"), True)])
+async def test_an_absent_chunk_stays_absent_and_only_an_outage_is_recorded_as_one(
+    error: Exception, is_down: bool, later: Callable[[float], None], tmp_path: Path
+) -> None:
+    source = Refusing(MemoryStore())
+    store = xzcache.CacheStore(
+        source, cache_store=tmp_path, read_only=True, revalidate=False, missing_max_age_seconds=60, namespace="refusing"
+    )
+    assert await read(store, "a/c/0") is None
+    later(3600)
+    source.error = error
+    assert await read(store, "a/c/0") is None
+    assert reach_of(store.namespace).is_suspect is is_down
+    reach_of(store.namespace).answered()
