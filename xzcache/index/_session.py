@@ -277,7 +277,7 @@ class Registration:
         return self._read(1)
 
     def write_serial(self, index: Index) -> None:
-        """Record the serial of the index: an index that lost its last transactions is noticed by it; under the guard."""
+        """Record the serial of the index, which shows a loss of its last transactions; under the guard."""
         serial = index.committed_serial
         if serial != self._serial:
             self._serial = serial
