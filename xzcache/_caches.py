@@ -153,8 +153,7 @@ class _Binding(NamedTuple):
     backend: weakref.ref[StoreBackend]
 
 
-# Weak: a cache store that nobody uses any more must not be kept by this table. Its source is remembered,
-# because its keys are still in it
+# Weak: this table must not keep an unused cache store alive. Its source is remembered, because its keys are still in it
 _bindings: Final[dict[str, _Binding]] = {}
 
 

@@ -459,7 +459,7 @@ def rebuild(session: IndexSession, damaged: int, max_size: int | None) -> bool:
     with session.guarded() as process:
         if process.read_generation() != damaged:
             return False
-    # nobody may store meanwhile: a file that gets its name after the walk below would never be counted
+    # no process may store meanwhile: a file that gets its name after the walk below would never be counted
     if not process.storing.exclude(session.timeout):
         raise Busy("an entry is being written, so the index cannot be rebuilt now")
     try:
@@ -529,7 +529,7 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
             # a note of pending invalidations does not depend on the lost index
             if not name.startswith(UNDONE):
                 _remove_tree(session, f"tmp/{name}")
-        # no tombstone of the new index speaks of these files, and nobody serves them
+        # the new index has no tombstones of these files, and no process serves them
         files.empty(files.inside(session.root, f"{META}/trash/.").removesuffix("/."))
         if not session.has_stamps:
             _remove_unknowable(session)

@@ -165,7 +165,7 @@ class Guard:
     def is_current(self) -> bool:
         """Whether the lock file is still the one at its path: the directory may have been removed. Raises `OSError`."""
         try:
-            # by path: a lock on a file that was unlinked excludes nobody
+            # by path: a lock on an unlinked file excludes no process
             there = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return False

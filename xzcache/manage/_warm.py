@@ -525,7 +525,7 @@ def drive(run: Run, coroutine: Coroutine[Any, Any, T], tick: Callable[[], None] 
             if tick is not None:
                 tick()
     except BaseException:
-        # an interruption must not lose what is under way: its bytes are paid for
+        # an interruption must not lose the requests under way, whose bytes were transferred
         run.is_stopped = True
         with suppress(NotYet, Exception):
             future.result(_GRACE)
