@@ -90,6 +90,7 @@ class Quarantine:
 
     def holds(self, key: str) -> bool:
         """Whether a key is quarantined."""
+        # one lookup for each folder of the key, however many names are held
         return bool(self._held) and any(name in self._held for name in _names(key))
 
     def suspects(self, key: str) -> bool:
