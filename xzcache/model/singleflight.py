@@ -46,7 +46,7 @@ class Claim:
 
     def __init__(self, span: Span) -> None:
         self.span = span
-        self._outcome: Fetched | Exception | None = None
+        self._outcome: Fetched | LeaderCancelled | None = None
         # most claims have none
         self._waiters: list[Future[Fetched]] = []
         self.sent_at = math.inf
@@ -69,11 +69,13 @@ class Claim:
         waiting = asyncio.wrap_future(future)
         # a waiter that gave up must not get a warning about an exception that was never retrieved
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # unlike `wait_for`, it raises nothing: the exception would refer to a frame that refers to the exception
+        await asyncio.wait([waiting], timeout=timeout)
         try:
-            # shielded: `wait_for` would cancel the future, into which the leader may be writing
-            return await asyncio.wait_for(asyncio.shield(waiting), timeout)
-        except TimeoutError:
             return future.result() if future.done() else None
+        finally:
+            # for the same reason
+            del future, waiting
 
     def set_result(self, data: memoryview | None, validator: str | None = "", *, exact: bool = True) -> None:
         # the first outcome counts: the leader may still fail afterwards, when it stores the value
@@ -82,14 +84,18 @@ class Claim:
             self._pass_on()
 
     def set_exception(self, error: BaseException) -> None:
-        if self._outcome is None:
-            # a cancellation or a keyboard interrupt concerns this task only: a waiter fetches
-            self._outcome = error if isinstance(error, Exception) else LeaderCancelled()
-            self._pass_on()
+        """Give the exception to all that wait; `LeaderCancelled` for a cancellation, and to waiters that are late.
 
-    def _pass_on(self) -> None:
+        The claim does not keep the exception. Its traceback refers to the frames of the fetch, and these to the claim:
+        such a cycle would keep the store, and the locks of its directory, until the garbage collector runs.
+        """
+        if self._outcome is None:
+            self._outcome = LeaderCancelled()
+            self._pass_on(error if isinstance(error, Exception) else None)
+
+    def _pass_on(self, error: Exception | None = None) -> None:
         """Give the outcome, if there is one, to all waiters; each is taken from the list by one thread."""
-        outcome = self._outcome
+        outcome = error or self._outcome
         while outcome is not None and self._waiters:
             # two threads may both see the last waiter
             with suppress(IndexError):

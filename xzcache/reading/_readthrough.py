@@ -539,12 +539,16 @@ class RangeReads:
             outcomes = await self._together(key, byte_ranges, wanted, alone, prototype, limits)
             if watch.replaced:
                 raise BaseExceptionGroup("reading byte ranges failed", [Replaced(key)])
-        for outcome in outcomes:
-            if not isinstance(outcome, BaseException):
-                yield outcome
-        if failures := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
-            outages = [failure for failure in failures if isinstance(failure, SourceUnreachable)]
-            raise BaseExceptionGroup(f"reading byte ranges failed{f': {outages[0]}' if outages else ''}", failures)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        try:
+            for group in [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]:
+                yield group
+            if failures:
+                raise _group_of(failures)
+        finally:
+            # The frames of an exception lead to this one. A way back would keep the store until the garbage collector
+            # runs.
+            del outcomes, failures
 
     async def _together(
         self,
@@ -582,19 +586,23 @@ class RangeReads:
         # awaited directly, because a task would only add its own cost
         answers = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
         outcomes = [outcome for answer in answers for outcome in answer]
-        if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
-            return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
-        is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
-        if alone or promoted:
-            # if the compared ranges are gone, they were evicted or found to be of another state
-            is_clear &= from_source(states) <= self._backend.parts(key).states
-        # ranges that were read one after the other are of one state only if no write came between
-        if len(byte_ranges) > 1 and (alone or not missing):
-            is_clear &= self._backend.write_version(key) == since
-        if not is_clear:
-            return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
-        hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
-        return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
+        try:
+            if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
+                return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
+            is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
+            if alone or promoted:
+                # if the compared ranges are gone, they were evicted or found to be of another state
+                is_clear &= from_source(states) <= self._backend.parts(key).states
+            # ranges that were read one after the other are of one state only if no write came between
+            if len(byte_ranges) > 1 and (alone or not missing):
+                is_clear &= self._backend.write_version(key) == since
+            if not is_clear:
+                return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
+            hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
+            return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
+        finally:
+            # as in `get`
+            del answers, outcomes
 
     async def _refetch(
         self,
@@ -770,6 +778,11 @@ class RangeReads:
                 for place in wanted[entry]
             ]
         ]
+
+
+def _group_of(failures: list[BaseException]) -> BaseExceptionGroup:
+    outages = [failure for failure in failures if isinstance(failure, SourceUnreachable)]
+    return BaseExceptionGroup(f"reading byte ranges failed{f': {outages[0]}' if outages else ''}", failures)
 
 
 def _part_of(value: Buffer, byte_range: ByteRequest | None) -> Buffer:
