@@ -46,17 +46,19 @@ class Crops:
             # obstore cannot be used in a process that was forked after obstore was used; fsspec can
             upstream="fsspec",
         )
+        self.array: zarr.Array[Any] | None = None  # each worker opens it for itself
 
     def __len__(self) -> int:
         return CROPS
 
     def __getitem__(self, index: int) -> npt.NDArray[np.float32]:
-        array = zarr.open_array(self.store, mode="r")
+        if self.array is None:
+            self.array = zarr.open_array(self.store, mode="r")
         # the crop of an index is the same in each epoch; the order is not
         corner = [
             int(place) for place in np.random.default_rng(index).integers(0, np.subtract(SHAPE, CROP), endpoint=True)
         ]
-        crop = array[tuple(slice(start, start + size) for start, size in zip(corner, CROP, strict=True))]
+        crop = self.array[tuple(slice(start, start + size) for start, size in zip(corner, CROP, strict=True))]
         return np.asarray(crop, "f4")
 
 
