@@ -1,7 +1,7 @@
 """Train on random crops of an array in S3: several epochs, several worker processes, one cache.
 
 The workers are started as PyTorch's ``DataLoader`` does it, by fork and by spawn; each opens the array itself and reads
-its share of the crops. The cache holds a quarter of the array, and each policy is tried in a cache of its own.
+its share of the crops. The cache holds a sixth of the array, and each policy is tried in a cache of its own.
 Everything is made here and thrown away at the end. Run it with ``python examples/training.py``.
 """
 
@@ -24,7 +24,7 @@ from rich.table import Table
 
 import xzcache
 
-EPOCHS, CROPS, WORKERS = 5, 64, 2
+EPOCHS, CROPS, WORKERS = 4, 48, 2
 SHAPE, CHUNK, CROP = (40, 256, 256), (1, 64, 64), (1, 64, 64)
 
 Policy = Literal["adaptive", "lru", "none"]
@@ -114,13 +114,13 @@ def main() -> None:
                 ("fork", "lru"), ("fork", "adaptive"), ("fork", "none"), ("spawn", "adaptive"),
             ]  # fmt: skip
             for start, policy in kinds:
-                dataset = Crops(options, folder / f"{start}-{policy}", size // 4, policy)
+                dataset = Crops(options, folder / f"{start}-{policy}", size // 6, policy)
                 fork, spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
                 totals, ratios = train(dataset, fork if start == "fork" else spawn)
                 sums |= {round(total, 1) for total in totals}
                 table.add_row(start, policy, *(f"{ratio:.2f}" for ratio in ratios))
                 used = xzcache.info(folder / f"{start}-{policy}").used
-                assert used <= size // 4, (used, size)
+                assert used <= size // 6, (used, size)
     assert len(sums) == 1, "each epoch reads the same crops, in another order"
     Console(highlight=False).print(table)
 
