@@ -46,10 +46,12 @@ OPENERS = [
     *("load_dataset", "load_dataarray", "load_datatree"),
 ]
 
-BROKEN: dict[str, str] = {}
+BROKEN = {
+    "test_concurrent_load_multiple_objects": "threads add to the count of calls without a lock, and lose one at times"
+}
 """Tests that fail with the engine ``"zarr"`` as well, and why."""
 if Version(xr.__version__) < Version("2025.7"):
-    BROKEN = {
+    BROKEN |= {
         "test_non_existent_store": "knows another wording of Zarr's error",
         "test_append_string_length_mismatch_works": "was written before Zarr 3.1 had strings of a fixed length",
         "test_write_empty": "was written before Zarr 3.1.2 wrote the empty chunks that it is told to write",
