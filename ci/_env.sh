@@ -13,6 +13,8 @@ venvs=${XZCACHE_VENVS:-.venvs}
 constraints=${XZCACHE_CONSTRAINTS:-newest}
 # The package takes every XZCACHE_* for its own configuration; the others would reach into the environment.
 unset XZCACHE_PYTHON XZCACHE_VENVS XZCACHE_CONSTRAINTS PYTHONHOME PYTHONPATH
+# Each of the many processes that a test starts would compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 
 # A pyenv shim is found on PATH even where it cannot run: only an answer counts, here and for Python.
 uv=$(command -v uv || true)
