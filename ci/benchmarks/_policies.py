@@ -10,6 +10,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from random import Random
 from typing import Final
 
 import numpy as np
@@ -157,6 +158,7 @@ class _Cache:
         self._hashes = hashed(np.arange(len(size)))
         self._looked_at = looked_at
         self._random = np.random.default_rng(0)
+        self._sample = Random(0)
         self._came = np.zeros(0, np.int64)
         """The key of each entry that has come, by its id."""
         self._ids = np.full(len(size), -1)
@@ -233,7 +235,7 @@ class _Cache:
     def _look(self, policy: Adaptive) -> None:
         here, share = np.flatnonzero(self._came[: self._next] >= 0), package._LEAVING
         if len(here) > self._looked_at:
-            watched = policy.some_ids(self._random, 20 * _RUNS)
+            watched = np.array(policy.some_ids(self._sample, 20 * _RUNS), np.int64)
             watched = watched[np.isin(watched, here)][:_RUNS]
             if self._random.random() < package._ANYWHERE or not len(watched):
                 watched = np.append(watched[1:], self._random.integers(0, self._next))

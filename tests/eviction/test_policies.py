@@ -348,7 +348,7 @@ def test_of_a_large_cache_a_part_is_looked_at(
     # as often for the size of the cache as for a large one
     monkeypatch.setattr("xzcache.eviction._policies._REFRESHED", 0)
     if not is_watched:
-        monkeypatch.setattr(Adaptive, "some_ids", lambda *_: np.zeros(0, np.int64))
+        monkeypatch.setattr(Adaptive, "some_ids", lambda *_: [])
     store = xzcache.LockedLocalStore(tmp_path, max_size=150 * VALUE, policy="adaptive")
     hits, rounds = 0, 30 if is_watched else 15
     for round_, number in itertools.product(range(rounds), range(500)):

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from random import Random
 
 # -- The probability that an entry is used again, learned by class and age.
 #
@@ -282,9 +285,10 @@ class Adaptive:
         """The worth of entries by gap and age, in ticks; the lowest is evicted first."""
         return rate(self._worth, gaps, ages)
 
-    def some_ids(self, random: np.random.Generator, most: int) -> Ints:
+    def some_ids(self, random: Random, most: int) -> list[int]:
         """The last known ids of some watched keys; their entries may be gone."""
-        return random.choice(self._ids, min(most, len(self)), replace=False)
+        chosen: list[int] = self._ids[random.sample(range(len(self)), min(most, len(self)))].tolist()
+        return chosen
 
     # -- remembering
 

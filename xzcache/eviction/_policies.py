@@ -6,6 +6,7 @@ Processes may have different policies: each evicts by its own, and none writes d
 from __future__ import annotations
 
 from itertools import chain
+from random import Random
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -147,7 +148,8 @@ class Learning:
         self._queued = -1
         self._leaving: list[tuple[int, int]] = []
         self._found_at = 0
-        self._random = np.random.default_rng()
+        # numpy's own would be imported by each process, in 6 ms
+        self._random = Random()
 
     def record(self, index: Index, batch: UseBatch) -> None:
         history = index.history
@@ -234,13 +236,14 @@ class Learning:
         A place is a watched entry and the entries up to the next watched one. One place in some scans is random: among
         entries that were unused for longer than the memory, none is watched.
         """
-        places = history.present(self._adaptive.some_ids(self._random, _CANDIDATES).tolist())
+        places = history.present(self._adaptive.some_ids(self._random, _CANDIDATES))
         self._random.shuffle(places)
         any_ = 1 if self._random.random() < _ANYWHERE else 0
         del places[_RUNS - any_ :]
-        others = self._random.integers(0, history.last_id(), _RUNS - len(places), endpoint=True)
+        last = history.last_id()
+        others = [self._random.randint(0, last) for _ in range(_RUNS - len(places))]
         apart = (1 << HASH_BITS) // limit_for(self._entries)
-        return list(zip([*places, *others.tolist()], self._random.integers(0, apart, _RUNS).tolist(), strict=True))
+        return [(place, self._random.randrange(apart)) for place in [*places, *others]]
 
     def _learn(self, index: Index, *, is_full: bool) -> None:
         """Learn from the queued uses of all processes, on top of the stored state, if there are enough."""
