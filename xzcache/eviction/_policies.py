@@ -5,6 +5,7 @@ Processes may have different policies: each evicts by its own, and none writes d
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
@@ -142,7 +143,6 @@ class Learning:
     evicts = True
 
     def __init__(self) -> None:
-        self._adaptive = Adaptive()
         self._serial = 0
         self._entries = self._learned_at = 0
         self._queued = -1
@@ -150,6 +150,11 @@ class Learning:
         self._found_at = 0
         # numpy's own would be imported by each process, in 6 ms
         self._random = Random()
+
+    @cached_property
+    def _adaptive(self) -> Adaptive:
+        # a process that only reads what is cached never needs it
+        return Adaptive()
 
     def record(self, index: Index, batch: UseBatch) -> None:
         history = index.history
