@@ -52,10 +52,11 @@ class PendingInvalidation(NamedTuple):
 
 
 class PendingInvalidations:
-    """Guarantees invalidation: through the index, else without it, else by quarantine and retries.
+    """Guarantees invalidation: by the index; if that fails, without it; if that fails too, by quarantine and retries.
 
     A pending invalidation quarantines its keys until its files are gone. Other processes learn of it by a tombstone in
-    the index, or by a note that is locked while this process lives: the next process to join or to recover retries it.
+    the index, or by a note that is locked while this process lives. After that, the next process that joins or recovers
+    retries the invalidation.
     """
 
     def __init__(self, barrier: FaultBarrier, reader: Reader) -> None:

@@ -234,7 +234,7 @@ class PublishCheck:
                 item.path = files.inside(self._root, relative_path(entry, hashed=item.hashed), seen)
         except OSError as error:
             # an unknown file is neither replaced nor avoided
-            item.failure = error
+            item.failure = self._cause(error)
         return item.failure is None
 
     def _is_blocked(self, item: StagedEntry, seen: set[str]) -> bool:
@@ -400,11 +400,15 @@ class Publisher:
         try:
             files.write(item.temporary, item.pending.data, item.stamp_in_place)
         except OSError as error:
-            item.failure = error
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            item.failure = self._cause(error)
+            if isinstance(item.failure, NoRoom):
                 # this entry is lost, but the next one finds room
                 self._space.make_room(item.stamp.size)
-                item.failure = NoRoom(f"the disk of {self._root} is full")
+
+    def _cause(self, error: OSError) -> OSError | NoRoom:
+        """Why an entry is not stored: a full disk is no fault of the cache."""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return NoRoom(f"the disk of {self._root} is full") if is_full else error
 
     # -- under the guard
 
@@ -453,15 +457,14 @@ class Publisher:
         stored = [item for item in entering if item.failure is None]
         return self._superseded(process, index, stored, None if versions.are_current else WriteVersions(process))
 
-    @staticmethod
-    def _commit_and_reveal(index: Index, items: Iterable[StagedEntry]) -> None:
+    def _commit_and_reveal(self, index: Index, items: Iterable[StagedEntry]) -> None:
         """Commit, then rename: a row whose file has no name yet can be finished, but a file without a row is lost."""
         index.commit()
         for item in items:
             try:
                 files.move(item.temporary, item.path)
             except OSError as error:
-                item.failure = error
+                item.failure = self._cause(error)
 
     def _undo(self, process: Registration, index: Index, failed: Sequence[StagedEntry]) -> None:
         """Delete the rows of entries whose files could not be renamed."""

@@ -157,7 +157,7 @@ def may_be_stale(session: IndexSession) -> bool:
 
 
 def _check_sums(session: IndexSession, process: Registration, index: Index, *, has_crashed: bool) -> None:
-    """Verify the bound of the index and, of a small cache or by the sole process after a crash, the totals."""
+    """Check the bound; also the totals, if the cache is small or this is the only process after a crash."""
     bound = index.totals().max_size
     # the bound in the file survives the loss of an index, so it is the one that counts
     if (remembered := _remembered_bound(session, bound)) != bound:

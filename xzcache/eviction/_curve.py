@@ -203,18 +203,21 @@ _MISSES: Final = {
 
 
 def predicted(sample: Sample, bounds: Iterable[int], policy: str) -> list[float] | None:
-    """For each bound, in bytes, the part of all reads that would be misses; None if the sample is too small.
+    """For each bound, in bytes, the part of all reads that would be misses; None if it cannot be told.
+
+    That is so if the sample is too small, or if nothing here simulates the policy.
 
     The ratio is that of the sampled reads, in a cache that is empty before the first of them.
     """
     begin = sample.counted_from
     factor = 2**sample.shift
-    if begin >= len(sample.keys):
+    simulated = _MISSES.get(policy)
+    if simulated is None or begin >= len(sample.keys):
         return None
     counted = sample.told_at >= sample.at[begin]
     unstored = max(0, int(sample.unstored[counted].sum()))
     uses = float(sample.weights[begin:].sum()) * factor
     # reads of which nothing else is known are hits with any bound
     reads = max(int(sample.reads[counted].sum()), unstored + (uses if factor == 1 else 1))
-    misses = (_MISSES[policy](sample, bound / factor, begin) * factor for bound in bounds)
+    misses = (simulated(sample, bound / factor, begin) * factor for bound in bounds)
     return [min(1.0, (missed + unstored) / reads) for missed in misses]

@@ -207,7 +207,7 @@ class Pieces:
         return None
 
     def listed(self, key: str) -> Listed:
-        """The cached byte ranges of an object; raises `OSError` for all errors but absence."""
+        """The cached byte ranges of an object; raises `OSError` for any error, except where there is none."""
         directory = f"{self._root}/{range_directory(key)}"
         try:
             changed = os.stat(directory).st_mtime_ns

@@ -50,7 +50,7 @@ class Quarantine:
     def suspect(self, names: Iterable[str]) -> None:
         """Serve some keys only after the index has confirmed the file.
 
-        Their files were missing when they were to be removed: a directory was moved away, and may come back.
+        Their files were missing when they should have been removed: perhaps a directory was moved away and comes back.
         """
         _remember(self._suspect, names)
         self._update()

@@ -36,9 +36,7 @@ _SHOWN: Final = 20
 _FACTORS: Final = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 _SAID: Final = (0.25, 0.5, 1, 2, 4)
 # a report must not take long, and `"adaptive"` is slower to simulate than the others
-_FAST: Final = {"lru": 1 << 16, "none": 1 << 16, "adaptive": 1 << 15}
-"""The uses that are looked at for the curve of each policy."""
-_OTHER: Final = {"lru": "adaptive", "adaptive": "lru", "none": "lru"}
+_MOST_USES: Final = 1 << 16
 _OF_THE_OTHER: Final = 1 << 13
 
 
@@ -96,13 +94,18 @@ def report(path: str | os.PathLike[str], directory: str | os.PathLike[str] | Non
     else:
         looked, days = must(root, lambda: _looked(root))
         sources = ls(None, root)
-        curves = [curve(root, factors=_FACTORS, most=_FAST[found.policy])]
+        curves = [curve(root, factors=_FACTORS, most=_uses_for(found.policy))]
         if curves[0].miss_ratios:
-            other = _OTHER[found.policy]
-            curves.append(curve(root, factors=_FACTORS, policy=other, most=min(_OF_THE_OTHER, _FAST[other])))
+            other = "adaptive" if found.policy == "lru" else "lru"
+            curves.append(curve(root, factors=_FACTORS, policy=other, most=min(_OF_THE_OTHER, _uses_for(other))))
         page, count = _page(found, looked, days, sources, curves), len(looked)
     _write(target, page)
     return Report(target, root, count, len(page.encode()))
+
+
+def _uses_for(policy: str) -> int:
+    """How many uses the curve of a policy is made from."""
+    return _MOST_USES // 2 if policy == "adaptive" else _MOST_USES
 
 
 def _looked(root: str) -> tuple[dict[str, Counts], dict[int, dict[str, Counts]]]:

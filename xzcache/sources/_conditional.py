@@ -103,13 +103,13 @@ async def fetch(
     known : str
         The validator of the cached entry; empty to get the value in any case.
     certain : bool
-        Whether the validator of a whole object is worth a request of its own.
+        Whether to send a request only for the validator of a whole object.
     fixed : bool
         Whether the source can never change.
     ignore_validators : bool
-        Whether what the source says of its states is not to be believed.
+        Whether to ignore the validators of the source.
     states : callable
-        Returns the validators of the cached parts, which replace a metadata request before the read.
+        Returns the validators of the cached parts. With them, no metadata request is sent before the read.
 
     Raises
     ------

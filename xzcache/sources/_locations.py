@@ -290,7 +290,7 @@ def filesystem_token(fs: Any) -> Iterator[str]:
 
 
 def _references(fs: Any, given: object) -> Iterator[str]:
-    """The digest of references, which are data: other references are another source."""
+    """The digest of references. They decide which bytes are read, so other references are another source."""
     table = getattr(fs, "references", given)
     if not isinstance(table, dict):
         table = given
