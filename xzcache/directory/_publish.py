@@ -234,7 +234,7 @@ class PublishCheck:
                 item.path = files.inside(self._root, relative_path(entry, hashed=item.hashed), seen)
         except OSError as error:
             # an unknown file is neither replaced nor avoided
-            item.failure = self._cause(error)
+            item.failure = _cause(self._root, error)
         return item.failure is None
 
     def _is_blocked(self, item: StagedEntry, seen: set[str]) -> bool:
@@ -400,15 +400,10 @@ class Publisher:
         try:
             files.write(item.temporary, item.pending.data, item.stamp_in_place)
         except OSError as error:
-            item.failure = self._cause(error)
+            item.failure = _cause(self._root, error)
             if isinstance(item.failure, NoRoom):
                 # this entry is lost, but the next one finds room
                 self._space.make_room(item.stamp.size)
-
-    def _cause(self, error: OSError) -> OSError | NoRoom:
-        """Why an entry is not stored: a full disk is no fault of the cache."""
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return NoRoom(f"the disk of {self._root} is full") if is_full else error
 
     # -- under the guard
 
@@ -464,7 +459,7 @@ class Publisher:
             try:
                 files.move(item.temporary, item.path)
             except OSError as error:
-                item.failure = self._cause(error)
+                item.failure = _cause(self._root, error)
 
     def _undo(self, process: Registration, index: Index, failed: Sequence[StagedEntry]) -> None:
         """Delete the rows of entries whose files could not be renamed."""
@@ -529,3 +524,8 @@ def _log(items: Iterable[StagedEntry]) -> None:
                 logger.debug("published %s: %d bytes", item.pending.entry, item.stamp.size)
             else:
                 logger.debug("not published %s: %s", item.pending.entry, item.failure or _OVERTAKEN)
+
+
+def _cause(root: str, error: OSError) -> OSError | NoRoom:
+    """Why an entry is not stored: a full disk is no fault of the cache."""
+    return NoRoom(f"the disk of {root} is full") if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
