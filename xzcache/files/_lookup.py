@@ -450,6 +450,20 @@ class Reader:
             data.setflags(False)  # type: ignore[call-arg]  # as above
         return data, (key, *outer), now
 
+    def is_at_hand(self, key: str, max_age_ns: int | None) -> bool:
+        """Whether the file of a whole object is there, and is the one that this process has verified."""
+        path = f"{self._root}/{key}"
+        signature = self._checked.get(path)
+        if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
+            return False
+        if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
+            return False
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        return (status.st_ino, status.st_mtime_ns, status.st_size) == signature
+
     def _is_slow(self, path: str, took: float) -> None:
         self.slow_path = path
         self._barrier.health.record_slow(f"{path or 'an operation'} took {took:.1f} s")

@@ -147,6 +147,12 @@ class ReadThrough:
         count(0 if data is MISSING else len(data), time.perf_counter() - started)
         return None if data is MISSING else buffer_of(memoryview(data), prototype)
 
+    def are_at_hand(self, keys: Sequence[str]) -> bool:
+        """Whether `get_blocking` would at this moment answer for all of some chunks of one array, whole."""
+        reading = self.reading
+        may_serve = bool(keys) and self._may_serve(keys[0])
+        return may_serve and self.backend.are_at_hand(keys, reading.max_age, reading.age_of_absence(keys[0]))
+
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
     ) -> Buffer | None:
@@ -308,6 +314,22 @@ class ReadThrough:
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
     ) -> Buffer | None:
         value = await self.reading.source.get(key, prototype, byte_range)
+        self.reading.miss(key, None if value is None else len(value), started)
+        return value
+
+    async def get_past_the_cache(
+        self,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRequest | None,
+        ask: Callable[[], Awaitable[Buffer | None]],
+    ) -> Buffer | None:
+        """What a source answers for a reader that cannot wait for the fetches of others, and is not stored."""
+        started = time.perf_counter()
+        async with self.reading.asking(key):
+            value = await ask()
+            if value is None:
+                await self.reading.is_certainly_missing(key)
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
