@@ -17,7 +17,7 @@ import pytest
 import zarr
 from sources import PATIENCE, buffer, memory_source
 from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore
 
 import xzcache
@@ -181,7 +181,7 @@ class Meeting(WrapperStore[Store]):
             if self.missing <= 0:
                 self.met.set()
             await asyncio.wait_for(self.met.wait(), PATIENCE)
-        return await self._store.get(key, prototype, byte_range)
+        return await self._store.get(key, prototype or default_buffer_prototype(), byte_range)
 
     def get_sync(self, key: str, **options: Any) -> Buffer | None:
         raise AssertionError("one after the other")
