@@ -7,9 +7,9 @@ import inspect
 import os
 import warnings
 from collections.abc import Coroutine, Generator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, cast
 
 import zarr.abc.store
 from zarr.abc.store import Store
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+
+T = TypeVar("T")
 
 # -- Listings and abilities, which only the source has.
 
@@ -130,6 +132,18 @@ def _is_synchronous(store: Store) -> bool:
     return can is not None and bool(can(store))
 
 
+def _run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, run by an event loop of its own: in this thread, unless a loop runs here."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        # not by a thread of this package, which the coroutine may need; nor by `asyncio.run`, which would take the
+        # event loop of the main thread away
+        with closing(asyncio.new_event_loop()) as loop:
+            return loop.run_until_complete(coroutine)
+    return pool.submit(asyncio.run, coroutine).result()
+
+
 class ReadableView(SourceView):
     """A view of a source that requests only misses."""
 
@@ -181,7 +195,12 @@ class ReadableView(SourceView):
         SyncError
             An event loop runs in this thread, and the value is not cached.
         """
-        prototype = prototype or default_buffer_prototype()
+        read = partial(self._get_sync, key, prototype or default_buffer_prototype(), byte_range)
+        # Zarr's threads do not know whose read this is, but the look that preceded it did
+        context = self._reads.contexts.pop(key, None)
+        return read() if context is None else context.copy().run(read)
+
+    def _get_sync(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         reads, source = self._reads, self._store
         if self.read_only or is_read_for_a_write() is False:
             if (value := reads.get_nowait(key, prototype, byte_range)) is not None:
@@ -196,10 +215,8 @@ class ReadableView(SourceView):
             return await source.get(key, prototype, byte_range)
 
         fetch = reads.get_past_the_cache(key, prototype, byte_range, ask)
-        if _is_synchronous(source):
-            # on a loop of its own: Zarr's may be waiting for a thread that waits for this one
-            return pool.submit(asyncio.run, fetch).result()
-        return sync(fetch)
+        # Zarr's event loop may be waiting for a thread that waits for this one
+        return _run_apart(fetch) if _is_synchronous(source) else sync(fetch)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

@@ -472,9 +472,14 @@ class Reader:
             return False
         if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
             return False
+        began = time.monotonic()
         try:
             status = os.stat(path)
         except OSError:
+            return False
+        if (took := time.monotonic() - began) > LONG:
+            # the event loop that waited is not to wait for the next file as well
+            self._is_slow(path, took)
             return False
         return (status.st_ino, status.st_mtime_ns, status.st_size) == signature
 
