@@ -195,10 +195,12 @@ class ReadableView(SourceView):
         SyncError
             An event loop runs in this thread, and the value is not cached.
         """
-        read = partial(self._get_sync, key, prototype or default_buffer_prototype(), byte_range)
+        prototype = prototype or default_buffer_prototype()
         # Zarr's threads do not know whose read this is, but the look that preceded it did
-        context = self._reads.contexts.pop(key, None)
-        return read() if context is None else context.copy().run(read)
+        contexts = self._reads.contexts
+        if contexts and (context := contexts.pop(key, None)) is not None:
+            return context.copy().run(self._get_sync, key, prototype, byte_range)
+        return self._get_sync(key, prototype, byte_range)
 
     def _get_sync(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         reads, source = self._reads, self._store
