@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -118,6 +119,29 @@ def test_what_is_cached_is_read_synchronously(layout: str, read_only: bool, tmp_
         # misses are those that a missing chunk has never been
         assert after["hits"] - before["hits"] == len(store.calls)
     assert after["misses"] == before["misses"]
+
+
+def test_files_that_this_process_has_not_verified_are_read_synchronously_as_well(tmp_path: Path) -> None:
+    """As by each new process; one that is damaged is read past the cache, and is fetched and stored by the next read."""
+    source = memory_source()
+    values = rows(source)
+    store = Watched(source, cache_store=tmp_path, read_only=True)
+    array = opened(store)
+    np.testing.assert_array_equal(array[:], values)
+    store.cache_info()
+    for path in entries(tmp_path):
+        os.utime(path)
+    damaged = min(entries(tmp_path))
+    data = bytearray(damaged.read_bytes())
+    data[7] ^= 1
+    damaged.write_bytes(data)
+    for expected, requests in (("get_sync", 1), ("get", 1), ("get_sync", 0)):
+        store.calls.clear()
+        source.forget()
+        np.testing.assert_array_equal(array[:], values)
+        assert set(store.calls) == {expected}
+        assert len(source.calls) == requests
+        store.cache_info()
 
 
 def test_a_cache_in_memory_is_read_as_ever() -> None:

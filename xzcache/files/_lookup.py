@@ -465,13 +465,10 @@ class Reader:
         return data, (key, *outer), now
 
     def is_at_hand(self, key: str, max_age_ns: int | None) -> bool:
-        """Whether the file of a whole object is there, and is the one that this process has verified."""
+        """Whether the file of a whole object is there; if this process has not verified it, it may still be damaged."""
+        if not self.quarantine.is_empty and self.quarantine.concerns(key):
+            return False
         path = f"{self._root}/{key}"
-        signature = self._checked.get(path)
-        if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
-            return False
-        if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
-            return False
         began = time.monotonic()
         try:
             status = os.stat(path)
@@ -481,7 +478,12 @@ class Reader:
             # the event loop that waited is not to wait for the next file as well
             self._is_slow(path, took)
             return False
-        return (status.st_ino, status.st_mtime_ns, status.st_size) == signature
+        signature = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._checked.get(path) != signature and (
+            self._damaged.get(path) == signature or not stat.S_ISREG(status.st_mode) or not is_ours(status.st_uid)
+        ):
+            return False
+        return max_age_ns is None or 0 <= time.time_ns() - status.st_mtime_ns < max_age_ns
 
     def _is_slow(self, path: str, took: float) -> None:
         self.slow_path = path
