@@ -122,7 +122,7 @@ def test_what_is_cached_is_read_synchronously(layout: str, read_only: bool, tmp_
 
 
 def test_files_that_this_process_has_not_verified_are_read_synchronously_as_well(tmp_path: Path) -> None:
-    """As by each new process; one that is damaged is read past the cache, and is fetched and stored by the next read."""
+    """As by each new process; a damaged one is read past the cache, and is fetched and stored by the next read."""
     source = memory_source()
     values = rows(source)
     store = Watched(source, cache_store=tmp_path, read_only=True)
