@@ -98,6 +98,18 @@ _SMALL: Final = 256 << 10
 _RETURNS_RESULTS: Final = hasattr(codec, "GetResult")
 """Whether this Zarr expects a result for each chunk that was read."""
 
+
+def _default_of_zarr() -> type[Any]:
+    """The pipeline that this Zarr uses where nobody has configured one."""
+    try:
+        path = zarr.config.defaults[0]["codec_pipeline"]["path"]
+        module, _, name = path.rpartition(".")
+        found: type[Any] = getattr(sys.modules[module], name)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return BatchedCodecPipeline
+    return found
+
+
 Item = tuple[Any, Any, Any, Any, bool]
 Decode = Callable[[list[Item], "NDBuffer", tuple[int, ...]], Any]
 
@@ -173,7 +185,7 @@ class CachePipeline(CodecPipeline):
     A Zarr without the `FusedCodecPipeline` cannot decode synchronously: only uncompressed chunks are then read here.
     """
 
-    behind: ClassVar[type[Any]] = BatchedCodecPipeline
+    behind: ClassVar[type[Any]] = _default_of_zarr()
 
     def __init__(self, inner: CodecPipeline) -> None:
         self.inner = inner

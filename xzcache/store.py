@@ -7,14 +7,15 @@ import inspect
 import os
 import warnings
 from collections.abc import Coroutine, Generator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, cast
 
+import zarr.abc.store
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import MemoryStore
+from zarr.storage import MemoryStore, ObjectStore
 
 from xzcache import _config as settings
 from xzcache import _threads as pool
@@ -25,6 +26,7 @@ from xzcache.anystore import StoreBackend
 from xzcache.local import LockedLocalStore
 from xzcache.reading import (
     Freshness,
+    NotCached,
     RangeReads,
     Reading,
     ReadThrough,
@@ -32,6 +34,7 @@ from xzcache.reading import (
     Stats,
     WriteThrough,
     is_read_for_a_write,
+    keys_to_read,
     process,
 )
 from xzcache.sources import (
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+
+T = TypeVar("T")
 
 # -- Listings and abilities, which only the source has.
 
@@ -121,6 +126,24 @@ class SourceView(Store):
 # -- Reading through a cache, as Zarr's stores are read.
 
 
+def _is_synchronous(store: Store) -> bool:
+    """Whether this Zarr can read a store synchronously."""
+    can = getattr(zarr.abc.store, "_store_supports_sync_io", None)
+    return can is not None and bool(can(store))
+
+
+def _run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, run by an event loop of its own: in this thread, unless a loop runs here."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        # not by a thread of this package, which the coroutine may need; nor by `asyncio.run`, which would take the
+        # event loop of the main thread away
+        with closing(asyncio.new_event_loop()) as loop:
+            return loop.run_until_complete(coroutine)
+    return pool.submit(asyncio.run, coroutine).result()
+
+
 class ReadableView(SourceView):
     """A view of a source that requests only misses."""
 
@@ -138,6 +161,64 @@ class ReadableView(SourceView):
         if force is False and (value := self._reads.get_nowait(key, prototype, byte_range)) is not None:
             return value
         return await self._reads.get(key, prototype, byte_range, force=force)
+
+    # -- synchronously, as Zarr's `FusedCodecPipeline` reads where it is told that it can
+
+    @property
+    def _supports_sync_io(self) -> bool:
+        """Whether Zarr may read the batch that it is about to read by `get_sync`: only if all of it is cached.
+
+        `get_sync` waits in one of a few threads that all arrays of the process share, so missing chunks would be
+        fetched a few at a time, while reads of other arrays wait; and the source may need a thread as well. Hence a
+        batch with a missing chunk is read asynchronously, all at once, and so is everything written.
+        """
+        if not self._is_read_anywhere:
+            return False
+        keys = keys_to_read(self)
+        return keys is not None and self._reads.are_at_hand(keys)
+
+    @property
+    def _is_read_anywhere(self) -> bool:
+        """Whether the source can be read from a thread that Zarr waits for: it needs none of Zarr's own threads."""
+        source = self._store
+        if isinstance(source, ObjectStore):
+            return getattr(source.store, "credential_provider", None) is None
+        return _is_synchronous(source)
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """As `get`, synchronously; a value that is not cached, or evicted meanwhile, is read past the cache.
+
+        Raises
+        ------
+        SyncError
+            An event loop runs in this thread, and the value is not cached.
+        """
+        prototype = prototype or default_buffer_prototype()
+        # Zarr's threads do not know whose read this is, but the look that preceded it did
+        contexts = self._reads.contexts
+        if contexts and (context := contexts.pop(key, None)) is not None:
+            return context.copy().run(self._get_sync, key, prototype, byte_range)
+        return self._get_sync(key, prototype, byte_range)
+
+    def _get_sync(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        reads, source = self._reads, self._store
+        if self.read_only or is_read_for_a_write() is False:
+            if (value := reads.get_nowait(key, prototype, byte_range)) is not None:
+                return value
+            with suppress(NotCached):
+                return reads.get_blocking(key, prototype, byte_range, reads.reading.stats.hit)
+
+        async def ask() -> Buffer | None:
+            if _is_synchronous(source):
+                value: Buffer | None = cast(Any, source).get_sync(key, prototype=prototype, byte_range=byte_range)
+                return value
+            return await source.get(key, prototype, byte_range)
+
+        fetch = reads.get_past_the_cache(key, prototype, byte_range, ask)
+        # Zarr's event loop may be waiting for a thread that waits for this one
+        return _run_apart(fetch) if _is_synchronous(source) else sync(fetch)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -227,6 +308,14 @@ class WritableView(SourceView):
         """Write a value to the source, and, where so configured, to the cache."""
         self._check_writable()
         await self._writes.values([(key, value)], lambda: self._store.set(key, value), keep=self.cache_set_data)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """As `set`, synchronously."""
+        sync(self.set(key, value))
+
+    def delete_sync(self, key: str) -> None:
+        """As `delete`, synchronously."""
+        sync(self.delete(key))
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a value unless the key has one, by the source's own means."""

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,24 @@ OURS = "#d9534f"
 OTHERS = ["#3b82c4", "#2f9e6e", "#a07cc5", "#b8860b", "#8a8d2f", "#c2699f", "#5f9ea0"]
 
 
-def arguments(description: str | None, *, can_be_outside: bool = False) -> argparse.ArgumentParser:
+def arguments(
+    description: str | None, *, can_be_outside: bool = False, can_count_cpu: bool = False
+) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="where the table and the pictures go")
     parser.add_argument("--full", action="store_true", help="every combination, however long it takes")
     if can_be_outside:
         parser.add_argument("--outside", type=Path, metavar="DIRECTORY", help="measure with this Zarr data instead")
+    parser.set_defaults(clock=time.perf_counter)
+    if can_count_cpu:
+        parser.add_argument(
+            "--cpu",
+            dest="clock",
+            action="store_const",
+            const=time.process_time,
+            help="compare the CPU time of the process, which other work on the machine disturbs less",
+        )
     return parser
 
 

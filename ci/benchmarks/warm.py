@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ IN_ANY_PIPELINE = frozenset({COPY, THEIRS, OURS})
 PREAD, MEMCPY = "limit: pread into the result", "limit: memcpy"
 PREAD_ALL = "limit: the files read, not decoded"
 Taken = dict[str, Samples]
+Clock = Callable[[], float]
 
 
 def name_of(store: str, pipeline: str) -> str:
@@ -67,7 +69,7 @@ def chunks_of(mode: str, kind: Kind) -> int:
     return max(8, min(250 if mode == WHOLE else 50, (64 << 20) // SIZES[kind.chunk]))
 
 
-def measure(mode: str, kind: Kind, scratch: Path, budget: float) -> Taken:
+def measure(mode: str, kind: Kind, scratch: Path, budget: float, clock: Clock) -> Taken:
     """Everybody reads the same array."""
     source = scratch / "source"
     count = chunks_of(mode, kind)
@@ -84,10 +86,10 @@ def measure(mode: str, kind: Kind, scratch: Path, budget: float) -> Taken:
         if kind.codec == "none":
             contestants[PREAD] = partial(_pread, [source / "c" / str(n) / "0" for n in range(count)], data)
         contestants[MEMCPY] = data.copy
-    return alternate(contestants, calls=count, budget=budget)
+    return alternate(contestants, calls=count, budget=budget, clock=clock)
 
 
-def measure_outside(found: Outside, scratch: Path, budget: float) -> Taken:
+def measure_outside(found: Outside, scratch: Path, budget: float, clock: Clock) -> Taken:
     """Everybody reads all arrays of the user's data, whole."""
     opened = stores(found.path, scratch)
     with zarr.config.set({"async.concurrency": 1}):
@@ -104,7 +106,7 @@ def measure_outside(found: Outside, scratch: Path, budget: float) -> Taken:
     keys = found.objects()
     contestants[PREAD_ALL] = lambda: [(found.path / key).read_bytes() for key in keys]
     contestants[MEMCPY] = lambda: [array.copy() for array in expected]
-    return alternate(contestants, calls=len(keys), budget=budget)
+    return alternate(contestants, calls=len(keys), budget=budget, clock=clock)
 
 
 def _read(array: zarr.Array[Any], mode: str) -> None:
@@ -154,19 +156,21 @@ def show(report: Report, title: str, taken: Taken) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, can_be_outside=True)
+    parser = arguments(__doc__, can_be_outside=True, can_count_cpu=True)
     parser.add_argument("--budget", type=float, default=18, help="seconds for each comparison, if that is enough")
     options = parser.parse_args()
     results: dict[tuple[str, Kind], Taken] = {}
     with Report("warm", options.out) as report:
+        if options.clock is time.process_time:
+            report.say("CPU time of the process, all threads")
         if options.outside:
             with tempfile.TemporaryDirectory() as scratch:
-                taken = measure_outside(outside(options.outside), Path(scratch), options.budget)
+                taken = measure_outside(outside(options.outside), Path(scratch), options.budget, options.clock)
             show(report, f"all arrays of {options.outside.name}, whole", taken)
             return
         for mode, kind in FULL if options.full else DEFAULT:
             with tempfile.TemporaryDirectory() as scratch:
-                taken = results[mode, kind] = measure(mode, kind, Path(scratch), options.budget)
+                taken = results[mode, kind] = measure(mode, kind, Path(scratch), options.budget, options.clock)
             show(report, f"{mode}, {kind}", taken)
         report.table("Goals", ["what", "goal", "ratio of medians", "quartiles of the rounds"], goals(results))
         for mode in (WHOLE, CHUNK):

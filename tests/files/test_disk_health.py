@@ -12,14 +12,16 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 from processes import PATIENCE, Child
+from zarr.core import codec_pipeline
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.storage import LocalStore
 
@@ -87,8 +89,19 @@ def serve(link: Connection, root: Path, **settings: Any) -> None:
     asyncio.run(main())
 
 
+def serve_array(link: Connection, root: Path, **settings: Any) -> None:
+    """Read an array whole on demand, with Zarr's synchronous pipeline; tell its values, and how long it took."""
+    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}):
+        array: Any = zarr.open_array(store_over(root, **settings), path="a", mode="r")
+    link.send("ready")
+    while link.recv() is not None:
+        began = time.monotonic()
+        values = array[:].tolist()
+        link.send((values, time.monotonic() - began))
+
+
 class Worker:
-    def __init__(self, root: Path, **settings: Any) -> None:
+    def __init__(self, root: Path, serve: Callable[..., None] = serve, **settings: Any) -> None:
         self.child = Child(serve, root, **settings)
         self.child.hear("ready")
 
@@ -219,6 +232,27 @@ def test_a_disk_that_hangs_costs_reads_a_second_at_most_after_the_first_few(root
         assert sorted(seconds for _, seconds in rest)[len(rest) * 9 // 10] < 1.5
     until_hits(worker, KEYS[0])
     assert any("put aside" in line for line in worker.stats()[1])
+    worker.leave()
+
+
+@pytest.mark.skipif(not hasattr(codec_pipeline, "FusedCodecPipeline"), reason="this Zarr has no such pipeline")
+def test_a_disk_that_hangs_is_looked_at_for_one_chunk_and_not_for_all(root: Path) -> None:
+    """By the event loop, before a batch of chunks is read synchronously."""
+    expected = list(range(12 * 64))
+    zarr.create_array(LocalStore(root / "source"), name="a", shape=12 * 64, chunks=64, dtype="i4")[:] = expected
+    worker = Worker(root, serve_array)
+
+    def read() -> float:
+        worker.child.send("read")
+        values, took = worker.child.hear()
+        assert values == expected
+        return float(took)
+
+    for _ in range(3):
+        read()
+    with failing(worker, root, "delay_enter=2s", "newfstatat,statx,stat"):
+        assert read() < 12
+        assert read() < 5
     worker.leave()
 
 

@@ -17,7 +17,7 @@ from xzcache.files import allowance
 from xzcache.model import MISSING, Entry, Listed, is_document, nothing, within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from xzcache._config import Age
     from xzcache.directory._directory import CacheDirectory
@@ -110,6 +110,19 @@ class SharedBackend:
         if (now >= recency.due_at or len(recency.uses) >= recency.most) and recency.is_due(now):
             pool.spawn(directory.flush)
         return data
+
+    def are_at_hand(self, keys: Iterable[str], max_age: Age, missing_max_age: Age = 0) -> bool:
+        """Whether whole objects of all keys can be read without waiting for anything but the disk."""
+        directory = self.directory
+        if directory.health.is_aside or not directory.is_ready:
+            return False
+        max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
+        reader, prefix, absent = directory.reader, self.prefix, directory.negative_cache
+        return all(
+            reader.is_at_hand(prefix + key, max_age_ns)
+            or (missing_max_age != 0 and bool(absent.knows(prefix + key, missing_max_age)))
+            for key in keys
+        )
 
     def _get_patiently(
         self, entry: Entry, max_age: Age, missing_max_age: Age

@@ -464,6 +464,27 @@ class Reader:
             data.setflags(False)  # type: ignore[call-arg]  # as above
         return data, (key, *outer), now
 
+    def is_at_hand(self, key: str, max_age_ns: int | None) -> bool:
+        """Whether the file of a whole object is there; if this process has not verified it, it may still be damaged."""
+        if not self.quarantine.is_empty and self.quarantine.concerns(key):
+            return False
+        path = f"{self._root}/{key}"
+        began = time.monotonic()
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        if (took := time.monotonic() - began) > LONG:
+            # the event loop that waited is not to wait for the next file as well
+            self._is_slow(path, took)
+            return False
+        signature = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._checked.get(path) != signature and (
+            self._damaged.get(path) == signature or not stat.S_ISREG(status.st_mode) or not is_ours(status.st_uid)
+        ):
+            return False
+        return max_age_ns is None or 0 <= time.time_ns() - status.st_mtime_ns < max_age_ns
+
     def _is_slow(self, path: str, took: float) -> None:
         self.slow_path = path
         self._barrier.health.record_slow(f"{path or 'an operation'} took {took:.1f} s")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from xzcache._config import Age
     from xzcache.model.entry import Data, Entry, Extent
@@ -132,6 +132,10 @@ class Backend(Protocol):
         answer. After None, the contents of the place are undefined. An array that was not given is read-only.
         """
         return None
+
+    def are_at_hand(self, keys: Iterable[str], max_age: Age, missing_max_age: Age = 0) -> bool:
+        """Whether `get_nowait`, with `patient`, would answer for the whole objects of all keys of the source."""
+        return False
 
     async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
         """The bytes of an entry, no older than `max_age` and exactly those that were published.

@@ -12,10 +12,14 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
+from zarr.core import codec_pipeline
+
 from xzcache.model import fingerprint, is_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from zarr.abc.store import Store
 
     from xzcache._config import Revalidate
 
@@ -189,6 +193,34 @@ class Freshness:
         """The documents for a copy to inherit."""
         states = {**self.inherited.states(), **self._states}
         return Seen.of(states, more=self.inherited.more)
+
+
+_reads_batch: Final = getattr(getattr(codec_pipeline, "FusedCodecPipeline", None), "read", None)
+_READS_BATCH: Final = getattr(_reads_batch, "__code__", None)
+"""The code of the function of Zarr that asks a store whether it can be read synchronously, before it reads a batch."""
+_NEAR: Final = 4
+"""The number of frames between that function and the caller of `keys_to_read`, at most."""
+
+
+def keys_to_read(store: Store) -> list[str] | None:
+    """The keys of the batch that Zarr is about to read; None if that cannot be told, or Zarr reads parts of chunks.
+
+    Called by the property by which a store says whether it can be read synchronously. Zarr does not tell it what is to
+    be read, but the function that asks is on the stack. A Zarr in which that is different reads asynchronously.
+    """
+    for depth in range(2, 2 + _NEAR):
+        try:
+            frame = sys._getframe(depth)
+        except ValueError:
+            return None
+        if frame.f_code is _READS_BATCH:
+            names = frame.f_locals
+            batch, pipeline = names.get("batch"), names.get("self")
+            if not isinstance(batch, list) or getattr(pipeline, "supports_partial_decode", True):
+                return None
+            places = [item[0] for item in batch]
+            return [place.path for place in places] if all(place.store is store for place in places) else None
+    return None
 
 
 class _Tellings(dict[str, bool]):

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,6 +41,7 @@ from xzcache.model import (
 from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches
 from xzcache.reading._request import Request, buffer_of, contents
 from xzcache.reading._revalidation import Revalidation
+from xzcache.reading._stats import observers
 from xzcache.sources import FetchResult
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 _READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
 """Whether Zarr reads a shard's index and then its chunks by `get`: a byte range may depend on an earlier one."""
 
+
+_MOST_CONTEXTS: Final = 1 << 16
 
 Count = Callable[[int, float], None]
 """Called for a hit with its bytes and its seconds."""
@@ -85,6 +89,8 @@ class ReadThrough:
         self._confirms = self._revalidation.may_confirm
         self._fetches = RangeFetches(reading)
         self._leads = Leads(reading)
+        self.contexts: dict[str, Context] = {}
+        """The contexts in which some keys are about to be read, for observers such as Dask's."""
         self.freshness.tell(self)
 
     def must_verify(self) -> None:
@@ -147,6 +153,23 @@ class ReadThrough:
             raise NotCached
         count(0 if data is MISSING else len(data), time.perf_counter() - started)
         return None if data is MISSING else buffer_of(memoryview(data), prototype)
+
+    def are_at_hand(self, keys: Sequence[str]) -> bool:
+        """Whether `get_blocking` would at this moment answer for all of some chunks of one array, whole.
+
+        If so, Zarr reads them in threads that do not have the context of the reader, which is kept here for them.
+        """
+        reading = self.reading
+        if not keys or not self._may_serve(keys[0]):
+            return False
+        if not self.backend.are_at_hand(keys, reading.max_age, reading.age_of_absence(keys[0])):
+            return False
+        if observers:
+            if len(self.contexts) >= _MOST_CONTEXTS:
+                # of reads that failed
+                self.contexts.clear()
+            self.contexts.update(dict.fromkeys(keys, copy_context()))
+        return True
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, *, force: bool | None = False
@@ -313,6 +336,22 @@ class ReadThrough:
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, started: float
     ) -> Buffer | None:
         value = await self.reading.source.get(key, prototype, byte_range)
+        self.reading.miss(key, None if value is None else len(value), started)
+        return value
+
+    async def get_past_the_cache(
+        self,
+        key: str,
+        prototype: BufferPrototype,
+        byte_range: ByteRequest | None,
+        ask: Callable[[], Awaitable[Buffer | None]],
+    ) -> Buffer | None:
+        """What a source answers for a reader that cannot wait for the fetches of others, and is not stored."""
+        started = time.perf_counter()
+        async with self.reading.asking(key):
+            value = await ask()
+            if value is None:
+                await self.reading.is_certainly_missing(key)
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
