@@ -234,6 +234,10 @@ class Ledger:
         self._due = 0.0
         self._began = math.inf
         self._saved_until = time.time()
+        self.total = Counts()
+        """All that the index was told by this process."""
+        self.name = ""
+        """If it is not empty, the index remembers the total under this name when the process has ended."""
         for counted in self._counted.values():
             counted.told = Reads()
 
@@ -343,8 +347,16 @@ class Ledger:
             again = Counts(refetched=count << self._shift, refetched_size=size << self._shift)
             rows[number] = rows.get(number, Counts()).plus(again)
         statistics.add(int(now), rows)
+        total = reduce(Counts.plus, rows.values(), self.total)
+        if self.name:
+            statistics.set_process(self.name, int(now), total)
         self._shift = (index.totals().entries // WATCHED).bit_length()
-        index.when_committed.append(when_told)
+
+        def when_committed() -> None:
+            self.total = total
+            when_told()
+
+        index.when_committed.append(when_committed)
 
     def _news(self) -> tuple[dict[str | None, _News], Callable[[], None]]:
         """What was counted by source, and a function that takes note that it was told."""

@@ -38,6 +38,7 @@ MOST_USES: Final = 1 << 16
 _NOT_WHOLE: Final = 1 << 40
 """The first number of uses in a cache that had entries before there were statistics."""
 _MOST_GONE: Final = 1 << 16
+_MOST_PROCESSES: Final = 4096
 
 _TABLES: Final = (
     """CREATE TABLE IF NOT EXISTS stat(
@@ -51,6 +52,10 @@ _TABLES: Final = (
     "id INTEGER PRIMARY KEY, shift INTEGER NOT NULL, reads INTEGER NOT NULL, unstored INTEGER NOT NULL, "
     "repeats INTEGER NOT NULL, uses BLOB NOT NULL)",
     "CREATE TABLE IF NOT EXISTS gone(key INTEGER PRIMARY KEY, at INTEGER NOT NULL)",
+)
+# made when the first process is to be remembered, as older caches do not have it
+_TABLE_OF_PROCESSES: Final = (
+    "CREATE TABLE IF NOT EXISTS process(id TEXT PRIMARY KEY, at INTEGER NOT NULL, counts TEXT NOT NULL)"
 )
 _SUMS: Final = (
     "sum(hits), sum(misses), sum(cached), sum(fetched), sum(saved), sum(evicted), sum(evicted_size), sum(again), "
@@ -123,6 +128,7 @@ class Statistics:
         self._do = connection.execute
         self._do_many = connection.executemany
         self._is_made = False
+        self._has_processes = False
         self._compacted = -1
         self._gone = 0
 
@@ -141,7 +147,7 @@ class Statistics:
 
     def forget_uncommitted(self) -> None:
         """Forget tables that a rolled back transaction may have created."""
-        self._is_made = False
+        self._is_made = self._has_processes = False
 
     # -- reads
 
@@ -182,6 +188,43 @@ class Statistics:
             )
             self._do("DELETE FROM stat WHERE ns = ?", (source,))
             self._do("DELETE FROM price WHERE ns = ?", (source,))
+
+    def ever(self) -> Counts:
+        """The sums of all sources, of all time."""
+        if not self._has("stat"):
+            return Counts()
+        sums = self._do(f"SELECT {_SUMS} FROM stat").fetchone()
+        return Counts() if sums[0] is None else Counts(*sums)
+
+    def _has(self, table: str) -> bool:
+        return self._do("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
+
+    # -- processes that are to be remembered
+
+    def set_process(self, name: str, now: int, counts: Counts) -> None:
+        """Write down all that a process has counted by now, which is remembered when it has ended."""
+        if not self._has_processes:
+            self._do(_TABLE_OF_PROCESSES)
+            self._do(
+                "DELETE FROM process WHERE id IN (SELECT id FROM process ORDER BY at DESC LIMIT -1 OFFSET ?)",
+                (_MOST_PROCESSES,),
+            )
+            self._has_processes = True
+        self._do("INSERT OR REPLACE INTO process VALUES(?, ?, ?)", (name, now, json.dumps(counts)))
+
+    def processes(self, names: Iterable[str]) -> dict[str, Counts]:
+        """What each of some processes had counted when it told the index for the last time."""
+        if not self._has("process"):
+            return {}
+        found = {}
+        for name in names:
+            numbers = _numbers(self._do("SELECT counts FROM process WHERE id = ?", (name,)).fetchone())
+            if numbers is not None and len(numbers) == len(Counts._fields):
+                found[name] = Counts._make(
+                    value if field == "seconds_saved" else int(value)
+                    for field, value in zip(Counts._fields, numbers, strict=True)
+                )
+        return found
 
     # -- prices
 
