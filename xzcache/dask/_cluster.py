@@ -56,7 +56,17 @@ class Node(NamedTuple):
         ever = _shown_saved(self.ever.bytes_from_cache, self.ever.seconds_saved)
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
         counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
-        return [self.node[:8] or "-", hosts, workers, self.directory, shown_size(self.used), bound, *counts, saved, ever]
+        return [
+            self.node[:8] or "-",
+            hosts,
+            workers,
+            self.directory,
+            shown_size(self.used),
+            bound,
+            *counts,
+            saved,
+            ever,
+        ]
 
 
 def _shown_saved(size: int, seconds: float) -> str:
@@ -205,7 +215,7 @@ def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:
     latest = next(iter(workers.values()))
     running = {process.process for process in processes}
     ended = {process: counts for process, counts in latest.ended if process not in running}.values()
-    counted = [*processes, *ended]
+    counted: list[Usage | Counts] = [*processes, *ended]
     where = tuple(sorted({hosts.get(address, address) for address in workers}))
     facts = (latest.directory, latest.used, latest.bound, latest.entries)
     return Node(

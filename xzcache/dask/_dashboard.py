@@ -14,7 +14,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, Div, FactorRange, FixedTicker, Range1d
+from bokeh.models import ColumnDataSource, FactorRange, FixedTicker, Range1d
+from bokeh.models.annotations import Legend
+from bokeh.models.widgets import Div
 from bokeh.plotting import figure
 from bokeh.server.tornado import BokehTornado
 from distributed.dashboard.components import DashboardComponent, add_periodic_callback
@@ -171,16 +173,21 @@ class Xzcache(DashboardComponent):
         rate.scatter("time", "hit_rate", source=self.series, size=3, color=_CACHE)
         self._flow = _range(1)
         flow = figure(title="MB a second", y_range=self._flow, x_range=rate.x_range, **timed)
+        lines = []
         for name, color in (("from_cache", _CACHE), ("from_source", _SOURCE)):
-            flow.line("time", name, source=self.series, line_width=2, color=color, legend_label=name.replace("_", " the "))
-        flow.legend.location = "top_left"
-        flow.legend.orientation = "horizontal"
-        flow.legend.background_fill_alpha = 0.6
+            line = flow.line("time", name, source=self.series, line_width=2, color=color)
+            lines.append((name.replace("_", " the "), [line]))
+        # not within the frame, where it would hide lines
+        flow.add_layout(Legend(items=lines, orientation="horizontal", padding=0, border_line_color=None), "above")
         flow.xaxis.axis_label = "UTC"
         self._names = FactorRange()
         self._sizes = _range(1)
         self._fill = figure(
-            title="GB in the cache of each node, of its bound", y_range=self._names, x_range=self._sizes, **wide
+            title="GB in the cache of each node, of its bound",
+            y_range=self._names,
+            x_range=self._sizes,
+            height=80,
+            **wide,
         )
         self._fill.hbar("node", right="bound", height=0.7, source=self.nodes, fill_alpha=0.15, color=_CACHE)
         self._fill.hbar("node", right="used", height=0.5, source=self.nodes, color=_CACHE, fill_alpha=0.6)
@@ -201,7 +208,7 @@ class Xzcache(DashboardComponent):
         names = [bar.node for bar in nodes]
         if names != self._names.factors:
             self._names.factors = names
-            self._fill.height = 80 + _BAR * max(1, len(names))
+            self._fill.height = 80 + _BAR * len(names)
         _set_end(self._sizes, max((max(bar.used, bar.bound) for bar in nodes), default=0.0))
         self.nodes.data = {name: [getattr(bar, name) for bar in nodes] for name in _NodeBar._fields}
         words = escape(history.words())
@@ -215,14 +222,15 @@ def _range(end: float) -> Range1d:
 
 def _set_end(axis: Range1d, end: float) -> None:
     """Have an axis end a little beyond a value, but not move with each small change of it."""
-    if end > 0 and not 0.5 * axis.end < end * (1 + _MARGIN) <= axis.end:
+    now = float(axis.end)  # type: ignore[arg-type]
+    if end > 0 and not 0.5 * now < end * (1 + _MARGIN) <= now:
         axis.update(start=-_MARGIN * end, end=(1 + 2 * _MARGIN) * end)
 
 
 def _document(history: History, scheduler: Scheduler, extra: dict[str, Any], doc: Any) -> None:
     """The page of one visitor, with the navigation of Dask's own pages."""
     page = Xzcache(history)
-    add_periodic_callback(doc, page, _INTERVAL)
+    add_periodic_callback(doc, page, _INTERVAL)  # type: ignore[no-untyped-call]
     doc.add_root(page.root)
     doc.theme = BOKEH_THEME
     doc.title = "Dask: xzcache"

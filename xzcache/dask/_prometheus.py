@@ -64,7 +64,9 @@ class Exporter:
                 yield _with_value(GaugeMetricFamily(name, meaning, labels=["node"]), node, value)
         if latest.ever.reads:
             for field, (name, meaning) in _EVER.items():
-                yield _with_value(CounterMetricFamily(name, meaning, labels=["node"]), node, getattr(latest.ever, field))
+                yield _with_value(
+                    CounterMetricFamily(name, meaning, labels=["node"]), node, getattr(latest.ever, field)
+                )
 
     def describe(self) -> list[Metric]:
         """No metrics in advance: asking for them would need the cache."""
