@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_COLUMNS: Final = (
-    *("node", "hosts", "workers", "directory", "used", "bound", "entries", "hits", "misses", "saved", "saved ever"),
-)
+_COLUMNS: Final = ("node", "hosts", "workers", "directory", "used", "bound", "entries", "hits", "misses", "saved")
 
 
 class Node(NamedTuple):
@@ -52,25 +50,11 @@ class Node(NamedTuple):
 
     def _cells(self) -> list[str]:
         bound = "-" if self.bound is None else shown_size(self.bound)
-        saved = _shown_saved(self.saved_bytes, self.saved_seconds)
-        ever = _shown_saved(self.ever.bytes_from_cache, self.ever.seconds_saved)
+        seconds = format_time(self.saved_seconds) if self.saved_seconds else "0 s"
+        saved = f"{shown_size(self.saved_bytes)}, {seconds}"
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
         counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
-        return [
-            self.node[:8] or "-",
-            hosts,
-            workers,
-            self.directory,
-            shown_size(self.used),
-            bound,
-            *counts,
-            saved,
-            ever,
-        ]
-
-
-def _shown_saved(size: int, seconds: float) -> str:
-    return f"{shown_size(size)}, {format_time(seconds) if seconds else '0 s'}"
+        return [self.node[:8] or "-", hosts, workers, self.directory, shown_size(self.used), bound, *counts, saved]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from bokeh.layouts import column
 from bokeh.models import ColumnDataSource, FactorRange, FixedTicker, Range1d
-from bokeh.models.annotations import Legend
+from bokeh.models.annotations import Legend, LegendItem
 from bokeh.models.widgets import Div
 from bokeh.plotting import figure
 from bokeh.server.tornado import BokehTornado
@@ -177,8 +177,10 @@ class Xzcache(DashboardComponent):
         for name, color in (("from_cache", _CACHE), ("from_source", _SOURCE)):
             line = flow.line("time", name, source=self.series, line_width=2, color=color)
             lines.append((name.replace("_", " the "), [line]))
+        legend = Legend(orientation="horizontal", border_line_color=None)
+        legend.items = [LegendItem(label=label, renderers=renderers) for label, renderers in lines]
         # not within the frame, where it would hide lines
-        flow.add_layout(Legend(items=lines, orientation="horizontal", padding=0, border_line_color=None), "above")
+        flow.add_layout(legend, "above")
         flow.xaxis.axis_label = "UTC"
         self._names = FactorRange()
         self._sizes = _range(1)
