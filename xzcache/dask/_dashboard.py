@@ -173,7 +173,7 @@ class Xzcache(DashboardComponent):
         rate.scatter("time", "hit_rate", source=self.series, size=3, color=_CACHE)
         self._flow = _range(1)
         flow = figure(title="MB a second", y_range=self._flow, x_range=rate.x_range, **timed)
-        lines = []
+        lines: list[tuple[str, list[Any]]] = []
         for name, color in (("from_cache", _CACHE), ("from_source", _SOURCE)):
             line = flow.line("time", name, source=self.series, line_width=2, color=color)
             lines.append((name.replace("_", " the "), [line]))
