@@ -260,6 +260,7 @@ def clear(
     """
     if older_than is not None:
         _parsed_age("--older-than", older_than)
+    # counted first, so that the question can name what would go
     if not dry_run and not yes:
         would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
         if would.entries:
@@ -465,6 +466,7 @@ def warm(
                 client=client,
                 every_node=every_node,
                 pin=pin,
+                # a bar would mix with the JSON of programs that read both streams
                 progress=False if quiet or as_json else None,
                 dry_run=dry_run,
                 directory=directory,

@@ -105,7 +105,7 @@ class History:
         """The increase of each counter since the last call."""
         now: dict[str, tuple[float, ...]] = {}
         for metrics in workers:
-            # of the workers of one process, one reports what it counts, and the others zeros
+            # one worker of each process reports its counters, the others zeros; they do it at different times
             name, *_ = metrics["xzcache_process"]
             reported = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
             now[name] = tuple(map(max, now.get(name, reported), reported))
@@ -113,7 +113,7 @@ class History:
         for name, counts in now.items():
             # the counters of a new process start now
             before = self._counts.get(name, counts)
-            # of a process that is not there any more, too: it may come back, and has not read it all again then
+            # kept for processes that have gone: one that comes back has not read everything again
             self._counts[name] = tuple(map(max, before, counts))
             counted = [total + n - b for total, n, b in zip(counted, self._counts[name], before, strict=True)]
         return counted

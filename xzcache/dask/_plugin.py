@@ -77,6 +77,7 @@ class _Process:
 
     def add(self, setup: _Setup) -> None:
         if not self._setups:
+            # from before the first plugin, so that the last one to leave can restore it
             self._before = {name: config.get(name) for name in DEFAULTS}
         self._setups.append(setup)
         metering.begin()
@@ -101,9 +102,11 @@ class _Process:
 
     def _apply(self) -> None:
         """Apply the settings of the latest plugin."""
+        # closed first: Prometheus refuses a second collector with the same names
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None
+        # plugins may leave in any order, so the settings are applied anew from the beginning
         config.set(dict(self._before))
         if self._setups:
             latest = self._setups[-1]
@@ -214,7 +217,7 @@ class CachePlugin(WorkerPlugin):
         self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
         if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
             del self.settings["max_size"]
-        # another client of the cluster may have chosen, which is not to be undone by one that chooses nothing
+        # a client that chooses nothing must not replace the settings that another client of the cluster has chosen
         chooses = remove_on_close or directory is not None or any(value is not None for value in given.values())
         self.idempotent = not chooses and all(configured[name] == DEFAULTS[name] for name in ("directory", *_PARSERS))
         self._setups: dict[str, _Setup] = {}
@@ -230,7 +233,7 @@ class CachePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Make the cache of this node the default cache of the worker's process."""
         place = self.directory or _place_of_worker()
-        # where a bound is not given, one that another worker of this process was given does not count
+        # without a given bound, that of another worker's plugin in this process must not count
         with config.set(_process.configured()):
             directory = self._open(place, worker)
         setup = _Setup(place, self.settings, Gauge(directory, f"dask {worker.scheduler.address}"))
@@ -294,13 +297,13 @@ def _place_of_worker() -> str:
 
 
 def _warn(worker: Worker, message: str) -> None:
-    """In the worker's log, and wherever there is a client."""
+    """Warn in the worker's log and at every client."""
     logger.warning(message)
     worker.log_event("warn", message)
 
 
 def _show(setup: _Setup, worker: Worker) -> None:
-    """Add the figures of a cache to what the worker tells the scheduler, whose table of workers adds them up."""
+    """Add the figures of a cache to the metrics that the worker sends to the scheduler, whose table adds them up."""
     gauge = _process.shown[worker.id] = setup.gauge
     shown = _process.shown
     worker.metrics["xzcache_node"] = lambda _: gauge.read().node
@@ -310,7 +313,7 @@ def _show(setup: _Setup, worker: Worker) -> None:
     for name in _SHARED:
         worker.metrics[f"xzcache_{name}"] = _metric(gauge, name, lambda: _leads(worker.id, gauge))
     process, host = gauge.read().process, gauge.read().host
-    # the table shows no lists
+    # Dask's table shows no lists
     worker.metrics[_PROCESS] = lambda _: [process, host, gauge.directory.root]
 
 
@@ -331,7 +334,7 @@ def _metric(gauge: Gauge, name: str, is_shown: Callable[[], bool]) -> Callable[[
 
 
 def _exporter(gauge: Gauge) -> Exporter | None:
-    """For Prometheus, if its client is here."""
+    """The exporter for Prometheus; None if its client is not installed."""
     try:
         from xzcache.dask._prometheus import Exporter
     except ImportError:

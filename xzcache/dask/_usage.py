@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from xzcache.directory import CacheDirectory
 
 
+# workers report twice a second, and the index should not be read for each report
 _SECONDS: Final = 1.0
 _SECONDS_OF_ALL: Final = 10.0
 """Between two looks at what all processes have counted, for which the index adds up its statistics."""
@@ -129,6 +130,7 @@ class Gauge:
             if due:
                 self._looked = time.monotonic()
         if due:
+            # in a thread, because metrics are read on the worker's event loop
             pool.spawn(self._look)
         counts = process.as_dict()
         current = {name: counts[name] for name in Usage._fields if name in counts}
@@ -140,6 +142,7 @@ class Gauge:
         return self.directory.leads(purpose or self._purpose)
 
     def _look(self) -> None:
+        # held during the look, so that `close` does not return before the directory is left alone
         with self._looking:
             if self._closed:
                 return
@@ -150,7 +153,7 @@ class Gauge:
             self._latest = latest._replace(ever=ever)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop updating, and end the use of the directory."""
         with self._looking:
             self._closed = True
         for purpose in self._purposes:
@@ -194,7 +197,9 @@ def _record_read(where: str, size: int, seconds: float) -> None:
     if (task := _task()) is not None:
         now = time.perf_counter()
         with _lock:
+            # the part of this read that overlaps earlier reads of the task was reported with them
             since = max(now - seconds, _covered.get(task, 0.0))
+            # tasks that have ended are not reported here: the table is emptied now and then
             if len(_covered) >= _MOST:
                 _covered.clear()
             _covered[task] = now
@@ -203,7 +208,8 @@ def _record_read(where: str, size: int, seconds: float) -> None:
 
 
 def _task() -> int | None:
-    """An id of the task that reads; None if Dask does not show it."""
+    """An id of the task that reads; None if Dask does not provide one."""
+    # private in distributed; without it, overlapping reads are counted in full
     callbacks = getattr(context_meter, "_callbacks", None)
     try:
         return None if callbacks is None else id(callbacks.get())
