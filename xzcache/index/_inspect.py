@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache import files
-from xzcache.index._locks import try_flock
+from xzcache.index._locks import locked_objects, try_flock
 from xzcache.index._pins import PINNED, Pin, rows_of, usage_of
 from xzcache.index._session import FORMAT
 from xzcache.index._sql import UPGRADES, VERSION, Totals, connect, is_write_ahead, range_of
@@ -64,6 +64,14 @@ class Objects(NamedTuple):
     size: int = 0
     last: int = 0
     pinned: int = 0
+
+
+class Arrival(NamedTuple):
+    """An entry that was stored; `array` is the path of its array within the namespace, and the size is in bytes."""
+
+    namespace: str
+    array: str
+    size: int
 
 
 class Inspector:
@@ -214,6 +222,29 @@ class Inspector:
         with self._section() as index:
             return [abs(pid) for (pid,) in index.execute("SELECT pid FROM owner ORDER BY id")]
 
+    def fetching(self) -> int | None:
+        """How many objects are being fetched, by all processes; None if the system does not tell."""
+        return locked_objects(f"{self.meta}/writes")
+
+    def latest(self) -> int:
+        """The id of the latest entry; 0 without entries."""
+        with self._section() as index:
+            (latest,) = index.execute("SELECT coalesce(max(id), 0) FROM entry").fetchone()
+        return int(latest)
+
+    def arrivals(self, after: int) -> list[Arrival]:
+        """The entries with higher ids than `after`, which arrived later; the latest 5,000 at the most."""
+        arrays: dict[str, str] = {}
+        found = []
+        with self._section() as index:
+            rows = index.execute("SELECT key, size FROM entry WHERE id > ? ORDER BY id DESC LIMIT 5000", (after,))
+            for key, size in rows.fetchall():
+                namespace, folder = namespace_of(key), key.rpartition("/")[0]
+                if folder not in arrays:
+                    arrays[folder] = _array_of(index, folder)[len(namespace) + 1 :]
+                found.append(Arrival(namespace, arrays[folder], size))
+        return found
+
     def statistics(self) -> Looked:
         """The reads of each source, ever and in the last day."""
         with self._section() as index:
@@ -300,3 +331,12 @@ class Inspector:
             )
             after = None if end is None else end[0]
         return counted
+
+
+def _array_of(index: sqlite3.Connection, folder: str) -> str:
+    """The array that a folder of chunks belongs to: the deepest node at or above it; the folder if there is none."""
+    parts = folder.split("/")
+    above = ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    query = f"SELECT path FROM node WHERE path IN ({', '.join('?' * len(above))})"
+    known = {path for (path,) in index.execute(query, above)}
+    return next((path for path in above if path in known), folder)
