@@ -197,7 +197,7 @@ class Statistics:
         if not self._has("stat"):
             return Counts()
         sums = self._do(f"SELECT {_SUMS} FROM stat").fetchone()
-        return Counts() if sums[0] is None else Counts(*sums)
+        return Counts() if sums[0] is None else _counts(sums)
 
     def _has(self, table: str) -> bool:
         return self._do("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
@@ -223,10 +223,7 @@ class Statistics:
         for name in names:
             numbers = _numbers(self._do("SELECT counts FROM process WHERE id = ?", (name,)).fetchone())
             if numbers is not None and len(numbers) == len(Counts._fields):
-                found[name] = Counts._make(
-                    value if field == "seconds_saved" else int(value)
-                    for field, value in zip(Counts._fields, numbers, strict=True)
-                )
+                found[name] = _counts(numbers)
         return found
 
     # -- prices
@@ -315,7 +312,7 @@ def by_day(index: sqlite3.Connection, now: int) -> dict[int, dict[str, Counts]]:
         )
         for day, name, *sums in index.execute(query, (now - _DAYS_KEPT,)):
             of_day = found.setdefault(day, {})
-            of_day[name or ""] = of_day.get(name or "", Counts()).plus(Counts(*sums))
+            of_day[name or ""] = of_day.get(name or "", Counts()).plus(_counts(sums))
     return found
 
 
@@ -323,7 +320,10 @@ def sampled(index: sqlite3.Connection) -> list[UsesRow]:
     """The sampled uses, oldest first."""
     if not _is_there(index):
         return []
-    return [UsesRow(*row) for row in index.execute("SELECT * FROM sample ORDER BY id")]
+    kinds = (int, int, int, int, int, bytes)
+    rows = index.execute("SELECT * FROM sample ORDER BY id")
+    # garbage is left out: the sample holds no entry
+    return [UsesRow(*row) for row in rows if all(map(isinstance, row, kinds))]
 
 
 def _is_there(index: sqlite3.Connection) -> bool:
@@ -332,9 +332,13 @@ def _is_there(index: sqlite3.Connection) -> bool:
 
 def _by_name(index: sqlite3.Connection, where: str) -> dict[str, Counts]:
     found: dict[str, Counts] = {}
-    rows: Iterable[tuple[str | None, ...]] = index.execute(
-        f"SELECT ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns {where} GROUP BY stat.ns"
-    )
-    for name, *sums in rows:
-        found[name or ""] = found.get(name or "", Counts()).plus(Counts(*sums))  # type: ignore[arg-type]
+    query = f"SELECT ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns {where} GROUP BY stat.ns"
+    for name, *sums in index.execute(query):
+        found[name or ""] = found.get(name or "", Counts()).plus(_counts(sums))
     return found
+
+
+def _counts(sums: Iterable[float]) -> Counts:
+    """Counts of sums, which are no whole numbers where garbage was added."""
+    pairs = zip(Counts._fields, sums, strict=True)
+    return Counts._make(value if field == "seconds_saved" else int(value) for field, value in pairs)
