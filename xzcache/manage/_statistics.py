@@ -343,6 +343,7 @@ _GAUGES: Final = {
     "entries": ("xzcache_node_entries", "Entries in the cache."),
     "processes": ("xzcache_node_processes", "Processes that use the cache."),
     "disk_free": ("xzcache_node_disk_free_bytes", "Free bytes of the file system."),
+    "disk_size": ("xzcache_node_disk_bytes", "All bytes of the file system."),
 }
 
 
