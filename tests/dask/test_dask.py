@@ -284,13 +284,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with s3_server(folder) as s3, SpecCluster(workers, scheduler=scheduler) as made, Client(made) as client:
         client.wait_for_workers(4)
         names = {worker["name"]: address for address, worker in client.scheduler_info()["workers"].items()}
-        empty, without = xzcache.cluster_info(client), client.run(_default)
+        empty, without = xzcache.cluster_info(client, PATIENCE), client.run(_default)
         with xzcache.config.set(directory=None):
             client.register_plugin(xzcache.CachePlugin())
         arrays = open_weather(s3)
         for address in names.values():
             client.submit(sum_arrays, *arrays, workers=[address], pure=False).result()
-        info, where = xzcache.cluster_info(client), client.run(_default)
+        info, where = xzcache.cluster_info(client, PATIENCE), client.run(_default)
         yield Nodes(
             empty,
             info,
