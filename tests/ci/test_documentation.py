@@ -10,6 +10,7 @@ import pytest
 
 import xzcache
 from xzcache import _config
+from xzcache.manage import _statistics as served
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ci"))
@@ -53,10 +54,10 @@ def test_every_name_of_the_package_is_in_the_reference() -> None:
 def test_every_metric_is_listed() -> None:
     prometheus = pytest.importorskip("xzcache.dask._prometheus")
     text = page("reference/metrics.md")
-    for name, _ in prometheus._COUNTERS.values():
-        assert f"`{name}_total`" in text
-    for name, _ in prometheus._GAUGES.values():
-        assert f"`{name}`" in text
+    exported = {f"{name}_total" for name, _ in [*prometheus._COUNTERS.values(), *prometheus._EVER.values()]}
+    exported |= {name for name, _ in prometheus._GAUGES.values()}
+    exported |= {name for name, _ in [*served._COUNTERS.values(), *served._GAUGES.values()]} | {"xzcache_up"}
+    assert set(re.findall(r"^\| `(xzcache_\w+)` \| (?:counter|gauge) \|", text, re.M)) == exported
     stats = xzcache.CacheStats.__annotations__
     assert [name for name in stats if f"`{name}`" not in text] == []
 

@@ -75,6 +75,9 @@ class Browser:
             time.sleep(0.1)
         return found
 
+    def resize(self, width: int, height: int) -> None:
+        self._do("/window/rect", {"width": width, "height": height})
+
     def complaints(self) -> list[str]:
         """What the page has written to the console as an error."""
         return [entry["message"] for entry in self._do("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]

@@ -554,10 +554,11 @@ Examples:
 @_json
 @_one_line_errors
 def top(once: bool, seconds: float, directory: str | None, as_json: bool) -> None:
-    """Show the hit rate, the bytes a second from the cache and from the sources, and the processes at work.
+    """Show the hit rate, the bytes a second from cache and sources, what is fetched, and the processes at work.
 
-    In a terminal it goes on until Ctrl-C, over the last ten seconds. With --once, with --json and in a pipe it
-    prints one sample of so many seconds.
+    "Fetching now" counts the objects that are being fetched; "fetched" names the arrays of which something was stored.
+    In a terminal it goes on until Ctrl-C, over the last ten seconds. With --once, with --json and in a pipe it prints
+    one sample of so many seconds.
     """
     meter = manage.Meter(directory, max(seconds, 10.0))
     found = meter.read()

@@ -13,8 +13,8 @@ from distributed import Client
 
 from xzcache._caches import default_directory
 from xzcache._config import parse_seconds, shown_size
-from xzcache.dask._usage import Usage, usage
-from xzcache.directory import open_directory
+from xzcache.dask._usage import Usage, exact_usage
+from xzcache.directory import Counts, open_directory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,17 +37,21 @@ class Node(NamedTuple):
     entries: int
     hits: int
     misses: int
+    """Hits and misses are those of all workers of the cluster with `CachePlugin`, also of those that have ended."""
     saved_bytes: int
-    """Bytes that the workers that run now read from the cache instead of from the source."""
+    """Bytes that these workers read from the cache instead of from the source."""
     saved_seconds: float
-    """The time that the same reads would have taken at the source, by the mean of its misses, less the time they took.
+    """An estimate of the wall-clock time by which the node would have waited longer without the cache.
 
-    Each of several parallel reads counts.
+    Remembered prices of the source are behind it. Parallel reads save their time once.
     """
+    ever: Counts = Counts()
+    """The reads by all processes of the node, since the cache has statistics."""
 
     def _cells(self) -> list[str]:
         bound = "-" if self.bound is None else shown_size(self.bound)
-        saved = f"{shown_size(self.saved_bytes)}, {format_time(self.saved_seconds)}"
+        seconds = format_time(self.saved_seconds) if self.saved_seconds else "0 s"
+        saved = f"{shown_size(self.saved_bytes)}, {seconds}"
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
         counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
         return [self.node[:8] or "-", hosts, workers, self.directory, shown_size(self.used), bound, *counts, saved]
@@ -149,16 +153,19 @@ def cluster_info(client: Client, timeout: float = 10.0) -> ClusterInfo:
 async def _asked(client: Client, timeout: float) -> ClusterInfo:
     scheduler: Any = client.scheduler
     info = (await scheduler.identity())["workers"]
-    answers = await asyncio.gather(*(_ask(client, address, timeout) for address in info))
+    # what workers have counted that have ended, the index of their node remembers
+    events = await scheduler.events(topic="xzcache")
+    processes = sorted({event["process"] for _, event in events if "process" in event})
+    answers = await asyncio.gather(*(_ask(client, address, timeout, processes) for address in info))
     hosts = {address: worker["host"] for address, worker in info.items()}
     return _gathered(hosts, dict(zip(info, answers, strict=True)))
 
 
-async def _ask(client: Client, worker: str, timeout: float) -> Usage | BaseException | None:
+async def _ask(client: Client, worker: str, timeout: float, processes: list[str]) -> Usage | BaseException | None:
     """The usage that one worker sees, or the error instead; None if it did not answer in time."""
     try:
         # not one request for all workers, because that ends when the slowest has answered
-        answers = client.run(_usage_here, workers=[worker], on_error="return")
+        answers = client.run(_usage_here, processes, workers=[worker], on_error="return")
         answer: Usage | BaseException = (await asyncio.wait_for(answers, timeout))[worker]
     except TimeoutError:
         return None
@@ -181,19 +188,28 @@ def _gathered(hosts: dict[str, str], found: dict[str, Usage | BaseException | No
     return ClusterInfo(nodes, tuple(address for address, seen in found.items() if seen is None))
 
 
-def _usage_here() -> Usage:
-    """Of the process that this runs in."""
-    return usage(open_directory(default_directory()))
+def _usage_here(processes: list[str]) -> Usage:
+    """Of the process that this runs in, and of those of the cluster that have ended."""
+    return exact_usage(open_directory(default_directory()), processes)
 
 
 def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:
     # several workers may be threads of one process, which counts for all of them
     processes = {seen.process: seen for seen in workers.values()}.values()
     latest = next(iter(workers.values()))
-    hits, misses = sum(p.hits for p in processes), sum(p.misses for p in processes)
-    spent = sum(p.seconds_from_source for p in processes) / misses if misses else 0.0
-    saved = max(0.0, hits * spent - sum(p.seconds_from_cache for p in processes))
+    running = {process.process for process in processes}
+    ended = {process: counts for process, counts in latest.ended if process not in running}.values()
+    counted: list[Usage | Counts] = [*processes, *ended]
     where = tuple(sorted({hosts.get(address, address) for address in workers}))
     facts = (latest.directory, latest.used, latest.bound, latest.entries)
-    size = sum(p.bytes_from_cache for p in processes)
-    return Node(name, where, tuple(sorted(workers)), *facts, hits, misses, size, saved)
+    return Node(
+        name,
+        where,
+        tuple(sorted(workers)),
+        *facts,
+        hits=sum(each.hits for each in counted),
+        misses=sum(each.misses for each in counted),
+        saved_bytes=sum(each.bytes_from_cache for each in counted),
+        saved_seconds=sum(each.seconds_saved for each in counted),
+        ever=max((seen.ever for seen in workers.values()), key=lambda ever: ever.reads),
+    )

@@ -1,105 +1,243 @@
 """A page of the scheduler's dashboard: hit rate, bytes a second, and used space of each node's cache.
 
-The data come with the workers' heartbeats. The page uses parts of Dask's dashboard that may change, so callers must
-handle its failure.
+The data come with the workers' heartbeats, and are kept from when the page is added, whether or not anyone has it open.
+The page uses parts of Dask's dashboard that may change, so callers must handle its failure.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from typing import Any, Final
+from collections import Counter, deque
+from functools import partial
+from html import escape
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, DataRange1d, FactorRange, Range1d
+from bokeh.models import ColumnDataSource, FactorRange, FixedTicker, Range1d
+from bokeh.models.annotations import Legend, LegendItem
+from bokeh.models.widgets import Div
 from bokeh.plotting import figure
 from bokeh.server.tornado import BokehTornado
-from distributed.dashboard.components import DashboardComponent
-from distributed.dashboard.components.scheduler import individual_doc
+from distributed.dashboard.components import DashboardComponent, add_periodic_callback
+from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.dashboard.core import BokehApplication
 from distributed.dashboard.scheduler import template_variables
-from distributed.scheduler import Scheduler
-from tornado.ioloop import IOLoop
+from tornado.ioloop import IOLoop, PeriodicCallback
+
+from xzcache._config import shown_bound, shown_size
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
 
 PAGE: Final = "/individual-xzcache"
 _INTERVAL: Final = 500
 """Milliseconds."""
-_KEPT: Final = 600
+_KEPT: Final = 3600
+"""The points of time that are kept: half an hour."""
 _RATED: Final = 10
 """The points of one hit rate, because workers report only from time to time."""
-_COUNTERS: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source")
+_COUNTERS: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source", "seconds_saved")
 _CACHE, _SOURCE = "#2a7f62", "#c8553d"
+_MARGIN: Final = 0.05
+"""The part of an axis beyond its ends, so that no line is hidden by the frame."""
+_BAR: Final = 26
+"""Pixels."""
 
 
-class Xzcache(DashboardComponent):
-    """Three plots, one below the other; `kwargs` are passed to bokeh."""
+class _Point(NamedTuple):
+    """What was read since the point before."""
 
-    def __init__(self, scheduler: Scheduler, **kwargs: Any) -> None:
+    time: float
+    hit_rate: float
+    from_cache: float
+    from_source: float
+
+
+class _NodeBar(NamedTuple):
+    node: str
+    used: float
+    bound: float
+    text: str
+
+
+class History:
+    """What the workers of a scheduler have reported of their caches, point by point."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
+        self.points: deque[_Point] = deque(maxlen=_KEPT)
+        self.added = 0
+        """The number of points that there ever were."""
+        self.sums = [0.0] * len(_COUNTERS)
+        self.since = time.time()
         self._counts: dict[str, tuple[float, ...]] = {}
         self._reads: deque[tuple[float, float]] = deque(maxlen=_RATED)
-        self._then = time.time()
-        names = ("time", "hit_rate", "from_cache", "from_source")
-        self.series = ColumnDataSource({name: [] for name in names}, name="series")
-        self.nodes = ColumnDataSource({"node": [], "used": [], "bound": []}, name="nodes")
-        wide: dict[str, Any] = {"sizing_mode": "stretch_both", "tools": "", "x_axis_type": "datetime"}
-        rate = figure(title="Reads served from the cache (%)", y_range=Range1d(start=0, end=100), **wide)
-        rate.line("time", "hit_rate", source=self.series, line_width=2, color=_CACHE)
-        flow = figure(title="MB a second", y_range=DataRange1d(start=0), x_range=rate.x_range, **wide)
-        flow.line("time", "from_cache", source=self.series, line_width=2, color=_CACHE, legend_label="from the cache")
-        flow.line(
-            "time", "from_source", source=self.series, line_width=2, color=_SOURCE, legend_label="from the source"
-        )
-        flow.legend.location = "top_left"
-        self._names = FactorRange()
-        fill = figure(
-            title="GB in the cache of each node, of its bound",
-            y_range=self._names,
-            sizing_mode="stretch_both",
-            tools="",
-            x_range=DataRange1d(start=0),
-        )
-        fill.hbar("node", right="bound", height=0.7, source=self.nodes, fill_alpha=0.15, color=_CACHE)
-        fill.hbar("node", right="used", height=0.5, source=self.nodes, color=_CACHE)
-        self.root = column(rate, flow, fill, name="xzcache", **kwargs)
+        self._then = self.since
+        self._ticks = PeriodicCallback(self.add, _INTERVAL)
 
-    def update(self, messages: object = None) -> None:
+    def start(self) -> None:
+        """Add a point from time to time, while the scheduler runs."""
+        self.add()
+        self._ticks.start()
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The latest report of each worker that has the plugin."""
+        return [w.metrics for w in self.scheduler.workers.values() if "xzcache_process" in w.metrics]
+
+    def add(self) -> None:
         """Add a point from the latest reports of the workers."""
-        workers = [w.metrics for w in self.scheduler.workers.values() if "xzcache_process" in w.metrics]
-        hits, misses, cached, fetched = self._counted(workers)
+        if self.scheduler.status.name in ("closing", "closed"):
+            self._ticks.stop()
+            return
+        counted = self._counted(self.reports())
+        self.sums = [before + more for before, more in zip(self.sums, counted, strict=True)]
+        hits, misses, cached, fetched, _ = counted
         self._reads.append((hits, misses))
         from_cache, of_all = sum(h for h, _ in self._reads), sum(h + m for h, m in self._reads)
         then, self._then = self._then, time.time()
         seconds = max(self._then - then, 1e-9)
-        point = {
-            "time": self._then * 1e3,
-            "hit_rate": 100 * from_cache / of_all if of_all else math.nan,
-            "from_cache": cached / seconds / 1e6,
-            "from_source": fetched / seconds / 1e6,
-        }
-        self.series.stream({name: [value] for name, value in point.items()}, _KEPT)
-        nodes = {str(m.get("xzcache_node", "")): m for m in workers}
-        shown = sorted(nodes)
-        self._names.factors = [name[:8] for name in shown]
-        self.nodes.data = {
-            "node": [name[:8] for name in shown],
-            "used": [nodes[name]["xzcache_used"] / 1e9 for name in shown],
-            "bound": [max(nodes[name]["xzcache_bound"], 0) / 1e9 for name in shown],
-        }
+        hit_rate = 100 * from_cache / of_all if of_all else math.nan
+        self.points.append(_Point(self._then * 1e3, hit_rate, cached / seconds / 1e6, fetched / seconds / 1e6))
+        self.added += 1
 
     def _counted(self, workers: list[dict[str, Any]]) -> list[float]:
         """The increase of each counter since the last call."""
-        counted = [0.0] * len(_COUNTERS)
+        now: dict[str, tuple[float, ...]] = {}
         for metrics in workers:
-            # each worker reports the counters of its process at a different time; those of a new process start now
-            (name,) = metrics["xzcache_process"]
-            now = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
-            before = self._counts.get(name, now)
+            # one worker of each process reports its counters, the others zeros; they do it at different times
+            name, *_ = metrics["xzcache_process"]
+            reported = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
+            now[name] = tuple(map(max, now.get(name, reported), reported))
+        counted = [0.0] * len(_COUNTERS)
+        for name, counts in now.items():
+            # the counters of a new process start now
+            before = self._counts.get(name, counts)
             # kept for processes that have gone: one that comes back has not read everything again
-            self._counts[name] = tuple(map(max, before, now))
-            counted = [sum(n) - b for *n, b in zip(counted, self._counts[name], before, strict=True)]
+            self._counts[name] = tuple(map(max, before, counts))
+            counted = [total + n - b for total, n, b in zip(counted, self._counts[name], before, strict=True)]
         return counted
+
+    def nodes(self) -> list[_NodeBar]:
+        """The caches of the nodes, by the names of their hosts."""
+        found: dict[str, tuple[str, float, float]] = {}
+        for metrics in self.reports():
+            # one worker of a node reports its sizes, and the others zeros
+            node, (_, host, *_) = str(metrics["xzcache_node"]), metrics["xzcache_process"]
+            _, used, bound = found.get(node, ("", 0.0, 0.0))
+            found[node] = (host, max(used, metrics["xzcache_used"]), max(bound, metrics["xzcache_bound"]))
+        hosts = Counter(host for host, _, _ in found.values())
+        return sorted(
+            _NodeBar(
+                host if hosts[host] == 1 else f"{host} ({node[:4] or 'no cache'})",
+                used / 1e9,
+                bound / 1e9,
+                f"{shown_size(int(used))} of {shown_bound(int(bound) or None)}",
+            )
+            for node, (host, used, bound) in found.items()
+        )
+
+    def words(self) -> str:
+        """What the lines show, or why there are none."""
+        workers, reports = len(self.scheduler.workers), len(self.reports())
+        hits, misses, cached, fetched, saved = self.sums
+        since = time.strftime("%H:%M UTC", time.gmtime(self.since))
+        if not workers:
+            return "The cluster has no workers."
+        if not reports:
+            return "No worker reports a cache: call client.register_plugin(xzcache.CachePlugin())."
+        some = f" {workers - reports} of {workers} workers report no cache." if reports < workers else ""
+        if not hits + misses:
+            return f"Since {since}, nothing was read through the cache.{some}"
+        return (
+            f"Since {since}: {hits:,.0f} of {hits + misses:,.0f} reads from the cache, {shown_size(int(cached))} from "
+            f"the cache and {shown_size(int(fetched))} from the source; about {saved:,.0f} s saved.{some}"
+        )
+
+
+class Xzcache(DashboardComponent):
+    """A sentence and three plots, one below the other."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._shown = 0
+        self.series = ColumnDataSource({name: [] for name in _Point._fields}, name="series")
+        self.nodes = ColumnDataSource({name: [] for name in _NodeBar._fields}, name="nodes")
+        self.words = Div(text="", name="words", sizing_mode="stretch_width")
+        wide: dict[str, Any] = {"sizing_mode": "stretch_width", "tools": ""}
+        timed: dict[str, Any] = {**wide, "height": 220, "x_axis_type": "datetime"}
+        rate = figure(title="Reads served from the cache (%)", y_range=_range(100), **timed)
+        rate.yaxis.ticker = FixedTicker(ticks=[0, 25, 50, 75, 100])
+        rate.line("time", "hit_rate", source=self.series, line_width=2, color=_CACHE)
+        # a rate between two times without reads is a line of no length
+        rate.scatter("time", "hit_rate", source=self.series, size=3, color=_CACHE)
+        self._flow = _range(1)
+        flow = figure(title="MB a second", y_range=self._flow, x_range=rate.x_range, **timed)
+        lines: list[tuple[str, list[Any]]] = []
+        for name, color in (("from_cache", _CACHE), ("from_source", _SOURCE)):
+            line = flow.line("time", name, source=self.series, line_width=2, color=color)
+            lines.append((name.replace("_", " the "), [line]))
+        legend = Legend(orientation="horizontal", border_line_color=None)
+        legend.items = [LegendItem(label=label, renderers=renderers) for label, renderers in lines]
+        # not within the frame, where it would hide lines
+        flow.add_layout(legend, "above")
+        flow.xaxis.axis_label = "UTC"
+        self._names = FactorRange()
+        self._sizes = _range(1)
+        self._fill = figure(
+            title="GB in the cache of each node, of its bound",
+            y_range=self._names,
+            x_range=self._sizes,
+            height=80,
+            **wide,
+        )
+        self._fill.hbar("node", right="bound", height=0.7, source=self.nodes, fill_alpha=0.15, color=_CACHE)
+        self._fill.hbar("node", right="used", height=0.5, source=self.nodes, color=_CACHE, fill_alpha=0.6)
+        self._fill.text(0, "node", "text", source=self.nodes, text_baseline="middle", text_font_size="12px", x_offset=4)
+        self.root = column(self.words, rate, flow, self._fill, name="xzcache", sizing_mode="stretch_width")
+        self.update()
+
+    def update(self, messages: object = None) -> None:
+        """Show what is new in the history."""
+        history = self._history
+        count = min(history.added - self._shown, len(history.points))
+        self._shown = history.added
+        if count:
+            points = list(history.points)[-count:]
+            self.series.stream(dict(zip(_Point._fields, map(list, zip(*points, strict=True)), strict=True)), _KEPT)
+        _set_end(self._flow, max((max(p.from_cache, p.from_source) for p in history.points), default=0.0))
+        nodes = history.nodes()
+        names = [bar.node for bar in nodes]
+        if names != self._names.factors:
+            self._names.factors = names
+            self._fill.height = 80 + _BAR * len(names)
+        _set_end(self._sizes, max((max(bar.used, bar.bound) for bar in nodes), default=0.0))
+        self.nodes.data = {name: [getattr(bar, name) for bar in nodes] for name in _NodeBar._fields}
+        words = escape(history.words())
+        if words != self.words.text:
+            self.words.text = words
+
+
+def _range(end: float) -> Range1d:
+    return Range1d(start=-_MARGIN * end, end=(1 + _MARGIN) * end)
+
+
+def _set_end(axis: Range1d, end: float) -> None:
+    """Have an axis end a little beyond a value, but not move with each small change of it."""
+    now = float(axis.end)  # type: ignore[arg-type]
+    if end > 0 and not 0.5 * now < end * (1 + _MARGIN) <= now:
+        axis.update(start=-_MARGIN * end, end=(1 + 2 * _MARGIN) * end)
+
+
+def _document(history: History, scheduler: Scheduler, extra: dict[str, Any], doc: Any) -> None:
+    """The page of one visitor, with the navigation of Dask's own pages."""
+    page = Xzcache(history)
+    add_periodic_callback(doc, page, _INTERVAL)  # type: ignore[no-untyped-call]
+    doc.add_root(page.root)
+    doc.theme = BOKEH_THEME
+    doc.title = "Dask: xzcache"
+    doc.template = env.get_template("simple.html")
+    doc.template_variables.update(extra)
 
 
 def add_page(scheduler: Scheduler) -> None:
@@ -108,11 +246,13 @@ def add_page(scheduler: Scheduler) -> None:
     if not boards or any(PAGE in board.app_paths for board in boards):
         return
     variables = template_variables(scheduler)
-    pages = {PAGE: individual_doc(Xzcache, _INTERVAL)}
+    history = History(scheduler)
+    pages = {PAGE: partial(_document, history)}
     page = BokehApplication(pages, scheduler, boards[0].prefix, variables)  # type: ignore[no-untyped-call]
     scheduler.http_application.add_application(page)
     page.initialize(IOLoop.current())
     page.start()
+    history.start()
     entry = {"url": PAGE.strip("/"), "name": "Xzcache"}
     if entry not in variables["plots"]:
         variables["plots"].append(entry)

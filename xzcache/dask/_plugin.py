@@ -49,7 +49,12 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "lock_timeout": settings.parse_seconds,
     "threads": settings.parse_threads,
 }
-_SHOWN: Final = ("node", "hits", "misses", "bytes_from_cache", "bytes_from_source", "used", "bound")
+_COUNTED: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source", "seconds_saved")
+"""What a process counts: shown by one of its workers."""
+_SHARED: Final = ("used", "bound")
+"""What a node has: shown by one of its workers, so that sums over workers are right."""
+_PROCESS: Final = "xzcache_process"
+_OF_PROMETHEUS: Final = "prometheus"
 
 
 class _Setup(NamedTuple):
@@ -65,6 +70,8 @@ class _Process:
 
     def __init__(self) -> None:
         self._setups: list[_Setup] = []
+        self.shown: dict[str, Gauge] = {}
+        """The gauge that each worker of this process shows, by the worker's id."""
         self._before: dict[str, Any] = {}
         self._exporter: Exporter | None = None
 
@@ -229,12 +236,14 @@ class CachePlugin(WorkerPlugin):
         # without a given bound, that of another worker's plugin in this process must not count
         with config.set(_process.configured()):
             directory = self._open(place, worker)
-        setup = _Setup(place, self.settings, Gauge(directory))
+        setup = _Setup(place, self.settings, Gauge(directory, f"dask {worker.scheduler.address}"))
+        metering.remember(directory)
         self._setups[worker.id] = setup
         _process.add(setup)
         _show(setup, worker)
         latest = setup.gauge.read()
-        worker.log_event("xzcache", {"node": latest.node, "directory": latest.directory, "bound": latest.bound})
+        facts = {name: getattr(latest, name) for name in ("node", "directory", "bound", "process")}
+        worker.log_event("xzcache", facts)
 
     def _open(self, place: str, worker: Worker) -> CacheDirectory:
         cause: BaseException | None = None
@@ -258,8 +267,9 @@ class CachePlugin(WorkerPlugin):
         """Leave the worker's process as it was."""
         if (setup := self._setups.pop(worker.id, None)) is None:
             return
-        for name in (*_SHOWN, "process"):
-            worker.metrics.pop(f"xzcache_{name}", None)
+        for name in [name for name in worker.metrics if name.startswith("xzcache_")]:
+            del worker.metrics[name]
+        _process.shown.pop(worker.id, None)
         setup.gauge.close()
         _process.remove(setup)
         # a plugin under another name may be left
@@ -293,19 +303,32 @@ def _warn(worker: Worker, message: str) -> None:
 
 
 def _show(setup: _Setup, worker: Worker) -> None:
-    """Add the figures of a cache to the metrics that the worker sends to the scheduler."""
-    for name in _SHOWN:
-        worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
-    process = setup.gauge.read().process
-    # workers of one process count the same reads; Dask's table shows no lists
-    worker.metrics["xzcache_process"] = lambda _: [process]
+    """Add the figures of a cache to the metrics that the worker sends to the scheduler, whose table adds them up."""
+    gauge = _process.shown[worker.id] = setup.gauge
+    shown = _process.shown
+    worker.metrics["xzcache_node"] = lambda _: gauge.read().node
+    for name in _COUNTED:
+        # the workers of a process count the same reads
+        worker.metrics[f"xzcache_{name}"] = _metric(gauge, name, lambda: next(iter(shown)) == worker.id)
+    for name in _SHARED:
+        worker.metrics[f"xzcache_{name}"] = _metric(gauge, name, lambda: _leads(worker.id, gauge))
+    process, host = gauge.read().process, gauge.read().host
+    # Dask's table shows no lists
+    worker.metrics[_PROCESS] = lambda _: [process, host, gauge.directory.root]
 
 
-def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
-    def read(worker: Worker) -> float | str:
+def _leads(worker: str, gauge: Gauge) -> bool:
+    """Whether this worker shows the sizes of its node."""
+    of_directory = (name for name, other in _process.shown.items() if other.directory is gauge.directory)
+    return next(of_directory, None) == worker and gauge.leads()
+
+
+def _metric(gauge: Gauge, name: str, is_shown: Callable[[], bool]) -> Callable[[Worker], float]:
+    def read(worker: Worker) -> float:
         latest: Usage = gauge.read()
-        value: float | str | None = getattr(latest, name)
-        return -1 if value is None else value
+        value: float | None = getattr(latest, name)
+        # no bound is shown as none
+        return value if value is not None and is_shown() else 0
 
     return read
 
@@ -316,7 +339,7 @@ def _exporter(gauge: Gauge) -> Exporter | None:
         from xzcache.dask._prometheus import Exporter
     except ImportError:
         return None
-    return Exporter(gauge)
+    return Exporter(gauge, _OF_PROMETHEUS)
 
 
 class CacheDashboard(SchedulerPlugin):

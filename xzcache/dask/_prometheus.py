@@ -19,6 +19,7 @@ _COUNTERS: Final = {
     "bytes_from_source": ("xzcache_from_source_bytes", "Bytes read from the source."),
     "seconds_from_cache": ("xzcache_from_cache_seconds", "Seconds that reads from the cache took, each by itself."),
     "seconds_from_source": ("xzcache_from_source_seconds", "Seconds that reads from the source took, each by itself."),
+    "seconds_saved": ("xzcache_saved_seconds", "The part of this process in the wall-clock time that its node saved."),
     "evictions": ("xzcache_evictions", "Entries that this process evicted."),
     "faults": ("xzcache_errors", "Times that the cache failed and the source answered."),
 }
@@ -27,28 +28,45 @@ _GAUGES: Final = {
     "bound": ("xzcache_bound_bytes", "The most that the cache of this node may hold."),
     "entries": ("xzcache_entries", "Entries in the cache of this node."),
 }
+_EVER: Final = {
+    "hits": ("xzcache_node_hits", "Reads on this node that the source was not asked for."),
+    "misses": ("xzcache_node_misses", "Reads on this node that the source was asked for."),
+    "bytes_from_cache": ("xzcache_node_from_cache_bytes", "Bytes read from the cache on this node."),
+    "bytes_from_source": ("xzcache_node_from_source_bytes", "Bytes read from the source on this node."),
+    "seconds_saved": ("xzcache_node_saved_seconds", "Estimated wall-clock seconds that this node saved."),
+    "evictions": ("xzcache_node_evictions", "Entries that were evicted on this node."),
+    "refetched": ("xzcache_node_refetched", "Entries that were evicted and then fetched again on this node."),
+}
+"""By all processes, since the cache has statistics."""
 
 
 class Exporter:
-    """Exports the figures of this process and of its node's cache to Prometheus."""
+    """Exports the figures of this process to Prometheus, and those of its node from one of the node's processes.
 
-    def __init__(self, gauge: Gauge) -> None:
+    `purpose` is what these processes agree by on who does.
+    """
+
+    def __init__(self, gauge: Gauge, purpose: str) -> None:
         self._gauge = gauge
+        self._purpose = purpose
         REGISTRY.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """The figures of now."""
         latest = self._gauge.read()
-        labels = {"node": latest.node}
+        node = latest.node
         for field, (name, meaning) in _COUNTERS.items():
-            counter = CounterMetricFamily(name, meaning, labels=list(labels))
-            counter.add_metric(list(labels.values()), getattr(latest, field))
-            yield counter
+            yield _with_value(CounterMetricFamily(name, meaning, labels=["node"]), node, getattr(latest, field))
+        if not self._gauge.leads(self._purpose):
+            return
         for field, (name, meaning) in _GAUGES.items():
             if (value := getattr(latest, field)) is not None:
-                family = GaugeMetricFamily(name, meaning, labels=list(labels))
-                family.add_metric(list(labels.values()), value)
-                yield family
+                yield _with_value(GaugeMetricFamily(name, meaning, labels=["node"]), node, value)
+        if latest.ever.reads:
+            for field, (name, meaning) in _EVER.items():
+                yield _with_value(
+                    CounterMetricFamily(name, meaning, labels=["node"]), node, getattr(latest.ever, field)
+                )
 
     def describe(self) -> list[Metric]:
         """No metrics in advance: asking for them would need the cache."""
@@ -57,3 +75,8 @@ class Exporter:
     def close(self) -> None:
         """Stop exporting."""
         REGISTRY.unregister(self)
+
+
+def _with_value(family: CounterMetricFamily | GaugeMetricFamily, node: str, value: float) -> Metric:
+    family.add_metric([node], value)
+    return family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import uuid
@@ -11,14 +12,19 @@ from distributed.metrics import context_meter
 
 from xzcache import _threads as pool
 from xzcache._fork import renew_after_fork
+from xzcache.directory import Counts
 from xzcache.reading import observers, process
 
 if TYPE_CHECKING:
-    from xzcache.directory import CacheDirectory, Totals
+    from collections.abc import Collection
+
+    from xzcache.directory import CacheDirectory
 
 
 # workers report twice a second, and the index should not be read for each report
 _SECONDS: Final = 1.0
+_SECONDS_OF_ALL: Final = 10.0
+"""Between two looks at what all processes have counted, for which the index adds up its statistics."""
 
 
 class _Process:
@@ -54,6 +60,13 @@ class Usage(NamedTuple):
     seconds_from_source: float
     evictions: int
     faults: int
+    seconds_saved: float
+    """The part of this process in the wall-clock time that the node has saved."""
+    host: str
+    ever: Counts = Counts()
+    """What all processes have counted since the directory has statistics."""
+    ended: tuple[tuple[str, Counts], ...] = ()
+    """The ids of processes that were asked for, and what they had counted."""
 
 
 def usage(directory: CacheDirectory) -> Usage:
@@ -61,10 +74,7 @@ def usage(directory: CacheDirectory) -> Usage:
     node = ""
     if directory.is_made and directory.prepare():
         node = directory.barrier.try_or(directory.session.node_id, "")
-    return _usage(directory, node, directory.totals())
-
-
-def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
+    totals = directory.totals()
     counts: dict[str, Any] = process.as_dict()
     return Usage(
         process=_this.id,
@@ -75,15 +85,36 @@ def _usage(directory: CacheDirectory, node: str, totals: Totals) -> Usage:
         entries=totals.entries,
         evictions=directory.space.evictions,
         faults=directory.barrier.faults,
+        seconds_saved=directory.counted.seconds_saved,
+        host=socket.gethostname(),
         **{name: counts[name] for name in Usage._fields if name in counts},
     )
 
 
-class Gauge:
-    """The usage of a directory, updated in the background for callers that must not wait."""
+def exact_usage(directory: CacheDirectory, processes: Collection[str] = ()) -> Usage:
+    """The usage with all that this process has counted, that of its node, and that of other processes, by their ids."""
+    if directory.is_made:
+        directory.flush(everything=True)
+    ended = tuple(directory.counted_by([name for name in processes if name != _this.id]).items())
+    return usage(directory)._replace(ever=directory.counted_ever(), ended=ended)
 
-    def __init__(self, directory: CacheDirectory) -> None:
+
+def remember(directory: CacheDirectory) -> None:
+    """Have the index of a directory remember what this process counts, when it has ended."""
+    directory.remember_process(_this.id)
+
+
+class Gauge:
+    """The usage of a directory, updated in the background for callers that must not wait.
+
+    `purpose` names all gauges of which only one is to show what their processes share: see `leads`.
+    """
+
+    def __init__(self, directory: CacheDirectory, purpose: str) -> None:
         self.directory = directory
+        self._purposes = {purpose}
+        self._purpose = purpose
+        self._next_of_all = 0.0
         self._latest = usage(directory)
         self._looked = time.monotonic()
         self._lock = threading.Lock()
@@ -102,18 +133,31 @@ class Gauge:
             # in a thread, because metrics are read on the worker's event loop
             pool.spawn(self._look)
         counts = process.as_dict()
-        return self._latest._replace(**{name: counts[name] for name in Usage._fields if name in counts})
+        current = {name: counts[name] for name in Usage._fields if name in counts}
+        return self._latest._replace(**current, seconds_saved=self.directory.counted.seconds_saved)
+
+    def leads(self, purpose: str = "") -> bool:
+        """Whether this process shows, of all that share the directory, what they share: its sizes, and their sums."""
+        self._purposes.add(purpose or self._purpose)
+        return self.directory.leads(purpose or self._purpose)
 
     def _look(self) -> None:
         # held during the look, so that `close` does not return before the directory is left alone
         with self._looking:
-            if not self._closed:
-                self._latest = usage(self.directory)
+            if self._closed:
+                return
+            latest, ever = usage(self.directory), self._latest.ever
+            if time.monotonic() >= self._next_of_all and any(map(self.directory.leads, self._purposes)):
+                self._next_of_all = time.monotonic() + _SECONDS_OF_ALL
+                ever = self.directory.counted_ever()
+            self._latest = latest._replace(ever=ever)
 
     def close(self) -> None:
         """Stop updating, and end the use of the directory."""
         with self._looking:
             self._closed = True
+        for purpose in self._purposes:
+            self.directory.resign(purpose)
         self._end_use()
 
 

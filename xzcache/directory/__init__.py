@@ -13,11 +13,12 @@ from xzcache.directory._namespace import SharedBackend
 from xzcache.directory._registry import cleanup_resources, open_directory, opened_directory
 from xzcache.eviction import Sample, predicted
 from xzcache.files import can_be_made, free_bytes, is_on_network, is_plain, private_name, resolve_directory, temporary
-from xzcache.index import DAY, PINNED_SHARE, Counts, Inspector, Objects, Pin, Source, Totals, Uses
+from xzcache.index import DAY, PINNED_SHARE, Arrival, Counts, Inspector, Objects, Pin, Source, Totals, Uses
 
 __all__ = [
     "DAY",
     "PINNED_SHARE",
+    "Arrival",
     "Audit",
     "CacheDirectory",
     "Counts",

@@ -33,15 +33,15 @@ from xzcache.directory._statistics import Ledger
 from xzcache.directory._writebehind import WriteBehind, departures
 from xzcache.eviction import POLICIES, recency_for
 from xzcache.files import LONG, Health, Quarantine, Reader
-from xzcache.index import IndexSession, Totals
-from xzcache.model import META, Busy, CacheFault
+from xzcache.index import Counts, IndexSession, Totals
+from xzcache.model import META, Busy, CacheFault, lock_offset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from concurrent.futures import Future
 
     from xzcache.directory._publish import PendingEntry
-    from xzcache.index import Registration
+    from xzcache.index import Index, Registration
 
 
 logger = logging.getLogger("xzcache.directory")
@@ -111,6 +111,7 @@ class CacheDirectory:
         self._policy = policy
         self._quarantine = Quarantine()
         self.ledger = Ledger()
+        self._leading: dict[str, Registration] = {}
         self._start(max_size, default_max_size)
 
     def _start(self, max_size: int | Unset | None, default_max_size: int | None, *, only_raise: bool = False) -> None:
@@ -485,6 +486,51 @@ class CacheDirectory:
         ):
             self.barrier.try_or(lambda: self._flush(everything=everything), None)
 
+    def remember_process(self, name: str) -> None:
+        """Have the index remember what this process counts, under this name, when the process has ended."""
+        self.ledger.name = name
+
+    @property
+    def counted(self) -> Counts:
+        """What this process has counted and told to the index; exact after `flush`."""
+        return self.ledger.total
+
+    def counted_by(self, names: Collection[str]) -> dict[str, Counts]:
+        """What processes have counted that are remembered by these names."""
+        return self._looked_up(lambda index: index.statistics.processes(names), {})
+
+    def counted_ever(self) -> Counts:
+        """What all processes have counted since there are statistics."""
+        return self._looked_up(lambda index: index.statistics.ever(), Counts())
+
+    def _looked_up(self, look: Callable[[Index], T], default: T) -> T:
+        def within() -> T:
+            with self.session.section() as (_, index):
+                return look(index)
+
+        return self.barrier.try_or(within, default) if self.is_made else default
+
+    def leads(self, purpose: str) -> bool:
+        """Whether this process is the one, of all that ask for this purpose, that does what is to be done once.
+
+        It is until it ends, leaves the directory, or resigns. Never waits.
+        """
+        process = self.session.current
+        if process is None or self._leading.get(purpose) is process:
+            return process is not None
+        # a byte that stands for no object
+        offset = lock_offset(f"{META}/{purpose}")
+        if not self.barrier.try_or(lambda: process.keys.try_lock(offset), False):
+            return False
+        self._leading[purpose] = process
+        return True
+
+    def resign(self, purpose: str) -> None:
+        """Leave a purpose to another process."""
+        process = self._leading.pop(purpose, None)
+        if process is not None and process is self.session.current:
+            process.keys.unlock(lock_offset(f"{META}/{purpose}"))
+
     def _flush(self, *, everything: bool) -> None:
         with self.session.section() as (_, index):
             self.recency.flush_to(index, everything=everything)
@@ -599,6 +645,7 @@ class CacheDirectory:
         self.health = Health(self.root, self._probe, self._retry_pending)
         self.pending.let_go_of_note()
         self.ledger.after_fork_in_child()
+        self._leading = {}
         # the users are there in the child, too
         # the child keeps the bound that was asked for, which the parent may not have applied yet
         self._start(self.barrier.bound, self.barrier.default_bound, only_raise=self.barrier.only_raise)

@@ -239,6 +239,10 @@ class Ledger:
         self._due = 0.0
         self._began = math.inf
         self._saved_until = time.time()
+        self.total = Counts()
+        """All that the index was told by this process."""
+        self.name = ""
+        """If it is not empty, the index remembers the total under this name when the process has ended."""
         for counted in self._counted.values():
             counted.told = Reads()
 
@@ -351,10 +355,18 @@ class Ledger:
             again = Counts(refetched=count << self._shift, refetched_size=size << self._shift)
             rows[number] = rows.get(number, Counts()).plus(again)
         statistics.add(int(now), rows)
+        total = reduce(Counts.plus, rows.values(), self.total)
+        if self.name:
+            statistics.set_process(self.name, int(now), total)
         # the sample halves each time the cache doubles, so that its cost stays the same
         self._shift = (index.totals().entries // WATCHED).bit_length()
-        # only then is it told: a transaction that is rolled back is told once more
-        index.when_committed.append(when_told)
+
+        def when_committed() -> None:
+            self.total = total
+            # only then is it told: a transaction that is rolled back is told once more
+            when_told()
+
+        index.when_committed.append(when_committed)
 
     def _news(self) -> tuple[dict[str | None, _News], Callable[[], None]]:
         """The counts of each source since the last report, and a function that marks them as reported."""

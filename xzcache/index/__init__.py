@@ -8,7 +8,7 @@ it, and read without. The locks of keys and byte ranges are never waited for. Kn
 """
 
 from xzcache.index._history import History, hash_of, lot_of
-from xzcache.index._inspect import Inspector, Objects, Source, Uses
+from xzcache.index._inspect import Arrival, Inspector, Objects, Source, Uses
 from xzcache.index._pins import PINNED_SHARE, Pin
 from xzcache.index._session import IndexSession, Registration, written_notes
 from xzcache.index._sql import Index, Row, Tombstone, Totals, salvaged
@@ -28,6 +28,7 @@ __all__ = [
     "PINNED_SHARE",
     "SAMPLED",
     "USES",
+    "Arrival",
     "Counts",
     "History",
     "Index",

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xzcache import files
-from xzcache.index._locks import try_flock
+from xzcache.index._locks import locked_objects, try_flock
 from xzcache.index._pins import PINNED, Pin, rows_of, usage_of
 from xzcache.index._session import FORMAT
 from xzcache.index._sql import UPGRADES, VERSION, Totals, connect, is_write_ahead, range_of
@@ -64,6 +64,14 @@ class Objects(NamedTuple):
     size: int = 0
     last: int = 0
     pinned: int = 0
+
+
+class Arrival(NamedTuple):
+    """An entry that was stored; `array` is the path of its array within the namespace, and the size is in bytes."""
+
+    namespace: str
+    array: str
+    size: int
 
 
 class Inspector:
@@ -193,26 +201,60 @@ class Inspector:
             raise
         return connection
 
+    def _check_numbers(self, *values: object) -> None:
+        """Raise unless all values are whole numbers: SQLite stores a value of any kind in any column."""
+        if not all(isinstance(value, int) for value in values):
+            raise Damaged(f"the rows of the index in {self.root} make no sense")
+
     # -- the figures
 
     def totals(self) -> Totals:
         """The totals of the directory."""
         with self._section() as index:
             row = index.execute("SELECT n, bytes, lease, dying, max_size FROM total").fetchone()
-        if row is None or not all(isinstance(value, int) for value in row[:4]):
+        if row is None:
             raise Damaged(f"the totals of the index in {self.root} are missing")
+        self._check_numbers(*row[:4], *(() if row[4] is None else row[4:]))
         return Totals(*row)
 
     def pins(self) -> tuple[list[Pin], int]:
         """The pins, by name, and the bytes of all pinned entries."""
         with self._section() as index:
             found = dict.fromkeys(Pin(row.name, row.until) for row in rows_of(index))
-            return list(found), usage_of(index)[1]
+            size = usage_of(index)[1]
+        self._check_numbers(size, *(pin.until for pin in found if pin.until is not None))
+        return list(found), size
 
     def processes(self) -> list[int]:
         """The ids of the processes that have joined the directory."""
         with self._section() as index:
-            return [abs(pid) for (pid,) in index.execute("SELECT pid FROM owner ORDER BY id")]
+            pids = [pid for (pid,) in index.execute("SELECT pid FROM owner ORDER BY id")]
+        self._check_numbers(*pids)
+        return list(map(abs, pids))
+
+    def fetching(self) -> int | None:
+        """How many objects are being fetched, by all processes; None if the system does not tell."""
+        return locked_objects(f"{self.meta}/writes")
+
+    def latest(self) -> int:
+        """The id of the latest entry; 0 without entries."""
+        with self._section() as index:
+            (latest,) = index.execute("SELECT coalesce(max(id), 0) FROM entry").fetchone()
+        return int(latest)
+
+    def arrivals(self, after: int) -> list[Arrival]:
+        """The entries with higher ids than `after`, which arrived later; the latest 5,000 at the most."""
+        arrays: dict[str, str] = {}
+        found = []
+        with self._section() as index:
+            rows = index.execute("SELECT key, size FROM entry WHERE id > ? ORDER BY id DESC LIMIT 5000", (after,))
+            for key, size in rows.fetchall():
+                self._check_numbers(size)
+                namespace, folder = namespace_of(key), key.rpartition("/")[0]
+                if folder not in arrays:
+                    arrays[folder] = _array_of(index, folder)[len(namespace) + 1 :]
+                found.append(Arrival(namespace, arrays[folder], size))
+        return found
 
     def statistics(self) -> Looked:
         """The reads of each source, ever and in the last day."""
@@ -233,7 +275,10 @@ class Inspector:
         """The sources that have entries, largest first."""
         query = "SELECT id, name, n, bytes FROM ns WHERE n > 0 ORDER BY bytes DESC, name"
         with self._section() as index:
-            return [Source(*row) for row in index.execute(query)]
+            found = [Source(*row) for row in index.execute(query)]
+        for source in found:
+            self._check_numbers(source.id, source.entries, source.size)
+        return found
 
     def uses(self, before: int = 0) -> dict[int, Uses]:
         """The uses of each source, by its id; entries whose last use is before a time, in ns, are counted."""
@@ -249,7 +294,8 @@ class Inspector:
                 ).fetchall()
             if not rows:
                 return found
-            for ns, last, entries, size, pinned, _ in rows:
+            for ns, last, entries, size, pinned, latest in rows:
+                self._check_numbers(ns, last, entries, size, pinned, latest)
                 known = found.get(ns, Uses())
                 old = known.old_entries + entries, known.old_size + size
                 found[ns] = Uses(max(known.last, last), *old, known.pinned + pinned)
@@ -290,6 +336,7 @@ class Inspector:
                     f"AND key NOT IN ({', '.join('?' * len(besides))})",
                     (*bounds, after, *until[1], *besides),
                 ).fetchone()
+            self._check_numbers(whole, partial, size, last, pinned)
             counted = Objects(
                 counted.whole + whole,
                 counted.partial + partial,
@@ -300,3 +347,12 @@ class Inspector:
             )
             after = None if end is None else end[0]
         return counted
+
+
+def _array_of(index: sqlite3.Connection, folder: str) -> str:
+    """The array that a folder of chunks belongs to: the deepest node at or above it; the folder if there is none."""
+    parts = folder.split("/")
+    above = ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    query = f"SELECT path FROM node WHERE path IN ({', '.join('?' * len(above))})"
+    known = {path for (path,) in index.execute(query, above)}
+    return next((path for path in above if path in known), folder)

@@ -366,3 +366,16 @@ def _offsets_of(number: int, span: Span) -> tuple[int, int, int]:
     first, last = min(span[0], _ROOM), min(span[1], _ROOM)
     # the last possible byte cannot be locked, because its end would overflow
     return base + first, min(base + last, (1 << 63) - 1) - base - first, base
+
+
+def locked_objects(path: str) -> int | None:
+    """How many objects have a span locked in a file of `ByteLocks`, by any process; None if the system hides it."""
+    try:
+        inode = os.stat(path).st_ino
+        with open("/proc/locks") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return None
+    # a row that waits for a lock has an arrow; a device may have another number there than in `stat`
+    held = [int(row[6]) for row in rows if row[1] in ("OFDLCK", "POSIX") and row[5].rpartition(":")[2] == str(inode)]
+    return len({(start - _SPANS) // _ROOM for start in held if start >= _SPANS})

@@ -39,6 +39,7 @@ MOST_USES: Final = 1 << 16
 _NOT_WHOLE: Final = 1 << 40
 """The first number of uses in a cache that had entries before there were statistics."""
 _MOST_GONE: Final = 1 << 16
+_MOST_PROCESSES: Final = 4096
 
 _TABLES: Final = (
     """CREATE TABLE IF NOT EXISTS stat(
@@ -52,6 +53,10 @@ _TABLES: Final = (
     "id INTEGER PRIMARY KEY, shift INTEGER NOT NULL, reads INTEGER NOT NULL, unstored INTEGER NOT NULL, "
     "repeats INTEGER NOT NULL, uses BLOB NOT NULL)",
     "CREATE TABLE IF NOT EXISTS gone(key INTEGER PRIMARY KEY, at INTEGER NOT NULL)",
+)
+# made when the first process is to be remembered, as older caches do not have it
+_TABLE_OF_PROCESSES: Final = (
+    "CREATE TABLE IF NOT EXISTS process(id TEXT PRIMARY KEY, at INTEGER NOT NULL, counts TEXT NOT NULL)"
 )
 _SUMS: Final = (
     "sum(hits), sum(misses), sum(cached), sum(fetched), sum(saved), sum(evicted), sum(evicted_size), sum(again), "
@@ -124,6 +129,7 @@ class Statistics:
         self._do = connection.execute
         self._do_many = connection.executemany
         self._is_made = False
+        self._has_processes = False
         self._compacted = -1
         self._gone = 0
 
@@ -143,7 +149,7 @@ class Statistics:
 
     def forget_uncommitted(self) -> None:
         """Forget tables that a rolled back transaction may have created."""
-        self._is_made = False
+        self._is_made = self._has_processes = False
 
     # -- reads
 
@@ -185,6 +191,40 @@ class Statistics:
             )
             self._do("DELETE FROM stat WHERE ns = ?", (source,))
             self._do("DELETE FROM price WHERE ns = ?", (source,))
+
+    def ever(self) -> Counts:
+        """The sums of all sources, of all time."""
+        if not self._has("stat"):
+            return Counts()
+        sums = self._do(f"SELECT {_SUMS} FROM stat").fetchone()
+        return Counts() if sums[0] is None else _counts(sums)
+
+    def _has(self, table: str) -> bool:
+        return self._do("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
+
+    # -- processes that are to be remembered
+
+    def set_process(self, name: str, now: int, counts: Counts) -> None:
+        """Write down all that a process has counted by now, which is remembered when it has ended."""
+        if not self._has_processes:
+            self._do(_TABLE_OF_PROCESSES)
+            self._do(
+                "DELETE FROM process WHERE id IN (SELECT id FROM process ORDER BY at DESC LIMIT -1 OFFSET ?)",
+                (_MOST_PROCESSES,),
+            )
+            self._has_processes = True
+        self._do("INSERT OR REPLACE INTO process VALUES(?, ?, ?)", (name, now, json.dumps(counts)))
+
+    def processes(self, names: Iterable[str]) -> dict[str, Counts]:
+        """What each of some processes had counted when it told the index for the last time."""
+        if not self._has("process"):
+            return {}
+        found = {}
+        for name in names:
+            numbers = _numbers(self._do("SELECT counts FROM process WHERE id = ?", (name,)).fetchone())
+            if numbers is not None and len(numbers) == len(Counts._fields):
+                found[name] = _counts(numbers)
+        return found
 
     # -- prices
 
@@ -272,7 +312,7 @@ def by_day(index: sqlite3.Connection, now: int) -> dict[int, dict[str, Counts]]:
         )
         for day, name, *sums in index.execute(query, (now - _DAYS_KEPT,)):
             of_day = found.setdefault(day, {})
-            of_day[name or ""] = of_day.get(name or "", Counts()).plus(Counts(*sums))
+            of_day[name or ""] = of_day.get(name or "", Counts()).plus(_counts(sums))
     return found
 
 
@@ -280,7 +320,10 @@ def sampled(index: sqlite3.Connection) -> list[UsesRow]:
     """The sampled uses, oldest first."""
     if not _is_there(index):
         return []
-    return [UsesRow(*row) for row in index.execute("SELECT * FROM sample ORDER BY id")]
+    kinds = (int, int, int, int, int, bytes)
+    rows = index.execute("SELECT * FROM sample ORDER BY id")
+    # garbage is left out: the sample holds no entry
+    return [UsesRow(*row) for row in rows if all(map(isinstance, row, kinds))]
 
 
 def _is_there(index: sqlite3.Connection) -> bool:
@@ -289,9 +332,13 @@ def _is_there(index: sqlite3.Connection) -> bool:
 
 def _by_name(index: sqlite3.Connection, where: str) -> dict[str, Counts]:
     found: dict[str, Counts] = {}
-    rows: Iterable[tuple[str | None, ...]] = index.execute(
-        f"SELECT ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns {where} GROUP BY stat.ns"
-    )
-    for name, *sums in rows:
-        found[name or ""] = found.get(name or "", Counts()).plus(Counts(*sums))  # type: ignore[arg-type]
+    query = f"SELECT ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns {where} GROUP BY stat.ns"
+    for name, *sums in index.execute(query):
+        found[name or ""] = found.get(name or "", Counts()).plus(_counts(sums))
     return found
+
+
+def _counts(sums: Iterable[float]) -> Counts:
+    """Counts of sums, which are no whole numbers where garbage was added."""
+    pairs = zip(Counts._fields, sums, strict=True)
+    return Counts._make(value if field == "seconds_saved" else int(value) for field, value in pairs)

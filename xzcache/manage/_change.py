@@ -210,4 +210,6 @@ def check(directory: str | os.PathLike[str] | None = None, *, repair: bool = Fal
         return Audit(root)
     settled(root)
     opened = open_directory(root)
+    # a cache that cannot be used is not one without findings
+    must(root, opened.must_prepare)
     return must(root, lambda: audit(opened, repair=repair))

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from xzcache._config import config, parse_policy, shown_bound, shown_size
-from xzcache._display import Table
+from xzcache._display import Table, one_line
 from xzcache.directory import Counts, Inspector, Sample, predicted
 from xzcache.manage._look import info
 from xzcache.manage._results import CacheUnavailable, State, _Shown, counts_as_dict, shown_part
@@ -20,7 +20,9 @@ from xzcache.manage._which import must, name_of, root_of, settled, state_of
 from xzcache.model import CacheFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from xzcache.directory import Arrival
 
 
 OTHER_SOURCES: Final = "(others)"
@@ -136,6 +138,15 @@ class Process(NamedTuple):
     command: str
 
 
+class Fetched(NamedTuple):
+    """What was stored of one array, lately: its source and path, how many objects or parts of them, and bytes."""
+
+    source: str
+    array: str
+    objects: int
+    size: int
+
+
 @dataclass(frozen=True, repr=False)
 class Activity(_Shown):
     """The recent reads of all processes through a cache.
@@ -154,6 +165,11 @@ class Activity(_Shown):
         The same by the name of the source, those with the most bytes first.
     processes : tuple of Process
         The processes that use the cache.
+    fetching : int or None
+        How many objects are being fetched at this moment; None if the system does not tell.
+    fetched : tuple of Fetched
+        The arrays of which something was stored in this time, those with the most bytes first. Of more than 5,000
+        objects, the latest count.
     used, max_size : int, int or None
         The bytes of all entries, and the bound.
     state, trouble
@@ -165,6 +181,8 @@ class Activity(_Shown):
     counts: Counts = field(default_factory=Counts)
     by_source: dict[str, Counts] = field(default_factory=dict)
     processes: tuple[Process, ...] = ()
+    fetching: int | None = None
+    fetched: tuple[Fetched, ...] = ()
     used: int = 0
     max_size: int | None = None
     state: State = "ok"
@@ -183,6 +201,7 @@ class Activity(_Shown):
             "counts": counts_as_dict(self.counts),
             "by_source": {name: counts_as_dict(counts) for name, counts in self.by_source.items()},
             "processes": [process._asdict() for process in self.processes],
+            "fetched": [fetched._asdict() for fetched in self.fetched],
         }
 
     def _row(self, name: str, counts: Counts) -> tuple[str, ...]:
@@ -208,9 +227,25 @@ class Activity(_Shown):
         note = (
             f"{self.directory}: {shown_size(self.used)} of {shown_bound(self.max_size)}; in the last "
             f"{self.seconds:.0f} s\n{len(named)} process{'es' * (len(named) != 1)}"
-            f"{': ' if named else ''}{', '.join(named[:8])}{more}"
+            f"{': ' if named else ''}{', '.join(named[:8])}{more}{self._fetches()}"
         )
         return Table("xzcache", columns, rows, note=note)
+
+    def _fetches(self) -> str:
+        """Lines on what is being fetched, and on what was."""
+        lines = [f"fetching now: {_objects(self.fetching)}"] if self.fetching else []
+        # the names come from the keys of a source
+        named = [
+            f"{one_line(f'{each.source} {each.array}'.rstrip())} ({_objects(each.objects)}, {shown_size(each.size)})"
+            for each in self.fetched
+        ]
+        more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+        lines += [f"fetched: {', '.join(named[:4])}{more}"] if named else []
+        return "".join(f"\n{line}" for line in lines)
+
+
+def _objects(count: int) -> str:
+    return f"{count:,} object{'s' * (count != 1)}"
 
 
 class Meter:
@@ -227,7 +262,7 @@ class Meter:
     def __init__(self, directory: str | os.PathLike[str] | None = None, window: float = 10.0) -> None:
         self._root = root_of(directory)
         self._window = window
-        self._looks: deque[tuple[float, dict[str, Counts]]] = deque()
+        self._looks: deque[tuple[float, dict[str, Counts], int]] = deque()
 
     def read(self) -> Activity:
         """The reads since the look at the beginning of the window, or since the first look."""
@@ -235,16 +270,17 @@ class Meter:
         try:
             with Inspector(self._root) as inspector:
                 totals, counts, pids = inspector.totals(), inspector.statistics().of_sources, inspector.processes()
+                # one after the other: what arrives in between is listed by the next look as well
+                latest = inspector.latest()
+                arrivals = inspector.arrivals(self._first(now)[2]) if self._looks else []
+                fetching = inspector.fetching()
         except (CacheFault, OSError) as error:
             # after an error, counters may be of another index: the window begins anew
             self._looks.clear()
             state, trouble = state_of(error, self._root)
             return Activity(self._root, state=state, trouble=trouble)
-        self._looks.append((now, counts))
-        # the latest look that is old enough stays, as the beginning of the window
-        while len(self._looks) > 1 and self._looks[1][0] <= now - self._window:
-            self._looks.popleft()
-        then, before = self._looks[0]
+        self._looks.append((now, counts, latest))
+        then, before, _ = self._first(now)
         lately: dict[str, Counts] = {}
         for namespace, count in counts.items():
             count = count.minus(before.get(namespace, Counts()))
@@ -257,9 +293,26 @@ class Meter:
             reduce(Counts.plus, lately.values(), Counts()),
             {name: lately[name] for name in order},
             tuple(Process(pid, _command(pid)) for pid in pids),
+            fetching,
+            _by_array(arrivals),
             totals.size,
             totals.max_size,
         )
+
+    def _first(self, now: float) -> tuple[float, dict[str, Counts], int]:
+        """The look at the beginning of the window: the latest that is old enough, or the first one."""
+        while len(self._looks) > 1 and self._looks[1][0] <= now - self._window:
+            self._looks.popleft()
+        return self._looks[0]
+
+
+def _by_array(arrivals: Iterable[Arrival]) -> tuple[Fetched, ...]:
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for arrival in arrivals:
+        array = _named(arrival.namespace), arrival.array
+        count, size = found.get(array, (0, 0))
+        found[array] = count + 1, size + arrival.size
+    return tuple(sorted((Fetched(*array, *sums) for array, sums in found.items()), key=lambda each: -each.size))
 
 
 def _named(namespace: str) -> str:
@@ -290,6 +343,7 @@ _GAUGES: Final = {
     "entries": ("xzcache_node_entries", "Entries in the cache."),
     "processes": ("xzcache_node_processes", "Processes that use the cache."),
     "disk_free": ("xzcache_node_disk_free_bytes", "Free bytes of the file system."),
+    "disk_size": ("xzcache_node_disk_bytes", "All bytes of the file system."),
 }
 
 

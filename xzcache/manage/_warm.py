@@ -29,7 +29,7 @@ from zarr.core.sync import sync
 from xzcache._config import config, parse_min_free, shown_bound, shown_size
 from xzcache.directory import PINNED_SHARE, CacheDirectory, Inspector, SharedBackend, free_bytes
 from xzcache.manage._results import CacheUnavailable, Failed, TooLarge, Warmed
-from xzcache.manage._which import settled
+from xzcache.manage._which import must, settled
 from xzcache.model import Entry
 from xzcache.sources import scrub
 from xzcache.store import CacheStore
@@ -461,8 +461,7 @@ async def _capacity(store: CacheStore, cached: int) -> int | None:
 
 
 def _capacity_of(directory: CacheDirectory, namespace: str, cached: int, policy: str) -> int | None:
-    if not directory.prepare():
-        raise CacheUnavailable(f"the cache in {directory.root} cannot be used")
+    must(directory.root, directory.must_prepare)
     with Inspector(directory.root) as inspector:
         totals, (pins, pinned) = inspector.totals(), inspector.pins()
         if pins:
@@ -617,8 +616,9 @@ def _node_there(part: Part) -> _There:
     run = Run([part])
     where, bound = _names(run)
     backend = run.stores[0]._reads.backend
-    if not isinstance(backend, SharedBackend) or not backend.directory.prepare():
+    if not isinstance(backend, SharedBackend):
         raise CacheUnavailable(f"{where} cannot be used")
+    must(backend.directory.root, backend.directory.must_prepare)
     return _There(backend.directory.barrier.try_or(backend.directory.session.node_id, ""), where, bound)
 
 

@@ -59,15 +59,26 @@ def settled(root: str) -> CacheDirectory | None:
 def state_of(error: BaseException, root: str) -> tuple[State, str]:
     if isinstance(error, FileNotFoundError):
         return "absent", f"there is no cache in {root} yet: the first read through xzcache makes it"
+    # an error of SQLite does not know the directory
+    text = str(error) if root in str(error) else f"the cache in {root} cannot be used: {error}"
     if isinstance(error, Damaged):
-        return "damaged", f"{error}; the next read through xzcache, or `xzcache check --repair`, rebuilds the index"
+        return "damaged", f"{text}; the next read through xzcache, or `xzcache check --repair`, rebuilds the index"
     if isinstance(error, Foreign):
-        return "foreign", str(error)
-    return "busy" if isinstance(error, Busy) else "unusable", str(error)
+        return "foreign", text
+    return "busy" if isinstance(error, Busy) else "unusable", text
 
 
 def is_there(root: str) -> bool:
-    return os.path.lexists(f"{root}/{META}")
+    """Whether there is a cache, of whatever state; raises `CacheUnavailable` where the system does not tell."""
+    try:
+        os.lstat(f"{root}/{META}")
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        raise CacheUnavailable(f"{root} cannot be used: is a file, where a directory should be") from None
+    except OSError as error:
+        raise CacheUnavailable(f"{root} cannot be used: {error.strerror}") from error
+    return True
 
 
 def must(root: str, action: Callable[[], T]) -> T:
