@@ -56,7 +56,18 @@ def _differences_of_files(built: Path) -> list[str]:
     return found + [f"the source distribution lacks {name}" for name in sorted(wanted - sources)]
 
 
+def faults_of_recipe() -> list[str]:
+    """Why the tool that builds for conda-forge cannot make a package of the recipe; building it needs their channel."""
+    from rattler_build import RattlerBuildError, Stage0Recipe, VariantConfig
+
+    try:
+        rendered = Stage0Recipe.from_file(ROOT / "ci/recipe/recipe.yaml").render(VariantConfig())
+    except RattlerBuildError as error:
+        return [f"ci/recipe: {error}"]
+    return [] if len(rendered) == 1 else [f"ci/recipe makes {len(rendered)} packages"]
+
+
 if __name__ == "__main__":
-    lines = differences(Path(sys.argv[1]))
+    lines = differences(Path(sys.argv[1])) + faults_of_recipe()
     print("\n".join(lines) or "the files of the release agree")
     sys.exit(bool(lines))
