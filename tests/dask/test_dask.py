@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -245,6 +246,31 @@ def test_one_row_for_the_node(story: Story) -> None:
 def test_the_account_is_what_is_on_disk(story: Story) -> None:
     visit(story.root)
     assert audit(story.root) == 24
+
+
+@pytest.mark.slow
+def test_a_warm_session_saves_about_what_a_cold_one_took(tmp_path: Path) -> None:
+    """Seconds on the clock, whether or not reads are parallel, and although the session has no miss of its own."""
+    write_weather(tmp_path)
+
+    def session(s3: S3Server) -> tuple[float, Any]:
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as made, Client(made) as client:
+            client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
+            arrays, workers = open_weather(s3), list(client.scheduler_info()["workers"])
+            began = time.perf_counter()
+            client.gather([client.submit(sum_arrays, *arrays, workers=[name], pure=False) for name in workers])
+            seconds = time.perf_counter() - began
+            (node,) = xzcache.cluster_info(client, PATIENCE)
+            return seconds, node
+
+    with s3_server(tmp_path, latency=0.3) as s3:
+        cold, first = session(s3)
+        warm, second = session(s3)
+    assert (first.misses, second.misses) == (24, 0)
+    assert second.hits == 48
+    # four rounds of requests, of 0.3 s each, is the least that the cold session has waited
+    assert 0.5 * 1.2 - warm <= second.saved_seconds <= 2.5 * cold
+    assert second.saved_seconds == pytest.approx(second.ever.seconds_saved - first.ever.seconds_saved, abs=0.1)
 
 
 # -- several nodes
