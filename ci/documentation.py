@@ -165,7 +165,7 @@ def main() -> int:
             for page in pages():
                 name = page.relative_to(ROOT).as_posix()
                 # the session of such a page needs an environment of its own: ci/package runs it
-                if only and not any(word in name for word in only) or "<!-- transcript -->" in page.read_text():
+                if (only and not any(word in name for word in only)) or "<!-- transcript -->" in page.read_text():
                     continue
                 home = scratch / name.replace("/", "-")
                 shutil.copytree(bucket, home / "data")
