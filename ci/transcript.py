@@ -27,8 +27,7 @@ from _s3 import S3Server, s3_server  # noqa: E402
 MARK: Final = "<!-- transcript -->"
 _STOP: Final = "<!-- the server is stopped -->"
 _PIECE: Final = re.compile(
-    rf"{re.escape(_STOP)}|(?:<!-- file: (?P<file>\S+) -->\s*)?^```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$",
-    re.M | re.S,
+    rf"{re.escape(_STOP)}|(?:<!-- file: (?P<file>\S+) -->\s*)?^```\w*[^\n]*\n(?P<text>.*?)^```$", re.M | re.S
 )
 _HOME: Final = "/home/ann"
 _SERVER: Final = "http://127.0.0.1:9000"
@@ -117,7 +116,7 @@ class Shell:
 
 
 def settled(printed: str) -> list[str]:
-    """What must be equal in two runs: words and counts of objects; no sizes, times, digests or widths of columns."""
+    """The words and counts of objects that two runs must share, without sizes, times, digests and widths of columns."""
     for pattern, by in (
         (r"-[0-9a-f]{20}\b", "-DIGEST"),
         (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d\+00:00| UTC)", "MOMENT"),
@@ -163,11 +162,9 @@ def environment(server: S3Server, home: Path, wheel: Path) -> dict[str, str]:
     constraints = home.parent / "constraints.txt"
     # nothing else of this name, wherever it may come from
     constraints.write_text(f"xzcache=={wheel.name.split('-')[1]}\n")
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "TMPDIR")}
-    for_pip = ("PIP_", "SSL_")
-    kept |= {name: value for name, value in os.environ.items() if name.startswith(for_pip) or "_proxy" in name.lower()}
+    kept = re.compile(r"PATH|LANG|LC_ALL|TMPDIR|PIP_.*|SSL_.*|.*_proxy", re.IGNORECASE)
     return {
-        **kept,
+        **{name: value for name, value in os.environ.items() if kept.fullmatch(name)},
         "HOME": str(home),
         "PIP_CONSTRAINT": f"{constraints} {ROOT / 'ci' / 'constraints-newest.txt'}",
         "PIP_FIND_LINKS": f"{wheel.resolve().parent} {os.environ.get('PIP_FIND_LINKS', '')}".strip(),
