@@ -4,7 +4,7 @@ State of a worker process: the settings of its plugins, which change as these co
 were measured, and the latest figures that its gauges show, each under a mutex of its own.
 """
 
-from xzcache.dask._cluster import cluster_info
+from xzcache.dask._cluster import cluster_info, each_node
 from xzcache.dask._plugin import CacheDashboard, CachePlugin, dask_setup
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "CachePlugin",
     "cluster_info",
     "dask_setup",
+    "each_node",
 ]

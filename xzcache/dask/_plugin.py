@@ -22,7 +22,7 @@ from distributed.worker import Worker
 
 from xzcache import _config as settings
 from xzcache._caches import default_directory
-from xzcache._config import DEFAULTS, config
+from xzcache._config import DEFAULTS, allowed, config
 from xzcache.dask import _usage as metering
 from xzcache.dask._scheduler import ClusterPlugin
 from xzcache.dask._usage import Gauge, Usage
@@ -258,7 +258,7 @@ class CachePlugin(WorkerPlugin):
         if self not in worker.plugins.values():
             # another one has taken its place meanwhile
             return
-        place = chosen.get("directory") or _place_of_worker()
+        place = allowed("directory", chosen.get("directory")) or _place_of_worker()
         applied = {name: chosen[name] for name in _PARSERS if name in chosen}
         # where a bound is not given, one that another worker of this process was given does not count
         with config.set(_process.configured()):
