@@ -91,6 +91,7 @@ def cache_store_of(
     """The store that holds the cache, from the user's argument."""
     accepted = "a Zarr store that supports deletes, a path, or None for the default cache"
     if isinstance(given, LockedLocalStore):
+        # two bounds for one cache: neither may win silently
         for name, asked in {"max_size": max_size, "policy": policy}.items():
             if not isinstance(asked, Unset) and getattr(given, name) not in (UNSET, asked):
                 raise ValueError(
@@ -152,6 +153,7 @@ class _Binding(NamedTuple):
     backend: weakref.ref[StoreBackend]
 
 
+# Weak: this table must not keep an unused cache store alive. Its source is remembered, because its keys are still in it
 _bindings: Final[dict[str, _Binding]] = {}
 
 

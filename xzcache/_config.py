@@ -453,6 +453,7 @@ def parse_threads(name: str, value: Any) -> int:
     return value
 
 
+# a context variable, because a pickle may be loaded while another thread opens a store
 _looks: Final[ContextVar[bool]] = ContextVar("_looks", default=True)
 
 
@@ -480,7 +481,7 @@ def parse_root(root: Any, name: str = "root") -> Path:
         # never with its value, which may hold a password
         raise ValueError(f"{name} is a URL, which is not accepted: give {accepted}")
     if not text:
-        # rather a variable that is not set than the working directory
+        # an empty text is more likely an unset variable than the working directory
         raise _refuse(name, root, accepted)
     if "\0" in text:
         raise _refuse(name, root, accepted)

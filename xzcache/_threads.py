@@ -80,6 +80,7 @@ class _Pool:
         """Do one thing; False if the thread is to end."""
         queue = self._queue
         is_idle = False
+        # under the lock of `submit`, so that work is never queued between this look and the thread's becoming idle
         with self._lock:
             try:
                 work = queue.get_nowait()

@@ -71,6 +71,7 @@ def _teach(home: ModuleType) -> None:
         return
     ours = _with_engine(current)
     globals()[ours.__name__] = ours
+    # only names that still have xarray's function: another package may have replaced it
     for namespace in (home, sys.modules.get("xarray")):
         if getattr(namespace, "open_zarr", None) is current:
             vars(namespace)["open_zarr"] = ours
@@ -117,13 +118,14 @@ def __getattr__(name: str) -> Any:
 
 
 class _Watch(MetaPathFinder):
-    """Waits for xarray's module to be imported, and is gone then."""
+    """Waits for the import of xarray's module, and then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _HOME:
             return None
+        # removed first, because `find_spec` below asks all finders again
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
@@ -132,7 +134,7 @@ class _Watch(MetaPathFinder):
 
 
 class _Teaching(Loader):
-    """Loads the module as its own loader does, and teaches it the engine."""
+    """Loads the module with its own loader, then adds the engine."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

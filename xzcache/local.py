@@ -185,6 +185,7 @@ class LockedLocalStore(LocalStore):
         first, last = clip(*wanted, found.size)
         # a foreign file is part of the store, but not of the cache
         data = reader.read_foreign(found, first, last) if reader.is_foreign(found) else reader.read(found, first, last)
+        # a read-only store must not create an index, as a flush would do
         if self._directory.recency.record_use(found.entry) and not self.read_only:
             pool.spawn(self._directory.flush)
         return None if data is None else prototype.buffer.from_bytes(data)
@@ -307,8 +308,8 @@ class LockedLocalStore(LocalStore):
             return
         root = self._directory.root
         try:
-            # a deletion through the store includes foreign files, but nothing behind a link; the index deletes the
-            # cache's own files
+            # the index has deleted the cache's own files. Foreign files are part of the store and deleted here, but
+            # nothing behind a link
             top = files.inside(root, f"{prefix}/.").removesuffix("/.") if prefix else root
             paths = [top] if prefix and files.exists(top) and not os.path.isdir(top) else files.walk(top)
             for path in paths:
@@ -326,6 +327,7 @@ class LockedLocalStore(LocalStore):
         top = os.path.join(root, prefix) if prefix else root
         found = files.walk(top) if not prefix or is_plain(prefix) else ()
         plain = [os.path.relpath(path, root).replace(os.sep, "/") for path in found]
+        # keys that are no paths need the index; without such files, a listing needs none
         has_hashed = os.path.isdir(os.path.join(root, META, "odd"))
         return plain + (self._directory.hashed_keys(prefix) if has_hashed else [])
 
@@ -410,6 +412,7 @@ class LockedLocalStore(LocalStore):
 
     async def move(self, dest_root: Path | str) -> None:
         """Move the directory to another path, while no other process uses it."""
+        # the index and the locks are opened by path: nothing may be open while the directory is moved
         self._directory.close()
         await super().move(dest_root)
         self.__init__(self.root, **self._settings())  # type: ignore[misc]  # the same store, at another root

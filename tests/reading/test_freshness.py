@@ -28,6 +28,7 @@ from servers import S3Server, nobody, s3_server, serving, tidy, web_server, word
 from sources import CountingStore, again, buffer, cached, local_source, neighbours, read, read_now, write_now
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.sync import sync
+from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 import xzcache
@@ -176,8 +177,8 @@ def truth(writer: Store, consolidated: bool) -> xr.Dataset | None:
             now = xr.open_zarr(writer, chunks=None, consolidated=consolidated).load()
         except FileNotFoundError:
             now = None
-        except RuntimeError:
-            # half an object does not decode
+        except (RuntimeError, ZarrUserWarning):
+            # half an object does not decode, and an array without its document is none
             continue
         if before is not writer and same(before, now):
             return now

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import os
 import random
 import time
@@ -990,14 +989,6 @@ STEPS = st.lists(
 
 
 def act(source: Any, cache: Path, options: Any, step: Any, number: int) -> bytes | None:
-    try:
-        return take_step(source, cache, options, step, number)
-    finally:
-        # a store that an exception still refers to leaves its directory with it
-        gc.collect()
-
-
-def take_step(source: Any, cache: Path, options: Any, step: Any, number: int) -> bytes | None:
     what, _, (top, height), (left, width) = step
     store = xzcache.CacheStore(source, cache_store=cache, **options)
     if what == "clear":

@@ -7,6 +7,7 @@ import gc
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from sources import (
     cached,
     fill,
     local_source,
+    ranges,
     read,
     read_now,
 )
-from zarr.abc.store import RangeByteRequest
+from zarr.abc.store import RangeByteRequest, Store
+from zarr.storage import MemoryStore, WrapperStore
 
 import xzcache
 
@@ -280,6 +283,54 @@ async def test_the_leaders_exception_reaches_all_and_is_not_kept(
     assert source.reads == 1
     source._store = working
     assert await read(store, key, part) == expected
+
+
+class Failing(WrapperStore[Store]):
+    """A source whose exceptions refer to nothing of the test."""
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        raise ConnectionError("down")
+
+    async def get_ranges(self, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        raise ConnectionError("down")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        (KEY, None),
+        (KEY, RangeByteRequest(2, 5)),
+        pytest.param(KEY, between((2, 5), (7, 9)), marks=by_ranges),
+        ("zarr.json", None),
+    ],
+)
+def test_a_failed_read_does_not_keep_its_store(key: str, part: Any, cache_kind: str, tmp_path: Path) -> None:
+    store = cached(cache_kind, Failing(MemoryStore()), tmp_path)
+    failed = 0
+
+    async def try_to_read(store: Store) -> None:
+        nonlocal failed
+        try:
+            await (ranges(store, part, key) if isinstance(part, list) else read(store, key, part))
+        except (ConnectionError, BaseExceptionGroup):
+            failed += 1
+
+    async def several(store: Store) -> None:
+        await asyncio.gather(*(try_to_read(store) for _ in range(3)))
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(several(store))
+        left = weakref.ref(store)
+        del store
+        assert failed == 3
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @OF_A_CHUNK

@@ -46,10 +46,12 @@ OPENERS = [
     *("load_dataset", "load_dataarray", "load_datatree"),
 ]
 
-BROKEN: dict[str, str] = {}
+BROKEN = {
+    "test_concurrent_load_multiple_objects": "threads add to the count of calls without a lock, and lose one at times"
+}
 """Tests that fail with the engine ``"zarr"`` as well, and why."""
 if Version(xr.__version__) < Version("2025.7"):
-    BROKEN = {
+    BROKEN |= {
         "test_non_existent_store": "knows another wording of Zarr's error",
         "test_append_string_length_mismatch_works": "was written before Zarr 3.1 had strings of a fixed length",
         "test_write_empty": "was written before Zarr 3.1.2 wrote the empty chunks that it is told to write",
@@ -144,14 +146,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run with one format of Zarr what is the same with both: what asks for one, and what only writes and reads.
 
     The latter try how xarray encodes values, of which a cache sees the bytes. That the documents and chunks of both
-    formats are cached as they should be, the tests show that xarray has for Zarr alone.
+    formats are cached as they should be, the tests show that xarray has for Zarr alone. Writes through the store take
+    the same way with both formats.
     """
     if "default_zarr_format" not in metafunc.fixturenames or metafunc.cls is None:
         return
     test = metafunc.function.__name__
     suite = next(kind for kind in metafunc.cls.__mro__ if test in vars(kind)).__name__
     only_writes_and_reads = suite in ("DatasetIOBase", "CFEncodedBase")
-    if suite == "TestZarrDictStore" or only_writes_and_reads or test == "test_write_region":
+    is_of_the_store = issubclass(metafunc.cls, ThroughTheStore)
+    if suite == "TestZarrDictStore" or only_writes_and_reads or is_of_the_store or test == "test_write_region":
         metafunc.definition.add_marker(pytest.mark.parametrize("default_zarr_format", [3], indirect=True))
 
 

@@ -158,6 +158,7 @@ class StoreBackend(Backend):
         try:
             value = await self.cache_store.get(entry.key, default_buffer_prototype())
         except Exception as error:
+            # whatever the cache store raises: a read must not fail because of the cache
             self._record_fault(error)
             return None
         if value is None or not self._index.used(entry, len(value), version):
@@ -221,6 +222,7 @@ class StoreBackend(Backend):
         self, entry: Entry, data: Data, version: WriteVersion, limit: int | None, validator: str
     ) -> bool:
         try:
+            # the old entry first: its bytes are given back only after they are deleted
             await self._remove([entry])
             return await self._take(len(data), limit) and await self._put(entry, data, version, validator)
         except Exception as error:
@@ -242,6 +244,7 @@ class StoreBackend(Backend):
             stored = self._index.record(entry, len(data), in_memory, version, validator)
             if stored:
                 self._quarantined.discard(entry.key)
+            # a write came between: the value that was just stored may be from before it
             if not stored and entry.is_whole and entry not in self._index:
                 await self.cache_store.delete(entry.key)
         finally:
@@ -288,6 +291,7 @@ class StoreBackend(Backend):
 
     async def end_write(self, begun: Begun, values: Sequence[Data | None] = ()) -> None:
         """Invalidate keys again after the source was written, and store the new values."""
+        # before the new value is stored, which the mark would prevent
         self._written -= Counter(begun.keys)
         if begun.beneath is not None:
             self._written -= Counter([f"{begun.beneath}/"])

@@ -123,6 +123,7 @@ class MemoryIndex:
             if entry in self._records:
                 self._records.move_to_end(entry)
             else:
+                # left by an earlier process; it is counted from its first use on
                 self._records[entry] = Record(size, time.time(), None)
                 self.size += size
             return True

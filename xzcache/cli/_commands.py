@@ -321,6 +321,7 @@ def clear(
         wanted = {"older_than": older_than, "directory": directory, "dry_run": dry_run}
         _end(ok=_all_well(_on_nodes(scheduler, nodes, manage.clear, source, as_json=as_json, **wanted)))
         return
+    # counted first, so that the question can name what would go
     if not dry_run and not yes:
         would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
         if would.entries:
@@ -535,6 +536,7 @@ def warm(
                 client=client,
                 every_node=every_node,
                 pin=pin,
+                # a bar would mix with the JSON of programs that read both streams
                 progress=False if quiet or as_json else None,
                 dry_run=dry_run,
                 directory=directory,

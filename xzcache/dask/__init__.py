@@ -1,7 +1,7 @@
 """Dask's ways in: the plugin, the preload (`dask_setup`), and what clusters show of their caches.
 
-State of a worker process: the settings of its plugins, which change as these come and go; the seconds that tasks
-were measured, and the latest figures that its gauges show, each under a mutex of its own.
+State of a worker process: the settings of its plugins, which change as plugins are added and removed; the measured
+seconds of tasks, and the latest figures of its gauges, each under its own mutex.
 """
 
 from xzcache.dask._cluster import cluster_info, each_node

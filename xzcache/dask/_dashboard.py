@@ -96,7 +96,7 @@ class Xzcache(DashboardComponent):
             (name,) = metrics["xzcache_process"]
             now = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
             before = self._counts.get(name, now)
-            # of a process that is not there any more, too: it may come back, and has not read it all again then
+            # kept for processes that have gone: one that comes back has not read everything again
             self._counts[name] = tuple(map(max, before, now))
             counted = [sum(n) - b for *n, b in zip(counted, self._counts[name], before, strict=True)]
         return counted

@@ -76,6 +76,7 @@ class _Process:
 
     def add(self, setup: _Setup) -> None:
         if not self._setups:
+            # from before the first plugin, so that the last one to leave can restore it
             self._before = {name: config.get(name) for name in DEFAULTS}
         self._setups.append(setup)
         metering.begin()
@@ -100,9 +101,11 @@ class _Process:
 
     def _apply(self) -> None:
         """Apply the settings of the latest plugin."""
+        # closed first: Prometheus refuses a second collector with the same names
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None
+        # plugins may leave in any order, so the settings are applied anew from the beginning
         config.set(dict(self._before))
         if self._setups:
             latest = self._setups[-1]
@@ -260,7 +263,7 @@ class CachePlugin(WorkerPlugin):
             return
         place = allowed("directory", chosen.get("directory")) or _place_of_worker()
         applied = {name: chosen[name] for name in _PARSERS if name in chosen}
-        # where a bound is not given, one that another worker of this process was given does not count
+        # without a given bound, that of another worker's plugin in this process must not count
         with config.set(_process.configured()):
             directory = self._open(place, applied, worker)
         setup = _Setup(place, applied, Gauge(directory), chosen.get("remove_on_close", False))
@@ -396,13 +399,13 @@ def _job_of(path: str) -> str | None:
 
 
 def _warn(worker: Worker, message: str) -> None:
-    """In the worker's log, and wherever there is a client."""
+    """Warn in the worker's log and at every client."""
     logger.warning(message)
     worker.log_event("warn", message)
 
 
 def _show(setup: _Setup, worker: Worker) -> None:
-    """Add the figures of a cache to what the worker tells the scheduler."""
+    """Add the figures of a cache to the metrics that the worker sends to the scheduler."""
     for name in _SHOWN:
         worker.metrics[f"xzcache_{name}"] = _metric(setup.gauge, name)
     process = setup.gauge.read().process
@@ -420,7 +423,7 @@ def _metric(gauge: Gauge, name: str) -> Callable[[Worker], float | str]:
 
 
 def _exporter(gauge: Gauge) -> Exporter | None:
-    """For Prometheus, if its client is here."""
+    """The exporter for Prometheus; None if its client is not installed."""
     try:
         from xzcache.dask._prometheus import Exporter
     except ImportError:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from xzcache.directory import CacheDirectory, Totals
 
 
+# workers report twice a second, and the index should not be read for each report
 _SECONDS: Final = 1.0
 
 
@@ -98,17 +99,19 @@ class Gauge:
             if due:
                 self._looked = time.monotonic()
         if due:
+            # in a thread, because metrics are read on the worker's event loop
             pool.spawn(self._look)
         counts = process.as_dict()
         return self._latest._replace(**{name: counts[name] for name in Usage._fields if name in counts})
 
     def _look(self) -> None:
+        # held during the look, so that `close` does not return before the directory is left alone
         with self._looking:
             if not self._closed:
                 self._latest = usage(self.directory)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop updating, and end the use of the directory."""
         with self._looking:
             self._closed = True
         self._end_use()
@@ -150,7 +153,9 @@ def _record_read(where: str, size: int, seconds: float) -> None:
     if (task := _task()) is not None:
         now = time.perf_counter()
         with _lock:
+            # the part of this read that overlaps earlier reads of the task was reported with them
             since = max(now - seconds, _covered.get(task, 0.0))
+            # tasks that have ended are not reported here: the table is emptied now and then
             if len(_covered) >= _MOST:
                 _covered.clear()
             _covered[task] = now
@@ -159,7 +164,8 @@ def _record_read(where: str, size: int, seconds: float) -> None:
 
 
 def _task() -> int | None:
-    """An id of the task that reads; None if Dask does not show it."""
+    """An id of the task that reads; None if Dask does not provide one."""
+    # private in distributed; without it, overlapping reads are counted in full
     callbacks = getattr(context_meter, "_callbacks", None)
     try:
         return None if callbacks is None else id(callbacks.get())

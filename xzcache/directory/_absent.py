@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from xzcache.directory._faults import FaultBarrier
 
 
+# records in memory, of all arrays together; rows of a larger array are looked up one by one
 _REMEMBERED: Final = 65536
+# rows of one section, for which other processes wait
 _PAGE: Final = 4096
 _MOST_ROWS: Final = 1 << 18
+# records between two counts of the rows: counting scans the whole table
 _COUNT_EVERY: Final = 1 << 14
 _LONG_SECONDS: Final = 0.005
 _REST: Final = 10
@@ -51,6 +54,7 @@ class NegativeCache:
         self._own: dict[str, set[int]] = {}
         self._rest_until = 0.0
         self._lock = threading.Lock()
+        # threads that ask for chunks of one array wait for a single query, which answers all of them
         self._looking = threading.Lock()
         self._pending: dict[str, _Missing] = {}
         self._uncounted = _COUNT_EVERY
@@ -62,9 +66,11 @@ class NegativeCache:
             if record.version == self._current_version(key):
                 # a record that is too old for one store may be fresh for another
                 return is_fresh(record.at, max_age)
+            # the key was written since, so the source may have it now
             self._recorded.pop(key, None)
             return False
         array = _array_of(key)
+        # no process has recorded more of this array than is known here
         if self._count(array) <= self._read_at.get(array, 0) or time.monotonic() < self._rest_until:
             return False
         return None
@@ -83,6 +89,7 @@ class NegativeCache:
 
     def _look(self, key: str, max_age: Age) -> bool:
         array = _array_of(key)
+        # before the rows are read: a record that comes in between is counted, and then read by the next look
         count = self._count(array)
         rows = self._rows(array)
         if (process := self._session.current) is not None:
@@ -96,6 +103,8 @@ class NegativeCache:
                 record = index.tables.absent_since(key, current_version(process, key).digest())
             return record is not None and is_fresh(record, max_age)
         with self._lock:
+            # clearing costs one query for each array; to keep them all would let the memory
+            # grow with the number of arrays
             if len(self._read_at) > _REMEMBERED:
                 self._read_at.clear()
                 self._own.clear()
@@ -106,6 +115,7 @@ class NegativeCache:
         """Mark all values up to a count as known, and this process's own values that follow it."""
         count = max(count, self._read_at.get(array, 0))
         own = self._own.setdefault(array, set())
+        # values that this process added itself: their records are in memory already
         while count + 1 in own:
             count += 1
         self._own[array] = {number for number in own if number > count}
@@ -144,6 +154,7 @@ class NegativeCache:
         with self._session.section() as (process, index):
             arrays = set()
             for key, record in pending.items():
+                # under the guard, so that no write falls between this comparison and the row
                 if record.version == current_version(process, key) and not index.tables.is_written(key):
                     index.tables.set_absent(key, record.at, record.version.digest())
                     arrays.add(_array_of(key))
@@ -161,12 +172,14 @@ class NegativeCache:
 
     def _count(self, array: str) -> int:
         process = self._session.current
+        # without the counter the chunk is taken for unknown, which costs a request
         with suppress(OSError):
             return 0 if process is None else process.writes.read(missing_counter(array))
         return 0
 
     def _current_version(self, key: str) -> WriteVersion | None:
         process = self._session.current
+        # without a version no record is current: the chunk is asked for
         with suppress(OSError):
             return None if process is None else current_version(process, key)
         return None

@@ -128,6 +128,7 @@ class _Pass:
         with self._session.section() as (process, index):
             dead = []
             for owner in index.owners():
+                # a process whose number can be locked is dead; the lock is only a look
                 if owner != process.owner and process.owners.try_lock(owner):
                     process.owners.unlock(owner)
                     dead.append(owner)
@@ -172,6 +173,7 @@ class _Pass:
             if not rows:
                 return
             after = rows[-1].id
+            # read outside of the guard, which would be held for as long as the disk needs
             suspected = [row for row in rows if self._fault_of(row) is not None]
             if suspected:
                 with self._session.section() as (_, index):
@@ -247,6 +249,7 @@ class _Pass:
             for path, entry in batch:
                 row = index.find(entry)
                 lies_right = row is not None and path == f"{self._root}/{relative_path(entry, hashed=row.hashed)}"
+                # a tombstone speaks of the file if a deletion is not finished yet
                 if not lies_right and os.path.lexists(path) and not index.has_tombstone(entry):
                     self._add("orphan", os.path.relpath(path, self._root), "an entry file that no row counts")
                     self.orphans.append(path)
@@ -262,6 +265,7 @@ def _names(directory: str) -> list[str]:
 def _repair(directory: CacheDirectory, found: _Pass) -> None:
     """Repair the findings of an audit: broken entries are removed, and the source still has them."""
     session, space = directory.session, directory.space
+    # first the work of dead processes, so that only real damage is left
     recovery.recover(session)
     with session.section() as (_, index):
         index.tables.drop_writings_of_nobody()

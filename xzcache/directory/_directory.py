@@ -54,9 +54,13 @@ _PAUSE_AFTER_FAILURE: Final = 10.0
 
 _GLANCE: Final = 0.02
 """Seconds that a display waits for the index."""
+# a probe reads only so much of a file: a disk that answers at all has read these bytes long before `LONG`
 _PROBED: Final = 1 << 16
+# another process may hold the guard for good reasons: a probe tries the index, but does not wait for a turn
 _PATIENCE_OF_A_PROBE: Final = 0.2
+# `next` of a count and changes of a set are atomic, so a finalizer can end a use without a lock
 _users: Final = itertools.count()
+# other processes wait for the guard as long as one section takes
 _WINDOW: Final = 512
 """The entries that one section of `evict_unused` looks at."""
 
@@ -65,7 +69,7 @@ _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 
 
 class CacheDirectory:
-    """One cache directory; each process has one object of it.
+    """One cache directory; each process has one object for each directory.
 
     Parameters
     ----------
@@ -116,6 +120,8 @@ class CacheDirectory:
         self.session.when_used = self.health.record_progress
         self.space = Space(self.session, self.recency, self.ledger, self._min_free)
         folds = files.folds_case(self.session.meta)
+        # A forked child must not serve what its parent must not serve. But it has none of the retries that would end
+        # the quarantine, so it takes over the names below and retries them itself
         before, self._quarantine = self._quarantine, Quarantine(self._quarantine)
         self.reader = Reader(self.barrier, folds=folds, quarantine=self._quarantine)
         self.session.when_refused, self.session.when_joined = self.reader.quarantine_all, self.reader.lift_quarantine
@@ -137,8 +143,10 @@ class CacheDirectory:
     # -- the disk
 
     def _probe(self) -> None:
-        """Do a little of everything on the disk."""
+        """Try each kind of operation on the disk once; raises if one fails."""
         try:
+            # each call below is one that a read would make: a disk that answers from the cached
+            # directory may still hang at a file
             os.stat(self.root)
             os.listdir(self.session.meta)
             fd = files.open_own(f"{self.session.meta}/lock")
@@ -151,9 +159,10 @@ class CacheDirectory:
         finally:
             os.close(fd)
         if (path := self.reader.slow_path) and os.path.lexists(path):
-            # other files may be as well as ever
+            # a disk may hang at one file only, while all others can be read
             with suppress(OSError), open(path, "rb", buffering=0, opener=files.open_own) as file:
                 file.read(_PROBED)
+        # the index has blocks and locks of its own, which can hang while entry files do not
         with self.session.section(_PATIENCE_OF_A_PROBE):
             pass
 
@@ -163,11 +172,13 @@ class CacheDirectory:
         return not self.pending.has_pending
 
     def _hangs(self, waited: bool = True) -> bool:
-        """Whether a read goes on without the disk; asked when it has waited for long, or is about to wait."""
+        """Whether a read must go on without the disk; `waited` tells that the read has waited for long already."""
         if self.health.is_aside:
             return True
         if not waited or self.health.makes_progress:
             return False
+        # a lock that another process holds explains the wait: then the read goes on without
+        # the cache, but the disk is fine
         process = self.session.current
         if process is None or not process.waits_for_others(LONG):
             self.health.record_slow("its disk has not answered for a second")
@@ -191,7 +202,7 @@ class CacheDirectory:
                 return await asyncio.wait_for(pool.outcome(future), patience)
             except TimeoutError:
                 if future.done():
-                    # it was the function's own
+                    # the function itself raised it: since Python 3.11 both exceptions are of one class
                     return await pool.outcome(future)
                 if self._hangs():
                     return otherwise
@@ -201,6 +212,7 @@ class CacheDirectory:
         """Like `promptly`, for work that must not be skipped: it is awaited even if the disk hangs."""
         future = pool.submit(function, *args, **kwargs)
         try:
+            # an invalidation that is skipped would leave an old value to be served: it may be slow, but must end
             return await asyncio.wait_for(pool.outcome(future), LONG)
         except TimeoutError:
             if not future.done():
@@ -212,6 +224,7 @@ class CacheDirectory:
         if self.health.is_aside:
             self.health.log_if_long()
             return
+        # one thread for all callers: if each waited in its own, a hanging disk would use up the pool
         if (future := self._under_way) is None or future.done():
             future = self._under_way = pool.submit(self.prepare)
         await self._unless_it_hangs(False, future)
@@ -249,6 +262,7 @@ class CacheDirectory:
         """Leave the directory if it has no users; False if that must be tried again."""
         if self._users:
             return True
+        # there is no registration to end, and joining only to leave would create the directory again
         if self.session.current is None:
             # another process may finish the pending invalidations
             self.pending.leave_note()
@@ -289,7 +303,7 @@ class CacheDirectory:
 
     @property
     def wants_preparing(self) -> bool:
-        """Whether `prepare` is to be called before a read: after it failed, not for a while; never waits."""
+        """Whether a read must call `prepare` first; False for some seconds after it failed. Never waits."""
         if self.health.is_aside:
             # `prepare` logs the reason
             return True
@@ -315,6 +329,7 @@ class CacheDirectory:
 
     def _prepare(self) -> bool:
         bound = self.barrier.bound
+        # before the bound is enforced: leases and tombstones of dead processes are room that needs no eviction
         left = recovery.recover(self.session)
         self.writes.invalidate_returned()
         self.writes.adopt(left)
@@ -330,7 +345,7 @@ class CacheDirectory:
                 shown_size(freed),
             )
         if not left and recovery.has_dead_notes(self.session):
-            # that waits for the disk
+            # in a thread, because the sync of a busy disk can take seconds
             pool.spawn(self._remove_dead_notes)
         self._prepared = self.session.current, bound
         return True
@@ -347,6 +362,7 @@ class CacheDirectory:
 
         With `only_raise`, a bound that is smaller than that of the directory is logged, and not applied.
         """
+        # both are reset, so that the next use applies the bound even if `prepare` has just failed
         if self.barrier.request_bound(max_size, only_raise=only_raise):
             self._prepare_after = 0.0
             self._prepared = None
@@ -377,6 +393,8 @@ class CacheDirectory:
 
     def _evict_unused(self, since: int, namespace: str | None) -> tuple[int, int]:
         after, count, size = -1, 0, 0
+        # one section for each window, so that other processes are not kept from the guard
+        # while a large cache is scanned
         while True:
             with self.session.section() as (process, index):
                 self.recency.flush_to(index)
@@ -397,6 +415,8 @@ class CacheDirectory:
         self._must(lambda: self._pin(name, spans, until))
 
     def _pin(self, name: str, spans: Sequence[tuple[str, str]], until: int | None) -> None:
+        # first the rule, in a transaction of its own: a trigger pins what is stored from here
+        # on, and the loop what was there
         with self.session.section() as (_, index):
             index.pins.add(name, spans, until)
         for low, high in spans:
@@ -428,6 +448,7 @@ class CacheDirectory:
             raise Busy(f"the disk of {self.root} does not answer")
         self.reopen()
         with self._preparing:
+            # no pause after a failure, as `prepare` makes: a caller that asked for this wants the error
             self.barrier.with_rebuild(lambda: self.is_prepared or self._prepare())
 
     def set_min_free(self, min_free: float | int) -> None:
@@ -453,7 +474,7 @@ class CacheDirectory:
             self._prepare_after = 0.0
 
     def flush(self, *, everything: bool = False) -> None:
-        """Write the latest uses to the index; with `everything`, all that was counted as well, so that it is exact."""
+        """Write the latest uses to the index; with `everything`, all counters too, so that the figures are exact."""
         if self.session.is_retired:
             # the directory was removed meanwhile, so there is no index
             return
@@ -468,6 +489,7 @@ class CacheDirectory:
         with self.session.section() as (_, index):
             self.recency.flush_to(index, everything=everything)
             left = {item.entry.key for item in index.unowned_tombstones()}
+        # files that another process could not remove: this process must not serve them either
         if left:
             self.writes.adopt(list(left))
 
@@ -538,8 +560,10 @@ class CacheDirectory:
         self.pending.leave_note()
 
     def _close(self, *, unless_writing: bool = False) -> bool:
+        # with everything, because what this process has counted is lost when it ends
         last_words = partial(self.recency.flush_to, everything=True)
         left = self.session.close(last_words, unless_writing=unless_writing, has_pending=self.pending.has_pending)
+        # a thread may have joined again meanwhile: its registration stays prepared
         if (prepared := self._prepared) is not None and prepared[0] is not self.session.current:
             self._prepared = None
         return left
@@ -554,6 +578,8 @@ class CacheDirectory:
             # stores that are still open join again at their next use
             self.close()
             return False
+        # entries lie outside of `.xzcache`, perhaps beside files of the user: they are
+        # removed by their rows, one by one
         self.writes.drop_now("")
         # work that still runs in this process must not create the directory again
         self.session.is_retired = True
@@ -568,9 +594,11 @@ class CacheDirectory:
 
     def after_fork_in_child(self) -> None:
         """Start anew with only the settings of the parent."""
+        # every lock is made anew: the thread that held one in the parent does not exist in the child
         self.session.after_fork_in_child()
         self.health = Health(self.root, self._probe, self._retry_pending)
         self.pending.let_go_of_note()
         self.ledger.after_fork_in_child()
         # the users are there in the child, too
+        # the child keeps the bound that was asked for, which the parent may not have applied yet
         self._start(self.barrier.bound, self.barrier.default_bound, only_raise=self.barrier.only_raise)

@@ -26,6 +26,7 @@ T = TypeVar("T")
 _PAUSE_AFTER_FAILURE: Final = 10.0
 _SHARE: Final = 2.0
 """The pause is longer by this factor for each second that the rebuild took."""
+# other processes may rebuild in turn, each because of its own damage: the loop must end
 _MOST_REPAIRS: Final = 5
 
 
@@ -33,8 +34,8 @@ class FaultBarrier:
     """Runs actions on the index session for reads that must not fail.
 
     `bound` is the requested bound in bytes, None for none, or UNSET; with `only_raise`, it may raise the bound of the
-    directory but not lower it. `default_bound` is for a directory without a bound
-    of its own. `faults` counts the failures of the cache in this process; `latest_fault` is the last one.
+    directory but not lower it. `default_bound` is for a directory without a bound of its own. `faults` counts the
+    failures of the cache in this process; `latest_fault` is the last one.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class FaultBarrier:
 
     def try_or(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action; returns `otherwise` if it fails or if the disk is put aside."""
+        # asked before anything touches the disk, which could hang
         if self.health.is_aside:
             return otherwise
         try:
@@ -85,7 +87,7 @@ class FaultBarrier:
                     raise
                 began = time.monotonic()
                 try:
-                    # where another process did it, or the directory is another one by now, it may be needed again
+                    # not mended: another process was faster, or the directory was replaced. Then the action is retried
                     mended = self._rebuild(damage)
                 except BaseException as error:
                     if not _lacks_descriptors(error):
@@ -133,6 +135,7 @@ class FaultBarrier:
         if isinstance(self.bound, Unset) or (self.bound == self._applied and not self._must_revoke):
             # a bound that another process requested later holds, even when this process joins again
             return UNSET
+        # a look first: the usual case, an unchanged bound, needs neither the storing lock nor a write
         with self.session.section() as (process, index):
             old = index.totals().max_size
         if old == self.bound and not self._must_revoke:
@@ -142,6 +145,7 @@ class FaultBarrier:
             _warn_that_it_stays(self.session.root, self.bound, old)
             self._applied = self.bound
             return UNSET
+        # a lease of the old bound could still be spent above the new one, so a lower bound needs all leases back
         lower = self.bound is not None and (old is None or self.bound <= old)
         alone = lower and process.storing.exclude(self.session.timeout)
         try:
@@ -154,6 +158,8 @@ class FaultBarrier:
         finally:
             if alone:
                 process.storing.readmit()
+        # the new bound is recorded in any case, so that nothing more is leased; the leases
+        # are revoked by a later attempt
         self._must_revoke = lower and not alone
         if self._must_revoke:
             raise Busy("another process is writing, and may still use a lease of the old bound")
@@ -184,6 +190,7 @@ class FaultBarrier:
                 # reads of a file there will fail with the same error
                 self._logged_kinds.add((type(cause), cause.errno))
             logger.warning("trouble with the cache in %s, reads go to the source: %s", self.session.root, error)
+        # without its frames, which would keep the store of the failed read alive, and with it the use of the directory
         self.latest_fault = without_frames(error)
 
 

@@ -70,22 +70,24 @@ class FetchLocks:
     def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
         """Try to lock a span of an object; returns a function to release it, or a part that another process holds.
 
-        A suffix, which begins nobody knows where, is locked by a byte of its own.
+        A suffix, whose begin is unknown, is locked by a byte of its own.
         """
         process = self._session.current
+        # this process has not joined yet: then it fetches without a lock, which may cost a second fetch
         if process is None:
             return nothing
         try:
+            # the lock of a suffix and that of the same bytes by position differ, because the size is not known yet
             if span[0] < 0:
                 offset = Entry(key, *span).lock_offset()
                 return partial(process.keys.unlock, offset) if process.keys.try_lock(offset) else span
             number, span = lock_offset(key), placed(span)
             if (taken := process.keys.try_lock_span(number, span)) is None:
                 return partial(process.keys.unlock_span, number, span)
-            # no byte beyond is locked by itself
+            # bytes beyond this have no locks of their own, so the whole rest may be taken
             return unplaced((taken[0], span[1])) if taken[1] >= _LOCKABLE else taken
         except OSError as error:
-            # a lock is only there to save a fetch
+            # without a lock, two processes may fetch the same bytes, but never store wrong ones
             self._barrier.record_fault(error)
             return nothing
 

@@ -96,6 +96,7 @@ class PendingInvalidations:
         if by_hand is None:
             self.defer(names, again)
             return None
+        # before any file goes: if this process dies in between, the next one finishes the invalidation
         self._write_note(names)
         try:
             by_hand()
@@ -165,6 +166,7 @@ class PendingInvalidations:
     def retry_pending(self) -> None:
         """Retry all pending invalidations."""
         with self._lock:
+            # taken out, so that a retry in another thread does not do the same, and new ones can be added meanwhile
             pending, self._pending = self._pending, []
         left = []
         for number, item in enumerate(pending):
@@ -179,20 +181,21 @@ class PendingInvalidations:
                 self._quarantine.free(item.names)
             else:
                 left.append(item)
+        # invalidations that came meanwhile stay behind the older ones, and keep the note
         with self._lock:
             self._pending = left + self._pending
             if not self._pending:
                 self._drop_note()
 
     def has_returned(self) -> list[str]:
-        """The names that were written while the current directory was missing from its path."""
+        """The names that were written while the current directory was missing from its path, if it has returned."""
         process = self._session.current
         if process is None or process.identity not in self._session.lost:
             return []
         return self._quarantine.written_while_away()
 
     def forget_returned(self) -> None:
-        """The directory that was away is true again."""
+        """Forget the names of `has_returned`: the directory that was away is invalidated now."""
         if (process := self._session.current) is not None:
             self._session.lost.discard(process.identity)
         if not self._session.lost:
@@ -210,9 +213,12 @@ class PendingInvalidations:
 
     def _write_note(self, names: Collection[str]) -> None:
         """Append names to the note of pending invalidations, which stays locked while this process lives."""
+        # without a note, only this process retries; the quarantine does not depend on it
         with self._lock, suppress(OSError):
             if self._note < 0:
                 path = files.inside(self._session.root, f"{META}/tmp/{UNDONE}{secrets.token_hex(8)}")
+                # A new name for each process, so that no two processes share a lock. Whole lines are appended, so half
+                # a line means that the process died
                 self._note = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 self._note_path = path
                 fcntl.flock(self._note, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,6 +252,7 @@ class PendingInvalidations:
             process = self._session.current
             if process is not None:
                 process.writes.lose()
+            # the counters of the registration may be those of a directory that was moved away
             if process is None or not process.guard.is_current():
                 try:
                     counters = WriteCounters(f"{self._session.meta}/writes")
@@ -287,12 +294,14 @@ class PendingInvalidations:
         # the stamp of a file at its own key does not hold the key
         self._unlink_in_flight(lambda stamp: True)
         root = self._session.root
+        # a prefix that cannot be a path has only hashed keys and byte ranges, which are searched below
         if not prefix or is_plain(prefix):
             for path in files.walk(files.inside(root, f"{prefix}/").rstrip("/")):
                 key = os.path.relpath(path, root).replace(os.sep, "/")
                 self._unlink(key, Entry(key))
         for place in ("odd", "ranges"):
             for path in files.walk(files.inside(root, f"{META}/{place}/").rstrip("/")):
+                # only the cache writes here: a file without a stamp can be discarded, whatever it was
                 stamp = files.read_stamp(path)
                 if stamp is None or not prefix or stamp.key.startswith(f"{prefix}/"):
                     files.discard(path)
@@ -305,11 +314,13 @@ class PendingInvalidations:
             if os.path.basename(path).startswith(UNDONE):
                 continue
             stamp = files.read_stamp(path)
+            # a file without a stamp may be of this key, and costs only a fetch
             if stamp is None or concerns(stamp):
                 files.discard(path)
 
     def _unlink(self, relative: str, entry: Entry) -> None:
         path = files.inside(self._session.root, relative)
+        # the index would know, but cannot be asked: to unlink a file of the user would be worse than an error
         if files.discard_ours(path, entry) is Whose.UNMARKED:
             raise Unusable(f"it is unknown whether {path} belongs to the cache")
 
@@ -321,6 +332,7 @@ def _append(results: list[T], action: Callable[[], T]) -> bool:
 
 # -- Invalidation through the index.
 
+# the keys or rows of one section, for which other processes wait
 _BATCH: Final = 128
 
 
@@ -380,7 +392,9 @@ class Writes:
 
         def act() -> list[Begun]:
             with self._session.section() as (process, index):
+                # again, because the section may have joined another directory than the one that has the note
                 self._record_written(keys, process)
+                # counted before the commit: from then on, no result of an earlier fetch may be published
                 for write in begun:
                     self._count(process, index, write.key)
                     index.tables.add_writing(write.row, write.key, process.owner, beneath=False)
@@ -406,6 +420,7 @@ class Writes:
 
         After an invalidation without the index, the retry through the index also deletes the rows of the ended writes.
         """
+        # before the first change, and outside of the guard: the note waits for the disk
         self._record_written(keys)
         done = self._pending.must_invalidate(
             keys,
@@ -496,10 +511,12 @@ class Writes:
             tombstones: list[Tombstone] = []
             with ExitStack() as stack:
                 stack.callback(lambda: self._unlink_deleted(tombstones))
+                # the files are written before the guard is taken, which must be held for a short time only
                 staged = self._publisher.try_staged(new, stack)
                 with self._session.section() as (process, index), self._space.freeing_tombstones(index):
                     # a value that another process wrote meanwhile is not stored
                     alone = [item for item in staged.items if item.pending.is_current(process)]
+                    # after the comparison above: this write raises the counters itself
                     for key in keys:
                         self._count(process, index, key)
                     versions = WriteVersions(process)
@@ -541,6 +558,7 @@ class Writes:
 
         def act() -> WriteVersion | None:
             with self._session.section() as (process, index):
+                # compared and raised in one section, so that no write of another process falls in between
                 alone = since is not None and since == current_version(process, key)
                 self._count(process, index, key)
                 version = current_version(process, key)
@@ -560,7 +578,7 @@ class Writes:
         _log([key], "it was deleted")
 
     def remove_beneath(self, prefix: str) -> None:
-        """As `remove`, of everything beneath a prefix."""
+        """Like `remove`, for everything beneath a prefix."""
         report = HideReport()
         self._record_written([f"{prefix}/"] if prefix else [""])
         self._pending.must_remove(lambda: self._drop_now(prefix, report), lambda: self._pending.unlink_beneath(prefix))
@@ -570,14 +588,14 @@ class Writes:
 
     @staticmethod
     def _count(process: Registration, index: Index, key: str) -> None:
-        """Increment the counter of a key: its write version is another one from now on."""
+        """Increment the write counter of a key: results of fetches that began before are not published."""
         process.writes.increment(write_counter(key))
         index.tables.drop_absent([key])
 
     def _mark_keys_deleted(
         self, process: Registration, index: Index, keys: Sequence[str], report: HideReport, others: Sequence[Row] = ()
     ) -> list[Tombstone]:
-        """Take keys, and other entries, out of the index and out of sight; within a section, which is committed."""
+        """Remove keys and other entries from the index and hide their files; within a section, which is committed."""
         rows = [*(row for key in keys for row in index.of_key(key)), *others]
         tombstones = self._space.mark_deleted(process, index, rows, report)
         self._space.clear_paths(index, [key for key in keys if key not in report.left], report)
@@ -595,7 +613,7 @@ class Writes:
         return drop
 
     def end_delete(self, drop: Deletion) -> None:
-        """After it was deleted at the source."""
+        """Invalidate everything beneath the prefix again, after it was deleted at the source."""
         try:
             self._must_drop(drop.beneath.key, drop)
         finally:
@@ -628,7 +646,7 @@ class Writes:
         self._must_drop(prefix)
 
     def drop_now(self, prefix: str, *, counted: bool = False) -> None:
-        """As `drop`, where trouble is the caller's; `counted` if the counter of writes was raised already."""
+        """Like `drop`, but raises faults; `counted` tells that the write counter was incremented already."""
         report = HideReport()
         self._drop_now(prefix, report, counted=counted)
         self._see_to(report)
@@ -661,11 +679,16 @@ class Writes:
                         process.writes.increment(prefix_counter(prefix))
                     index.tables.drop_nodes(prefix, documents=not counted)
                     index.tables.drop_absent_beneath(prefix)
+                    # tombstones that earlier failures left: this call reports its own
                     leftover = {
                         key for item in index.unowned_tombstones() if _is_beneath(key := item.entry.key, prefix)
                     }
+                # in batches, so that other processes get the guard in between; the counters already
+                # refuse what was fetched before
                 rows = index.beneath(prefix, _BATCH)
                 is_last = len(rows) < _BATCH
+                # only with the last rows: until then, the row of the write keeps entries
+                # beneath it from being published
                 if ended is not None and is_last:
                     index.tables.drop_writings(write.row for write in ended.writes)
                 tombstones = self._mark_keys_deleted(process, index, keys if is_first else (), report, rows)
@@ -690,7 +713,7 @@ class Writes:
 
 
 def _log(names: Iterable[str], why: str) -> None:
-    """Log invalidations; never under the guard, which a handler would keep others from."""
+    """Log invalidations; never under the guard, because a slow handler would hold other processes up."""
     if logger.isEnabledFor(logging.DEBUG):
         for name in names:
             logger.debug("invalidated %s: %s", name, why)

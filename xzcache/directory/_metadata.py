@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xzcache.directory._invalidation import PendingInvalidations, Writes
 
 
+# differs from each recorded state, and from None, which stands for no state
 _NEVER: Final = b"never"
 
 
@@ -30,6 +31,8 @@ class MetadataTracker:
         self._session = barrier.session
         self._writes = writes
         self._pending = pending
+        # with the state in the index at that time: once another process records a
+        # different one, the confirmation is void
         self._confirmed: dict[tuple[str, str, bytes], bytes | None] = {}
 
     def apply_document(
@@ -109,11 +112,14 @@ class MetadataTracker:
             for key, state in seen.items():
                 full = f"{namespace}/{key}"
                 known = index.tables.seen(full)
+                # nothing was cached under another state yet, so this one can be recorded without a request
                 if known is None and not index.has_data_beneath(full.rpartition("/")[0]):
                     if state:
                         index.tables.set_seen(full, state)
+                        # results of fetches under way may be of the state before this one
                         process.writes.increment(data_counter(full.rpartition("/")[0]))
                 elif not (state and known is not None and known.startswith(state[: len(known)])):
+                    # a copy of a store carries only the first bytes of a state, so only these are compared
                     confirmed = self._confirmed.get((namespace, key, state), _NEVER)
                     if confirmed != known:
                         unconfirmed.append(key)
@@ -158,6 +164,7 @@ class MetadataTracker:
         with self._session.section() as (process, index):
             changed, recorded = [], []
             seen = index.tables.seen(full)
+            # `b"cached"`, which no fingerprint begins with, stands for the unknown state of a cached document
             before = seen or (b"cached" if index.find(Entry(full)) is not None else None)
             # a state that a copy of a store recorded is only the first bytes
             gone = absent and before is not None and not metadata.fingerprint(None).startswith(before)
@@ -175,16 +182,19 @@ class MetadataTracker:
                         recorded.append(path)
                 else:
                     changed.append(path)
+            # read before the counters below are raised by this change itself
             valid = version is not None and version == current_version(process, full)
             if not absent:
                 index.tables.drop_absent([full])
             for attributes, digest in described.attributes.items():
                 index.tables.set_node(_join(namespace, attributes), digest)
+            # counted here, in the section that found the change; the entries are deleted afterwards, in batches
             for path in changed:
                 process.writes.increment(prefix_counter(_join(namespace, path)))
             for path in recorded:
                 process.writes.increment(data_counter(_join(namespace, path)))
             now = current_version(process, full)
+            # with the version after the change, so that the record stays valid until the next write
             if valid and absent:
                 index.tables.set_absent(full, time.time(), now.digest())
             return changed, now if valid else None

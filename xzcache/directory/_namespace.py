@@ -1,4 +1,4 @@
-"""One source's part of a cache directory: the thin skin that takes blocking work off the event loop."""
+"""One source's part of a cache directory: it moves blocking work from the event loop to threads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _INLINE: Final = 1 << 20
 class SharedBackend:
     """The entries of one namespace of a cache directory.
 
-    `namespace` is the path component of the source. `lasting` tells that the source is the same one in other processes.
+    `namespace` is the path component of the source. `lasting` tells that other processes have the same source.
     """
 
     def __init__(self, directory: CacheDirectory, namespace: str, *, lasting: bool = True) -> None:
@@ -43,6 +43,7 @@ class SharedBackend:
         self.namespace = namespace
         self.prefix = f"{namespace}/"
         self._use = directory.used_by(self)
+        # statistics of a source in memory are kept without its name: no later process could ask for them by it
         self._lasting = namespace if lasting else None
         if not lasting:
             renew_after_fork(self)
@@ -69,7 +70,7 @@ class SharedBackend:
             await self.directory.prepare_promptly()
 
     def count(self, counters: ReadCounters) -> None:
-        """Keep what these counters of reads count in the statistics of the directory."""
+        """Add the reads of these counters to the statistics of the directory, from now on."""
         self.directory.ledger.count(counters, self, self._lasting)
 
     def record_fetch(self, began: float) -> None:
@@ -95,6 +96,7 @@ class SharedBackend:
     ) -> Array | Literal[Absence.MISSING] | None:
         """A cached value that can be read without waiting for anything but, with `patient`, the disk."""
         directory = self.directory
+        # attributes in memory only: this is asked for each hit
         if directory.health.is_aside or not directory.is_ready:
             return None
         max_age_ns = None if max_age == "infinity" else int(max_age * 1e9)
@@ -155,6 +157,7 @@ class SharedBackend:
     async def _read(self, found: Found, entry: Entry) -> memoryview | None:
         reader = self.directory.reader
         first, last = (0, found.size) if found.entry == entry else within(entry, found.entry, found.size)
+        # the checksum is over the whole file, so the first read of a process reads all of it
         if (last - first if found.known else found.size) <= _INLINE:
             done, data = reader.read_now(found, first, last)
             if done:
@@ -188,6 +191,7 @@ class SharedBackend:
             directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
         else:
             if directory.negative_cache.record_missing(entry.key, version):
+                # one job for all chunks that are recorded until it runs: each alone would cost a transaction
                 directory.write_behind.add(directory.negative_cache.flush)
             done()
 
@@ -198,12 +202,13 @@ class SharedBackend:
 
     def fetching(self) -> WriteBehind:
         """A context around a fetch; the last one to exit waits for pending publishes."""
+        # the store was closed, and is used again: a directory without users would be left during the fetch
         if not self._use.alive:
             self._use_again()
         return self.directory.write_behind
 
     async def mark_validated(self, entry: Entry, max_age: Age) -> None:
-        """Restart the age of an entry, if ages matter; that of a document tells how old what is served offline is."""
+        """Restart the age of an entry, if ages matter; the age of a document also dates data that is read offline."""
         matters = max_age != "infinity" or is_document(entry.key[len(self.prefix) :])
         if matters and not self.is_aside:
             self.directory.reader.mark_validated(entry)
@@ -212,12 +217,13 @@ class SharedBackend:
         """Before the source of some keys, or all keys beneath a path, are written."""
         writes = self.directory.writes
         if beneath is None:
+            # in a thread and to its end, even if the task is cancelled: the row of a write must not be half added
             return await self.directory.to_completion(writes.begin_write, [f"{self.prefix}{key}" for key in keys])
         full = f"{self.prefix}{beneath}".rstrip("/")
         return await self.directory.to_completion(writes.begin_delete, full, itself=bool(keys))
 
     async def end_write(self, begun: Any, values: Sequence[Data | None] = ()) -> None:
-        """After they were written."""
+        """After the source of these keys was written."""
         writes = self.directory.writes
         if isinstance(begun, Deletion):
             await self.directory.to_completion(writes.end_delete, begun)
@@ -313,7 +319,7 @@ class DirectoryParts:
 
     @property
     def _is_known_empty(self) -> bool:
-        """What `is_empty` has answered, if it was asked."""
+        """Whether `is_empty` was asked before, and was true."""
         return bool(self.__dict__.get("is_empty", False))
 
     @cached_property

@@ -167,6 +167,7 @@ class PublishCheck:
         for item in items:
             pending = item.pending
             key, state = pending.entry.key, pending.validator
+            # without a version there is no source, so no write at a source can have overtaken the entry
             if item.failure is not None or (
                 # the key was written since the version was read, or is being written now
                 pending.version is not None and (pending.version != versions.of(key) or writings.concern(key))
@@ -180,9 +181,11 @@ class PublishCheck:
                 continue
             item.has_others = known = index.knows(key)
             item.old = index.find(pending.entry) if known else None
+            # entries of the same batch have no rows in the index yet, so they are compared here
             apart = (key in states and not are_compatible(state, states[key])) or (
                 known and not self._agrees(index, item)
             )
+            # an entry without a source replaces what is there, whatever its state
             if apart and pending.version is not None:
                 continue
             if self._finds_place(item, seen):
@@ -202,11 +205,11 @@ class PublishCheck:
                 path = self._path(row.entry, hashed=row.hashed)
                 stamp = files.read_stamp(path)
                 if stamp is None:
-                    # if the state cannot be read, it may be another one
+                    # an unknown state may be another one
                     with suppress(OSError):
                         found = files.look(path, row.entry)
                         if found in (Whose.MARKED, Whose.FOREIGN):
-                            # nor ever will be: damage gives way
+                            # it will never be known: the damaged file gives way to the new entry
                             item.damaged.append(row)
                         if found is not Whose.OURS:
                             continue
@@ -240,6 +243,7 @@ class PublishCheck:
         try:
             path = item.path = files.inside(self._root, entry.key, seen)
         except OSError as error:
+            # a link leads to files outside of the cache, so nothing is stored behind it
             if error.errno == errno.ELOOP:
                 return True
             raise
@@ -249,6 +253,7 @@ class PublishCheck:
             return False
         except NotADirectoryError:
             return True
+        # a store without a source, `LockedLocalStore`, replaces the user's file at a key, as any store does
         if item.pending.version is None or not is_regular:
             return not is_regular
         found = files.look(path, entry)
@@ -277,9 +282,8 @@ class Publisher:
     def publish(self, entry: Entry, data: model.Data, version: WriteVersion | None, validator: str = "") -> bool:
         """Store an entry for every process, unless its key was written since `version` was read.
 
-        Returns whether it was.
-
-        `version` is from before the fetch; None stores nothing. `validator` identifies the state of the object.
+        `version` is from before the fetch; None stores nothing. `validator` identifies the state of the object. Returns
+        whether the entry was stored.
         """
         pending = PendingEntry(entry, data, version, validator)
         self.publish_all([pending])
@@ -287,6 +291,7 @@ class Publisher:
 
     def publish_all(self, batch: Sequence[PendingEntry]) -> None:
         """Like `publish`, for several different entries; each records whether it was stored."""
+        # without a version it is unknown whether the key was written since
         todo = [pending for pending in batch if pending.version is not None and not self._barrier.health.is_aside]
         if len(todo) > 1:
             # the failure of one entry must not harm the others
@@ -305,8 +310,8 @@ class Publisher:
                 self._barrier.with_rebuild(partial(self._publish_one, pending))
                 break
             except FileNotFoundError:
-                # another process unlinked the key and its temporary files without the index: this write comes after
-                # that
+                # another process invalidated the key without the index and unlinked this temporary file. This write
+                # is the later one, so it is tried again
                 if is_last:
                     raise
         return pending.is_stored
@@ -342,10 +347,12 @@ class Publisher:
     def staged(self, batch: Sequence[PendingEntry]) -> Iterator[Staged]:
         """Write the temporary files of entries, for the caller to enter them into the index, in one section.
 
-        A file that could not be written is the `failure` of its entry. Raises if there is no room. Afterwards, what was
-        not entered is gone.
+        A file that could not be written is the `failure` of its entry. Raises `NoRoom` if there is no room. On exit,
+        the files of entries that were not entered are removed.
         """
         staged = Staged(self._enter)
+        # until the rows are in the index: a rebuild or a lower bound meanwhile would count
+        # these bytes twice, or not at all
         with self._session.storing() as process:
             self._take(process, batch)
             staged.process = process
@@ -360,6 +367,7 @@ class Publisher:
                 yield staged
             finally:
                 self._give_back(process, staged.items, batch)
+        # after the guard is released, because unlinking takes time
         if staged.overtaken:
             self._space.unlink_deleted(staged.overtaken)
         _log(staged.items)
@@ -394,7 +402,7 @@ class Publisher:
         except OSError as error:
             item.failure = error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                # for the next one
+                # this entry is lost, but the next one finds room
                 self._space.make_room(item.stamp.size)
                 item.failure = NoRoom(f"the disk of {self._root} is full")
 
@@ -422,12 +430,13 @@ class Publisher:
                 entry, hashed=item.hashed, size=stamp.size, crc=stamp.crc, used=used, owner=process.owner, seq=number
             )
         index.tables.drop_absent(keys)
+        # in the same transaction as the rows, so that these bytes are counted once at every moment
         index.change_lease(process.owner, -sum([item.stamp.size for item in entering]))
         self._space.return_surplus(process, index)
         self._space.recency.flush_to(index, {item.pending.entry: item.stamp.size for item in entering})
         for namespace in set(map(namespace_of, keys)):
             self._session.record_made(namespace)
-        # an interrupt from here on may come after the commit
+        # if an interrupt comes from here on, the commit may have happened, so the bytes count as spent
         for item in entering:
             item.is_spent = True
         try:
@@ -437,6 +446,7 @@ class Publisher:
                 item.is_spent = False
             raise
         self._undo(process, index, [item for item in entering if item.failure is not None])
+        # only now: until the rename, the file of the replaced entry lies at the path and its bytes must stay counted
         if [item for item in entering if item.replaced is not None]:
             index.begin()
             self._drop_replaced(index, entering)
@@ -445,7 +455,7 @@ class Publisher:
 
     @staticmethod
     def _commit_and_reveal(index: Index, items: Iterable[StagedEntry]) -> None:
-        """In this order: a row without a named file is finished by the next process, a file without a row is lost."""
+        """Commit, then rename: a row whose file has no name yet can be finished, but a file without a row is lost."""
         index.commit()
         for item in items:
             try:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache.directory")
 
+# other programs may have added a write-ahead log to the index: its files go with it
 _INDEX_FILE: Final = re.compile(r"index-(\d+)\.db(?:-journal|-wal|-shm)?")
 _UNBOUNDED: Final = "none"
 _EVERYTHING: Final = -1
@@ -60,10 +61,13 @@ def recover(session: IndexSession) -> list[str]:
                 try:
                     _invalidate_written(session, process, index, owner)
                     _finish_owner(session, index, owner)
+                    # committed for each owner: the next recovery goes on where this one was killed
                     index.commit()
                     index.begin()
+                    # if this process is killed before this, the next sweep removes the directory, which has no owner
                     _remove_tree(session, f"tmp/{owner}")
                 except OSError as error:
+                    # its row stays, and with it what is counted for it: the next recovery tries again
                     logger.debug("the work of process %d cannot be finished yet: %s", owner, error)
                     index.rollback()
                     index.begin()
@@ -71,6 +75,7 @@ def recover(session: IndexSession) -> list[str]:
                     process.owners.unlock(owner)
         _invalidate_written(session, process, index, process.owner)
         finish(session, index, index.orphaned_tombstones())
+        # a few of them only, and drawn at random, so that files that cannot be removed do not hold up each recovery
         finish(session, index, index.unowned_tombstones(_AT_ONCE))
         left = _finish_notes(session, process, index)
         index.commit()
@@ -79,17 +84,20 @@ def recover(session: IndexSession) -> list[str]:
         left += [item.entry.key for item in index.unowned_tombstones()]
         if not process.is_checked:
             _check_sums(session, process, index, has_crashed=has_crashed)
+    # outside of the section, because it reads every file of the cache
     _see_to_restart(session, restarted=restarted)
     return list(dict.fromkeys(left))
 
 
 def _see_to_restart(session: IndexSession, *, restarted: bool) -> None:
     """Invalidate entries that may be stale since the machine was restarted."""
+    # before the boot is written down: a recovery that is killed here must find the notes again
     old = [note for note in written_notes(session.meta) if not note.is_of_this_boot]
     for note in old:
         # another process may be doing the same
         with suppress(FileNotFoundError):
             _drop_namespace(session, note.namespace())
+    # if a file could not be checked, the boot is not recorded, so that the next recovery checks again
     if not (old or restarted) or not _discard_torn(session):
         return
     with session.section() as (process, _):
@@ -103,9 +111,10 @@ def _see_to_restart(session: IndexSession, *, restarted: bool) -> None:
 
 
 def _drop_namespace(session: IndexSession, namespace: str) -> None:
-    """Drop everything of a namespace, or of all: some of its entries may be of before a write that the source has."""
+    """Drop everything of a namespace, or of all namespaces: some entries may be older than a write at the source."""
     logger.info("invalidating all entries of %s, which was written when the power failed", namespace or "any source")
     with session.section() as (process, index):
+        # before the rows go: what another process fetched before must not be stored after them
         process.writes.increment(prefix_counter(namespace))
         index.tables.drop_nodes(namespace)
         index.tables.drop_absent_beneath(namespace)
@@ -150,6 +159,7 @@ def may_be_stale(session: IndexSession) -> bool:
 def _check_sums(session: IndexSession, process: Registration, index: Index, *, has_crashed: bool) -> None:
     """Verify the bound of the index and, of a small cache or by the sole process after a crash, the totals."""
     bound = index.totals().max_size
+    # the bound in the file survives the loss of an index, so it is the one that counts
     if (remembered := _remembered_bound(session, bound)) != bound:
         index.set_max_size(remembered)
     if (index.last_entry() <= _FEW or (has_crashed and index.owners() == [process.owner])) and index.mend_totals():
@@ -171,6 +181,8 @@ def _discard_torn(session: IndexSession) -> bool:
                     if row is None or stamp is None or (row.size, row.crc) != (stamp.size, stamp.crc):
                         files.discard_ours(path, entry)
                     else:
+                        # files that were written long before the latest one have reached the disk, so only
+                        # the later ones are read in full
                         newest = max(newest, os.lstat(path).st_mtime_ns)
                 except FileNotFoundError:
                     pass
@@ -187,6 +199,7 @@ def _discard_torn(session: IndexSession) -> bool:
             with session.section() as (_, index):
                 tombstones = []
                 for row in torn:
+                    # another process may have deleted or replaced the entry since the rows were read
                     current = index.find(row.entry)
                     if current is not None and current.id == row.id:
                         index.remove(row.id)
@@ -231,6 +244,7 @@ def _invalidate_written(session: IndexSession, process: Registration, index: Ind
     For this process, these are writes that have ended, but whose rows could not be deleted.
     """
     for id_, key, beneath in index.tables.writing_of(owner):
+        # the others are still under way in this process
         if id_ not in session.writing:
             _invalidate(session, process, index, key, beneath=beneath)
             index.tables.drop_writings([id_])
@@ -243,6 +257,7 @@ def _invalidate(session: IndexSession, process: Registration, index: Index, key:
     tombstones = []
     for row in index.beneath(key, _EVERYTHING) if beneath else index.of_key(key):
         index.remove(row.id)
+        # without an owner, so that any recovery may finish it
         tombstones.append(index.add_tombstone(row, 0))
     index.commit()
     index.begin()
@@ -267,9 +282,10 @@ def _finish_note(session: IndexSession, process: Registration, index: Index, pat
                 # the last line may be half a line: then its write has not begun
                 names.append(str(json.loads(line)))
         try:
+            # the lock, not the age of the note, tells whether its writer lives
             fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # its writer lives and will do it, but perhaps could not remove a file: this process hears of it
+            # its writer lives and retries, but the file may still be there: this process must not serve it
             return [name for name in names if not _is_gone(session, index, name)]
         for name in dict.fromkeys(names):
             _invalidate(session, process, index, name.rstrip("/"), beneath=name.endswith("/"))
@@ -311,6 +327,7 @@ def _finish_owner(session: IndexSession, index: Index, owner: int) -> None:
             index.change_lease(owner, row.size)
             index.commit()
             index.begin()
+    # before the row of the owner goes: its lease counts the temporary files
     files.empty(directory)
     finish(session, index, index.tombstones_of(owner))
     index.drop_owner(owner)
@@ -333,6 +350,7 @@ def finish(session: IndexSession, index: Index, tombstones: Iterable[Tombstone])
         try:
             row = index.find(item.entry)
             # a file of another entry may lie at the path by now; it has a row then
+            # the process may have died before or after the file was moved to the trash
             if not _unlink(session, f"{META}/trash/{item.id}") and (row is None or row.hashed != item.hashed):
                 _unlink_ours(session, item.entry, hashed=item.hashed, unmarked=True)
             done.append(item.id)
@@ -402,6 +420,7 @@ def _sweep(session: IndexSession, process: Registration, index: Index) -> None:
 
     The next sweep retries those that cannot be removed.
     """
+    # a process that still has an old index open notices that under the guard, and opens the new one
     for number in _generations(session):
         if number != process.generation:
             _remove_index(session, number)
@@ -413,6 +432,7 @@ def _sweep(session: IndexSession, process: Registration, index: Index) -> None:
     known = {str(owner) for owner in index.owners()}
     for name in _listed(session, "tmp"):
         if name not in known and not name.startswith(UNDONE):
+            # its process lives, and does not know yet that the index was rebuilt
             if name.isdecimal() and not process.owners.try_lock(int(name)):
                 continue
             with suppress(OSError):
@@ -435,9 +455,11 @@ def rebuild(session: IndexSession, damaged: int, max_size: int | None) -> bool:
     Returns whether this process did it. Raises `Busy` if another process is writing an entry for too long, perhaps
     because it is stopped.
     """
+    # first under the guard alone: usually another process has done it already
     with session.guarded() as process:
         if process.read_generation() != damaged:
             return False
+    # no process may store meanwhile: a file that gets its name after the walk below would never be counted
     if not process.storing.exclude(session.timeout):
         raise Busy("an entry is being written, so the index cannot be rebuilt now")
     try:
@@ -456,6 +478,7 @@ def rebuild(session: IndexSession, damaged: int, max_size: int | None) -> bool:
                 if is_expected_fault(error):
                     raise CacheFault(f"the index of {session.root} cannot be rebuilt: {error}") from error
                 raise
+            # the new index becomes valid in one write, after it is complete: a crash before it leaves the old number
             process.begin_generation(generation)
             for number in old:
                 _remove_index(session, number)
@@ -491,6 +514,8 @@ def _remove_index(session: IndexSession, generation: int) -> None:
 
 
 def _build(session: IndexSession, process: Registration, generation: int, max_size: int | None) -> None:
+    # new owners get numbers above all that are in use, because a process keeps the lock of its old
+    # number until it sees the new index
     last = max([0, process.owner, *_numbers_in(f"{session.meta}/tmp")])
     pins = salvaged(process.index_path(process.read_generation()))
     index = Index(process.index_path(generation), create=True)
@@ -504,6 +529,7 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
             # a note of pending invalidations does not depend on the lost index
             if not name.startswith(UNDONE):
                 _remove_tree(session, f"tmp/{name}")
+        # the new index has no tombstones of these files, and no process serves them
         files.empty(files.inside(session.root, f"{META}/trash/.").removesuffix("/."))
         if not session.has_stamps:
             _remove_unknowable(session)
@@ -514,6 +540,7 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
                 # unlinked by an invalidation without the index
                 continue
             if stamp is not None and status.st_size == stamp.size and index.find(entry) is None:
+                # the time of modification stands for the last use, which only the lost index had
                 index.add(entry, hashed=hashed, size=stamp.size, crc=stamp.crc, used=status.st_mtime_ns, owner=0, seq=0)
             else:
                 _discard_or_count(session, index, entry, hashed=hashed, size=status.st_size, certain=stamp is not None)
@@ -559,6 +586,7 @@ def _stamped(session: IndexSession) -> Iterator[tuple[str, Entry, files.Stamp | 
         except OSError:
             yield path, entry, None, False
             continue
+        # it was deleted before, and could not be unlinked then
         if found is Whose.DISOWNED:
             _unlink(session, entry.key)
         elif found is Whose.OURS:
@@ -583,6 +611,7 @@ def _shrink(session: IndexSession, index: Index) -> None:
             index.remove(row.id)
             before = index.totals().tombstones
             _discard_or_count(session, index, row.entry, hashed=row.hashed, size=row.size, certain=True)
+            # a file that could not be unlinked gets a tombstone, and its bytes stay counted
             room += row.size - (index.totals().tombstones - before)
             if room >= 0:
                 break

@@ -96,6 +96,7 @@ def cleanup_resources(timeout: float = 30.0) -> None:
     timeout : float, optional
         Seconds to wait for the threads to finish their work.
     """
+    # closing waits for the disk and for other threads, so it happens outside of the lock
     with _lock:
         directories = list(_directories.values())
     for _ in range(2):
@@ -110,8 +111,10 @@ def cleanup_resources(timeout: float = 30.0) -> None:
 
 
 def _before_fork() -> None:
+    # held over the fork, so that the child inherits no directory that is half made
     _lock.acquire()
     for directory in _directories.values():
+        # each waits until no thread is in a transaction: the child would inherit half of one
         directory.session.before_fork()
 
 
@@ -128,6 +131,7 @@ def _after_fork_in_child() -> None:
         directory.after_fork_in_child()
 
 
+# daemon threads are ended without notice at exit, with what they have not stored
 atexit.register(cleanup_resources)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

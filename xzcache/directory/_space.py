@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache.directory")
 
+# bytes that a process asks for in advance, so that it needs the index for the bound only once in many entries
 _LARGEST_LEASE: Final = 4 << 20
+# bytes of the disk for the index: an eviction adds tombstones before it frees anything
 _INDEX_RESERVE: Final = 4 << 20
 _SMALL: Final = 64 << 10
 """The most bytes of a file that is unlinked as fast as it is renamed."""
+# other processes may take the room that this one has made: it tries again, but not for ever
 _ATTEMPTS: Final = 8
 _PAUSE_WHILE_FULL: Final = 1.0
 """Seconds for which a full directory without evictions is not asked for room again."""
@@ -94,6 +97,7 @@ class Space:
             # other threads share the lease: take the free part first, and request only the rest
             had = min(process.free, size)
             process.free -= had
+        # the usual way: no transaction, no lock between processes
         if had == size:
             return
         try:
@@ -111,11 +115,13 @@ class Space:
 
     def _take_more(self, process: Registration, size: int, whole: int) -> None:
         for attempt in range(_ATTEMPTS):
+            # without evictions the answer stays the same for a while, and each attempt would cost a transaction
             if not self.policy.evicts and whole >= self._full_for and time.monotonic() < self._full_until:
                 break
             short, tombstones = self._enlarge(process, size, whole)
             if short <= 0:
                 return
+            # the next attempt frees their bytes in its own transaction, which saves one
             self.unlink_deleted(tombstones, soon=True)
             self._count_evicted(tombstones)
             freed = sum(item.size for item in tombstones)
@@ -123,15 +129,18 @@ class Space:
                 freed += self.make_room(short - freed)
             if freed == 0:
                 if attempt and not recovery_due(process):
-                    # a smaller entry may still find room
+                    # smaller entries are still tried, because they may find room
                     self._full_until, self._full_for = time.monotonic() + _PAUSE_WHILE_FULL, whole
                     break
+                # processes that died since may have left leases and tombstones, which are
+                # counted until they are recovered
                 recovery.recover(self.session)
         raise NoRoom(f"no room for {size} bytes in {self.session.root}")
 
     def _enlarge(self, process: Registration, size: int, whole: int) -> tuple[int, list[Tombstone]]:
         """Lease `size` bytes more, for a file of `whole` bytes; returns the missing bytes and the evicted entries."""
         with self.session.section() as (current, index):
+            # the lease belongs to the directory that was replaced, and so would the file
             if current is not process:
                 raise NoRoom("the directory was removed meanwhile")
             with self.freeing_tombstones(index):
@@ -153,12 +162,14 @@ class Space:
             raise error
         chunk = self._lease_size(totals, len(index.owners()))
         room = totals.room
+        # as much more as the lease in advance, so that the next entries need no eviction of their own
         if room is not None and room < size:
             return size - room + chunk
         grant = size + chunk if room is None else min(size + chunk, room)
         if (short := self._short_of_disk(grant)) > 0:
             # leasing in advance must not evict an entry
             grant, short = size, self._short_of_disk(size)
+        # other programs fill the disk: to evict everything would not help, and the cache would be empty
         if short > totals.size:
             error = NoRoom(f"the disk of {self.session.root} has less free than min_free={self.min_free} asks for")
             if not self._has_logged:
@@ -169,6 +180,7 @@ class Space:
         if short > 0:
             return short
         index.change_lease(process.owner, grant)
+        # before any thread may spend these bytes: a lease that the index does not know would break the bound
         index.commit()
         process.give_back(grant - size)
         return 0
@@ -192,6 +204,7 @@ class Space:
     def return_surplus(self, process: Registration, index: Index) -> None:
         """Return the surplus of the lease after failed writes; within a section."""
         with process.lease_lock:
+            # only a large surplus, so that the next entries find some of the lease left
             surplus = process.free - 2 * _LARGEST_LEASE
             if surplus <= 0:
                 return
@@ -249,11 +262,12 @@ class Space:
                 index.remove(row.id)
                 tombstones.append(index.add_tombstone(row, process.owner))
             if tombstones or freed:
+                # rows first: if this process dies in between, the next one finds the tombstone and removes the file
                 index.commit()
         report = HideReport() if report is None else report
         seen: set[str] = set()
         hidden = [item for found in tombstones if (item := self._hidden(found, report, seen)) is not None]
-        # paths of one directory differ in their names
+        # one path for each directory, because `prune` looks only at the directories above
         for path in {os.path.dirname(relative): relative for relative in map(_relative, hidden)}.values():
             files.prune(f"{self.session.root}/{path}", self.session.root)
         if len(hidden) < len(tombstones):
@@ -264,6 +278,7 @@ class Space:
 
     def _hidden(self, item: Tombstone, report: HideReport, seen: set[str]) -> Tombstone | None:
         """Hide a file; returns its tombstone, or None if the file may still be visible."""
+        # an error may occur only once: a second attempt spares the key the quarantine
         for is_last in (False, True):
             try:
                 return self._hide(item, report, seen)
@@ -287,13 +302,14 @@ class Space:
                     os.unlink(path)
                     return item._replace(is_unlinked=True)
             try:
-                # unlinking a large file takes too long under the guard
+                # unlinking a large file takes too long under the guard; a rename takes the same time for any size
                 files.move(path, files.inside(self.session.root, f"{META}/trash/{item.id}", seen))
             except FileNotFoundError:
                 pass
             except OSError:
                 files.discard(path)
         except OSError:
+            # neither unlinked nor moved: the file must at least not be taken for an entry any more
             files.disown(path)
             raise
         return item
@@ -314,8 +330,9 @@ class Space:
     def unlink_deleted(self, tombstones: list[Tombstone], *, soon: bool = False) -> None:
         """Unlink the files of tombstones, then free their bytes.
 
-        With `soon`, a few bytes are freed by the next transaction.
+        With `soon`, small amounts are freed in the next transaction of this process instead of one of their own.
         """
+        # those of failed attempts are tried again with the next ones
         tombstones, self._unreleased = tombstones + self._unreleased, []
         if not tombstones:
             return
@@ -337,6 +354,7 @@ class Space:
                 self.free_tombstones_in(index, erased)
             yield erased
         except BaseException:
+            # the transaction was rolled back, so the bytes are still counted
             self._erased.extend(erased)
             raise
 
@@ -360,7 +378,7 @@ class Space:
         return erased
 
     def free_tombstones(self, tombstones: list[Tombstone]) -> None:
-        """Give back the bytes of files that were unlinked; where that cannot be done now, it is done later."""
+        """Free the bytes of unlinked files; if that fails, the next `unlink_deleted` tries again."""
         try:
             with self.session.section() as (_, index):
                 self.free_tombstones_in(index, tombstones)
@@ -370,7 +388,7 @@ class Space:
 
     @staticmethod
     def free_tombstones_in(index: Index, tombstones: list[Tombstone]) -> None:
-        """Give back, within a transaction, the bytes of files that were unlinked."""
+        """Free the bytes of unlinked files, in the caller's transaction."""
         index.drop_tombstones(item.id for item in tombstones)
 
 
@@ -383,5 +401,6 @@ def recovery_due(process: Registration) -> bool:
     now = time.monotonic()
     if now < process.next_recovery:
         return False
+    # once a second at most: a look for dead processes tries a lock of each owner, under the guard
     process.next_recovery = now + 1.0
     return True

@@ -1,4 +1,4 @@
-"""The statistics that last: what this process has counted, and tells to the index with the uses of entries.
+"""The statistics that last: the counts of this process, which it reports to the index with the uses of entries.
 
 Seconds saved are an estimate of the time by which the reads of this machine would have taken longer without the cache:
 
@@ -7,7 +7,7 @@ Seconds saved are an estimate of the time by which the reads of this machine wou
    Later reads count for more. The price is remembered in the index, so that a session without a miss has one.
 2. What a process has saved is the price of its hits, less the time that it spent on them.
 3. Processes that read at the same time save their time at the same time: at each moment, the one that saves the most
-   counts. What a process has saved is spread over the time since it told of something saved before.
+   counts. The time that a process reports is spread over the time since its last report.
 
 Nothing is saved while the price of a source is unknown.
 """
@@ -38,18 +38,20 @@ if TYPE_CHECKING:
 
 WATCHED: Final = 4096
 """Up to so many entries, all uses are sampled; in a larger cache, those of about half as many entries or more."""
+# a size or a span is one field of 32 bits in a sample
 _LARGEST: Final = (1 << 32) - 1
 _EVERY: Final = 0.5
 """Seconds between two reports to the index, at the least."""
 _MOST_AT_ONCE: Final = 4096
-"""The used entries between two reports of which the sample takes notice."""
+"""The most used entries that are sampled between two reports."""
+# requests that overlap an older period than these are counted twice, which hardly happens
 _MOST_PERIODS: Final = 64
 _REMEMBERED: Final = 2000.0
 """The reads after which an observed price has lost most of its weight."""
 _SUMS: Final = 8
 _MOST_SPANS: Final = 64
 _LONGEST: Final = 10.0
-"""Seconds over which a process spreads at the most what it saved at once."""
+"""The most seconds over which the time that a process saved at once is spread."""
 _SHORTEST: Final = 1e-3
 
 
@@ -60,6 +62,7 @@ def with_observation(sums: Sequence[float] | None, reads: int, size: int, second
     """Add an observation to the sums of earlier ones: reads, bytes, seconds, and their products."""
     # megabytes, so that the sums are of similar magnitude
     size_mb = size / 1e6
+    # weights fall off with reads, not with time: a source that is read seldom keeps its price
     keep = math.exp(-reads / _REMEMBERED)
     new = (
         reads,
@@ -95,6 +98,7 @@ def price_of(sums: Sequence[float] | None) -> tuple[float, float]:
         else:
             each = 0.0
     explained = each * reads + for_size * size
+    # so that all observed seconds are explained: the price must not drift from what was measured
     scale = seconds / explained if explained > 0 else 0.0
     return each * scale, for_size * scale / 1e6
 
@@ -133,6 +137,7 @@ class Busy:
     def add(self, begin: float, end: float) -> None:
         """Add an activity that has just ended."""
         gained = max(0.0, end - begin)
+        # what overlaps is counted once, however many requests are under way at the same time
         while self._periods and self._periods[-1][1] >= begin:
             first, last = self._periods.pop()
             gained -= max(0.0, min(last, end) - max(first, begin))
@@ -147,7 +152,7 @@ class Busy:
 
 @dataclass(eq=False, slots=True)
 class _Counted:
-    """Counters of one store, or of copies of it, and their values when the index was told last.
+    """Counters of one store, or of copies of it, and their values at the last report to the index.
 
     `namespace` is None for a source that only this process has.
     """
@@ -168,7 +173,7 @@ class _Others(NamedTuple):
 
 @dataclass(slots=True)
 class _Source:
-    """The other counters of one source, and their values when the index was told last."""
+    """The other counters of one source, and their values at the last report to the index."""
 
     busy: Busy = field(default_factory=Busy)
     evictions: int = 0
@@ -181,7 +186,7 @@ class _Source:
 
 @dataclass(slots=True)
 class _News:
-    """What was counted of one source since the index was told."""
+    """The counts of one source since the last report to the index."""
 
     counts: Counts = field(default_factory=Counts)
     busy: float = 0.0
@@ -213,9 +218,9 @@ def sampled_uses(uses: Mapping[Entry, int], limit: int) -> bytes:
 
 
 class Ledger:
-    """What this process has counted of the reads through one directory, until the index is told.
+    """The reads through one directory that this process has counted and not yet reported to the index.
 
-    Nothing here is called for a hit: the counters of the stores are read when uses are told to the index.
+    Nothing here is called for a hit: the counters of the stores are read when uses are recorded in the index.
     """
 
     def __init__(self) -> None:
@@ -240,11 +245,12 @@ class Ledger:
     # -- counting
 
     def count(self, counters: ReadCounters, user: object, namespace: str | None) -> None:
-        """Tell the index of these counters while the user lives, and once more."""
+        """Report these counters to the index while the user lives, and once after that."""
         counted = self._counted.get(id(counters))
         if not self._counted:
             self._saved_until = time.time()
         if counted is None or counted.namespace != namespace:
+            # from time to time only: tests and servers open thousands of stores
             if len(self._counted) % 64 == 63:
                 self._forget()
             counted = self._counted[id(counters)] = _Counted(counters, namespace, weakref.WeakSet())
@@ -263,16 +269,17 @@ class Ledger:
                 source = self._sources[namespace_of(row.entry.key)]
                 source.evictions += 1
                 source.evicted_size += row.size
+                # sampled by the hash of the entry, so that all processes sample the same entries
                 if (lot := lot_of(row.entry)) < limit:
                     self._events.append(_Event(now, lot, row.size, is_eviction=True))
 
     @property
     def has_news(self) -> bool:
-        """Whether the index is to be told of any read."""
+        """Whether there are reads that were not reported to the index."""
         return any(counted.counters.reads() != counted.told for counted in list(self._counted.values()))
 
     def _forget(self) -> None:
-        """Forget counters that nobody uses and of which all is told."""
+        """Forget counters without users whose values are all reported."""
         for key, counted in list(self._counted.items()):
             if not counted.users and counted.counters.reads() == counted.told:
                 self._counted.pop(key, None)
@@ -280,9 +287,9 @@ class Ledger:
     # -- telling
 
     def tell(self, index: Index, uses: Mapping[Entry, int], arrived: Mapping[Entry, int], *, everything: bool) -> None:
-        """Tell the index what was counted, with the uses that it is told anyway; within a section.
+        """Report the counts to the index, in the section that records the uses.
 
-        Without `everything`, it may be kept for a later transaction.
+        Without `everything`, the counts may be kept for a later transaction.
         """
         limit = 1 << 32 >> self._shift
         if uses:
@@ -292,7 +299,7 @@ class Ledger:
                 self._left -= len(uses)
                 self._uses.append(sampled_uses(uses, limit))
             else:
-                # as if these reads had not been: a process that reads so fast has shown enough of what it does
+                # a process that reads so fast has shown its pattern already: the sample leaves these reads out
                 self._passed_over += len(uses)
         if arrived:
             now = time.time_ns()
@@ -301,6 +308,7 @@ class Ledger:
                 if (lot := lot_of(entry)) < limit:
                     self._uses.append(SAMPLED.pack(now, lot, min(size, _LARGEST), 0))
                     self._events.append(_Event(now, lot, size, namespace_of(entry.key)))
+        # a report writes several rows, so most of these transactions go without one
         if everything or time.monotonic() >= self._due:
             self._due = time.monotonic() + _EVERY
             self._tell(index)
@@ -343,11 +351,13 @@ class Ledger:
             again = Counts(refetched=count << self._shift, refetched_size=size << self._shift)
             rows[number] = rows.get(number, Counts()).plus(again)
         statistics.add(int(now), rows)
+        # the sample halves each time the cache doubles, so that its cost stays the same
         self._shift = (index.totals().entries // WATCHED).bit_length()
+        # only then is it told: a transaction that is rolled back is told once more
         index.when_committed.append(when_told)
 
     def _news(self) -> tuple[dict[str | None, _News], Callable[[], None]]:
-        """What was counted by source, and a function that takes note that it was told."""
+        """The counts of each source since the last report, and a function that marks them as reported."""
         news: defaultdict[str | None, _News] = defaultdict(_News)
         reads = [(counted, counted.counters.reads()) for counted in list(self._counted.values())]
         for counted, current in reads:
@@ -376,7 +386,7 @@ class Ledger:
 
     @staticmethod
     def _add_events(index: Index, events: Sequence[_Event]) -> dict[str, tuple[int, int]]:
-        """Tell who is gone; returns, by source, the number and size of sampled entries that were fetched again."""
+        """Record evictions; returns, by source, the number and size of sampled entries that were fetched again."""
         statistics = index.statistics
         again: dict[str, tuple[int, int]] = {}
         for event in events:
@@ -388,10 +398,10 @@ class Ledger:
         return again
 
     def _part_of_machine(self, index: Index, began: float, now: float, saved: float) -> float:
-        """The part of what this process has saved that no other process has saved at the same time.
+        """The part of this process's saved time that no other process has saved at the same time.
 
-        Hits take so little time that those of several processes hardly ever meet. So what was saved is spread over the
-        time since this process saved something before, or began to read, in which the others did as this one.
+        A hit takes so little time that hits of several processes hardly ever coincide. So the saved time is spread over
+        the time since this process saved something before, or began to read: the others read in the same time.
         """
         if saved <= 0:
             return 0.0

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xzcache.directory")
 
+# these bytes are kept in memory after the readers have them: beyond it, memory would grow with a slow disk
 _MOST_BYTES: Final = 64 << 20
 _LINGER: Final = 0.1
 """Seconds between the end of the last use of a directory and leaving it: another store may be about to be opened."""
+# a directory that cannot be left yet is tried again after a pause that doubles up to this
 _LONGEST_PAUSE: Final = 1.0
 
 
@@ -84,9 +86,12 @@ class WriteBehind:
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         try:
+            # An exception or a cancellation is not held up. Both numbers are read without the
+            # lock: `drain_if_last` looks again
             if kind is None and (self._readers <= 1 or self._bytes > _MOST_BYTES):
                 await self.drain_if_last()
         finally:
+            # counted until the wait is over, so that a fetch that ends meanwhile leaves the wait to this one
             self.end_fetch()
 
     def add(self, work: Callable[[], None]) -> None:
@@ -105,6 +110,7 @@ class WriteBehind:
             self._added += 1
             self._queue.append(what)
             if not callable(what):
+                # a reader of this key waits for this number only, not for all work
                 self._last_of[what.entry.key] = self._added
 
     def _begin_soon(self) -> None:
@@ -116,6 +122,7 @@ class WriteBehind:
 
     def _begin(self) -> None:
         self._begins_in = None
+        # at the end of the process no thread can be started: the caller then does the work itself
         if self._may_begin() and not try_in_order(self._go_on):
             self._go_on()
 
@@ -158,8 +165,10 @@ class WriteBehind:
         while self._queue and len(batch) < publishing.MOST:
             what = self._queue[0]
             if callable(what):
+                # entries that came before this work are published first: waiters rely on the order
                 return batch or [self._queue.popleft()]
             size += len(what.data)
+            # `publish_all` takes different entries, so a second value of one entry waits for the next batch
             if batch and (size > publishing.MOST_BYTES or what.entry in entries):
                 break
             entries.add(what.entry)
@@ -170,6 +179,7 @@ class WriteBehind:
         """Notify everything that waits for some work."""
         failure = None
         for what in batch:
+            # one caller's function that raises must not keep the others waiting
             try:
                 if not callable(what) and what.done is not None:
                     what.done()
@@ -204,7 +214,7 @@ class WriteBehind:
                 last = self._added if self._readers <= 1 or self._bytes > _MOST_BYTES else 0
             if last <= self._ended or self._hangs(False):
                 return
-            # meanwhile others may come, fetch, and leave it to this one
+            # other fetches may have ended meanwhile and left the wait to this one
             if not await self._outcome(last) and self._hangs(True):
                 return
 
@@ -229,7 +239,7 @@ class WriteBehind:
             timer.cancel()
 
     def _tell(self, number: int, wake: Callable[[], object]) -> bool:
-        """Have a function called when the work up to a number has ended; False if it has."""
+        """Call a function once the work up to a number has ended; False if it has ended already."""
         with self._lock:
             if number <= self._ended:
                 return False
@@ -237,7 +247,7 @@ class WriteBehind:
             return True
 
     def wait(self) -> None:
-        """Wait until all is done that there is to do now."""
+        """Wait for all work that was added before this call."""
         self._begin()
         ended = threading.Event()
         if self._tell(self._added, ended.set):
@@ -271,6 +281,7 @@ class Departures:
         self._start()
 
     def _start(self) -> None:
+        # the lock is only a flag: it is taken by one thread and released by another
         if self._is_running.acquire(blocking=False):
             try:
                 _thread.start_new_thread(self._run, ())
@@ -298,6 +309,7 @@ class Departures:
                     due = time.monotonic() + pause
         finally:
             self._is_running.release()
+        # work that came after the last look at the queue, and before the release, found the flag set
         if not self._queue.empty():
             self._start()
 
@@ -311,7 +323,7 @@ class Departures:
             return True
 
     def wait(self, timeout: float) -> None:
-        """Wait until everything is left that is to be left now, and the thread has ended."""
+        """Wait until each directory that is due has been left and the thread has ended."""
         self._queue.put(None)
         if self._is_running.acquire(timeout=timeout):
             self._is_running.release()

@@ -1,8 +1,8 @@
 """Which entries leave first: the policies, what they learn from, and the uses that are not in the index yet.
 
-Touches no entry file. State: the uses that this process has heard of, in a dictionary that a hit adds to without a lock
-and that is taken under the mutex of `Recency`; what `"adaptive"` has learned lies in the index, changes in its
-transactions, and is kept by each process as it was last read.
+This room touches no entry file. Its state: the uses that this process has recorded, in a dictionary that a hit adds to
+without a lock and that is taken under the mutex of `Recency`; and the learned state of `"adaptive"`, which lies in the
+index and changes in its transactions. Each process keeps the learned state as it last read it.
 """
 
 from xzcache.eviction._curve import Sample, predicted

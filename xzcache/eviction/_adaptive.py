@@ -32,6 +32,7 @@ _STEPS: Final = 4
 _EDGES: Final[Reals] = 16.0 * 2.0 ** (np.arange(BUCKETS + 1) / _STEPS) - 16.0
 _WIDTHS: Final[Reals] = np.diff(_EDGES)
 _CENTRES: Final[Reals] = (_EDGES[:-1] + _EDGES[1:]) / 2
+# falls with the age, so that without observations recent use decides
 _PRIOR: Final[Reals] = 0.1 / _WIDTHS
 _WEIGHT: Final = 1.0
 _MOST_IN_A_BUCKET: Final = 20.0
@@ -121,11 +122,13 @@ _WATCHED: Final = 2048
 """Of how many entries of the cache the uses are watched, at the most."""
 _REMEMBERED: Final = 10 * _WATCHED
 """How many keys are remembered, cached or not."""
+# a little room is made in advance, so that not each step needs a sort
 _SPARE: Final = 0.98
 _REFRESH: Final = (200, 2000)
 _PATIENCE: Final = 1.5
 """The lost hits, in entries of the cache, after which the other order is followed, if both were equally good."""
 _FEWEST: Final = 64
+# hits of least recent use are exact, while the learned order works from lists that are older than the latest uses
 _AHEAD: Final = 0.95
 """The learned order is followed if this part of its hits exceeds the hits of least recent use, which never errs."""
 _AGES: Final = 1 << 60
@@ -248,6 +251,7 @@ class Adaptive:
         self._refreshed = self._now
         self._worth = self.reuse.worth()
         self._choose(entries, keep)
+        # more are dropped than need be, so that the columns are not sorted at each refresh
         if len(self._keys) > _REMEMBERED:
             self._select(self._last > np.sort(self._last)[len(self._last) - _REMEMBERED * 7 // 8])
 
@@ -293,6 +297,7 @@ class Adaptive:
         columns = [self._keys, self._last, self._gaps.astype(np.int32), self._sizes, self._ids, self._kept]
         for array in (numbers, self.reuse.uses, self.reuse.waited, *columns):
             np.save(file, array, allow_pickle=False)
+        # a checksum, because the bytes lie in a database that damage can reach
         return _SUM.pack(crc32(file.getbuffer())) + file.getvalue()
 
     @classmethod

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from xzcache.index import UsesRow
 
 _MOST_STEPS: Final = 8
-"""The repeated uses of an entry in one report that are simulated one by one; of more, each stands for several."""
+"""The most repeated uses of an entry in one report that are simulated; if there were more, each stands for several."""
 _WARMING: Final = 0.25
 """The part of a sample that only fills the simulated cache, where earlier uses are not known any more."""
 
@@ -35,20 +35,20 @@ _WARMING: Final = 0.25
 class Sample(NamedTuple):
     """The uses of sampled keys in the order of time.
 
-    A process tells of the last of several uses of an entry between two reports. Of those before, it is known when the
-    first one was and how many there were of all entries: they are taken to be equally far apart.
+    Between two reports, a process records the first and the last use of an entry, and the number of repeated uses of
+    all entries together. The uses between the first and the last one are taken to be equally far apart.
 
     Attributes
     ----------
     at : array of int
-        When, in ns since the epoch.
+        The time of each use, in ns since the epoch.
     keys, sizes : array of int
         Hashes of the keys, below ``2**62 >> shift``, and the bytes of their entries.
     weights : array of float
-        For how many uses of sampled keys one stands.
+        The number of uses of sampled keys that each use stands for.
     told_at, reads, unstored : array of int
-        For each report of a process: when its last use was, the reads of any key, sampled or not, since its report
-        before, and how many more misses than stored entries there were.
+        For each report of a process: the time of its last use; the reads of all keys, sampled or not, since the report
+        before it; and the number of misses beyond the stored entries.
     shift : int
         One key of ``2**shift`` is sampled.
     is_whole : bool
@@ -79,7 +79,7 @@ class Sample(NamedTuple):
         uses, weight = np.concatenate(parts), np.concatenate(weights)
         order = np.argsort(uses["at"], kind="stable")
         uses = uses[order]
-        # the size is known of an entry that arrived, and it is the same for all of its uses
+        # only the arrival of an entry records its size, which holds for all of its uses
         _, of_key = np.unique(uses["key"], return_inverse=True)
         sizes = np.zeros(len(uses), np.int64)
         np.maximum.at(sizes, of_key, uses["size"].astype(np.int64))
@@ -183,7 +183,7 @@ def _misses_of_adaptive(sample: Sample, room: float, begin: int) -> float:
     count = len(sample.keys)
     entries = max(1, int(room / max(1.0, float(sample.sizes.mean()))))
     entries = min(entries, len(np.unique(sample.keys)))
-    # the keys of the sample become those that the policy watches, of a cache that is larger by as much
+    # the keys are scaled so that the policy watches all of them, as in a cache that is larger by the same factor
     shift = HASH_BITS + 1 - limit_for(entries).bit_length()
     keys = (sample.keys << sample.shift) >> shift
     policy = _Counting(sample.weights)
@@ -203,9 +203,9 @@ _MISSES: Final = {
 
 
 def predicted(sample: Sample, bounds: Iterable[int], policy: str) -> list[float] | None:
-    """For each bound, in bytes, the part of all reads that would be misses; None if the sample shows nothing.
+    """For each bound, in bytes, the part of all reads that would be misses; None if the sample is too small.
 
-    It is that of the reads that the sample covers, in a cache that is empty at its beginning.
+    The ratio is that of the sampled reads, in a cache that is empty before the first of them.
     """
     begin = sample.counted_from
     factor = 2**sample.shift

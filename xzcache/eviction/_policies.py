@@ -69,11 +69,13 @@ def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C
 
 # -- The policies.
 
+# victims of one section, for which other processes wait
 _BATCH: Final = 128
 _QUEUED: Final = 4096
 """The uses of watched keys that may wait before they are learned from."""
 _MOST_QUEUED: Final = 4 * _QUEUED
 """How many uses are learned from at once: of more, the latest."""
+# entries of a larger cache are scanned in this many only, so that the time under the guard stays the same
 _LOOKED_AT: Final = 4096
 _RUNS: Final = 64
 _LEAVING: Final = 64
@@ -178,6 +180,7 @@ class Learning:
                 self._look(index, want)
                 victims = self._next(index, want)
         victims = victims or _oldest(index, want)
+        # before the rows go: a ghost continues the history of an entry that comes back
         index.history.add_ghosts((row.entry, row.id) for row in victims)
         return victims
 
@@ -185,6 +188,7 @@ class Learning:
         """The next entries of the eviction list that were not used since."""
         totals = index.totals()
         self._entries = totals.entries
+        # the list is from so many uses ago that its order is out of date, or from before the ticks began anew
         if not 0 <= index.history.now() - self._found_at <= totals.entries:
             self._leaving.clear()
         victims: list[Row] = []
@@ -198,6 +202,7 @@ class Learning:
                     break
                 passed += 1
                 row = rows.get(id_)
+                # an entry with another tick was used since the list was made, so it stays
                 if row is not None and row.tick == tick and not row.is_pinned:
                     victims.append(row)
                     freed += row.size
@@ -243,6 +248,7 @@ class Learning:
         now, self._entries = history.now(), totals.entries
         if self._has_learned(now):
             return
+        # another process has learned since: its state has seen the uses of all processes, so it replaces this one's
         if (serial := history.learned_serial()) != self._serial:
             self._adaptive, self._serial = _restored(index), serial
             self._queued, self._learned_at = 0, self._adaptive.now

@@ -24,13 +24,14 @@ _NONE: Final[Mapping[Entry, int]] = {}
 
 
 class Tell(Protocol):
-    """Tells the index, within a section, what else was counted; `uses` and `arrived` as for a policy."""
+    """Reports other counts to the index, within a section; `uses` and `arrived` as for a policy."""
 
     def __call__(
         self, index: Index, uses: Mapping[Entry, int], arrived: Mapping[Entry, int], *, everything: bool
     ) -> None: ...
 
 
+# with 256 uses in each of four processes, a cache of 600 entries lost 0.10 of its hit ratio with `"lru"`
 _SHARE: Final = 32
 """While one process evicts, the others together keep at most the uses of 1/32 of the entries to themselves."""
 _FEWEST: Final = 8
@@ -65,7 +66,7 @@ class Recency:
         return (now >= self.due_at or len(self.uses) >= self.most) and self.is_due(now)
 
     def is_due(self, now: float) -> bool:
-        """Whether `flush_to` is due, which the caller has a second for."""
+        """Whether `flush_to` is due; the caller then has a second to call it."""
         uses = self.uses
         if len(uses) > 64 * self._largest:
             # the index cannot be used: drop the uses to limit the memory
@@ -76,6 +77,7 @@ class Recency:
         due = now >= self.due_at or (len(uses) >= self.most and not self._is_flushing)
         if due:
             self._is_flushing = True
+            # whatever happens to this flush, the next attempt comes a second later, not with each hit
             self.due_at = max(self.due_at, now + 1.0)
         return due
 
@@ -85,6 +87,7 @@ class Recency:
         With `everything`, nothing that was counted is kept for a later transaction.
         """
         with self._lock:
+            # a new dictionary instead of a clear: hits write to it without the lock
             recorded, self.uses, self.due_at = self.uses, self._no_uses(), 0.0
             self._is_flushing = False
         zero = _zero()
@@ -100,7 +103,9 @@ class Recency:
     def _set_pace(self, index: Index) -> None:
         """Set after how many uses to flush: few while entries of a small cache are evicted by other processes."""
         entries, owners, removals = index.turnover()
+        # uses of a single process are never late, and without evictions no use can save an entry
         if owners < 2 or self._removals in (None, removals):
+            # slowly, since evictions come and go
             self.most = min(self._largest, 2 * self.most)
         else:
             self.most = min(self._largest, max(_FEWEST, entries // (_SHARE * (owners - 1))))
@@ -164,6 +169,7 @@ class Traced(Recency):
 
 def _zero() -> int:
     """When `time.monotonic` was zero, in ns since the epoch."""
+    # read anew for each flush, since the clock of the day may be set
     return time.time_ns() - time.monotonic_ns()
 
 

@@ -1,9 +1,9 @@
 """Entry files: where the bytes of an entry lie, whether they are the ones that were stored, and how well the disk is.
 
-Knows no lock between processes, and the index only as something to ask for a row, where a file cannot tell itself which
-entry it is. A file gets its name by one rename, and its bytes never change after that. State, of one process: which
-files it has checked, which byte ranges it has seen, and which keys are in quarantine, in dictionaries that are changed
-by single operations; and the health of the disk, under a mutex of its own.
+This room knows no lock between processes. It asks the index for the row of an entry only if a file does not show itself
+which entry it holds. A file gets its name by one rename, and its bytes never change after that. The state is that of
+one process: the files that were checked, the byte ranges that were seen and the keys in quarantine, in dictionaries
+that are changed by single operations; and the health of the disk, under its own mutex.
 """
 
 from xzcache.files._entryfile import (

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # -- Properties of a file system and of a directory: owner, free space, case folding.
 
 _NUMBER: Final = re.compile(r"\\([0-7]{3})")
+# the names that Linux gives file systems in `mountinfo`
 _LOCAL: Final = frozenset(
     [
         *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "bcachefs", "f2fs", "jfs", "nilfs2", "reiserfs", "ubifs"),
@@ -57,6 +58,7 @@ class Medium(Enum):
 def folds_case(directory: str) -> bool:
     """Whether a file system takes names that differ in case for the same."""
     head, tail = os.path.split(directory)
+    # the folder of the cache exists under its own name; under a changed one only if case is folded
     return os.path.exists(os.path.join(head, tail.swapcase()))
 
 
@@ -87,6 +89,7 @@ def resolve_directory(path: str) -> str:
     """
     parent, name = os.path.split(path)
     if name == private_name():
+        # the folder itself may be a link: the user has set it
         return os.path.join(os.path.realpath(parent), name)
     real = os.path.realpath(path)
     try:
@@ -137,6 +140,7 @@ def _make_above(path: str) -> None:
     if parent != path and not os.path.isdir(parent):
         _make_above(parent)
     with suppress(FileExistsError):
+        # 0o755, since the parents are ordinary folders: other users may enter them, but not write
         os.mkdir(path, 0o755)
 
 
@@ -169,6 +173,7 @@ def _others_may_write(status: os.stat_result) -> bool:
 def free_bytes(path: str) -> tuple[int, int]:
     """Bytes that are free to this user on the file system of `path`, and bytes in all."""
     status = os.statvfs(path)
+    # of blocks that are free to this user: those that are reserved for root cannot be written
     return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
@@ -183,6 +188,7 @@ def sync(path: str) -> None:
 
 def sync_all(fd: int) -> None:
     """Sync the file system of an open file to the disk; raises `OSError` if that fails."""
+    # Python has no `syncfs`; `os.sync` would wait for all disks of the machine
     call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if os.name == "posix" else None
     if call is None:
         os.sync()
@@ -225,10 +231,11 @@ def medium_of(path: str) -> tuple[Medium, str]:
 
 _ATTRIBUTE: Final = "user.xzcache"
 _NO_ATTRIBUTE: Final = getattr(errno, "ENODATA", None)
+# the order and sizes are those of version 0.1.0, which reads the stamps of whole objects
 _STAMP: Final = struct.Struct("<B16sIQqq")
 _OF_A_PIECE: Final = 60
 _OF_A_WHOLE: Final = 2
-"""The version of stamps of whole objects, which version 0.1.0 knows. It does not know that of byte ranges.
+"""The stamp version of whole objects, which xzcache 0.1.0 knows. It does not know the version of byte ranges.
 
 A process of version 0.1.0 that writes without the index unlinks only files that it recognizes, so it must recognize
 whole objects. It removes byte ranges unchecked, but must not read them, because it cannot compare their states.
@@ -287,13 +294,14 @@ class Stamp(NamedTuple):
 
 def stamp_of(entry: Entry, data: Data, validator: str = "") -> Stamp:
     """The stamp of a file that will hold `data` at the entry's own key."""
+    # an unknown state is safe: it costs a request where a state would have been compared
     if len(validator) > _LONGEST_VALIDATOR or "\0" in validator or not validator.isascii():
         validator = ""
     return Stamp(entry.digest(), checksum(data), len(data), entry.start, entry.stop, "", validator)
 
 
 def _attribute(file: int | str) -> bytes:
-    # a link is never an entry file, wherever it leads
+    # a link is never an entry file, even if it leads to one
     return (
         os.getxattr(file, _ATTRIBUTE) if isinstance(file, int) else os.getxattr(file, _ATTRIBUTE, follow_symlinks=False)
     )
@@ -358,6 +366,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
     try:
         fd = os.open(path, _WRITE, 0o600)
     except FileNotFoundError:
+        # usually the directory is there: a look before each write would be one more system call
         make_directories(os.path.dirname(path))
         fd = os.open(path, _WRITE, 0o600)
     try:
@@ -365,6 +374,7 @@ def write(path: str, data: Data, stamp: Stamp) -> None:
         attach(fd, stamp)
         view = memoryview(data)
         while view:
+            # Linux writes at most 2 GiB in one call
             view = view[os.write(fd, view) :]
     except BaseException:
         with suppress(OSError):
@@ -400,8 +410,10 @@ def has_stamps(file: int | str) -> bool:
 def move(source: str, target: str) -> None:
     """Rename a file over an existing target, creating missing directories."""
     try:
+        # atomic on one file system: a reader sees the old file or the new one, never a part
         os.replace(source, target)
     except FileNotFoundError:
+        # `prune` of another process may remove an empty directory at any moment, so it is made only when it is missing
         make_directories(os.path.dirname(target))
         os.replace(source, target)
 
@@ -421,6 +433,7 @@ def inside(root: str, relative: str, seen: set[str] | None = None) -> str:
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
+            # what is missing is made by this process, as directories
             break
         if stat.S_ISLNK(mode):
             raise OSError(errno.ELOOP, "a link is in the place of a directory of the cache", path)
@@ -468,6 +481,7 @@ def look(path: str, entry: Entry) -> Whose:
     stamp = _decode(raw)
     if stamp is not None and stamp.digest in (entry.digest(), OF_NOBODY):
         return Whose.OURS if stamp.digest != OF_NOBODY else Whose.DISOWNED
+    # a copy that the user made, or damage: only the index can tell which
     return Whose.MARKED
 
 
@@ -495,6 +509,7 @@ def discard_ours(path: str, entry: Entry) -> Whose:
         try:
             discard(path)
         except OSError:
+            # every process would go on serving it otherwise
             disown(path)
             raise
     return found
@@ -516,7 +531,7 @@ def open_own(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def remove_strangers(folder: str) -> None:
-    """Remove what is neither a file nor a folder from a folder of the cache's: links, pipes, devices."""
+    """Remove links, pipes and devices, which are neither files nor folders, from a folder of the cache."""
     with suppress(OSError), os.scandir(folder) as found:
         for each in found:
             if not (each.is_file(follow_symlinks=False) or each.is_dir(follow_symlinks=False)):

@@ -22,6 +22,7 @@ LONG: Final = 1.0
 """Seconds that an operation may take, and that a read waits for one."""
 _SPEED: Final = 20_000_000
 """Bytes per second of the slowest disk that is not taken for one that hangs."""
+# a single error is the affair of one file, many in a short time are the disk's
 _FAULTS: Final = 10
 _WINDOW: Final = 30.0
 """So many faults within so many seconds put the cache aside."""
@@ -84,6 +85,7 @@ class Health:
 
     def record_fault(self, error: BaseException) -> None:
         """Count an error, if it is one of the disk."""
+        # operations that began before fail one after another; they say nothing new
         if self.is_aside or not is_of_the_disk(error):
             return
         now = time.monotonic()
@@ -107,12 +109,15 @@ class Health:
             self._faults.clear()
             self._since = time.monotonic()
             self._reason, self._has_logged = reason, False
+            # a disk that fails again soon after it came back gets the longer pauses of before
             was_well = self._since - self._back_at >= _LONGEST_PAUSE
             self._pause = _FIRST_PAUSE if was_well else min(2 * self._pause, _LONGEST_PAUSE)
             ends = self._ends = threading.Event()
+        # a slow operation may only mean a busy machine, so it is logged if the first probe fails as well
         if is_certain:
             self._log_aside()
         pause = 0.0 if was_well and not is_certain else self._pause
+        # a daemon thread of its own: the threads of the pool may all hang at the disk
         thread = threading.Thread(target=self._probe_on, args=(pause, ends), name="xzcache-probe", daemon=True)
         try:
             thread.start()
@@ -137,6 +142,7 @@ class Health:
         while not ends.wait(pause):
             count += 1
             if self._is_well():
+                # before anything is served: these keys were written while the cache was aside
                 is_done = self._retry_safely()
                 self._come_back(ends, count)
                 if not is_done:
@@ -167,6 +173,7 @@ class Health:
 
     def _come_back(self, ends: threading.Event, count: int) -> None:
         with self._lock:
+            # `rest` has ended this probe meanwhile
             if self._ends is not ends:
                 return
             now = self._back_at = self._latest = time.monotonic()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Blocking functions without index and locks. A failed system call means absence, or is an `OSError` that is raised or
 # passed to `on_fault`. Descriptors are always closed.
 
+# without O_NONBLOCK, opening a pipe in the place of an entry would wait for its other end
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
 _NO_FLAG: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of a file system, or of a kernel, without support for `RWF_NOWAIT`."""
@@ -112,6 +113,7 @@ def open_file(path: str, on_fault: OnFault) -> Opened | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        # O_NOFOLLOW reports a link as ELOOP, a socket gives ENXIO
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise IsADirectoryError(error.errno, error.strerror, path) from None
         raise
@@ -128,6 +130,7 @@ def open_file(path: str, on_fault: OnFault) -> Opened | None:
 def _fill(fd: int, place: Array, first: int, *, patient: bool) -> bool:
     """Fill `place` with bytes of a file; False if the file is too short, or would have to be waited for."""
     try:
+        # one system call, straight into the array of the caller
         count = os.preadv(fd, [place], first, 0 if patient else os.RWF_NOWAIT)
         if count == len(place) or not patient:
             return count == len(place)
@@ -141,6 +144,7 @@ def _fill(fd: int, place: Array, first: int, *, patient: bool) -> bool:
         # a file system that is memory may not know the flag, and never blocks
         if error.errno not in _NO_FLAG:
             raise
+    # after a short read, or where the call or its flag is missing
     data = read(fd, first, first + len(place))
     if data is None:
         return False
@@ -161,6 +165,7 @@ def read(fd: int, first: int, last: int) -> memoryview | None:
 
 def read_resident(fd: int, first: int, last: int) -> memoryview | None:
     """Bytes of a file if they are in the page cache, so that the read cannot block; else None. Raises `OSError`."""
+    # not zeroed first, as a bytearray would be
     data = np.empty(last - first, _BYTE)
     if not _fill(fd, data, first, patient=False):
         return None
@@ -170,10 +175,12 @@ def read_resident(fd: int, first: int, last: int) -> memoryview | None:
 
 # -- The cached byte ranges of an object, listed by the names of their files.
 #
-# The memory of them is a hint only, because files come and go. So the directory is listed again before a request to the
-# source.
+# The remembered list is only a hint, because files come and go. So the directory is listed again before a request to
+# the source.
 
+# spans in memory, of all objects together, so that one object with very many pieces is limited as well
 _REMEMBERED_PIECES: Final = 65536
+# longer than a tick of Linux's clock for files, which is 10 ms at the most
 _TICK_NS: Final = 20_000_000
 
 
@@ -211,9 +218,11 @@ class Pieces:
             return known[0]
         now = time.time_ns()
         spans = []
+        # the directory may go between the two calls, with its last piece
         with suppress(FileNotFoundError, NotADirectoryError):
             for name in os.listdir(directory):
                 start, _, stop = name.partition("_")
+                # a file of another program
                 with suppress(ValueError):
                     spans.append((int(start), int(stop)))
         listed = Listed(key, spans)
@@ -233,6 +242,7 @@ class Pieces:
 
 # -- Finding and checking entry files.
 
+# checked files in memory: one that is forgotten is checked again, at the cost of its checksum
 _REMEMBERED: Final = 65536
 _DESCRIPTORS: Final = "/proc/self/fd"
 _SHOWS_PATHS: Final = os.path.isdir(_DESCRIPTORS)
@@ -367,6 +377,7 @@ class Reader:
                 tried.add(piece)
                 if (found := self._open_if_possible(piece)) is not None:
                     yield found
+            # then the whole object, which needs no listing either
             if (found := self._open_if_possible(entry.whole)) is not None:
                 yield found
             for piece in self._pieces.listed(entry.key).covering(entry):
@@ -400,6 +411,7 @@ class Reader:
         """
         key, start, stop = extent
         path, outer = f"{self._root}/{key}", _WHOLE
+        # read without a lock: a stale signature only leads to the long way
         signature = self._checked.get(path)
         if signature is None and (start or stop != END):
             if (piece := self._pieces.holding(key, start, stop)) is None:
@@ -408,6 +420,7 @@ class Reader:
             signature = self._checked.get(path)
         if signature is None or (not self.quarantine.is_empty and self.quarantine.concerns(key)):
             return None
+        # a time in the future, from a clock that was set back, says nothing about the age
         if max_age_ns is not None and not 0 <= time.time_ns() - signature[1] < max_age_ns:
             return None
         first, last = 0, signature[2]
@@ -426,11 +439,12 @@ class Reader:
             fd = os.open(path, _READ)
             try:
                 status = os.fstat(fd)
+                # compared on the open file: another one may get the name at any moment
                 is_there = (status.st_ino, status.st_mtime_ns, status.st_size) == signature
                 if is_there and (status.st_uid == _user or is_ours(status.st_uid)):
                     is_read = _fill(fd, data, first, patient=patient)
             finally:
-                # as `let_go`, in which a call would be felt
+                # as `let_go`; one more call would be noticeable in a hit
                 try:
                     os.close(fd)
                 except OSError as error:
@@ -443,7 +457,7 @@ class Reader:
             self._is_slow(path, now - began)
         if not is_read:
             if not is_there:
-                # the next reader does not look there again
+                # the next reader does not try this path again
                 self._checked.pop(path, None)
             return None
         if place is None:
@@ -474,6 +488,7 @@ class Reader:
             except FileNotFoundError:
                 pass
             except OSError:
+                # it cannot be told, so the caller looks for parts in the usual way
                 return False
         return True
 
@@ -490,7 +505,7 @@ class Reader:
             self.quarantine.free([EVERYTHING])
 
     def _open_if_possible(self, entry: Entry) -> Found | None:
-        """As `_open`, where another file may hold the same."""
+        """Like `_open`, but a fault is only recorded: another file may hold the same bytes."""
         try:
             return self._open(entry)
         except OSError as error:
@@ -511,12 +526,13 @@ class Reader:
             return None
         known = opened.is_ours and self._checked.get(path) == opened.signature
         if not known and not hashed and entry.is_whole and not (opened.is_ours and opened.stamp()[0] is not None):
-            # a file that is not the cache's keeps the entry from its place, or this file system has no stamps
+            # a foreign file takes the path of the entry, or this file system has no stamps
             elsewhere = open_file(self._path(entry, hashed=True), self._on_fault)
             if elsewhere is not None:
                 opened.close()
                 path, opened = self._path(entry, hashed=True), elsewhere
                 known = opened.is_ours and self._checked.get(path) == opened.signature
+        # a file that was found damaged is not read again until it is replaced
         if not (opened.is_ours or anyones) or (not known and self._damaged.get(path) == opened.signature):
             opened.close()
             return None
@@ -538,6 +554,7 @@ class Reader:
         The checksum of the whole file is verified when this process reads it for the first time.
         """
         try:
+            # its bytes never change under one signature, so they are not checked again
             if found.known:
                 return read(found.opened.fd, first, last)
             crc = self._expected(found, *found.opened.stamp())
@@ -552,7 +569,7 @@ class Reader:
 
     @_timed
     def read_now(self, found: Found, first: int, last: int) -> tuple[bool, memoryview | None]:
-        """As `read`, if that needs no waiting: else `(False, None)`, and the file stays open."""
+        """Like `read`, if no wait is needed; else `(False, None)`, and the file stays open."""
         waits = False
         try:
             if found.known:
@@ -590,6 +607,7 @@ class Reader:
             _remember(self._damaged, found)
             return None
         if stamp is None or suspect:
+            # one transaction for each file and process: on file systems without stamps, or after a directory was away
             row = self._barrier.try_or(lambda: self._row(found.entry), None)
             if row is not None and row.size == found.size and (stamp is None or (sound and row.crc == stamp.crc)):
                 return row.crc
@@ -608,6 +626,7 @@ class Reader:
         if not self._lies_there(found):
             self._on_fault(Unusable(f"{found.path} is reached through a link, so it is not read as an entry"))
             return None
+        # only after all checks, because a remembered file is served without any
         _remember(self._checked, found)
         return data[first:last]
 
@@ -622,6 +641,7 @@ class Reader:
             return True
         if _SHOWS_PATHS:
             with suppress(FileNotFoundError):
+                # one call instead of one for each folder; it shows the path without links
                 if os.readlink(f"{_DESCRIPTORS}/{found.opened.fd}") == found.path:
                     return True
         # a file that was evicted since it was opened has another path, or none
@@ -678,9 +698,11 @@ class Reader:
             if found is not None:
                 is_foreign = entry.is_whole and self.is_foreign(found)
                 state = self._validator(found)
+                # a file of the user at the key has no state of this cache
                 if state or not is_foreign:
                     states.add(state)
             elif any(self._path(entry, hashed=hashed) in self._damaged for hashed in (False, True)):
+                # a damaged part may be of another state, until it is removed
                 states.add("")
         return states
 
@@ -715,6 +737,8 @@ class Reader:
         """Restart the age of an entry."""
         if (found := self.open_entry(entry)) is not None:
             try:
+                # The time of modification is the age that all processes see. It is part of the signature, so
+                # each checks the file once more
                 os.utime(found.opened.fd)
             except OSError as error:
                 self._on_fault(error)

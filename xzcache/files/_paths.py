@@ -9,7 +9,9 @@ from typing import Final
 
 from xzcache.model import META, Entry
 
+# the limit of names on nearly all file systems, in bytes
 _LONGEST_COMPONENT: Final = 255
+# names and characters that Windows reserves
 _RESERVED: Final = re.compile(r'[<>:"\\|?*\x00-\x1f]|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)|[. ](/|$)', re.I)
 _SIMPLE: Final = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)*", re.ASCII)
 
@@ -24,6 +26,7 @@ def is_plain(key: str, *, folds: bool = False) -> bool:
         any(c in ("", ".", "..") or len(os.fsencode(c)) > _LONGEST_COMPONENT for c in components)
         or "\0" in key
         or components[0] == META
+        # on a file system that folds case, two keys could share one file: all others than plain lower case are hashed
         or (folds and (not key.isascii() or key != key.lower()))
         or (sys.platform == "win32" and _RESERVED.search(key) is not None)
     )
@@ -47,4 +50,5 @@ def relative_path(entry: Entry, *, hashed: bool) -> str:
 def range_directory(key: str) -> str:
     """The directory of all byte ranges of one object."""
     name = Entry(key).digest().hex()
+    # two digits of the hash between, because many file systems are slow in directories of a million names
     return f"{META}/ranges/{name[:2]}/{name}"

@@ -90,15 +90,17 @@ class Quarantine:
 
     def holds(self, key: str) -> bool:
         """Whether a key is quarantined."""
-        return any(name in self._held for name in _names(key))
+        # one lookup for each folder of the key, however many names are held
+        return bool(self._held) and any(name in self._held for name in _names(key))
 
     def suspects(self, key: str) -> bool:
         """Whether the index must confirm the file of a key."""
-        return any(name in self._suspect for name in _names(key))
+        # asked twice for each file that is read for the first time
+        return bool(self._suspect) and any(name in self._suspect for name in _names(key))
 
     def is_away(self, key: str) -> bool:
         """Whether a key was written while another directory was away."""
-        return any(name in self._away for name in _names(key))
+        return bool(self._away) and any(name in self._away for name in _names(key))
 
     def concerns(self, key: str) -> bool:
         """Whether a key is quarantined, suspected or away."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from xzcache.model import Entry
 
 
+# a scan of all ghosts at once would keep the guard for too long
 _SLICES: Final = 32
 """The number of steps in which all ghosts are scanned for old ones."""
 _HASHES: Final = 1 << 62
@@ -84,11 +85,12 @@ class History:
         )
 
     def queued_uses(self, most: int) -> int:
-        """How many uses are kept, counted up to a number."""
+        """The number of queued uses, counted up to `most`."""
         return int(self._do("SELECT count(*) FROM (SELECT 1 FROM heard LIMIT ?)", (most,)).fetchone()[0])
 
     def take_queued(self, most: int) -> list[tuple[int, int, int, int]]:
-        """The latest of the uses that were kept, `(tick, hash, size, id)`; none is kept any longer."""
+        """Take all queued uses; returns the latest ones, `(tick, hash, size, id)`."""
+        # the latest ones: after a pause, older uses are of no help in learning what comes next
         rows = self._do("SELECT tick, key, size, id FROM heard ORDER BY tick DESC LIMIT ?", (most,)).fetchall()
         self._do("DELETE FROM heard")
         return rows[::-1]

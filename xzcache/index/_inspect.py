@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """The uses of the entries of one source: the last one, in ns since the epoch, and what was not used for long.
+    """The uses of the entries of one source: the last use, in ns since the epoch, and the entries that are old.
 
     `pinned` are the bytes of its pinned entries, which are not counted as old.
     """
@@ -108,6 +108,7 @@ class Inspector:
     @contextmanager
     def _section(self) -> Iterator[sqlite3.Connection]:
         """The index, under the guard: SQLite's own lock would make the others' transactions fail."""
+        # before each section: the directory may have been replaced since the last one
         self._check_owner()
         try:
             guard = os.open(f"{self.meta}/lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -120,6 +121,7 @@ class Inspector:
             if not stat.S_ISREG(status.st_mode):
                 raise Damaged(f"the lock file of the cache in {self.root} is no file")
             deadline = time.monotonic() + self._patience
+            # shared, which is enough for reading, and possible with a descriptor that may only read
             while not try_flock(guard, fcntl.LOCK_SH):
                 if time.monotonic() >= deadline:
                     raise Busy(f"another process holds the lock of the cache in {self.root}")
@@ -263,7 +265,7 @@ class Inspector:
         return [path[len(namespace) + 1 :] for path in paths]
 
     def objects(self, prefix: str, documents: Sequence[str]) -> Objects:
-        """The cached objects beneath a prefix, but for those with the name of a document directly beneath it."""
+        """The cached objects beneath a prefix, except the given documents directly beneath it."""
         where, bounds = range_of(prefix)
         besides = tuple(f"{prefix}/{name}" for name in documents)
         with self._section() as index:
@@ -275,6 +277,7 @@ class Inspector:
         after: str | None = ""
         while after is not None:
             with self._section() as index:
+                # the window is bounded by a key, not by an id: all parts of one object are counted together
                 end = index.execute(
                     f"SELECT key FROM entry{where} AND key > ? ORDER BY key LIMIT 1 OFFSET ?", (*bounds, after, _BATCH)
                 ).fetchone()

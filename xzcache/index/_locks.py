@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+# guards are held for some 0.1 ms: short pauses first, and longer ones when many processes wait
 _FIRST_PAUSE: Final = 0.0001
 _LONGEST_PAUSE: Final = 0.002
+# after one failure, for so many times the timeout, each attempt waits only for a moment
 _IMPATIENCE: Final = 6
 _IMPATIENT_WAIT: Final = 0.05
 
@@ -62,6 +64,7 @@ def lock_range(fd: int, kind: int, offset: int, length: int = 1) -> bool:
     file is opened once a process.
     """
     try:
+        # POSIX locks belong to the process: closing any other descriptor of the file would release them
         if hasattr(fcntl, "F_OFD_SETLK"):
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, length, 0))
         else:
@@ -130,10 +133,12 @@ class Guard:
         patient = patience is None and now >= self._impatient_until
         wait = self.timeout if patient else min(_IMPATIENT_WAIT, self.timeout)
         deadline = now + (wait if patience is None else min(patience, wait))
+        # first the threads of this process: `flock` does not exclude them, as they share the descriptor
         if not self._mutex.acquire(timeout=deadline - now):
             self._give_up(patient)
         pause = _FIRST_PAUSE
         try:
+            # polled, since a blocking `flock` has no timeout, and a stopped process may hold the lock
             while not try_flock(self.fd, fcntl.LOCK_EX):
                 self.refused_at = time.monotonic()
                 if time.monotonic() >= deadline:
@@ -160,6 +165,7 @@ class Guard:
     def is_current(self) -> bool:
         """Whether the lock file is still the one at its path: the directory may have been removed. Raises `OSError`."""
         try:
+            # by path: a lock on an unlinked file excludes no process
             there = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -167,6 +173,7 @@ class Guard:
 
     def before_fork(self) -> bool:
         """Block all threads from the guard before a fork; returns False if a thread held it for too long."""
+        # not for long: a fork must not hang because a disk does
         self._kept_out = self._mutex.acquire(timeout=_IMPATIENT_WAIT)
         return self._kept_out
 
@@ -213,7 +220,9 @@ class StoringLock:
                 return False
             joined = False
             if lock_range(self._door, fcntl.F_RDLCK, _DOOR):
+                # the first thread takes the lock for all threads of the process, and the last one releases it
                 joined = self._sharers > 0 or try_flock(self._fd, fcntl.LOCK_SH)
+                # only passed, not held: the door must stand open for the next process that wants to close it
                 lock_range(self._door, fcntl.F_UNLCK, _DOOR)
             if not joined:
                 self.refused_at = time.monotonic()
@@ -230,6 +239,7 @@ class StoringLock:
     def exclude(self, timeout: float) -> bool:
         """Keep all sharers out; False if they did not leave in time."""
         deadline = time.monotonic() + timeout
+        # threads of this process are kept out by the flag, because the kernel's locks are those of the process
         if not _poll(self._try_close, timeout):
             return False
         alone = False
@@ -305,6 +315,7 @@ class ByteLocks:
     def try_lock(self, offset: int) -> bool:
         """Take a lock; False while another process has it. The same process may take it several times."""
         with self._mutex:
+            # the kernel grants a lock to its holder again, but forgets it at the first unlock: so it is counted here
             if offset not in self._held and not lock_range(self._fd, fcntl.F_WRLCK, offset):
                 return False
             self._held[offset] += 1

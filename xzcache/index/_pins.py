@@ -22,6 +22,7 @@ PINNED_SHARE: Final = 0.8
 
 _EVERY: Final = 10.0
 """Seconds between two looks for pins that have ended."""
+# entries of one transaction, for which other processes wait
 _AT_ONCE: Final = 5000
 
 _TABLES: Final = """
@@ -50,7 +51,7 @@ Span = tuple[str, str]
 
 
 class Pin(NamedTuple):
-    """What is pinned: a source or an array, by its path in the cache, and until when, in ns since the epoch."""
+    """One pin: the path of a source or an array in the cache, and its end in ns since the epoch, None for no end."""
 
     name: str
     until: int | None
@@ -80,6 +81,7 @@ class Pins:
     def add(self, name: str, spans: Sequence[Span], until: int | None) -> None:
         """Pin spans of keys under a name, in place of an earlier pin of that name; `mark` then ranks their entries."""
         if not self.is_made:
+            # one by one, because `executescript` would commit the transaction of the section
             for statement in _TABLES.split(";\n"):
                 self._do(statement)
             self._do("INSERT INTO pinned VALUES(1, 0, 0, ?)", (PINNED_SHARE,))
@@ -101,26 +103,30 @@ class Pins:
             changed = self._do(
                 f"UPDATE entry SET rank = {PINNED} WHERE id = ? AND {_ROOM.format(size='?')}", (id_, size)
             )
+            # the share is used up: the other entries stay unpinned
             if changed.rowcount == 0:
                 return None
         return rows[-1][1] if len(rows) == limit else None
 
     def end(self, name: str | None) -> int:
-        """Let a pin end now, or all of them; returns how many. `release` then ranks their entries as others."""
+        """End a pin, or all pins; returns their number. `release` then ranks their entries like all others."""
         if not self.is_made:
             return 0
         where, values = ("", ()) if name is None else (" WHERE name = ?", (name,))
         (count,) = self._do(f"SELECT count(DISTINCT name) FROM pin{where}", values).fetchone()
+        # only marked as ended: entries are released in batches, and a process that dies in
+        # between leaves the rest to others
         self._do(f"UPDATE pin SET until = 0{where}", values)
         return int(count)
 
     def release(self, limit: int) -> bool:
-        """Rank some entries of pins that have ended as all others; returns whether there are more."""
+        """Rank some entries of ended pins like all others; returns whether there are more."""
         if not self.is_made:
             return False
         now = time.time_ns()
         for name, low, high in self._do("SELECT name, low, high FROM pin WHERE until <= ?", (now,)).fetchall():
             released = self._do(
+                # an entry that another pin covers stays pinned
                 "UPDATE entry SET rank = used WHERE id IN (SELECT id FROM entry INDEXED BY entry_rank "
                 f"WHERE rank = {PINNED} AND key >= ?1 AND key < ?2 AND NOT EXISTS(SELECT 1 FROM pin "
                 "WHERE entry.key >= low AND entry.key < high AND (until IS NULL OR until > ?3)) LIMIT ?4)",
@@ -129,6 +135,7 @@ class Pins:
             if released >= limit:
                 return True
             self._do("DELETE FROM pin WHERE name = ? AND low = ?", (name, low))
+        # the last pin has gone: without the triggers, storing an entry costs what it did before
         if self._do("SELECT 1 FROM pin").fetchone() is None:
             for what in _NAMES:
                 self._do(f"DROP {what}")
@@ -140,7 +147,7 @@ class Pins:
             self._looked = time.monotonic()
 
     def surplus(self) -> int:
-        """By how many bytes the pinned entries exceed their share, as after the bound was lowered."""
+        """The bytes by which the pinned entries exceed their share, for example after the bound was lowered."""
         if not self.is_made:
             return 0
         query = "SELECT pinned.bytes - CAST(pinned.share * total.max_size AS INTEGER) FROM pinned, total"

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# numbers that old processes still have locked are few: more than this is damage, and must not be a loop without end
 _MOST_OWNERS: Final = 10_000
 _PATIENCE: Final = 0.25
 """Seconds to wait for another program that has the index locked, with the guard held: once, then not for a while."""
+# seconds in which each attempt fails at once: all other processes would wait for the guard as well
 _IMPATIENCE: Final = 10.0
 
 _GUARD_OF_OLD: Final = "guard.lock"
@@ -44,13 +46,15 @@ _LOCKS_OF_OLD: Final = ("storing.lock", "door.lock", "owners.lock", *(f"keys-{i}
 
 _WRITTEN: Final = "written"
 """The directory of the notes that namespaces are being written."""
+# a note holds a number or a name: a larger file is garbage, and is not read into memory
 _LONGEST_NOTE: Final = 4096
 _NOTE: Final = re.compile(r"([0-9a-f]{16})-(\d+)-\d+")
 _NOTES: Final = 1 << 60
 """The first byte of the lock file that stands for the notes of one process; the owners' bytes lie far below."""
+# each note costs several syncs of the disk; beyond this, one note stands for all namespaces
 _MOST_NOTES: Final = 16
 _OF_GARBAGE: Final = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
-"""What the use of a row raises whose values are not of their columns' kinds."""
+"""Exceptions of code that uses a row with values of the wrong types."""
 _LONGEST_SYNC: Final = 5.0
 """Seconds that the end of a process waits for the disk."""
 
@@ -72,7 +76,7 @@ class WrittenNote(NamedTuple):
         return self.boot == _boot()
 
     def namespace(self) -> str:
-        """The namespace; empty for all of them, as where the note is not whole."""
+        """The namespace; empty for all namespaces, and if the note is incomplete."""
         with open(self.path, "rb", opener=files.open_own) as file:
             name = file.read()
         text = name.decode(errors="replace")
@@ -116,6 +120,7 @@ class Registration:
         except BaseException:
             self.guard.close()
             raise
+        # of both files: counters are not comparable if either file was replaced
         self.number = self.guard.identity[1] << 64 | os.fstat(self.writes.fd).st_ino
         self.storing = StoringLock(self.writes.fd, self.guard.fd)
         self.owners = ByteLocks(self.guard.fd)
@@ -167,6 +172,7 @@ class Registration:
         # a stale high serial, such as garbage, would make every index look outdated
         self._write(1, 0)
         self.write_boot()
+        # last: from here on, the other processes use the new index
         self._write(0, generation)
 
     def write_boot(self) -> None:
@@ -191,6 +197,7 @@ class Registration:
         """
         if self.is_recorded(namespace):
             return
+        # Two threads of a process need one note. The lock may wait for the disk, but no other lock is taken under it
         with self._recording:
             if self.is_recorded(namespace):
                 return
@@ -202,6 +209,7 @@ class Registration:
             # each process syncs both, because the process that created the directory may have been killed before
             for place in (self.meta, os.path.dirname(self.meta)):
                 files.sync(place)
+            # a random number: a note of a dead process must not be taken for one of this process
             while not self._note_number:
                 number = _NOTES | secrets.randbits(48)
                 if self.owners.try_lock(number):
@@ -214,6 +222,7 @@ class Registration:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+            # the name of the note must be on the disk as well as its contents
             files.sync(folder)
             self._recorded[namespace] = path
 
@@ -254,9 +263,11 @@ class Registration:
         self._write(2, (self._read(2) + 1) % (1 << 63))
 
     def sees_revocations(self) -> bool:
-        """Forget a lease that was taken back; False if this process has no number in the current index."""
+        """Forget a revoked lease; False if this process has no number in the current index."""
+        # all three numbers in one call: this is asked before each entry is stored
         numbers = os.pread(self.guard.fd, 24, 0)
         if (epoch := int.from_bytes(numbers[16:], "little")) != self._epoch:
+            # the spent part of the old lease was counted with its entries
             with self.lease_lock:
                 self._epoch, self.free = epoch, 0
         return self.owner != 0 and int.from_bytes(numbers[:8], "little") == self.generation
@@ -266,7 +277,7 @@ class Registration:
         return self._read(1)
 
     def write_serial(self, index: Index) -> None:
-        """Write down how far the index got, so that one that lost its last transactions is noticed; under the guard."""
+        """Record the serial of the index, which shows a loss of its last transactions; under the guard."""
         serial = index.committed_serial
         if serial != self._serial:
             self._serial = serial
@@ -289,6 +300,7 @@ class Registration:
         if generation != self.generation or generation == 0:
             self.close_index()
         elif self.index is not None and self.index.is_logged:
+            # a new connection merges the log first; this one would map it into memory
             self.disconnect()
         self.generation = generation
         if generation == 0:
@@ -308,6 +320,7 @@ class Registration:
         self.patiently(lambda: index.begin(0))
         if self.was_restarted() and not index.is_sound():
             raise Damaged("the index did not survive the restart of the machine")
+        # for example, another program put back an older copy of the file
         if index.serial() < self.read_serial():
             raise Damaged("the index has lost its last transactions")
         if self.was_restarted():
@@ -318,6 +331,7 @@ class Registration:
             # after a loss of power, files of an owner may exist whose row was lost and whose number is free again
             files.remove_tree(f"{self.meta}/tmp/{owner}")
             os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700)
+            # after the directory exists: temporary files of an owner lie there from its first entry on
             index.commit()
         except BaseException:
             self.owners.unlock(owner)
@@ -421,13 +435,14 @@ def take_over(meta: str, timeout: float) -> None:
 
 
 def _convert(meta: str, old: int) -> None:
-    """With the guard of old held; killed at any point, it is done again from the beginning."""
+    """Convert the lock files, with the old guard held; a process that is killed here leaves all steps to the next."""
     if not is_unlocked(f"{meta}/owners.lock"):
         raise Unusable(f"the cache directory {os.path.dirname(meta)} is in use by a process of version 0.1.0")
     numbers = os.pread(old, 24, 0).ljust(24, b"\0")
     new = open_lock_file(f"{meta}/lock")
     try:
         if any(numbers[:8]) or not any(os.pread(new, 8, 0)):
+            # an empty old file was made again by a process of that version: it must not erase the numbers
             os.pwrite(new, numbers + _boot().to_bytes(8, "little"), 0)
     finally:
         os.close(new)
@@ -443,6 +458,7 @@ def _boot() -> int:
     """A number that changes with each boot of the machine; 0 if the platform does not identify the boot."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            # 0 stands for "unknown", so no boot may have it
             return int.from_bytes(blake2b(file.read(), digest_size=8).digest(), "little") or 1
     except OSError:
         return 0
@@ -499,7 +515,7 @@ class IndexSession:
         self._stamps: bool | None = None
         self.when_used: Callable[[], None] = _nothing
         self.lost: set[tuple[int, int]] = set()
-        """Which directories were at the path before, were taken away, and may come back."""
+        """The directories that were at the path before, were moved away, and may come back."""
         self.writing: set[int] = set()
         """Ids of the writes that this process has begun at the source and not ended."""
         self._used = 0.0
@@ -557,6 +573,7 @@ class IndexSession:
 
     def node_id(self) -> str:
         """A uuid that is the same for all processes that share this directory, and for no others."""
+        # under the guard, so that two processes that ask at once get the same id
         with self.guarded():
             if not self.read_note("node"):
                 self.write_note("node", str(uuid.uuid4()))
@@ -583,6 +600,7 @@ class IndexSession:
     def write_note(self, name: str, text: str) -> None:
         """Replace a small file; under the guard only."""
         path = f"{self.meta}/{name}"
+        # written beside and renamed: a process that is killed here leaves the old note whole
         with open(path + ".new", "w", opener=files.open_own) as file:
             file.write(text)
         os.replace(path + ".new", path)
@@ -596,10 +614,12 @@ class IndexSession:
     @contextmanager
     def guarded(self, patience: float | None = None) -> Iterator[Registration]:
         """Hold the guard of the current directory without opening the index; wait `patience` seconds if given."""
+        # a program that removes the directory in a loop must not keep a read here for ever
         for _ in range(3):
             process = self.current or self.process()
             self._used = time.monotonic()
             with process.guard if patience is None else process.guard.within(patience):
+                # asked again under the guard: the process may have left, or the directory been removed, during the wait
                 if self.current is process and process.guard.is_current():
                     yield process
                     return
@@ -618,6 +638,7 @@ class IndexSession:
         Busy, Damaged, NoRoom, Unusable
             The transaction did not happen.
         """
+        # the mutex of the guard is not reentrant: the thread would wait for itself
         if getattr(self._inside, "yes", False):
             raise CacheFault("a section is open already in this thread")
         with self.guarded(patience) as process:
@@ -628,6 +649,7 @@ class IndexSession:
                 process.patiently(partial(opened.begin, 0.0))
                 yield process, index
                 index.commit()
+                # after the commit: a serial ahead of the index would make it look as if it had lost transactions
                 process.write_serial(index)
             except BaseException as error:
                 if index is not None:
@@ -646,6 +668,7 @@ class IndexSession:
                 raise
             finally:
                 self._inside.yes = False
+                # a wait that has ended shows that the disk makes progress, whatever the outcome
                 self.when_used()
 
     @contextmanager
@@ -659,6 +682,7 @@ class IndexSession:
                 if self.current is not process:
                     # this process left the directory meanwhile
                     continue
+                # a section gives this process a number in the current index, which the lease must belong to
                 if not process.sees_revocations():
                     with self.section() as (current, _):
                         if current is not process:
@@ -671,7 +695,7 @@ class IndexSession:
         raise Busy(f"the cache directory {self.root} is left again and again")
 
     def is_stand_in(self) -> bool:
-        """Whether the directory at the path is the one that this process uses, and not one that was away."""
+        """Whether the directory at the path is the one that this process uses, and was never away."""
         process = self.current
         try:
             return process is not None and process.identity not in self.lost and process.guard.is_current()
@@ -706,14 +730,17 @@ class IndexSession:
         if process is None:
             return True
         is_done = False
+        # first the threads that are about to spend the lease, because signing off gives it back
         with process.storing.kept_out(self.timeout) as alone:
             with suppress(CacheFault, OSError):
                 if alone and not self._sign_off(process, last_words, unless_writing=unless_writing):
                     return False
                 is_done = alone and not process.is_writing
-            # a process that could not sign off is taken for dead, and buried by the next one
+            # a process that could not sign off counts as dead: the next recovery finishes its work
             if self.current is process:
                 self.current = None
+        # a note stays while an invalidation is pending, since the disk may still show the
+        # old files after a loss of power
         if is_done and not has_pending:
             process.take_notes_back()
         return True
@@ -793,6 +820,7 @@ class IndexSession:
         for process in {self.current, self._forking} - {None}:
             assert process is not None
             if process.index is not None:
+                # SQLite forbids even to close a connection of another process
                 _inherited.append(process.index)
                 process.index = None
             process.close_descriptors()

@@ -212,6 +212,7 @@ class Tables:
     def writings(self) -> Writings:
         """The writes under way in all processes."""
         rows = self._do("SELECT key, beneath FROM writing").fetchall()
+        # all rows, since there are few of them: the writes of this moment
         return Writings({key for key, beneath in rows if not beneath}, [f"{key}/" for key, beneath in rows if beneath])
 
     def is_written(self, key: str) -> bool:
@@ -234,9 +235,9 @@ class Tables:
     # -- the negative cache
 
     def set_absent(self, key: str, noted: float, version: int) -> None:
-        """Note that a key is absent, for as long as its ticket has this digest.
+        """Record that a key is missing, for as long as its write version has this digest.
 
-        A write that could not use the index has removed no row, but it was counted.
+        A write that could not use the index has removed no row, but it has changed the version.
         """
         self._do("INSERT OR REPLACE INTO absent(key, noted, ticket) VALUES(?, ?, ?)", (key, noted, version))
 
@@ -246,7 +247,7 @@ class Tables:
         return None if row is None else float(row[0])
 
     def absent_beneath(self, prefix: str, after: str, limit: int) -> list[tuple[str, float, int]]:
-        """Keys beneath a prefix, in order, when they were found to be absent, and the digests of their tickets."""
+        """Missing keys beneath a prefix, in order: key, time of the record, and digest of the write version."""
         where, (first, last) = range_of(prefix)
         return self._do(
             f"SELECT key, noted, ticket FROM absent{where} AND key > ? ORDER BY key LIMIT ?",
@@ -254,10 +255,11 @@ class Tables:
         ).fetchall()
 
     def keep_absent(self, most: int) -> None:
-        """Forget the oldest of more rows than that."""
+        """Delete the oldest rows if there are more than `most`."""
         surplus = self._do("SELECT count(*) FROM absent").fetchone()[0] - most
         if surplus > 0:
             oldest = "SELECT key FROM absent ORDER BY noted LIMIT ?"
+            # an eighth more, so that the next records need no deletion
             self._do(f"DELETE FROM absent WHERE key IN ({oldest})", (surplus + most // 8,))
 
     def drop_absent(self, keys: Iterable[str]) -> None:
@@ -269,7 +271,7 @@ class Tables:
 
 
 def range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
-    """The condition, and its values, of lying beneath a prefix."""
+    """The SQL condition, and its values, for keys beneath a prefix."""
     # "0" is the character after "/": the two bounds enclose every key that starts with the prefix and a slash
     return (f" WHERE {column} >= ? AND {column} < ?", (prefix + "/", prefix + "0")) if prefix else ("", ())
 
@@ -279,6 +281,7 @@ def range_of(prefix: str, column: str = "key") -> tuple[str, tuple[str, ...]]:
 logger = logging.getLogger("xzcache.index")
 
 _MAGIC: Final = b"SQLite format 3\0"
+# a large transaction enlarges the journal, which stays: it is cut back to this
 _LARGEST_JOURNAL: Final = 1 << 20
 _PATIENCE: Final = 1.0
 _PAUSE: Final = 0.002
@@ -316,6 +319,7 @@ class Index:
                 self.connection.execute(f"PRAGMA {pragma}")
             self.connection.execute("PRAGMA journal_mode=PERSIST")
             if create:
+                # in one transaction: a process that is killed here leaves no half schema with a version
                 self.connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
             self._upgrade(self.connection.execute("PRAGMA user_version").fetchone()[0])
         except BaseException:
@@ -440,6 +444,7 @@ class Index:
         ).fetchone()
         (tombstones,) = self._do("SELECT coalesce(sum(size), 0) FROM dying").fetchone()
         (lease,) = self._do("SELECT coalesce(sum(lease), 0) FROM owner").fetchone()
+        # SQLite stores a value of any kind in any column, so damage can put text there
         if not isinstance(size, int) or least < 0:
             raise Damaged("an entry of the index has a size that no file can have")
         shares = self._do("SELECT coalesce(sum(n), 0), coalesce(sum(bytes), 0), coalesce(min(n), 0) FROM ns").fetchone()
@@ -462,7 +467,8 @@ class Index:
         return [id_ for (id_,) in self._do("SELECT id FROM owner")]
 
     def announce_leaving(self, owner: int) -> None:
-        """A negative pid is one that is about to go."""
+        """Record that a process is about to leave, by a negative pid."""
+        # a column of its own would change the format of the index
         self._do("UPDATE owner SET pid = -abs(pid) WHERE id = ?", (owner,))
 
     def staying_owners(self) -> list[int]:
@@ -483,7 +489,7 @@ class Index:
         self._do("DELETE FROM owner WHERE id = ?", (owner,))
 
     def number_from(self, table: str, last: int) -> None:
-        """Give the next row of a table (of owners, of the dying) a number above `last`."""
+        """Give the next row of a table, `owner` or `dying`, a number above `last`."""
         self._do("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
         self._do("INSERT INTO sqlite_sequence(name, seq) VALUES(?, ?)", (table, last))
 
@@ -517,6 +523,7 @@ class Index:
 
     def number_of(self, name: str) -> int:
         """The number of a namespace, which gets one if it has none."""
+        # kept for the connection: nearly all entries of a process are of a few namespaces
         id_ = self._namespaces.get(name)
         if id_ is None:
             self._do("INSERT OR IGNORE INTO ns(name) VALUES(?)", (name,))
@@ -542,6 +549,7 @@ class Index:
 
     def by_rank(self, limit: int) -> list[Row]:
         """The entries of lowest rank, lowest first; pinned ones only if all are and exceed their share."""
+        # the index on ranks ends with the pinned entries, so this reads only as many rows as it returns
         query = f"SELECT {_COLUMNS} FROM entry WHERE rank < {PINNED} ORDER BY rank LIMIT ?"
         rows = [_row(r) for r in self._do(query, (limit,))]
         if not rows and (surplus := self.pins.surplus()) > 0:
@@ -557,7 +565,7 @@ class Index:
         self.connection.executemany("UPDATE entry SET rank = ? WHERE id = ?", ranks)
 
     def of_ids(self, ids: Sequence[int]) -> dict[int, Row]:
-        """By their ids, the entries that are there."""
+        """The entries with these ids that exist, by id."""
         places = ", ".join("?" * len(ids))
         return {r[0]: _row(r) for r in self._do(f"SELECT {_COLUMNS} FROM entry WHERE id IN ({places})", ids)}
 
@@ -603,12 +611,12 @@ class Index:
         return [key for (key,) in self._do(query, bounds)]
 
     def rows_after(self, id_: int, limit: int) -> list[Row]:
-        """The entries of the next higher ids."""
+        """The next entries after an id, in the order of ids."""
         rows = self._do(f"SELECT {_COLUMNS} FROM entry WHERE id > ? ORDER BY id LIMIT ?", (id_, limit))
         return [_row(r) for r in rows]
 
     def unused_since(self, time_: int, namespace: str | None, after: int, limit: int) -> tuple[list[Row], int]:
-        """Of the next entries by id, those whose last use was before a time, in ns; and the id to go on after.
+        """The next entries by id whose last use was before a time, in ns; and the id after which to continue.
 
         Pinned entries are passed over.
         """
@@ -616,6 +624,7 @@ class Index:
         window = f"SELECT {_COLUMNS}, ns FROM entry WHERE id > ? ORDER BY id LIMIT ?"
         where, values = (" AND ns.name = ?", (namespace,)) if namespace is not None else ("", ())
         where = f"e.used < ? AND e.rank < {PINNED}{where}"
+        # the window is taken first, so that one section looks at a limited number of rows even if none matches
         rows = self._do(
             f"SELECT e.{columns} FROM ({window}) e JOIN ns ON ns.id = e.ns WHERE {where}",
             (after, limit, time_, *values),
@@ -666,6 +675,7 @@ class Index:
 
     def unowned_tombstones(self, limit: int = -1) -> list[Tombstone]:
         """Tombstones without an owner, or some of them; their bytes stay counted."""
+        # in random order, so that a file that cannot be removed does not take the turn of all others
         return self._tombstones("owner = 0 ORDER BY random() LIMIT ?", limit)
 
     def has_tombstone(self, entry: Entry) -> bool:
@@ -681,6 +691,7 @@ class Index:
 
 def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     """A connection that neither waits nor creates a file; `mode` is ``"rw"`` or ``"ro"``."""
+    # a URI, because only its mode forbids to create a missing file
     uri = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
     # no waiting in SQLite: while it waits, every process waits for the guard
     return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
@@ -689,6 +700,7 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
 def salvaged(path: str) -> list[PinRow]:
     """The pins of a damaged index, if they can be read."""
     try:
+        # to read it, SQLite would map shared memory beside the damaged index
         if is_write_ahead(path):
             return []
         with closing(connect(path, "ro")) as connection:

@@ -1,7 +1,7 @@
 """The statistics that last: reads by source and time, prices of sources, and a sample of the uses.
 
-The tables are made by the first process that has something to tell, and older processes of the same format take no
-notice of them: so one index serves both. They hold no entry, and no total depends on them.
+The first process with something to report creates the tables. Older processes of the same format ignore them, so one
+index serves both. The tables hold no entry, and no total depends on them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ DAY: Final = 86_400
 _OF_HOURS, _OF_DAYS, _OF_MONTHS = range(3)
 _HOURS_KEPT: Final = DAY
 _DAYS_KEPT: Final = 90 * DAY
+# the table must not grow with every source that was ever read
 _MOST_SOURCES: Final = 1000
-"""Sources that have rows of their own; those that were not read for the longest time are added up."""
+"""The most sources with rows of their own; the least recently read ones are added up in `OTHERS`."""
 OTHERS: Final = 0
 """The number of all sources that have no rows of their own; SQLite numbers namespaces from 1."""
 
 SAMPLED: Final = struct.Struct("<qIII")
-"""A sampled use: when, in ns since the epoch; `lot_of` the entry; its size in bytes, 0 if that is not known; and how
-long before, in microseconds, the same process had used it first since its last report."""
+"""A sampled use: its time in ns since the epoch; `lot_of` the entry; the size in bytes, 0 if unknown; and the
+microseconds since the first use of the entry after the last report of the same process."""
 USES: Final = np.dtype([("at", "<i8"), ("key", "<u4"), ("size", "<u4"), ("span", "<u4")])
-"""Of several, packed."""
+"""The numpy type of packed sampled uses."""
 MOST_USES: Final = 1 << 16
 """The sampled uses that are kept, the latest: 20 bytes each."""
 _NOT_WHOLE: Final = 1 << 40
@@ -101,7 +102,7 @@ class Counts(NamedTuple):
 
 
 class UsesRow(NamedTuple):
-    """Sampled uses that a process told together, packed as `SAMPLED`; one key of ``2**shift`` is sampled.
+    """The sampled uses of one report, packed as `SAMPLED`; one key of ``2**shift`` is sampled.
 
     `reads` are all reads of the process since its report before, `unstored` how many more misses there were than new
     entries, and `repeats` how many more hits than used entries.
@@ -130,6 +131,7 @@ class Statistics:
         """Create the tables, unless they are there; `arrived` entries are of this transaction."""
         if self._is_made:
             return
+        # `gone` is the last table of the list, so with it all are there
         if self._do("SELECT 1 FROM sqlite_master WHERE name = 'gone'").fetchone() is None:
             for statement in _TABLES:
                 self._do(statement)
@@ -152,6 +154,7 @@ class Statistics:
             f"INSERT INTO stat VALUES({_OF_HOURS}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) {_ADD}",
             [(hour, source, *count) for source, count in counts.items()],
         )
+        # once an hour in each process is enough, and keeps the scan out of ordinary reports
         if hour != self._compacted:
             self._compacted = hour
             self._compact(now)
@@ -193,7 +196,7 @@ class Statistics:
         self._do("INSERT OR REPLACE INTO price(ns, sums) VALUES(?, ?)", (source, json.dumps(sums)))
 
     def lately_saved(self) -> list[float]:
-        """The seconds that were saved lately, in a form that only its writer knows."""
+        """The seconds that were saved lately, as `set_lately_saved` stored them."""
         return _numbers(self._do("SELECT saved FROM lately").fetchone()) or []
 
     def set_lately_saved(self, numbers: Sequence[float]) -> None:
@@ -208,21 +211,23 @@ class Statistics:
         number = (last or 0) + max(1, len(row.uses) // SAMPLED.size)
         self._do("INSERT INTO sample VALUES(?, ?, ?, ?, ?, ?)", (number, *row[1:]))
         (first,) = self._do("SELECT min(id) FROM sample").fetchone()
+        # an eighth more than is kept, so that few reports delete rows
         if number - first > MOST_USES * 9 // 8:
             self._do("DELETE FROM sample WHERE id <= ?", (number - MOST_USES,))
 
     def add_gone(self, key: int, at: int) -> None:
-        """Note that a sampled entry was evicted."""
+        """Record that a sampled entry was evicted."""
         self._do("INSERT OR REPLACE INTO gone(key, at) VALUES(?, ?)", (key, at))
         self._gone -= 1
         if self._gone < 0:
+            # counted only now and then, because it scans the table
             self._gone = _MOST_GONE // 8
             (surplus,) = self._do("SELECT count(*) - ? FROM gone", (_MOST_GONE,)).fetchone()
             if surplus > 0:
                 self._do("DELETE FROM gone WHERE key IN (SELECT key FROM gone ORDER BY at LIMIT ?)", (surplus,))
 
     def take_gone(self, key: int) -> bool:
-        """Whether a sampled entry that arrives was evicted before; that is forgotten now."""
+        """Whether a sampled entry was evicted before; forgets that eviction."""
         return self._do("DELETE FROM gone WHERE key = ?", (key,)).rowcount > 0
 
 

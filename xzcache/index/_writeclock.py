@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# 8 MiB of a sparse file, of which only the blocks with counters in use take room
 _COUNT: Final = 1 << 20
 _MOST_SEEN: Final = 4096
 _LARGEST: Final = (1 << 64) - 1
@@ -27,6 +28,7 @@ def write_counter(key: str) -> int:
 
 def prefix_counter(prefix: str) -> int:
     """The number of the counter of writes that concern everything beneath a prefix."""
+    # no key ends with a slash, so the text of a prefix is never that of a key
     return write_counter(prefix + "/")
 
 
@@ -76,6 +78,7 @@ class WriteCounters:
         self._seen: tuple[bytes, dict[int, int]] = (b"", {})
         if hasattr(os, "posix_fallocate"):
             with suppress(OSError):
+                # on a full disk, these two numbers can still be written
                 os.posix_fallocate(self.fd, _COUNT * 8, 16)
 
     def current(self) -> tuple[int, dict[int, int]]:
@@ -84,7 +87,9 @@ class WriteCounters:
         return int.from_bytes(totals[8:], "little"), counts
 
     def _current(self) -> tuple[bytes, dict[int, int]]:
+        # both numbers in one read, so that they are of one moment
         totals = os.pread(self.fd, 16, _COUNT * 8).ljust(16, b"\0")
+        # one tuple, replaced as a whole: threads that read it need no lock
         seen, counts = self._seen
         if seen != totals or len(counts) > _MOST_SEEN:
             counts = {}
@@ -122,6 +127,7 @@ class WriteCounters:
             # read anew: a process that was killed here may have written the counter without the total
             count = (self.values([counter], {})[0] + 1) & _LARGEST
             total = ((int.from_bytes(totals[:8], "little") + 1) & _LARGEST).to_bytes(8, "little")
+            # the counter first: a reader that sees the new total reads the counter again
             os.pwrite(self.fd, count.to_bytes(8, "little"), counter * 8)
             os.pwrite(self.fd, total, _COUNT * 8)
         except OSError:
@@ -132,6 +138,7 @@ class WriteCounters:
 
     def lose(self) -> None:
         """Count one write, perhaps to any key; needs no guard, since concurrent ones cannot be mistaken for none."""
+        # a random number, because without the guard two processes could both add one to the same number
         os.pwrite(self.fd, secrets.token_bytes(8), (_COUNT + 1) * 8)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """See, clear, size and check a cache directory: the Python side of the command ``xzcache``.
 
-Keeps no state and takes no lock of its own. Everything here is synchronous and needs no event loop, so it works in a
-script and within a running event loop alike. What only looks creates, repairs and upgrades nothing, and works in a
+This room keeps no state and takes no lock of its own. All calls are synchronous and need no event loop, so they work in
+a script and within a running event loop. Calls that only look create, repair and upgrade nothing, and work in a
 directory that this process may only read.
 """
 

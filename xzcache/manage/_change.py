@@ -43,10 +43,10 @@ def clear(
     directory: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
 ) -> Cleared:
-    """Remove what is cached: all of it, one source, or what was not used for some time.
+    """Remove entries from the cache: all, those of one source, or those that were not used for some time.
 
-    The sources themselves, and files that do not belong to the cache, are left alone. Reads of any process go on, and
-    fetch again what they need.
+    Sources, and files that do not belong to the cache, are not changed. Reads of all processes go on, and fetch the
+    removed entries again when they need them.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def clear(
         if age is None and what != "":
             must(root, lambda: opened.clear(what or ""))
         else:
-            # keys at the top, which are no namespace, or what was not used
+            # keys at the top, which belong to no namespace, or entries that were not used
             entries, size = must(root, lambda: opened.evict_unused(since or time.time_ns(), what))
     return Cleared(root, what, entries, size, dry_run)
 
@@ -121,7 +121,7 @@ def _clear_other(store: CacheStore, age: float | None, *, dry_run: bool) -> Clea
 
 
 def resize(max_size: int | str | None, directory: str | os.PathLike[str] | None = None) -> Resized:
-    """Change the bound of a cache, for all processes; what does not fit any more is evicted at once.
+    """Change the bound of a cache, for all processes; entries that do not fit any more are evicted at once.
 
     Parameters
     ----------

@@ -25,6 +25,7 @@ from xzcache.manage._results import (
 from xzcache.manage._which import directory_of, find, root_of, settled, sources_of, state_of
 from xzcache.model import CacheFault, metadata
 
+# metadata of a large store have some megabytes; a larger file is no document
 _LARGEST_DOCUMENT: Final = 256 << 20
 
 
@@ -133,6 +134,7 @@ def _arrays(inspector: Inspector, source: Source) -> Arrays:
     folders = dict.fromkeys(["", *(node for node in nodes if not metadata.is_document(node))])
     for key in (key for folder in folders for key in metadata.array_documents(folder)):
         if (document := _document(f"{source.namespace}/{key}", inspector.root)) is not None:
+            # the first document counts: a consolidated one has all arrays, and a look is only a display
             grids.update({path: grid for path, grid in metadata.grids(key, document).items() if path not in grids})
     rows = []
     size = 0
@@ -165,6 +167,7 @@ def _document(key: str, root: str) -> bytes | None:
 
 
 def _regular(path: str, flags: int) -> int:
+    # neither through a link nor into a pipe, as for all entry files
     return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
 
 

@@ -23,10 +23,10 @@ def pin(
     duration: str | float | timedelta | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Pins:
-    """Keep a source, or one of its arrays, in the cache: eviction passes over what is pinned.
+    """Keep a source, or one of its arrays, in the cache: eviction passes over pinned entries.
 
-    What is cached of it later is pinned as well. Pinned entries may take 80 % of the bound; entries beyond that are
-    evicted like all others. What changes at the source is invalidated as ever, and `clear` removes pinned entries.
+    Entries that are cached later are pinned as well. Pinned entries may take 80 % of the bound; entries beyond that are
+    evicted like all others. A change at the source invalidates pinned entries too, and `clear` removes them.
 
     Parameters
     ----------
@@ -49,13 +49,14 @@ def pin(
     LookupError
         No source, or more than one, has this name, or nothing of the array is cached.
     TooLarge
-        More is cached of it than may be pinned; the message has the figures.
+        Its cached entries take more than pins may; the message has the figures.
     CacheUnavailable
         The cache cannot be changed; the message says why.
     """
     seconds = None if duration is None else parse_since("duration", duration)
     until = None if seconds is None else time.time_ns() + int(seconds * 1e9)
     root = root_of(directory_of(source, directory))
+    # what this process has read must be in the index before its bytes are compared with the bound
     settled(root)
     namespace = must(root, lambda: _namespace(root, source))
     path = "" if array is None else array.strip("/")
@@ -147,7 +148,7 @@ def _namespace(root: str, source: Any, known: Pins | None = None) -> str:
 
 
 def _check(root: str, namespace: str, path: str) -> None:
-    """Whether something is cached of it, and no more than may be pinned."""
+    """Raise unless a path has cached entries and they fit into the share of pins."""
     with Inspector(root) as inspector:
         name = f"{namespace}/{path}".rstrip("/")
         beneath = inspector.objects(name, ())

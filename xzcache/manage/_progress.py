@@ -1,6 +1,6 @@
-"""Show, while a block of code runs, what this process reads from the source and what from the cache.
+"""Show the reads of this process from the source and from the cache while a block of code runs.
 
-Polls the counters of `reading/`, so a read costs no more while it is watched.
+A thread polls the counters of `reading/`, so a read costs no more while it is watched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _shown: Final = threading.Lock()
 
 @dataclass(repr=False)
 class Progress(_Shown):
-    """What was read while a block of code ran, in this process; sizes in bytes, times in seconds."""
+    """The reads of this process while a block of code ran; sizes in bytes, times in seconds."""
 
     hits: int = 0
     misses: int = 0
@@ -131,7 +131,7 @@ class progress:
         self._thread = None
         self._is_shown = self._display and _shown.acquire(blocking=False)
         if self._is_shown:
-            # a notebook shows it beneath the cell whose thread asks for it
+            # created here, because a notebook shows it beneath the cell of the calling thread
             self._face: _Face | None = _Notebook() if self._file is None and _is_notebook() else None
             # a child of a fork has no such thread, and shows nothing
             self._thread = threading.Thread(target=self._show, name="xzcache-progress", daemon=True)
@@ -154,6 +154,7 @@ class progress:
         now, done = time.monotonic(), self._done
         figures = process.as_dict()
         for name in ("hits", "misses", "bytes_from_cache", "bytes_from_source"):
+            # never below zero: the counters begin anew in a forked child
             setattr(done, name, max(0, figures[name] - self._first[name]))
         done.seconds = now - self._began
         self._recent.append((now, done.bytes_from_cache, done.bytes_from_source))
@@ -164,7 +165,7 @@ class progress:
         return (done.bytes_from_cache - cached) / seconds, (done.bytes_from_source - fetched) / seconds
 
     def _show(self) -> None:
-        """Keep the display up to date; what fails here must not disturb the block."""
+        """Keep the display up to date; a failure here must not disturb the block."""
         # a stream may be closed, a notebook gone
         with suppress(Exception):
             face = self._face or _face(self._file)

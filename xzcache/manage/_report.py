@@ -35,6 +35,7 @@ _SHOWN: Final = 20
 """The sources that are shown at once."""
 _FACTORS: Final = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 _SAID: Final = (0.25, 0.5, 1, 2, 4)
+# a report must not take long, and `"adaptive"` is slower to simulate than the others
 _FAST: Final = {"lru": 1 << 16, "none": 1 << 16, "adaptive": 1 << 15}
 """The uses that are looked at for the curve of each policy."""
 _OTHER: Final = {"lru": "adaptive", "adaptive": "lru", "none": "lru"}
@@ -111,10 +112,12 @@ def _looked(root: str) -> tuple[dict[str, Counts], dict[int, dict[str, Counts]]]
 
 def _write(path: str, text: str) -> None:
     """Replace a file as a whole."""
+    # in the same directory, because a rename is atomic within one file system only
     fd, temporary = tempfile.mkstemp(prefix=".xzcache-", dir=os.path.dirname(path))
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
+        # `mkstemp` makes private files; the report gets the mode that any new file of the user has
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)

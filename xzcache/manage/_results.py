@@ -1,4 +1,4 @@
-"""What the calls of this room return: figures with a display for consoles, for notebooks, and for programs."""
+"""The results of the calls of this room: figures with displays for consoles, notebooks and programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CacheUnavailable(OSError):
 
 
 class UnknownSource(LookupError):
-    """No source of the cache, or more than one, has the given name; the message names those that are meant."""
+    """No source of the cache, or more than one, has the given name; the message names the candidates."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -133,8 +133,8 @@ class Info(_Shown):
     ever, last_day : Counts
         The reads through the cache by all processes, since there are statistics and in the last 24 hours: ``hits``,
         ``misses``, ``hit_rate``, ``bytes_from_cache``, ``bytes_from_source``, ``seconds_saved``, ``evictions``,
-        ``refetched`` and others. The seconds are an estimate of the time by which reading would have taken longer.
-        What a running process has counted in the last seconds may be missing.
+        ``refetched`` and others. The seconds estimate how much longer the reads would have taken without the cache.
+        Counts of running processes may lag by some seconds.
     since : float or None
         The beginning of the statistics, in seconds since the epoch; None without any.
     pins, pinned : int, int
@@ -342,7 +342,7 @@ class Arrays(_Rows[Array]):
 
 @dataclass(frozen=True, repr=False)
 class Cleared(_Shown):
-    """What was removed from a cache or, with `dry_run`, what would be.
+    """The entries that were removed from a cache or, with `dry_run`, would be.
 
     Attributes
     ----------

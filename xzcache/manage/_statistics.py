@@ -1,4 +1,4 @@
-"""What the statistics of a cache say: what other bounds would give, what is read now, figures for Prometheus."""
+"""Statistics of a cache: predictions for other bounds, current activity, and figures for Prometheus."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER_SOURCES: Final = "(others)"
 _FACTORS: Final = (0.25, 0.5, 1, 2, 4)
 
 
-# -- What other bounds would give.
+# -- Predictions for other bounds.
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,7 +126,7 @@ def curve(
     return Curve(root, policy, bound, bounds, tuple(ratios), len(sample.at), since)
 
 
-# -- What is read at the moment.
+# -- Current activity.
 
 
 class Process(NamedTuple):
@@ -138,9 +138,9 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Activity(_Shown):
-    """What all processes have read through a cache lately.
+    """The recent reads of all processes through a cache.
 
-    Processes tell of misses about twice a second, of hits at the latest with the first one after five seconds.
+    Processes report misses about twice a second, and hits after five seconds at the latest.
 
     Attributes
     ----------
@@ -214,7 +214,7 @@ class Activity(_Shown):
 
 
 class Meter:
-    """Tells what is read through a cache, from one look at its index to another.
+    """Measures the reads through a cache between two looks at its index.
 
     Parameters
     ----------
@@ -230,16 +230,18 @@ class Meter:
         self._looks: deque[tuple[float, dict[str, Counts]]] = deque()
 
     def read(self) -> Activity:
-        """What was read since a look that is as old as the window, or since the first one."""
+        """The reads since the look at the beginning of the window, or since the first look."""
         now = time.monotonic()
         try:
             with Inspector(self._root) as inspector:
                 totals, counts, pids = inspector.totals(), inspector.statistics().of_sources, inspector.processes()
         except (CacheFault, OSError) as error:
+            # after an error, counters may be of another index: the window begins anew
             self._looks.clear()
             state, trouble = state_of(error, self._root)
             return Activity(self._root, state=state, trouble=trouble)
         self._looks.append((now, counts))
+        # the latest look that is old enough stays, as the beginning of the window
         while len(self._looks) > 1 and self._looks[1][0] <= now - self._window:
             self._looks.popleft()
         then, before = self._looks[0]
@@ -350,6 +352,7 @@ def metrics_server(port: int, directory: str | os.PathLike[str] | None = None) -
             pass
 
     try:
+        # only this machine: the page names sources and has no authentication
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535"

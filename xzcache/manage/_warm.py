@@ -44,6 +44,7 @@ Item = tuple[int, Coords]
 _TICK: Final = 0.1
 _GRACE: Final = 30.0
 """Seconds for which requests that are under way may end after an interruption."""
+# after so many looks, the event loop gets a turn: other tasks of the process read on it
 _AT_ONCE: Final = 64
 _SAMPLE: Final = 16
 _FEWEST_KNOWN: Final = 8
@@ -106,7 +107,7 @@ def _shown_duration(seconds: float) -> str:
 
 
 class _Objects:
-    """The objects of one part of an array: which there are, what is cached of them, and how they are fetched."""
+    """The objects of one part of an array: their keys, their cached parts, and their fetches."""
 
     def __init__(self, part: Part) -> None:
         array = part.array
@@ -127,7 +128,7 @@ class _Objects:
             raise ValueError(f"{array!r} has chunks of unequal sizes, which is not accepted yet") from error
         full = tuple(range(length) for length in array.shape)
         box = part.box if part.box is not None and len(part.box) <= array.ndim else ()
-        # a dimension that only the decoded values do not have is needed as a whole
+        # a dimension that the decoded values do not have is needed as a whole
         self.box = (*box, *full[len(box) :])
         self._axes = [_numbers(positions, size) for positions, size in zip(self.box, self.grid, strict=True)]
         self._is_full = all(len(positions) == len(whole) for positions, whole in zip(self.box, full, strict=True))
@@ -161,7 +162,7 @@ class _Objects:
         return None if is_all else np.ravel_multi_index(np.ix_(*needed), index.shape).ravel()
 
     async def look(self, coords: Coords) -> int | None:
-        """The bytes of an object, or of what is needed of it, if it need not be requested; else None."""
+        """The cached bytes of the needed part of an object; None if a request is needed."""
         key, reads = self.key(coords), self.store._reads
         size = await reads.cached_size(key)
         if size is not None:
@@ -174,6 +175,7 @@ class _Objects:
             return None
         pieces = self.backend.parts(key).pieces
         suffix = Entry(self.backend.prefix + key, *self._index.span)
+        # without its index, a shard's chunks cannot be found, and the index would cost a request
         if not any(True for _ in pieces.covering(suffix)):
             return None
         index = await self.store.get(key, self._prototype, self._index.request)
@@ -183,7 +185,7 @@ class _Objects:
         return sum(stop - start for start, stop in spans)
 
     async def fetch(self, coords: Coords) -> int | None:
-        """Read an object, or what is needed of it, through the cache; its bytes, or None if the source has none."""
+        """Read the needed part of an object through the cache; returns its bytes, None if the source has no object."""
         key = self.key(coords)
         chunks = self._chunks(coords)
         if chunks is None or self._index is None:
@@ -216,7 +218,7 @@ class _Objects:
             return sum(self.known) / len(self.known)
         source = self.store._store
         if type(source).getsize is Store.getsize:
-            # it would read the object
+            # the default method of Zarr would read the object
             return None
         step = max(1, len(missing) // _SAMPLE)
         keys = [self.key(coords) for coords in missing[::step][:_SAMPLE]]
@@ -257,6 +259,7 @@ class _IndexOfShard:
     def spans(self, index: bytes, chunks: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
         """The byte ranges of chunks; empty chunks have none."""
         pairs = np.frombuffer(index, self._dtype, 2 * self._count).reshape(-1, 2)[chunks]
+        # Zarr marks an empty chunk by the largest number
         there = pairs[(pairs != np.uint64(2**64 - 1)).all(axis=1)].tolist()
         return sorted((start, start + length) for start, length in there)
 
@@ -284,7 +287,7 @@ def _between(positions: Positions, first: int, last: int) -> Positions:
 
 @dataclass
 class Plan:
-    """What there is to do in one process: the missing objects, and what is cached of the others."""
+    """The work of one process: the missing objects, and the figures of the cached ones."""
 
     missing: list[Item] = field(default_factory=list)
     cached: int = 0
@@ -292,12 +295,12 @@ class Plan:
     needed: float | None = None
     """An estimate of the bytes of the missing objects; None if their size is unknown."""
     capacity: int | None = None
-    """The bytes of which the selection can be kept; None if there is no limit."""
+    """The most bytes of the selection that the cache can keep; None if there is no limit."""
 
 
 @dataclass
 class Outcome:
-    """What was done in one process."""
+    """The result of one process."""
 
     fetched: int = 0
     absent: int = 0
@@ -341,7 +344,7 @@ class Run:
             begin += len(each)
 
     async def plan(self, share: Share) -> Plan:
-        """Look for what is missing, and whether all of it can be kept."""
+        """Find the missing objects, and whether the cache can keep all of them."""
         plan = Plan()
         for count, (number, coords) in enumerate(self.items(share), 1):
             if self.is_stopped:
@@ -364,6 +367,7 @@ class Run:
             by_part.setdefault(number, []).append(coords)
         shares = {number: sum(map(self.objects[number].share_of, missing)) for number, missing in by_part.items()}
         most = sum(self.objects[number].decoded * share for number, share in shares.items())
+        # even without compression everything fits, so no size has to be asked for
         if plan.capacity is None or plan.cached_size + most <= plan.capacity:
             return most
         needed = 0.0
@@ -374,7 +378,7 @@ class Run:
         return needed
 
     async def fetch(self, items: Sequence[Item], concurrency: int, retries: int, room: float | None) -> None:
-        """Fetch objects; what fails is tried again after the others."""
+        """Fetch objects; failed ones are tried again after the others."""
         left = list(items)
         for attempt in range(retries + 1):
             if attempt:
@@ -462,7 +466,7 @@ def _capacity_of(directory: CacheDirectory, namespace: str, cached: int, policy:
     with Inspector(directory.root) as inspector:
         totals, (pins, pinned) = inspector.totals(), inspector.pins()
         if pins:
-            # those of the same source are a part of what is wanted
+            # pinned entries of the same source are part of the selection
             of_source = {source.id for source in inspector.sources() if source.namespace == namespace}
             pinned -= sum(use.pinned for number, use in inspector.uses().items() if number in of_source)
     free, size = free_bytes(directory.root)
@@ -492,7 +496,7 @@ def _reason(error: BaseException) -> str:
 
 
 def check_room(plan: Plan, where: str, bound: str) -> None:
-    """Refuse what cannot be kept; raises `TooLarge`."""
+    """Raise `TooLarge` if the cache cannot keep the selection."""
     if plan.capacity is None or plan.needed is None:
         return
     needed = plan.cached_size + plan.needed
@@ -521,6 +525,7 @@ def drive(run: Run, coroutine: Coroutine[Any, Any, T], tick: Callable[[], None] 
             if tick is not None:
                 tick()
     except BaseException:
+        # an interruption must not lose the requests under way, whose bytes were transferred
         run.is_stopped = True
         with suppress(NotYet, Exception):
             future.result(_GRACE)
@@ -619,6 +624,7 @@ def _node_there(part: Part) -> _There:
 
 def _plan_there(parts: list[Part], share: Share) -> Plan:
     run = Run(parts)
+    # on each node, so that reads there need no request for these documents either
     for store, path, zarr_format in {(id(o.store), o.array.path): _place(o.array) for o in run.objects}.values():
         _open(store, path, zarr_format)
     plan = drive(run, run.plan(share))
@@ -651,7 +657,7 @@ def _fetch_there(parts: list[Part], items: list[Item], concurrency: int, retries
 
 
 class _Node:
-    """A node of a cluster, and what is left to do there."""
+    """A node of a cluster, and its remaining work."""
 
     def __init__(self, name: str, where: str) -> None:
         self.name, self.where = name, where
@@ -696,6 +702,7 @@ def _on_cluster(
     began = time.monotonic()
     nodes = _nodes_of(client, parts[0])
     shares = [Share() if every_node else Share(number, len(nodes)) for number in range(len(nodes))]
+    # not pure: the same call has another result after the cache has changed
     options: dict[str, Any] = {"pure": False, "allow_other_workers": False}
     plans = [
         client.submit(_plan_there, parts, share, workers=node.workers, **options)
@@ -755,6 +762,7 @@ def _work_off(
     running: dict[Any, tuple[_Node, list[Item]]] = {}
     is_over = False
 
+    # one batch at a time for each node, so that a node that fails or is slow holds up no other
     def start(node: _Node) -> None:
         if items := [] if is_over else node.next(batch):
             running[client.submit(_fetch_there, parts, items, *how, workers=node.workers, **options)] = node, items
@@ -780,6 +788,7 @@ def _work_off(
             tick()
             if time.monotonic() > looked + _ASKED:
                 looked = time.monotonic()
+                # Dask waits for ever for a task whose workers have left
                 there = set(client.sync(_addresses, client))
                 for future, (node, items) in list(running.items()):
                     if not future.done() and there.isdisjoint(node.workers):
@@ -834,12 +843,12 @@ async def _asked(client: Any, part: Part) -> dict[str, Any]:
     return dict(zip(addresses, await asyncio.gather(*map(ask, addresses)), strict=True))
 
 
-# -- what a person sees of it
+# -- progress bars
 
 
 @contextmanager
 def progress_bar(wanted: bool | None) -> Iterator[Show | None]:
-    """A progress bar on the terminal or in a notebook, by rich where it is installed; None where nobody sees it."""
+    """A progress bar on a terminal or in a notebook, by rich if it is installed; None without either."""
     try:
         from rich.console import Console
     except ImportError:

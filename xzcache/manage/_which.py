@@ -1,4 +1,4 @@
-"""Which cache directory and which source a user means, and what is wrong with the directory."""
+"""Resolve the user's arguments to a cache directory and a source, and describe faults of the directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DIGEST: Final = re.compile(r"(?<=.)-[0-9a-f]{20}(-\d+)?$")
 
 
 def root_of(directory: Any) -> str:
-    """The cache directory from the user's argument."""
+    """The cache directory that the user's argument names."""
     if isinstance(directory, LockedLocalStore):
         return directory.directory.root
     if isinstance(directory, LocalStore):
@@ -48,6 +48,7 @@ def directory_of(source: Any, directory: Any) -> Any:
 
 def settled(root: str) -> CacheDirectory | None:
     """Bring the index up to date with the reads of this process, so that figures are exact."""
+    # only a directory that this process has opened: a call that looks must not open one
     opened = opened_directory(root)
     if opened is not None and opened.is_made and not opened.health.is_aside:
         opened.write_behind.wait()
@@ -84,7 +85,7 @@ def name_of(namespace: str) -> str:
 
 
 def sources_of(inspector: Inspector, before: int | None = 0) -> tuple[list[Source], dict[str, tuple[int, int]]]:
-    """The sources, and for each what was not used since a time, in ns; with None, their uses are left out."""
+    """The sources, and for each the entries and bytes not used since a time, in ns; with None, uses are not counted."""
     found = inspector.sources()
     uses = {} if before is None else inspector.uses(before)
     whole = sum(source.size for source in found)
@@ -104,7 +105,7 @@ def sources_of(inspector: Inspector, before: int | None = 0) -> tuple[list[Sourc
 
 
 def find(given: Any, sources: Sequence[Source], root: str) -> Source:
-    """The one source that is meant."""
+    """The source that the user's argument names; raises `UnknownSource` for none or several."""
     if isinstance(given, Source | Arrays):
         given = given.namespace if isinstance(given, Source) else given.source.namespace
     if isinstance(given, CacheStore):
@@ -115,6 +116,7 @@ def find(given: Any, sources: Sequence[Source], root: str) -> Source:
         accepted = "a name of `xzcache ls`, the URL or path of a source, or a store"
         raise TypeError(f"source={given!r} is not accepted: give {accepted}")
     text = os.fspath(given)
+    # from the exact name to the vaguest match: the first kind that matches anything decides
     for candidates in _candidates(text):
         if len(matching := [source for source in sources if candidates(source)]) == 1:
             return matching[0]

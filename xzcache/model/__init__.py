@@ -1,8 +1,7 @@
-"""Words that every room speaks: entries, byte ranges, metadata documents, validators, errors, a cache's contract.
+"""The terms that all rooms share: entries, byte ranges, metadata documents, validators, errors, a cache's contract.
 
-Knows no other room, no file and no network. Its state are the tables of fetches that are under way in a process
-(`Claims`), each under a lock that is never held while anything is waited for, and which errors of the code
-were logged.
+This room knows no other room, no file and no network. Its state: the tables of fetches that are under way in a process
+(`Claims`), each under a lock that is never held during a wait, and the bugs that were logged.
 """
 
 from xzcache.model import metadata

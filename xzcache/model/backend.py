@@ -32,7 +32,7 @@ Cached = memoryview | Literal[Absence.MISSING] | None
 """The answer of a lookup: bytes, `MISSING`, or None if the source must be asked."""
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
-"""Bytes, as numpy has them."""
+"""A numpy array of bytes."""
 
 
 def nothing() -> None:
@@ -175,8 +175,7 @@ class Backend(Protocol):
         Nothing is stored if the version is None, if any process has written the key since the version was read or is
         writing it now, or if a part with an incompatible validator is cached. Readers see all of an entry or nothing.
         An absence that was found during a write is forgotten when the write ends. A whole object replaces its pieces.
-        `done` is called exactly once, when other processes can find the entry or
-        it was dropped.
+        `done` is called exactly once, when other processes can find the entry or it was dropped.
         """
 
     async def stored(self, key: str) -> None:

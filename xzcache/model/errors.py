@@ -25,7 +25,7 @@ _DAMAGE: Final = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR", "SQLITE_SCH
 
 
 class CacheFault(Exception):
-    """Base of all trouble with the cache itself."""
+    """The base class of all failures of the cache itself."""
 
 
 class Busy(CacheFault):
@@ -36,16 +36,16 @@ class Damaged(CacheFault):
     """The index cannot be trusted; it has to be rebuilt."""
 
     generation: int | None = None
-    """Which index it was."""
+    """The number of the damaged index; None if it is unknown."""
     is_certain = True
     """Whether the contents are known to be wrong; if False, the system failed to read or write them."""
 
 
 class NoRoom(CacheFault):
-    """There is no space that this entry may take."""
+    """The bound, the reserve of free disk or the disk leaves no space for an entry."""
 
     bound: int | None = None
-    """The bound of the cache, if it is smaller than what was to be stored."""
+    """The bound of the cache, if it is smaller than the entry; else None."""
 
 
 class Unusable(CacheFault):
@@ -65,14 +65,15 @@ class Replaced(OSError):
     def __init__(self, key: str) -> None:
         super().__init__(errno.ESTALE, "replaced at the source while it was read in parts; read it again", key)
 
+    # the arguments of the base class differ from those of this one, so pickle needs to be told
     def __reduce__(self) -> tuple[type[Replaced], tuple[str]]:
         return type(self), (self.filename,)
 
 
 class SourceUnreachable(ConnectionError):
-    """The source cannot be reached, and what was asked for cannot be served from the cache.
+    """The source cannot be reached, and the cache cannot serve the request.
 
-    The message says what is missing; the exception of the source is the `__cause__`.
+    The message names the missing key; the exception of the source is the `__cause__`.
     """
 
 
@@ -95,6 +96,7 @@ def report_bug(error: BaseException, where: str) -> bool:
     place = "", 0
     trace = error.__traceback__
     while trace is not None:
+        # the innermost line: one bug that is met in several ways is logged once
         place, trace = (trace.tb_frame.f_code.co_filename, trace.tb_lineno), trace.tb_next
     if place not in _logged_lines:
         _logged_lines.add(place)
@@ -107,6 +109,7 @@ def without_frames(error: BaseException) -> BaseException:
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
     while todo:
+        # causes and contexts may form a cycle
         if (each := todo.pop()) is not None and id(each) not in seen:
             seen.add(id(each))
             each.__traceback__ = None
@@ -121,11 +124,12 @@ def translated(error: sqlite3.Error) -> CacheFault:
         return NoRoom(f"no room for the index: {error}")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
         return Busy(f"another program uses the index: {error}")
-    # sums overflow where a row has a size that no file has
+    # sums overflow if damage gave a row a size that no file has
     shown = any(part in str(error) for part in ("no such ", "integer overflow"))
     damaged = any(name.startswith(code) for code in _DAMAGE) or shown
     if damaged or (isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)):
         damage = Damaged(f"the index is damaged: {error}")
+        # a read error may pass; a short read means that the file is shorter than it says
         damage.is_certain = not name.startswith("SQLITE_IOERR") or name == "SQLITE_IOERR_SHORT_READ"
         return damage
     return CacheFault(f"the index cannot be used: {error}")

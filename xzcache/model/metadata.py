@@ -19,6 +19,7 @@ _TELLING: Final = ("zarr.json", ".zarray", ".zmetadata", ".zattrs")
 
 _PLACE: Final = re.compile(r"(^|/)(c(\.\d+)+|\d+(\.\d+)+)$|((^|/)\d+)+$")
 """The part of a chunk's key that gives the chunk's position in its array."""
+# so that no document can have the digest of an absent one
 _SALT: Final = {True: b"absent", False: b""}
 _ATTRIBUTES: Final = ".zattrs"
 
@@ -29,6 +30,7 @@ _FORMAT_OF: Final = {"zarr.json": b"3", ".zarray": b"2"}
 """The Zarr format of the array that a document of this name describes."""
 
 
+# asked several times for each read
 @lru_cache(maxsize=4096)
 def is_document(key: str) -> bool:
     """Whether a key is a metadata document, of Zarr format 2 or 3."""
@@ -36,7 +38,7 @@ def is_document(key: str) -> bool:
 
 
 def is_json(document: bytes | memoryview) -> bool:
-    """Whether a document is one: the page that a proxy answers with instead, or the half of a document, is none."""
+    """Whether a document is a JSON object; an error page of a proxy or half of a document is none."""
     try:
         return isinstance(json.loads(bytes(document)), dict)
     except (ValueError, RecursionError):
@@ -235,4 +237,5 @@ def _join(path: str, child: str) -> str:
 
 
 def _digest(content: object) -> bytes:
+    # sorted, because writers put the same members in different orders
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()

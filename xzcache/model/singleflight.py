@@ -46,7 +46,7 @@ class Claim:
 
     def __init__(self, span: Span) -> None:
         self.span = span
-        self._outcome: Fetched | Exception | None = None
+        self._outcome: Fetched | LeaderCancelled | None = None
         # most claims have none
         self._waiters: list[Future[Fetched]] = []
         self.sent_at = math.inf
@@ -61,33 +61,43 @@ class Claim:
 
         Raises `LeaderCancelled`, or the exception that the source raised, which may be a `TimeoutError` as well.
         """
+        # of `concurrent.futures`, because the leader may run in another event loop
         future: Future[Fetched] = Future()
         self._waiters.append(future)
-        # set after that, the outcome reaches the new waiter
+        # an outcome that was set before the append reaches the new waiter here
         self._pass_on()
         waiting = asyncio.wrap_future(future)
         # a waiter that gave up must not get a warning about an exception that was never retrieved
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # unlike `wait_for`, it raises nothing: the exception would refer to a frame that refers to the exception
+        await asyncio.wait([waiting], timeout=timeout)
         try:
-            return await asyncio.wait_for(asyncio.shield(waiting), timeout)
-        except TimeoutError:
             return future.result() if future.done() else None
+        finally:
+            # for the same reason
+            del future, waiting
 
     def set_result(self, data: memoryview | None, validator: str | None = "", *, exact: bool = True) -> None:
+        # the first outcome counts: the leader may still fail afterwards, when it stores the value
         if self._outcome is None:
             self._outcome = Fetched(data, validator, exact)
             self._pass_on()
 
     def set_exception(self, error: BaseException) -> None:
-        if self._outcome is None:
-            # a cancellation, a keyboard interrupt: none of the waiters' business
-            self._outcome = error if isinstance(error, Exception) else LeaderCancelled()
-            self._pass_on()
+        """Give the exception to all that wait; `LeaderCancelled` for a cancellation, and to waiters that are late.
 
-    def _pass_on(self) -> None:
+        The claim does not keep the exception. Its traceback refers to the frames of the fetch, and these to the claim:
+        such a cycle would keep the store, and the locks of its directory, until the garbage collector runs.
+        """
+        if self._outcome is None:
+            self._outcome = LeaderCancelled()
+            self._pass_on(error if isinstance(error, Exception) else None)
+
+    def _pass_on(self, error: Exception | None = None) -> None:
         """Give the outcome, if there is one, to all waiters; each is taken from the list by one thread."""
-        outcome = self._outcome
+        outcome = error or self._outcome
         while outcome is not None and self._waiters:
+            # two threads may both see the last waiter
             with suppress(IndexError):
                 future = self._waiters.pop()
                 if isinstance(outcome, Exception):
@@ -101,10 +111,10 @@ class Claim:
 
 
 class Claims:
-    """Which bytes of which objects this process is fetching. Safe for threads and event loops; empty after a fork.
+    """The spans of objects that this process is fetching. Safe for threads and event loops; empty after a fork.
 
-    An object is named by its key and the write version before the fetch: a fetch from before a write is none to wait
-    for after it.
+    An object is named by its key and the write version before the fetch, so that a read after a write does not wait for
+    a fetch from before it.
     """
 
     def __init__(self) -> None:
@@ -158,6 +168,7 @@ class Claims:
                 claims.remove(claim)
                 if not claims:
                     del self._claims[what]
+        # outside of the lock, because callbacks of the futures run here
         if not claim.has_outcome:
             claim.set_exception(LeaderCancelled())
 

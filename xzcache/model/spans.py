@@ -24,7 +24,7 @@ WHOLE: Final = 0, LARGEST
 """The span of a whole object."""
 
 NEGLIGIBLE: Final = 1 << 14
-"""So many bytes are not worth a request of their own to save."""
+"""The most bytes that are fetched twice rather than in two requests."""
 
 
 def placed(span: Span) -> Span:
@@ -80,6 +80,7 @@ class IntervalSet:
 
     def missing(self, span: Span) -> list[Span]:
         """The parts of a span that are not covered, in order."""
+        # the usual case, asked several times for each request
         if not self.spans:
             return [span] if span[0] < span[1] else []
         at, end = span
@@ -115,10 +116,11 @@ def merged(spans: Iterable[Span], *, gap: int, most: int, excluded: IntervalSet 
 
 
 def cut(span: Span, boundaries: Iterable[int], most: int) -> list[Span]:
-    """A span in parts of at most `most` bytes where its seams allow, each ending at one."""
+    """Cut a span at boundaries into parts of at most `most` bytes; a part between two boundaries may be larger."""
     begin, end = span
     parts: list[Span] = []
     last = begin
+    # pieces end where requested ranges end, so that the same ranges are found in single files
     for boundary in sorted({boundary for boundary in boundaries if begin < boundary < end} | {end}):
         if boundary - begin > most and last > begin:
             parts.append((begin, last))
@@ -135,7 +137,7 @@ class SparseBuffer:
         self._data: list[memoryview] = []
 
     def add(self, span: Span, data: memoryview) -> None:
-        """Put the bytes of a span in their place; fewer than it is long, where the object ends."""
+        """Add the bytes of a span; fewer bytes than its length if the object ends there."""
         for first, last in self.missing(span):
             at = bisect_right(self._tiles, (first, last))
             self._tiles.insert(at, (first, last))
@@ -149,6 +151,7 @@ class SparseBuffer:
 
     def of(self, span: Span) -> memoryview:
         """The bytes of a span that is there; fewer where the object ends."""
+        # one tile is returned without a copy
         parts = [data[max(0, span[0] - first) : max(0, span[1] - first)] for (first, _), data in self._within(span)]
         return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
@@ -175,7 +178,7 @@ class Listed:
         ordered = sorted((start, LARGEST if stop == END else stop) for start, stop in spans if start >= 0)
         self.starts = [start for start, _ in ordered]
         self.stops = [stop for _, stop in ordered]
-        # how far any piece reaches that begins here or before
+        # for each piece, the largest end of all pieces up to it: a search backwards stops where none reaches far enough
         self.reach = list(accumulate(self.stops, max))
         self.suffixes = sorted(start for start, _ in spans if start < 0)
 
@@ -195,7 +198,7 @@ class Listed:
         return sorted(pieces, key=lambda piece: -piece.start if piece.start < 0 else piece.stop - piece.start)
 
     def any(self) -> Entry | None:
-        """One of them."""
+        """One of the pieces; None if there are none."""
         if self.suffixes:
             return Entry(self._key, self.suffixes[0], END)
         return self._piece(0) if self.starts else None

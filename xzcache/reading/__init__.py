@@ -1,9 +1,9 @@
 """Reads and writes of one source through a cache: lookup, single-flight fetches, byte ranges, freshness.
 
-Knows a cache by `model.Backend` only. State: which metadata documents each store has seen (`Freshness`), and who reads
-parts of an object that must be of one state (`Reading`), in dictionaries that change by single operations; the
-counters, under one mutex for all, and a queue of hits that are not counted yet; and for each cache a table of the
-fetches under way (`model.Claims`), with its lock.
+This room knows a cache by `model.Backend` only. Its state: the metadata documents that each store has seen
+(`Freshness`) and the readers of parts of an object that must be of one state (`Reading`), in dictionaries that change
+by single operations; the counters, under one mutex for all, and a queue of hits that are not counted yet; and for each
+cache a table of the fetches under way (`model.Claims`), with its lock.
 """
 
 from xzcache.reading._freshness import Freshness, Seen, is_read_for_a_write

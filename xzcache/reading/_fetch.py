@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 # -- Claims of byte ranges, among the tasks of this process and among the processes of a machine.
 
 _PIECE: Final = 1 << 20
-"""Bytes of one cached piece, unless a single range has more: all of it is checked when a process first reads of it."""
+"""The most bytes of one cached piece, unless a single range is longer; the first read of a process checks all of them.
+"""
 
 
 class Plan(Protocol):
@@ -110,6 +111,7 @@ class Leads:
             refused = False
             for lead in [Lead(claim, what) for claim in made]:
                 answer = self._backend.acquire(key, unplaced(lead.claim.span))
+                # another process fetches a part: the next round plans around it, so that only the rest is claimed
                 if isinstance(answer, tuple):
                     taken.append(placed(answer))
                     refused = True
@@ -129,7 +131,7 @@ class Leads:
             self._reading.claims.release(lead.what, lead.claim)
         unlock, lead.unlock = lead.unlock, None
         if unlock is not None:
-            # a lock that cannot be given back goes with the process
+            # a lock that cannot be released ends with the process
             with suppress(OSError):
                 unlock()
 
@@ -245,7 +247,7 @@ class RangeFetches:
 
 
 class _Fetch:
-    """One call's way to the bytes it wants."""
+    """One call of `RangeFetches.fetch`: its claims, the bytes it has, and the ranges that are left."""
 
     def __init__(
         self,
@@ -281,8 +283,8 @@ class _Fetch:
         self._unfit: set[Entry] = set()
         self._version: Any = None
         self._leads = Leads(reading)
-        # a read that must see every change of the source uses no cached range, and joins no request that may have been
-        # answered before it began
+        # a read that must see every change of the source uses no cached range. It joins no request of another reader,
+        # whose answer may be from before this read
         self._force = reading.must_ask(key)
         self._is_whole_stored = False
         self._inexact = False
@@ -296,6 +298,7 @@ class _Fetch:
         self._version = self._backend.write_version(self._key)
         while True:
             needs = self._needs(self._names(parts))
+            # after the deadline too: the process or the task that holds a claim may be stopped
             alone = self._force or self._version is None or self._inexact or time.monotonic() >= deadline
             mine, others = self._claim(needs, parts, alone=alone)
             try:
@@ -304,22 +307,25 @@ class _Fetch:
                 if not self._left:
                     break
                 await self._must_agree(self._used | self._buffers.keys())
+                # a plan from an old list of pieces would request bytes that another reader has just stored
                 is_as_named = self._needs([]) == needs and not self._has_gained(mine, parts, now)
                 if is_as_named:
                     if mine and not others:
                         await self._lead(mine)
                     else:
                         calls = [self._wait(claim) for claim in others]
+                        # at once: two readers that first wait for each other's bytes would both time out
                         await sources.all_of([self._lead(mine), *calls] if mine else calls)
                     if not self._left:
                         break
                     if (mine or others) and self._reading.has_validators is False:
-                        # readers that split an object again and again would never have bytes of one answer
+                        # readers that keep dividing an object among themselves would never have bytes of one answer
                         self._count_try()
                 if self._single and (self._inexact or self._tries):
                     raise Unclear
             finally:
                 for lead in mine:
+                    # the others are released when their last piece is stored, so that readers find it
                     if not lead.unstored:
                         self._leads.release(lead)
             if is_as_named and not mine and not others:
@@ -382,13 +388,13 @@ class _Fetch:
         if parts.is_empty:
             return parts
         listed = parts.pieces
-        # of pieces, the validators from before the bytes
+        # with several pieces, the validators are read before the bytes
         states = parts.states if len(listed) > 1 else None
         found, missing = await self._fetches.look(parts, self._left)
         if states is None:
             states = parts.states if found else set()
         overlapping = [piece for span in self._left.values() for piece in listed.overlapping(*span)]
-        # unfit pieces can be served if nothing is missing any more: another reader has stored the rest in the same
+        # once nothing is missing, unfit pieces can be served as well: another reader has stored the rest in the same
         # session
         if found and not self._is_overtaken() and (not missing or self._unfit.isdisjoint(overlapping)):
             for entry, data in found.items():
@@ -397,14 +403,15 @@ class _Fetch:
         pieces = {piece for span in self._left.values() for piece in self._usable(listed.overlapping(*span))}
         for piece in pieces:
             state = parts.validator(piece)
-            # one without a state may just have given way to the whole object, whose bytes would come in its place
+            # a piece without a state may just have been replaced by the whole object: the read would return its bytes
             data = await self._reading.get_cached(piece) if state else None
+            # read before and after: the file may have been replaced between state and bytes
             if data is None or parts.validator(piece) != state:
                 self._unfit.add(piece)
                 continue
             self._add(_span_of(piece), data, state)
             if not is_from_source(state):
-                # it serves its own bytes only
+                # a piece of an unknown state serves its own bytes only
                 self._unfit.add(piece)
         if pieces:
             self._let_go_if_overtaken()
@@ -461,6 +468,7 @@ class _Fetch:
     def _take(self, entry: Entry, data: memoryview | None) -> None:
         span = self._left.pop(entry)
         self._found[entry] = data
+        # ranges that this reader has requested were counted as misses
         if not _meet(span, self._asked):
             self._reading.stats.hit(0 if data is None else len(data), time.perf_counter() - self._started)
 
@@ -490,7 +498,7 @@ class _Fetch:
                 return
             data, validator, exact = fetched
             if not exact:
-                # it is the answer to another request than this reader's
+                # the bytes answer the other reader's request only
                 self._inexact = True
             elif data is None:
                 self._is_missing()
@@ -555,6 +563,7 @@ class _Fetch:
             self._asked += spans
             misses = sum([_meet(span, spans) for span in self._left.values()])
             reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
+            # one request answers several ranges: each counts as a miss, but bytes and seconds only once
             for _ in range(misses - 1):
                 reading.stats.miss(0, 0.0)
             if len(there) < len(answers):
@@ -603,7 +612,7 @@ class _Fetch:
             self._assemble()
             if not self._left and await self._store_whole(leads):
                 return
-            # others may wait for these bytes while this reader waits for others
+            # stored now, because others may wait for these bytes while this reader waits for others
             known: list[Span] = []
             if is_from_source(answers[0].validator):
                 # cached spans are not stored again
@@ -631,6 +640,7 @@ class _Fetch:
                 self._leads.release(lead)
 
         self._is_whole_stored = True
+        # with the single validator: bytes of two states are never in one object
         await self._backend.publish(entry, data, self._version, min(self._used), done)
         return True
 
@@ -644,7 +654,7 @@ class _Fetch:
         answers |= dict(zip(again, await self._request(again) if again else [], strict=True))
         for entry in entries:
             if entry not in self._left:
-                # the fetch of another task gave it meanwhile
+                # another task's fetch has returned it meanwhile
                 continue
             first, last = span = self._left[entry]
             answer = answers[span]
@@ -660,6 +670,7 @@ class _Fetch:
     async def _must_agree(self, validators: set[str]) -> None:
         """Raise unless all validators are of one state."""
         if len(validators) > 1 and len(from_source(validators)) > 1:
+            # in any case: some of the cached parts are of a state that the source does not have any more
             await self._backend.invalidate(self._key, self._version)
             if not differ(validators) or await self._reading.has_several_validators(self._key):
                 raise Unclear

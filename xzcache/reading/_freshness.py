@@ -1,4 +1,4 @@
-"""Freshness: when metadata documents must be revalidated, and which of them a store and its copies have seen."""
+"""Freshness: when metadata documents must be revalidated, and which documents a store and its copies have seen."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xzcache._config import Revalidate
 
 
+# 511 bytes in each pickled copy of a store, which Dask sends to its workers
 _CARRIED: Final = 85
 _DIGEST: Final = 3
 _LENGTH: Final = 1 + _CARRIED * 2 * _DIGEST
@@ -32,7 +33,7 @@ _WRITING: Final = ("write", "_encode_partial")
 _EITHER: Final = ("_fetch_and_decode_as_completed",)
 """Functions of Zarr's `FusedCodecPipeline` that read for reads and for writes."""
 _DEEPEST: Final = 32
-"""The number of frames to check; more than lie between a store and Zarr's task."""
+"""The most frames to check; fewer lie between a store and Zarr's task."""
 
 
 class Seen:
@@ -94,11 +95,11 @@ class Freshness:
 
     @property
     def serves_offline(self) -> bool:
-        """Whether what is cached is served while the source cannot be reached."""
+        """Whether cached values are served while the source cannot be reached."""
         return self.revalidate == "open" or self.revalidate is False
 
     def tell(self, reads: Any) -> None:
-        """Call `reads.must_verify` when a document is served that the source could not confirm."""
+        """Call `reads.must_verify` when a document is served without the confirmation of the source."""
         self._listeners.add(reads)
         if self.unverified:
             reads.must_verify()
@@ -136,8 +137,10 @@ class Freshness:
     def vouches(self, key: str, document: bytes | memoryview | None) -> bool:
         """Whether the original of this copy has seen the cached state of a document."""
         state = self.inherited.state(key)
+        # not for a document that this copy has asked for itself, whose answer is newer
         vouched = state is not None and key not in self._asked and fingerprint(document).startswith(state)
         if vouched:
+            # of the time when this copy was opened: the original saw the document before that
             self._asked[key] = self._opened
         return vouched
 
@@ -177,8 +180,8 @@ class Freshness:
     def are_rules_asked(self, key: str) -> bool:
         """Whether the `zarr.json` beside a document is read together with it.
 
-        It may have been read already: of the reads that begin at once, one may go on long after another has ended,
-        when both waited for the cache to open. So this holds until all of them have ended.
+        It may have been read already: of several reads that begin together and wait for the cache to open, one may end
+        long before another. So this holds until all of them have ended.
         """
         return key.rpartition("/")[0] in self._rules_asked
 
@@ -189,7 +192,7 @@ class Freshness:
 
 
 class _Tellings(dict[str, bool]):
-    """Whether the name of a function of Zarr may tell why it reads; most names do not."""
+    """Whether the name of a Zarr function can show why it reads; most names cannot."""
 
     def __missing__(self, name: str) -> bool:
         found = self[name] = any(part in name for part in (*_WRITING, *_EITHER))
@@ -223,8 +226,10 @@ def is_read_for_a_write() -> bool | None:
         if module.startswith("zarr."):
             name = sys._getframe(depth).f_code.co_qualname
             if not _tells[name]:
+                # most functions of Zarr tell nothing, and their names are looked at only once
                 continue
             return True if any(part in name for part in _WRITING) else None
         if module.startswith("asyncio."):
+            # below the event loop are frames of the program, which say nothing about this read
             break
     return False

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     Outcome = list[tuple[int, Buffer | None]] | BaseException
 
 _READS_SHARDS_BY_GET: Final = not hasattr(Store, "get_ranges")
-"""Then a byte range may depend on an index that was read before."""
+"""Whether Zarr reads a shard's index and then its chunks by `get`: a byte range may depend on an earlier one."""
 
 
 Count = Callable[[int, float], None]
@@ -88,7 +88,7 @@ class ReadThrough:
         self.freshness.tell(self)
 
     def must_verify(self) -> None:
-        """Serve nothing at once while documents are to be verified: `get` asks for them when the source is back."""
+        """Stop serving without a wait until documents are verified: `get` asks for them when the source is back."""
         self._confirms = True
 
     def get_nowait(
@@ -110,6 +110,7 @@ class ReadThrough:
             start, stop = wanted
         backend = self.backend
         data = backend.get_nowait((backend.prefix + key, start, stop), self.reading.max_age)
+        # a missing chunk takes the long way: it has no bytes to be counted here
         if data is None or data is MISSING:
             return None
         (count or self.reading.stats.hit)(len(data), time.perf_counter() - started)
@@ -203,7 +204,8 @@ class ReadThrough:
         reading, never_asks = self.reading, self.freshness.revalidate is False
         if not reading.may_serve_offline(request.key) and not never_asks:
             return await ask()
-        # asking ends the pause for the first one, so only a read that can be served does
+        # after each pause, one read gets False from `is_down` and asks the source: it must be one that the cache can
+        # serve if that fails
         found: memoryview | Absence | None = None
         if reading.reach.is_suspect and not never_asks:
             found = await self.offline(request.key, is_beside=is_beside)
@@ -230,7 +232,7 @@ class ReadThrough:
             self.freshness.mark_unverified(key)
 
     async def offline(self, key: str, *, is_beside: bool = False) -> memoryview | Absence | None:
-        """What may be served of a key while the source cannot be reached; None for nothing."""
+        """The value of a key that may be served while the source cannot be reached; None if there is none."""
         reading, max_age = self.reading, self.reading.max_age
         entry = reading.entry(key)
         if entry is None or not reading.freshness.serves_offline:
@@ -253,6 +255,7 @@ class ReadThrough:
         """Whether the cached document is the one that the original of this copy has seen."""
         key = request.key
         may_vouch = self.freshness.revalidate is not True and not self.reading.writable and is_document(key)
+        # a document that may be the base of a write needs the state of this moment
         if not may_vouch or self.freshness.inherited.state(key) is None:
             return False
         data = await self.backend.get(request.entry, self.reading.max_age, self.reading.max_age)
@@ -265,6 +268,7 @@ class ReadThrough:
             return None
         await self.get_ready(key)
         size = self.backend.parts(key).size(self.reading.max_age)
+        # only the bytes show whether a file without a stamp, or a damaged one, is the entry
         if size is None and (data := await self.reading.get_cached(entry)) is not None:
             size = len(data)
         return size
@@ -278,7 +282,7 @@ class ReadThrough:
         return await self.backend.get(entry, self.reading.max_age, max_age) is MISSING
 
     async def size_or_offline(self, key: str, ask: Callable[[str], Awaitable[int]]) -> int | None:
-        """What the source tells of a key or, if it cannot be reached, the size of the cached value.
+        """The answer of `ask` or, if the source cannot be reached, the size of the cached value.
 
         None if the key is known to be missing. `ask` returns the size of a value, or whether there is one.
         """
@@ -286,6 +290,7 @@ class ReadThrough:
         try:
             async with self.reading.asking(key):
                 told = await ask(key)
+            # a key that is gone with its whole directory, as after an unmount, is not missing
             if told is False:
                 await self.reading.is_certainly_missing(key)
             return told
@@ -297,7 +302,7 @@ class ReadThrough:
             return None if found is MISSING else len(found)
 
     async def listing(self, prefix: str, keys: AsyncIterator[str]) -> AsyncIterator[str]:
-        """The keys that a source lists; a directory that is perhaps not mounted is no empty one."""
+        """The keys that a source lists; a directory that may not be mounted raises instead of being empty."""
         what = f"the list of keys beneath {prefix!r} is not cached"
         async with self.reading.asking(prefix, what):
             await self.reading.is_certainly_missing(f"{prefix.rstrip('/')}/-".lstrip("/"), what)
@@ -321,9 +326,11 @@ class ReadThrough:
         # parts of it that are cached or under way are not requested again
         may_divide = not force and span[0] >= 0 and not is_document(key)
         while True:
-            # a fetch that began before a write is no fetch to wait for after it: writes so far are part of its name
+            # a read that begins after a write must not wait for a fetch from before it, so the write version is part of
+            # the name
             version = self.backend.write_version(key)
             if version is None:
+                # without a version nothing can be published, so other readers cannot rely on this fetch
                 return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
             what = entry.key, version, force
             # without validators, parts of several answers cannot be put together
@@ -336,11 +343,11 @@ class ReadThrough:
                     return await self._lead(Lead(claim, what), version, request, force=force, may_divide=may_divide)
                 fetched = await claim.outcome(reading.timeout)
             except Unclear:
-                # what there is cannot be put together
+                # the cached parts cannot be combined: fetch the whole span
                 may_divide = False
                 continue
             except Replaced:
-                # the range of another reader does not fit to what it had; this one has nothing yet
+                # the object was replaced during another reader's fetch; this reader has no bytes of the old one yet
                 if _READS_SHARDS_BY_GET and entry.start > 0:
                     raise
                 may_divide = False
@@ -351,14 +358,14 @@ class ReadThrough:
                     continue
                 return reading.hit(request, data)
             if fetched is None or (not fetched.exact and claim.span != span):
-                # the leader may never finish, or has got what is no answer to this request
+                # the leader did not finish in time, or its answer does not fit this request
                 return await self._lead(Lead(Claim(span)), version, request, force=force, may_divide=False)
             return reading.hit(request, None if fetched.data is None else part(fetched.data, claim.span, span))
 
     async def _fetch_rest(self, request: Request) -> Buffer | None:
-        """Put an entry together of parts that are cached or under way, and of those that are not.
+        """Assemble an entry from its cached parts, the parts under way, and the rest.
 
-        Raises `Unclear` if they cannot be shown to be of one state, `Replaced` if they are not.
+        Raises `Unclear` if the parts cannot be shown to be of one state, `Replaced` if they are of different states.
         """
         found = await self._fetches.fetch(request.key, [request.entry], request.prototype)
         data = found[request.entry]
@@ -394,6 +401,7 @@ class ReadThrough:
                 if data is None:
                     if may_divide and not is_new and self._has_parts(request):
                         raise Divided
+                    # with an age, an old entry may still be there: a request with its validator saves the bytes
                     if reading.max_age == "infinity":
                         answer = await reading.fetch(request)
                     else:
@@ -410,6 +418,7 @@ class ReadThrough:
             if answer.exact and is_document(key):
                 version = await self.backend.apply_document(key, None if data is None else bytes(data), version)
                 self.freshness.mark_validated(key, data)
+            # a key without any cached part has nothing to agree with, which saves the looks at the disk
             if data is not None and may_store and not (is_new and entry.is_whole):
                 version, validator, replaced = await reading.agree(key, entry, validator, version, data)
                 if replaced and _READS_SHARDS_BY_GET and entry.start > 0:
@@ -428,11 +437,12 @@ class ReadThrough:
                 self._leads.release(lead)
 
     def _has_parts(self, request: Request) -> bool:
-        """Whether so much of an entry is cached in pieces that only the rest should be requested."""
+        """Whether the cached pieces of an entry are large enough to request only the rest."""
         first, last = placed((request.entry.start, request.entry.stop))
         parts = self.backend.parts(request.key)
         pieces = (piece for piece in parts.pieces.overlapping(first, last) if piece.stop != END)
         size = sum(min(piece.stop, last) - max(piece.start, first) for piece in pieces)
+        # pieces of an unknown state cannot be combined with an answer, so they do not count
         return size > NEGLIGIBLE and all(map(is_from_source, parts.states))
 
     def _try_lock(self, lead: Lead, request: Request, *, may_divide: bool) -> None:
@@ -445,7 +455,7 @@ class ReadThrough:
                 raise Divided
 
     async def _wait(self, lead: Lead, request: Request, *, may_divide: bool) -> memoryview | None:
-        """The entry, if another process has stored it; without the fetch lock, wait for one of both.
+        """The entry, if another process has stored it; else wait for the entry or for the fetch lock.
 
         After the deadline there is neither: the other process may be stopped, so this one fetches as well.
         """
@@ -456,6 +466,8 @@ class ReadThrough:
             data = await self.reading.get_cached(request.entry)
             if lead.unlock is not None or data is not None or time.monotonic() >= deadline or lead.what is None:
                 return data
+            # polled, because a lock between processes cannot be awaited; the pause grows
+            # so that many waiters cost little
             await asyncio.sleep(pause)
             pause = min(pause * 1.2, LONGEST_POLL)
             self._try_lock(lead, request, may_divide=may_divide)
@@ -492,8 +504,10 @@ class RangeReads:
             if value is None:
                 return None
             values.append((place, value))
+        # a write between two of these reads would mix two states in one answer
         if self._backend.write_version(key) != since:
             return None
+        # counted only now: after None the caller reads all of them again, and would count them twice
         for hit in hits:
             self._reading.stats.hit(*hit)
         return values
@@ -519,16 +533,22 @@ class RangeReads:
                 alone.append(place)
             else:
                 wanted.setdefault(entry, []).append(place)
+        # a range that a task of this call reads alone may find the object replaced: then
+        # none of the others is of one state
         with self._reading.watching(key) as watch:
             outcomes = await self._together(key, byte_ranges, wanted, alone, prototype, limits)
             if watch.replaced:
                 raise BaseExceptionGroup("reading byte ranges failed", [Replaced(key)])
-        for outcome in outcomes:
-            if not isinstance(outcome, BaseException):
-                yield outcome
-        if failures := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
-            outages = [failure for failure in failures if isinstance(failure, SourceUnreachable)]
-            raise BaseExceptionGroup(f"reading byte ranges failed{f': {outages[0]}' if outages else ''}", failures)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        try:
+            for group in [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]:
+                yield group
+            if failures:
+                raise _group_of(failures)
+        finally:
+            # The frames of an exception lead to this one. A way back would keep the store until the garbage collector
+            # runs.
+            del outcomes, failures
 
     async def _together(
         self,
@@ -563,21 +583,26 @@ class RangeReads:
         if missing:
             fetch = self._whole if promoted else self._missing
             calls.append(fetch(key, {entry: wanted[entry] for entry in missing}, prototype, limits, parts))
-        # a task of its own would only cost one call time
+        # awaited directly, because a task would only add its own cost
         answers = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
         outcomes = [outcome for answer in answers for outcome in answer]
-        if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
-            return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
-        is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
-        if alone or promoted:
-            # the compared ranges are gone: evicted, or found to be of another state
-            is_clear &= from_source(states) <= self._backend.parts(key).states
-        if len(byte_ranges) > 1 and (alone or not missing):
-            is_clear &= self._backend.write_version(key) == since
-        if not is_clear:
-            return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
-        hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
-        return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
+        try:
+            if any(isinstance(outcome, BaseException) and not isinstance(outcome, Unclear) for outcome in outcomes):
+                return [outcome for outcome in outcomes if not isinstance(outcome, Unclear)]
+            is_clear = not any(isinstance(outcome, Unclear) for outcome in outcomes)
+            if alone or promoted:
+                # if the compared ranges are gone, they were evicted or found to be of another state
+                is_clear &= from_source(states) <= self._backend.parts(key).states
+            # ranges that were read one after the other are of one state only if no write came between
+            if len(byte_ranges) > 1 and (alone or not missing):
+                is_clear &= self._backend.write_version(key) == since
+            if not is_clear:
+                return await self._refetch(key, byte_ranges, wanted, prototype, limits, from_source(states))
+            hits = [self._hit(key, entry, wanted[entry], data, prototype) for entry, data in found.items()]
+            return [*([[pair for pairs in hits for pair in pairs]] if hits else []), *outcomes]
+        finally:
+            # as in `get`
+            del answers, outcomes
 
     async def _refetch(
         self,
@@ -637,7 +662,7 @@ class RangeReads:
             validators = {answer.validator for answer in answers}
             if len(asked) == 1 or (len(validators) == 1 and all(map(is_from_source, validators))):
                 break
-            # else only the writes through the cache are known
+            # without validators, only writes through the cache are known
             if not differ(validators) and len(spans) <= len(at_once) and self._backend.write_version(key) == since:
                 break
         if differ(validators | states) and not await reading.has_several_validators(key):
@@ -653,7 +678,7 @@ class RangeReads:
                 if first <= entry.start and entry.stop <= last:
                     pairs += [(place, value[entry.start - first : entry.stop - first]) for place in places]
         if len(values) == len(spans):
-            # all there is
+            # one answer, with all that there is of the object
             return [[*pairs, *((place, _part_of(values[0], byte_ranges[place])) for place in others)]]
         return [[*pairs, *zip(others, values[len(spans) :], strict=True)]]
 
@@ -702,7 +727,7 @@ class RangeReads:
         return [(place, value)]
 
     def _is_worth_the_whole(self, key: str, missing: Iterable[Entry]) -> bool:
-        """Whether so much of an object was read in pieces that it is promoted: once, as it may be too large to stay."""
+        """Whether the pieces read of an object exceed `promote_above`; once for each object, as it may be evicted."""
         most = self._reading.promote_above
         if most is None or key in self._promoted:
             return False
@@ -710,6 +735,7 @@ class RangeReads:
         due: bool = most < sum(piece.stop - piece.start for piece in pieces if piece.stop != END)
         if due:
             if len(self._promoted) >= _REMEMBERED:
+                # a key that is forgotten may be promoted a second time, which costs one request
                 self._promoted.clear()
             self._promoted.add(key)
         return due
@@ -752,6 +778,11 @@ class RangeReads:
                 for place in wanted[entry]
             ]
         ]
+
+
+def _group_of(failures: list[BaseException]) -> BaseExceptionGroup:
+    outages = [failure for failure in failures if isinstance(failure, SourceUnreachable)]
+    return BaseExceptionGroup(f"reading byte ranges failed{f': {outages[0]}' if outages else ''}", failures)
 
 
 def _part_of(value: Buffer, byte_range: ByteRequest | None) -> Buffer:

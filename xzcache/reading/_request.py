@@ -70,11 +70,13 @@ class Request(NamedTuple):
     prototype: BufferPrototype
     byte_range: ByteRequest | None
     started: float
-    """When it was asked for, by `time.perf_counter`."""
+    """The time of the call, by `time.perf_counter`."""
 
 
+# weak keys, so that the table does not keep a closed cache alive
 _claims: Final[WeakKeyDictionary[object, Claims]] = WeakKeyDictionary()
 _claims_lock: Final = threading.Lock()
+# held over a fork, so that the table in the child is whole
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_claims_lock.acquire, after_in_parent=_claims_lock.release, after_in_child=_claims_lock.release
@@ -82,7 +84,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def claims_of(backend: Backend) -> Claims:
-    """The fetches of a cache that are under way, which all stores over it in this process share."""
+    """The claims of a cache, which all stores over it in this process share."""
     with _claims_lock:
         if (claims := _claims.get(backend.cache_id)) is None:
             claims = _claims[backend.cache_id] = Claims()
@@ -122,11 +124,11 @@ class Reading:
     fixed : bool
         Whether the source can never change.
     ignore_validators : bool
-        Whether what the source says of its states was found not to be true.
+        Whether the validators of the source were found to be unreliable.
     claims : Claims
         The fetches of this cache that are under way in this process.
     label : str
-        The source, for people.
+        The name of the source in messages.
     missing_offline : float or "infinity", optional
         Seconds for which a missing chunk is not requested again while the source cannot be reached; default is
         `missing_max_age`.
@@ -157,7 +159,7 @@ class Reading:
     def __post_init__(self) -> None:
         self.claims = claims_of(self.backend)
         self.reach = sources.reach_of(self.backend.namespace)
-        # the exceptions of a store of the user's own are the user's business
+        # a user's own store may raise exceptions of its own kinds, which are passed on unchanged
         self._explains = self.freshness.serves_offline and sources.is_of_a_client(self.source)
         self.backend.count(self.stats)
 
@@ -193,7 +195,7 @@ class Reading:
         return self.missing_max_age if self.missing_max_age != 0 and is_chunk(key) else 0
 
     async def was_missing(self, entry: Entry, key: str) -> bool:
-        """Whether a chunk was missing at the last request, as long ago as may be while the source cannot be reached."""
+        """Whether a chunk was missing at the last request, no longer ago than the limit that holds offline."""
         if self.age_of_absence(key) == 0:
             return False
         most: Age = "infinity"
@@ -217,14 +219,14 @@ class Reading:
         return None if data is MISSING else data
 
     def hit(self, request: Request, data: memoryview | None) -> Buffer | None:
-        """Count a read that the source was not asked for, and answer it."""
+        """Count a read that needed no bytes of the source; returns its value as a buffer."""
         self.stats.hit(0 if data is None else len(data), time.perf_counter() - request.started)
         return None if data is None else buffer_of(data, request.prototype)
 
     async def fetch(self, request: Request, *, known: str = "") -> sources.FetchResult:
         """Send a request to the source, and count it as a miss unless the source confirms the known validator."""
         key = request.key
-        # a source that does not answer at all counts as one that cannot be reached, where there is something to serve
+        # if there is something to serve, a source that does not answer in time counts as unreachable
         may_give_up = self.may_serve_offline(key) and self._has_documents(key)
         async with self.asking(key), asyncio.timeout(self.timeout) if may_give_up else nullcontext():
             answer = await sources.fetch(
@@ -249,14 +251,14 @@ class Reading:
         elif logger.isEnabledFor(logging.DEBUG):
             logger.debug("asked the source for %s: not changed", self._described(request.key, [fetched]))
         if answer.value is not None and is_document(request.key) and not is_json(contents(answer.value)):
-            # a page of a proxy, perhaps: it does not invalidate what is cached, and is not stored
+            # perhaps an error page of a proxy: it invalidates no entry, and is not stored
             return answer._replace(exact=False)
         return answer
 
     # -- a source that cannot be reached
 
     def may_serve_offline(self, key: str) -> bool:
-        """Whether a key may be served unasked while the source cannot be reached: never to what may write."""
+        """Whether a cached key may be served while the source cannot be reached; never to a store that may write."""
         return self.freshness.serves_offline and not self.writable
 
     def is_outage(self, error: BaseException) -> bool:
@@ -270,11 +272,12 @@ class Reading:
             yield
         except Exception as error:
             if isinstance(error, FileNotFoundError):
-                # of a whole directory
+                # the whole directory may be missing
                 await self.is_certainly_missing(key, what, error)
             if not self._explains or isinstance(error, SourceUnreachable) or not sources.is_outage(error):
                 raise
             raise await self._unreachable(key, error, what) from error
+        # any answer ends the outage, also one that is not stored
         self.reach.answered()
 
     async def _unreachable(self, key: str, error: BaseException, what: str = "") -> SourceUnreachable:
@@ -292,14 +295,16 @@ class Reading:
         return entry is not None and await self.backend.get(entry, "infinity", missing_max_age) is not None
 
     async def is_certainly_missing(self, key: str, what: str = "", error: OSError | None = None) -> bool:
-        """Whether a key that the source does not have is missing there, and not hidden with its whole directory.
+        """Whether a key is really missing at the source, and not only hidden with its whole directory.
 
-        If nobody can tell, and something of the source is cached, `SourceUnreachable` is raised. What may write takes
-        it for missing, as it is to be written. `error` is the exception of the source, if there is one.
+        Raises `SourceUnreachable` if that is unknown and anything of the source is cached. For a store that may write,
+        the key counts as missing, because it is about to be written. `error` is the exception of the source, if there
+        is one.
         """
         if self.writable or sources.is_deleted(self.source):
             return True
         documents = [name for path in ["", *arrays_of(key)] for name in array_documents(path)]
+        # a cached document of a node above is enough: its directory was there once
         for name in [key, *documents]:
             if await self._is_cached(name, "infinity"):
                 told = OSError(errno.ENOENT, "its directory was deleted, or is not mounted")
@@ -349,6 +354,7 @@ class Reading:
         answer = await self.fetch(request, known=known)
         if not answer.unchanged:
             return answer, None
+        # read after the answer: an entry that is evicted meanwhile cannot be served, whatever the source says
         data = await self.get_cached(request.entry, "infinity")
         if data is not None and parts.validator(request.entry) == known:
             await self.backend.mark_validated(request.entry, self.max_age)
@@ -375,7 +381,7 @@ class Reading:
             # a whole object replaces another whole one of any state
             return version, validator, False
         if entry.start == entry.stop:
-            # no bytes are of any state
+            # an empty range fits every state
             return version, validator, False
         states = parts.states
         if all(are_compatible(validator, state) for state in states):
@@ -388,7 +394,7 @@ class Reading:
             state = min(states)
             is_told = is_from_source(validator) or is_from_source(state)
             if data is not None and not entry.is_whole and not is_told and await self.get_cached(entry) == data:
-                # nothing is stored beside it
+                # the same bytes are cached already, so nothing of another state is stored beside them
                 return version, adopt_session(validator, state), False
             still = await self._is_still(key, entry, data)
             # a part without a validator is not compatible with one that has a validator
@@ -410,7 +416,7 @@ class Reading:
         """
         names: set[str] | None = None
         while not self.ignore_validators:
-            # at once, as turns that many readers take could make each of them meet one server
+            # sent together: a balancer that serves in turn might give requests one by one to the same server
             looks = [self._asked_aside(key, RangeByteRequest(0, 1)) for _ in range(_LOOKS)]
             answers = await asyncio.gather(*looks, return_exceptions=True)
             found = from_source(answer.validator for answer in answers if isinstance(answer, sources.FetchResult))
@@ -420,6 +426,7 @@ class Reading:
                 self.ignore_validators = len(names & found) > 1
                 break
             if len(names) < 2:
+                # one server, or one answer: one burst is enough
                 break
         return self.ignore_validators
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from xzcache.sources import FetchResult
 
 
+# nodes in memory; a node that is forgotten is confirmed again, by a look at the index
 _REMEMBERED: Final = 4096
 
 
@@ -84,7 +85,7 @@ class Revalidation:
         return await self._backend.get(document, max_age, max_age) is MISSING
 
     async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
-        """A metadata document from the source, requested once for all tasks that want it now.
+        """A metadata document from the source, in one request for all tasks that need it.
 
         Tasks that began before the request share it. A later task may know of a change that the answer lacks, so it
         joins only if the policy accepts an answer of that age. With `unless_asked`, a validation by another task in the
@@ -94,9 +95,11 @@ class Revalidation:
         since = request.started - self._freshness.tolerance(writable=self._reading.writable)
         while True:
             version = began = self._backend.write_version(key)
+            # nothing can be published without a version, so other readers get nothing from this request
             if began is None:
                 claim: Claim = Claim(WHOLE)
                 break
+            # named by the policy's object as well: another store may accept an older answer
             joined, is_leader = self._claims.join((id(self._freshness), key, began), since=since)
             assert joined is not None
             claim = joined
@@ -120,9 +123,9 @@ class Revalidation:
                     claim.set_result(data)
                     self._reading.hit(request, data)
                     return data
-            # tasks that were called together with this one share the request
+            # tasks that started together with this one get a turn to join the request
             await asyncio.sleep(0)
-            # changes that these tasks found in other documents are no writes after this request
+            # read again, so that changes which these tasks found in other documents do not count as later writes
             version = self._backend.write_version(key)
             claim.mark_sent()
             asked = time.monotonic()
@@ -132,7 +135,7 @@ class Revalidation:
             elif answer.value is not None:
                 data = contents(answer.value)
             if not answer.exact:
-                # it shows nothing of the document
+                # such an answer proves nothing about the document
                 claim.set_result(data)
                 return data
             if data is None or await self._reading.get_cached(entry, "infinity") != data:
@@ -156,6 +159,7 @@ class Revalidation:
         key, entry, validator = request.key, request.entry, answer.validator
         if not answer.exact:
             return
+        # of any age, because an old entry must be compared as well
         cached = await self._reading.get_cached(entry, "infinity")
         if data is not None and cached == data:
             known = self._backend.parts(key).validator(entry)
@@ -165,11 +169,13 @@ class Revalidation:
                     await self._backend.mark_validated(entry, self._reading.max_age)
                 return
         if cached is not None:
+            # before the new value is published: other processes must not serve the old one meanwhile
             version = await self._backend.invalidate(key, version)
         elif data is not None:
             version, validator, _ = await self._reading.agree(key, entry, validator, version, data)
         if data is not None and version is not None:
             await self._backend.publish(entry, data, version, validator)
+            # waited for, so that the next read in any process finds the new value
             await self._backend.stored(key)
 
     # -- metadata that the original of a copy has seen
@@ -180,9 +186,9 @@ class Revalidation:
         return not self._freshness.unverified and key.rpartition("/")[0] in self._confirmed
 
     async def verify(self) -> None:
-        """Ask for the documents that were served while the source could not be reached, as soon as it can be again.
+        """Revalidate the documents that were served offline, once the source can be reached again.
 
-        What was cached under documents that have changed since is dropped before it is served again.
+        Entries that were cached under documents that have changed since are invalidated before they are served again.
         """
         if self._reading.reach.is_down:
             return
@@ -196,6 +202,7 @@ class Revalidation:
             except Exception as error:
                 if not self._reading.is_outage(error):
                     raise
+                # the other documents would each wait for the same outage
                 break
         if self._freshness.unverified:
             self._reading.reach.failed(time.monotonic() - began)
@@ -203,7 +210,7 @@ class Revalidation:
     async def confirm_metadata(self, key: str) -> None:
         """Confirm that this machine's chunks of an array were cached under the documents that the original has seen.
 
-        This machine may have missed a change that the original's machine has seen. Unconfirmed documents are
+        The original's machine may have seen a change that this machine has missed. Unconfirmed documents are
         revalidated, once in a process.
         """
         if self._freshness.unverified:

@@ -13,6 +13,7 @@ from xzcache.model import Reads
 observers: Final[list[Callable[[str, int, float], None]]] = []
 """Called for each read with ``"cache"`` or ``"source"``, its bytes and its seconds."""
 
+# so many hits are counted under one lock
 _MOST_UNCOUNTED: Final = 256
 
 
@@ -58,6 +59,7 @@ class Stats:
 
     def miss(self, size: int, seconds: float) -> None:
         with self._root._lock:
+            # a set, since the counters of all stores are their own root
             for counters in {self, self._root}:
                 counters._misses += 1
                 counters._bytes_from_source += size

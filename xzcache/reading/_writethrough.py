@@ -50,6 +50,7 @@ class WriteThrough:
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
         keys = [key for key, _ in pairs]
         with self._turns.take(keys) as turn:
+            # to the end even if cancelled: a write that has begun must be ended, or its key is not cached again
             begun, cancelled = await run_to_completion(self._backend.begin_write(keys))
             done = False
             try:
@@ -58,6 +59,7 @@ class WriteThrough:
                 await write()
                 done = True
             finally:
+                # after an exception the state of the source is unknown, so no value is stored
                 values = [contents(value) if keep and done else None for _, value in pairs]
                 _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
                 _honour(cancelled and done)
@@ -103,17 +105,18 @@ class WriteThrough:
 class _Turns:
     """Writes of the same key reach the source in the order in which they were begun.
 
-    Zarr writes a document again before its last write has ended, and some stores, as those in memory, keep the order.
-    The invalidation before must not change it. Writes of several event loops have no order.
+    Zarr may write a document again before the last write of it has ended, and some stores, such as those in memory,
+    keep the order. The invalidation in front of a write must not change that order. Writes of several event loops have
+    no order.
     """
 
     def __init__(self) -> None:
         self._last: dict[str, asyncio.Future[None]] = {}
-        """Of each key, and of each prefix with its trailing slash: the last write that was begun and has not ended."""
+        """By key, or by prefix with its trailing slash: the last write that has begun and not ended."""
 
     @contextmanager
     def take(self, names: Sequence[str]) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Begin a write of keys, and of all beneath prefixes; await what this returns before the source is called."""
+        """Begin a write of keys and prefixes; await the returned function before calling the source."""
         loop = asyncio.get_running_loop()
         mine: asyncio.Future[None] = loop.create_future()
         overlapping = [self._last.get(above) for name in names for above in _with_prefixes(name)]

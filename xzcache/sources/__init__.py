@@ -1,8 +1,8 @@
-"""From a URL to a store, the identity of a source whoever opens it, and conditional requests to it.
+"""From a URL to a store, the identity of a source in every process, and conditional requests to it.
 
-State: the identities of stores that were found before, under the lock of their table; which sources could not be
-reached, and the devices of local ones, in dictionaries that change by single operations. Credentials stay in the stores
-and the libraries that read them: options and URLs are never shown with them.
+State: the identities of known stores, under the lock of their table; the sources that could not be reached and the
+devices of local ones, in dictionaries that change by single operations. Credentials stay in the stores and the
+libraries that read them: no message shows an option or a URL with a credential.
 """
 
 from xzcache.sources._conditional import FetchResult, all_of, fetch, fetch_spans

@@ -153,7 +153,7 @@ async def _measured(source: Store, key: str, byte_range: ByteRequest, answer: Fe
     if most is None or (most[1] >= 0 and length > most[1] - most[0]) or (most[0] < 0 and length > -most[0]):
         return answer
     if type(source).getsize is Store.getsize and not isinstance(source, MemoryStore):
-        # it would be read as a whole
+        # the default method of Zarr would read the whole object
         return answer
     # after any error the size is unknown
     with suppress(Exception):
@@ -182,6 +182,7 @@ async def fetch_spans(
     if len(ranges) == 1:
         options: dict[str, Any] = {"fixed": fixed, "ignore_validators": ignore_validators, "states": states}
         return [await fetch(source, key, prototype, ranges[0], **options)]
+    # these send the validator with each answer, but only through `fetch`
     one_by_one = type(source) in _OBSTORES or _Recording.twin_of(source) is not None
     if one_by_one or not hasattr(source, "get_ranges"):
         turn = asyncio.Semaphore(limits["max_concurrency"])
@@ -197,7 +198,7 @@ async def fetch_spans(
     async def read() -> list[Buffer | None]:
         values: list[Buffer | None] = [None] * len(ranges)
         failure: BaseException | None = None
-        # the gaps are left out on purpose, and an inexact answer must not be cut
+        # the spans are merged already. If Zarr merged them again, it would cut answers whose exactness is unknown
         apart = limits | {"max_gap_bytes": 0, "max_coalesced_bytes": 0}
         try:
             async for group in source.get_ranges(key, ranges, prototype=prototype, **apart):
@@ -209,7 +210,8 @@ async def fetch_spans(
             # some ranges may have been read before the object was deleted
             values = [None] * len(ranges)
         if failure is not None:
-            # raised while the group is handled, it would lead back to itself, and could not be pickled
+            # raised outside of the `except`: otherwise its context would be the group that contains it, a cycle that
+            # cannot be pickled
             raise failure
         return values
 
@@ -226,12 +228,14 @@ async def fetch_spans(
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of several calls; if one fails, cancel the others and raise its exception."""
     calls = list(calls)
+    # a task of its own would only cost time
     if len(calls) == 1:
         return [await calls[0]]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
+        # awaited after the cancel: a request must not go on after its reader has returned
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -276,12 +280,13 @@ async def _between_looks(
 def _labelled(
     answers: list[FetchResult], part: ByteRequest | None, *, fixed: bool, ignore_validators: bool
 ) -> list[FetchResult]:
-    """Answers with no validator that is not to be believed, and of parts with none that is empty."""
+    """Answers without unreliable validators; each part without a validator of the source gets a session's."""
     if part is None:
         return [
             answer._replace(validator="") if ignore_validators and not answer.unchanged else answer
             for answer in answers
         ]
+    # a session of its own: bytes of unknown state may only be combined with bytes of the same request
     session = uuid.uuid4().hex
     return [
         answer
@@ -297,7 +302,7 @@ def _judged(value: Buffer | None, byte_range: ByteRequest | None, head: _Head) -
     """The answer with its metadata, checked for exactness."""
     if value is None or (byte_range is None and head is _UNKNOWN):
         return FetchResult(value)
-    # the size of what was unpacked on the way is not the one that is told
+    # the reported size of a compressed response is not that of its value
     size = head.size if head.is_plain and head.is_clear else None
     return FetchResult(value, head.validator, exact=_is_exact(len(value), byte_range, head), size=size)
 
@@ -312,7 +317,7 @@ def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
     if head.size is not None:
         first, last = clip(start, stop, head.size)
         return length == last - first and head.got in (None, (first, last))
-    # then one that is shorter may be cut off as well as at the end
+    # without a size, a short answer may be cut off, or end where the object ends
     if isinstance(byte_range, OffsetByteRequest):
         return False
     if isinstance(byte_range, SuffixByteRequest):
@@ -324,10 +329,11 @@ def _is_exact(length: int, byte_range: ByteRequest | None, head: _Head) -> bool:
 
 
 def _range_of(byte_range: ByteRequest | None) -> dict[str, Any] | None:
-    """A byte range in the words of obstore; None for one that is better left to Zarr."""
+    """A byte range as obstore's option; None for a range that Zarr handles better."""
     if byte_range is None:
         return {}
     if isinstance(byte_range, RangeByteRequest):
+        # an empty range is an error for obstore, and an empty value for Zarr
         return {"range": (byte_range.start, byte_range.end)} if byte_range.start < byte_range.end else None
     if isinstance(byte_range, SuffixByteRequest):
         return {"range": {"suffix": byte_range.suffix}} if byte_range.suffix > 0 else None
@@ -348,10 +354,10 @@ async def _of_obstore(
         options["if_none_match"] = known.removeprefix("etag ")
     try:
         if known.startswith("time ") and await _time_of(source, key) == known:
-            # a server that is asked for newer objects would not report an older one
+            # compared here: a server that is asked for newer objects only does not report an older one
             return FetchResult(None, known, unchanged=True)
         got = await obstore.get_async(source.store, key, options=options or None)  # type: ignore[arg-type]
-        # older versions of obstore release both with the bytes
+        # read before the bytes: older versions of obstore release metadata and range with them
         meta: dict[str, Any] = dict(got.meta)
         part = got.range
         if type(source) is WebStore and got.attributes.get("Content-Encoding"):
@@ -398,6 +404,7 @@ def _of_web(etag: str, modified: datetime | None, size: int | None) -> str:
     # obstore replaces a missing time by the epoch
     if modified is not None and modified.timestamp() > 0:
         if (validator := _of_content(etag)) and not _is_of_the_time(etag, modified):
+            # a server may use the same time for two writes within its resolution, so a young object has no validator
             return validator
         if datetime.now(UTC).timestamp() - modified.timestamp() <= _SETTLED_SECONDS:
             return ""
@@ -426,6 +433,7 @@ def _is_of_the_time(etag: str, modified: datetime) -> bool:
 async def _of_file(path: str | os.PathLike[str]) -> _Head:
     with suppress(OSError):
         status = os.stat(path)
+        # a younger file may be written again within the same tick of the clock
         if time.time() - status.st_mtime > _SETTLED_HERE_SECONDS:
             return _Head(f"file {status.st_ino} {status.st_size} {status.st_mtime_ns}", status.st_size)
     return _Head()
@@ -476,6 +484,7 @@ def _of_info(info: Mapping[str, Any], protocols: set[str]) -> _Head:
     if protocols & {"http", "https"}:
         validator = _of_web(etag, _date(info.get("Last-Modified")), size)
     elif etag:
+        # a weak ETag may be the same for objects with different bytes
         validator = "" if etag.startswith("W/") else f"etag {etag}"
     elif protocols & _TIMED:
         modified = next((info[name] for name in ("mtime", "modified", "created") if info.get(name)), None)
@@ -511,9 +520,10 @@ class _Recording:
 
     @classmethod
     def twin_of(cls, source: Store) -> FsspecStore | None:
-        """A store that reads the same through such a file system; None where there is none for it."""
+        """A store that reads the same bytes through such a file system; None for other kinds of stores."""
         if type(source) is not FsspecStore or not (_is_fsspecs_web(source.fs) or _is_s3fs(source.fs)):
             return None
+        # a shallow copy, because the caller's store must not get the recording file system
         twin = object.__new__(FsspecStore)
         twin.__dict__.update(source.__dict__)
         twin.fs = cls(source.fs)
@@ -553,7 +563,7 @@ class _Session:
         async with self._session.get(*args, **options) as answer:
             said = answer.headers
             length = said.get("Content-Length") if answer.status == 200 else None
-            # one that ends when the connection does may have been cut off; 204 and 304 are no answers to a plain GET
+            # a body that ends with the connection may have been cut off; 204 and 304 are no answers to a plain GET
             ends = "Content-Length" in said or "chunked" in said.get("Transfer-Encoding", "").lower()
             is_clear = ends and (answer.status == 200 or (answer.status == 206 and "Content-Range" in said))
             head = _head("", said.get("Content-Range") if answer.status == 206 else None, length)
@@ -567,7 +577,7 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
     if content_range is None:
         return _Head(validator, int(length) if length and length.isdecimal() else None)
     if (match := re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())) is None:
-        # no bytes of any object
+        # an unreadable range: its bytes belong to no known place of the object
         return _Head(validator, got=(0, 0))
     first, last, size = match.groups()
     return _Head(validator, None if size == "*" else int(size), (int(first), int(last) + 1))
@@ -576,20 +586,20 @@ def _head(validator: str, content_range: str | None, length: str | None) -> _Hea
 async def _fetch_recorded(
     twin: FsspecStore, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None
 ) -> tuple[FetchResult, bool]:
-    """Read through a `_Recording` twin of a store; returns whether the source said which bytes it sent as well."""
+    """Read through a `_Recording` twin of a store; also returns whether the source reported which bytes it sent."""
     value = await twin.get(key, prototype, byte_range)
     heads: list[_Head] = twin.fs.heads
     if not heads or value is None:
         return _judged(value, byte_range, _Head()), True
     head = heads[-1]
     if len({head.validator for head in heads}) > 1:
-        # of several states, if it was read in parts
+        # read in several parts, which are of different states
         return FetchResult(value, exact=False), True
     if not all(head.is_clear for head in heads):
         return FetchResult(value, exact=False), False
     if byte_range is None and len(heads) > 1:
         head = _Head(head.validator, head.size)
     elif head.got is None and head.is_plain:
-        # an answer without a range is all there is
+        # an answer without a range is the whole object
         head = head._replace(got=(0, len(value)), size=len(value) if head.size is None else head.size)
     return _judged(value, byte_range, head), True

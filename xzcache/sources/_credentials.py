@@ -46,11 +46,13 @@ class AwsCredentials:
     @cached_property
     def session(self) -> Any:
         """A botocore session; raises `ImportError` without botocore, and `NoSuchProfile`."""
+        # imported late, because obstore works without botocore
         import botocore.exceptions
         import botocore.session
 
         session = botocore.session.Session(profile=self.profile)
         try:
+            # read now, so that an error names the profile here and not at the first request
             session.get_scoped_config()
         except botocore.exceptions.ProfileNotFound:
             name = session.profile
@@ -75,6 +77,7 @@ class AwsCredentials:
         from botocore import UNSIGNED
         from botocore.config import Config
 
+        # unsigned, because only the endpoint is asked for: no credentials are looked up
         client = self.session.create_client(
             "s3", region_name=self.region or "us-east-1", config=Config(signature_version=UNSIGNED)
         )
@@ -101,6 +104,7 @@ class AwsCredentials:
         lasting = not hasattr(found, "refresh_needed")
         frozen = found.get_frozen_credentials()
         if lasting:
+            # read anew the next time, because the file may hold other keys by then
             for name in ("_found", "session"):
                 self.__dict__.pop(name, None)
         until = datetime.now(UTC) + (_FROM_A_FILE if lasting else _FOR_NOW)

@@ -62,6 +62,7 @@ class IdentityMap(Generic[T]):
         number = id(store)
         with self._lock:
             known = self._known.get(number)
+            # an id may have been reused since, so the reference is compared as well
             if known is not None and known[0]() is store:
                 return known[1]
             identity = identify(store)
@@ -168,12 +169,12 @@ _identities: Final = IdentityMap[Identity]()
 
 
 def identify(store: Store) -> Identity:
-    """The identity of a source. The same object has the same one for its lifetime."""
+    """The identity of a source; an object keeps its identity for its lifetime."""
     return _identities.of(store, _identify)
 
 
 def remember(store: Store, known: Identity) -> None:
-    """Give a store the identity of the one that it is a copy of."""
+    """Give a copy of a store the identity of the original."""
     _identities.of(store, lambda _: known)
 
 
@@ -238,6 +239,7 @@ def _of_lifetime(store: Store, contents: object, *, fickle: bool = False) -> Ide
 
 def _of_variant(store: WrapperStore[Any] | LocalStore | FsspecStore) -> Identity:
     """The identity of a user's wrapper or subclass, which may change the data: its attributes are included."""
+    # both may differ between two stores of one source
     attributes = {name: value for name, value in vars(store).items() if name not in ("_is_open", "_read_only")}
     if isinstance(store, WrapperStore):
         inner = identify(store._store)
@@ -272,8 +274,10 @@ def _of_zip(store: ZipStore) -> Identity:
         status = os.stat(path)
     except OSError:
         return _of_lifetime(store, store)
+    # its contents can change under the same name while it is written
     if not store.read_only:
         return _of_lifetime(store, store)
+    # size and time are part of the identity, because this store has no validators
     return identity(path, ("zip", path, str(status.st_size), str(status.st_mtime_ns)), lasting=True)
 
 
@@ -283,6 +287,7 @@ def _of_fsspec(store: FsspecStore) -> Identity:
         path = os.path.realpath(path)
         return identity(path, ("file", path), lasting=True)
     if protocol == "memory":
+        # the pid, because each process has a file system of its own in memory
         return identity(f"memory {path}", ("memory", str(os.getpid()), path), lasting=False)
     try:
         return identity(label_of(store.fs, path), parts_of(store.fs, path), lasting=True)

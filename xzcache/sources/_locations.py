@@ -22,7 +22,7 @@ from xzcache.sources._urls import host_and_port, links, shown, sounds_secret, wi
 _WHOSE: Final = ("key", "username", "user", "access_key_id", "aws_access_key_id")
 """Names of options that name the user of a source, which may change its contents."""
 _PASSING: Final = ("token", "session_token", "aws_session_token")
-"""With one of these, the name is another one the next hour."""
+"""Options of temporary credentials: with one of these, the user's name changes from session to session."""
 _BOOKKEEPING: Final = ("_thread", "threading", "asyncio", "multiprocessing", "logging", "collections.Counter")
 
 
@@ -44,6 +44,7 @@ def stable_token(value: Any, known: Callable[[Any], Iterator[str] | None]) -> It
         yield "{"
         passing = any(value.get(name) for name in _PASSING)
         for name, item in sorted(value.items(), key=lambda pair: str(pair[0])):
+            # a digest, because a key id is half of a credential
             if name in _WHOSE and isinstance(item, str) and not passing:
                 yield f"{name}={blake2b(item.encode(), digest_size=16).hexdigest()}"
             elif isinstance(item, bool | int | float) or item is None or not sounds_secret(str(name)):
@@ -52,6 +53,7 @@ def stable_token(value: Any, known: Callable[[Any], Iterator[str] | None]) -> It
         yield "}"
     elif isinstance(value, list | tuple | set | frozenset):
         yield "["
+        # the order of a set differs between processes
         for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
             yield from stable_token(item, known)
         yield "]"
@@ -116,6 +118,7 @@ def configured_endpoint(profile: str) -> str:
         return ""
     if endpoint := _environment("AWS_ENDPOINT_URL_S3") or _environment("AWS_ENDPOINT_URL"):
         return endpoint
+    # without it in the file there is none to find, and botocore need not be imported
     if b"endpoint_url" not in (text := _configuration()):
         return ""
     try:
@@ -123,6 +126,7 @@ def configured_endpoint(profile: str) -> str:
         return "" if _AMAZON.fullmatch(_taken_apart(found)[0]) else found
     except (ImportError, ValueError):
         pass
+    # the whole configuration stands for the endpoint that cannot be read from it
     return f"{blake2b(text + profile.encode(), digest_size=8).hexdigest()}.configured"
 
 
@@ -146,7 +150,7 @@ def _account(given: Mapping[str, Any], profile: str) -> str:
     token = next((given[name] for name in _TOKENS if given.get(name)), None)
     if key is None and not given.get("profile"):
         key, token = _environment("AWS_ACCESS_KEY_ID"), _environment("AWS_SESSION_TOKEN")
-    # the key of a session is another one the next hour
+    # the key of a temporary session changes within hours, so it cannot name the account
     return "a session" if token else f"key {key}" if key else f"profile {profile}"
 
 
@@ -201,6 +205,7 @@ def _taken_apart(endpoint: str) -> tuple[str, int, str]:
 
 def _partition(region: str) -> str:
     """The part of Amazon's world that a region or host of it belongs to; empty for the large one."""
+    # each partition has bucket names of its own
     found = re.search(r"us-gov|us-iso|eusc|\.cn$|(^|[.-])cn-", region)
     return f"amazon {found[0].strip('.-')[:6]}" if found else ""
 
@@ -290,7 +295,7 @@ def _references(fs: Any, given: object) -> Iterator[str]:
     if not isinstance(table, dict):
         table = given
     if isinstance(table, Mapping):
-        # as it is given: any of their keys may look like a credential's name
+        # all of it, not by `stable_token`, which would leave out keys that look like names of credentials
         yield blake2b(repr(sorted(table.items())).encode(), digest_size=16).hexdigest()
     elif isinstance(given, str):
         path = given.removeprefix("file://")
@@ -320,13 +325,14 @@ def _is_known(fs: Any) -> bool:
 
 
 def _inmost(fs: Any) -> Any:
-    """The file system that an asynchronous face was put on."""
+    """The file system within asynchronous wrappers."""
     while hasattr(fs, "sync_fs"):
         fs = fs.sync_fs
     return fs
 
 
 def _options(fs: Any) -> dict[str, Any]:
+    # an instance of fsspec keeps positional arguments apart from named ones
     names = list(inspect.signature(type(fs).__init__).parameters)[1:]
     given = dict(zip(names, getattr(fs, "storage_args", ()), strict=False))
     return {**given, **(getattr(fs, "storage_options", None) or {})}

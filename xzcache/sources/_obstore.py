@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # -- Where Amazon keeps a bucket.
 
 _AMAZON: Final = "https://s3.amazonaws.com"
+# opening a store waits for this answer, once for each bucket
 _SECONDS: Final = 5.0
 
 
@@ -51,6 +52,7 @@ def region_of(bucket: str, endpoint: str = _AMAZON) -> str | None:
 def _asked(bucket: str, endpoint: str) -> str:
     request = urllib.request.Request(f"{endpoint}/{quote(bucket, safe='')}", method="HEAD")
     try:
+        # without redirects: the header of the first answer names the region
         with urllib.request.build_opener(_Stay).open(request, timeout=_SECONDS) as answer:
             headers = answer.headers
     except urllib.error.HTTPError as refusal:
@@ -60,7 +62,7 @@ def _asked(bucket: str, endpoint: str) -> str:
 
 
 def _unknown() -> str:
-    # not remembered, as an answer would be
+    # an exception, because `lru_cache` would remember an answer
     raise KeyError("x-amz-bucket-region")
 
 
@@ -130,10 +132,10 @@ _AZURE_PARTS: Final = {
     "SharedAccessSignature": "sas_key",
     "BlobEndpoint": "endpoint",
 }
-"""Of a connection string."""
+"""The parts of a connection string, and the options that they stand for."""
 
 OPTIONS: Final = frozenset({*_BOTH, *_S3, *_S3_NATIVE, *_GCS_NATIVE, *_AZURE, *_AZURE_NATIVE, "client_kwargs", "token"})
-"""The options of `storage_options` that are known, for those who misspell one."""
+"""The known options of `storage_options`, for suggestions when one is misspelt."""
 
 SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "http", "https")
 """The URL schemes that obstore can read."""
@@ -202,6 +204,7 @@ def _renamed(given: Iterable[tuple[str, Any]], names: Mapping[str, str], native:
             continue
         if (word := names.get(name, name)) not in native:
             raise Untranslatable(f"obstore does not support the option {name!r}")
+        # two names of one option may have different values
         if word in said:
             raise Untranslatable(f"the option {name!r} duplicates another one")
         said[word] = value
@@ -229,6 +232,7 @@ def _of_s3(bucket: str, given: dict[str, Any], *, sure: bool) -> Iterator[tuple[
         if "access_key_id" in config and "session_token" not in config and os.environ.get("AWS_SESSION_TOKEN"):
             # obstore would combine it with the given key
             raise Untranslatable("AWS_SESSION_TOKEN in the environment does not belong to the key that was given")
+    # which library reads a URL must not change what it reads
     if ambiguous := next((name for name in _AWS_TAKEN_IN_TWO_WAYS if os.environ.get(name)), None):
         raise Untranslatable(f"obstore and s3fs do not take {ambiguous} of the environment alike")
     if "endpoint" not in config and (endpoint := configured_endpoint(profile or "")):

@@ -38,7 +38,7 @@ class HasFileSystem(Protocol):
 
 
 SourceLike: TypeAlias = Store | StorePath | str | os.PathLike[str] | HasFileSystem | MutableMapping[str, Any]
-"""What a source is given as: a store, a path, a URL, a UPath, an FSMap, or a dictionary of buffers."""
+"""The kinds of arguments for a source: a store, a path, a URL, a UPath, an FSMap, or a dictionary of buffers."""
 
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
 _EXTRAS: Final = {"gcs": ("gs", "gcs"), "azure": ("az", "abfs", "abfss", "adl")}
@@ -57,7 +57,7 @@ def is_url(store: object) -> bool:
 
 
 def is_at_hand(store: Store) -> bool:
-    """Whether asking a store costs no more than looking a thing up: a directory of this machine, or memory."""
+    """Whether a request to a store costs as little as a lookup: a directory of this machine, or memory."""
     return type(store) in (LocalStore, MemoryStore)
 
 
@@ -77,7 +77,7 @@ def path_of(path: str | os.PathLike[str]) -> str:
         try:
             from zarr.storage._utils import parse_store_url
         except ImportError:
-            # older Zarr takes a text as it is
+            # older versions of Zarr take a string as a path, without parsing it
             path = path.removeprefix("file://")
         else:
             parsed = parse_store_url(path)
@@ -182,6 +182,7 @@ def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:
     # resolve the path now: a change of the working directory or of a link must not change it
     place = os.path.realpath(path_of(path))
+    # otherwise each read would fail with an error about a directory
     if os.path.isfile(place):
         raise ValueError(f"store={os.fspath(path)!r} {_format_of_file(place)}")
     return LocalStore(Path(place), read_only=read_only)
@@ -273,7 +274,7 @@ def _from_url(url: str, options: dict[str, Any], *, read_only: bool, upstream: s
     except ImportError as missing:
         if upstream == "auto" and scheme in SCHEMES:
             try:
-                # where there is no other, it has to find its credentials itself
+                # no other library is installed, so obstore must find the credentials itself
                 return _over_obstore(url, options, read_only=read_only, sure=True)
             except (Untranslatable, ImportError) as reason:
                 extra = next((extra for extra, names in _EXTRAS.items() if scheme in names), "remote")

@@ -1,7 +1,7 @@
-"""Outages: which exceptions of a source say that it cannot be reached, and when such a source is asked again.
+"""Outages: which exceptions mean that a source cannot be reached, and when such a source is asked again.
 
-An outage is no answer. A refused key (403, 404), bad credentials (401) and a certificate that is not valid are answers
-or need the user, so they are none. An exception of which nothing is known is none either.
+In an outage the source gives no answer. A refused key (403, 404), bad credentials (401) and an invalid certificate are
+answers, or the user must act: they are no outages. An exception of an unknown kind is no outage either.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _UNREACHED_NAMES: Final = frozenset(
 _SECURITY_NAMES: Final = frozenset(
     {"aiohttp.ClientSSLError", "aiohttp.ServerFingerprintMismatch", "botocore.SSLError", "requests.SSLError"}
 )
+# obstore's exceptions have no attributes for these: only their texts tell
 _OBSTORES_STATUS: Final = re.compile(r"status code: (\d{3})\b|\bstatus: (\d{3}),")
 _OBSTORES_HTTP: Final = re.compile(r"HTTP error: (?!builder)|kind: (Connect|Timeout|Interrupted)\b")
 _OF_CREDENTIALS: Final = re.compile(r"https?://(169\.254\.\d+\.\d+|metadata\.google\.internal)\b")
@@ -62,6 +63,7 @@ def is_outage(error: BaseException) -> bool:
     That is: no route, a refused or lost connection, no answer in time, a name that cannot be resolved, a proxy or a
     mount that is gone, and an answer of a server that it cannot answer now (408, 429, 5xx but 501 and 505).
     """
+    # a group that also holds an answer of the source is not an outage
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_outage, error.exceptions))
     seen: set[int] = set()
@@ -76,7 +78,7 @@ def is_outage(error: BaseException) -> bool:
 
 
 def _verdict(error: BaseException) -> bool | None:
-    """Whether one exception of a chain says that the source cannot be reached; None if it does not tell."""
+    """Whether one exception of a chain says that the source cannot be reached; None if it says neither."""
     if isinstance(error, Replaced):
         # our own, with `errno.ESTALE`: the source has answered, with two states
         return False
@@ -95,7 +97,7 @@ def _verdict(error: BaseException) -> bool | None:
         return True
     if "obstore.GenericError" in names:
         text = str(error)
-        # the service of a cloud that gives credentials is absent everywhere else
+        # these hosts give credentials within a cloud and do not exist elsewhere: their absence is no outage
         is_secure = "certificate" not in text.lower() and not _OF_CREDENTIALS.search(text)
         return is_secure and _OBSTORES_HTTP.search(text) is not None
     return None
@@ -104,6 +106,7 @@ def _verdict(error: BaseException) -> bool | None:
 def _status_of(error: BaseException) -> int | None:
     """The status of HTTP that an exception of a client reports."""
     status: Any = getattr(error, "status", None)
+    # each client has its own name for it
     for name in ("status_code", "code"):
         status = status if isinstance(status, int) else getattr(error, name, None)
     if not isinstance(status, int):
@@ -142,9 +145,9 @@ _devices: Final[dict[str, int]] = {}
 
 
 def is_deleted(source: Store) -> bool:
-    """Whether it is certain that what is missing in a local source was deleted, or never was there.
+    """Whether a missing key of a local source was certainly deleted, or never existed.
 
-    The other explanation is a directory that is not mounted, which looks like an empty one, or like none.
+    Otherwise its directory may not be mounted, which looks like an empty or a missing directory.
     """
     root = _root_of(source)
     if root is None:
@@ -156,16 +159,17 @@ def is_deleted(source: Store) -> bool:
     while not os.path.isdir(place) and os.path.dirname(place) != place:
         place = os.path.dirname(place)
     with suppress(OSError):
+        # another device at the path means that a mount has come or gone since
         if (known := _devices.get(root)) is not None:
             return os.stat(place).st_dev == known
-        # a directory that is mounted is not empty for want of a mount; nor is one that has other things in it
+        # a mount point, or a parent with other contents, shows that the directory is not just unmounted
         is_parent = place in (root, os.path.dirname(root))
         return is_parent and (os.path.ismount(place) or (place != root and any(_entries(place))))
     return False
 
 
 def remember_place(source: Store) -> None:
-    """Remember where the directory of a local source is, from which something was read."""
+    """Remember the device of a local source's directory after a successful read."""
     root = _root_of(source)
     if root is not None and root not in _devices:
         with suppress(OSError):
@@ -212,17 +216,18 @@ class Reach:
 
     @property
     def is_down(self) -> bool:
-        """Whether the source is not to be asked now. After the pause, the first to call this is told to ask."""
+        """Whether the source must not be asked now. After each pause, the first call returns False: its caller asks."""
         if not self.is_suspect:
             return False
         now = time.monotonic()
         if now < self._again:
             return True
+        # the others go on with the cache while this reader asks, which may take long
         self._again = now + _LONGEST_PAUSE
         return False
 
     def failed(self, seconds: float) -> None:
-        """The source could not be reached, which took so many seconds to find out."""
+        """Record a failure that took `seconds`; the next pause depends on them."""
         self._again = time.monotonic() + min(_LONGEST_PAUSE, max(_SHORTEST, 2 * seconds))
         self.is_suspect = True
 
@@ -235,5 +240,5 @@ _reaches: Final[dict[str, Reach]] = {}
 
 
 def reach_of(namespace: str) -> Reach:
-    """What this process knows of whether a source can be reached."""
+    """The `Reach` of a source in this process."""
     return _reaches.setdefault(namespace, Reach())

@@ -47,7 +47,7 @@ class Link(NamedTuple):
     rest: str
     """Path, query and fragment."""
     certain: bool
-    """Whether there is one way only to read it."""
+    """Whether the text can be parsed in one way only."""
 
     @property
     def shown(self) -> str:
@@ -61,7 +61,7 @@ class Link(NamedTuple):
 
 
 def links(url: str) -> list[Link]:
-    """The links of a chain, outermost first; the double colon of an address of IPv6 is none of a chain."""
+    """The links of a chain, outermost first; the double colon of an IPv6 address does not separate links."""
     masked, found, start = _BRACKETS.sub(lambda address: "x" * len(address[0]), url), [], 0
     for part in masked.split("::"):
         found.append(_link(url[start : start + len(part)]))
@@ -96,6 +96,7 @@ def _shown_path(rest: str) -> str:
     kept: list[str] = []
     for segment in re.split(r"[?#]", rest, maxsplit=1)[0].split("/"):
         plain = segment
+        # encoded more than once, a credential could still be read from the text
         for _ in range(3):
             plain = unquote(plain)
         if "@" in plain:
@@ -145,6 +146,7 @@ def scrub(error: BaseException, *given: str) -> BaseException:
         each = each.__cause__ or each.__context__
     if all(clean(text := str(each)) == text for each in seen):
         return error
+    # its text was made from parts that are not in `args`, so it cannot be cleaned in place
     substitute = OSError(f"{type(error).__name__}: {clean(str(error))}")
     substitute.__suppress_context__ = True
     return substitute
@@ -200,6 +202,7 @@ def _texts(value: Any) -> Iterator[str]:
             if not sounds_secret(str(name)):
                 yield from _texts(item)
     elif isinstance(value, list | tuple) and len(value) < 100:
+        # long lists are data, and are not searched
         for item in value:
             yield from _texts(item)
 

@@ -24,7 +24,7 @@ _MOST_EDGES: Final = 60
 
 @xr.register_dataset_accessor("zcache")  # type: ignore[no-untyped-call]
 class ZcacheAccessor:
-    """What is cached of a dataset, and what its reads found in the cache.
+    """The cached parts of a dataset, and the hits and misses of its reads.
 
     Each method raises `ValueError` if no variable is read through a `CacheStore` over a directory. Variables that were
     loaded or computed are not read through it any more.
@@ -56,7 +56,7 @@ class ZcacheAccessor:
     def cached_fraction(self) -> dict[str, float | None]:
         """For each variable, the part of the chunks (or shards) of its whole arrays that is cached, from 0 to 1.
 
-        None for a variable whose array is unknown. What a selection leaves out counts as well.
+        None for a variable whose array is unknown. Chunks outside of a selection count as well.
         """
         listed = {store.namespace: _listed(store) for store in self._stores()}
         places = {

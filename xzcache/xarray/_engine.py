@@ -1,7 +1,6 @@
-"""xarray's ways in: the engine ``"zcache"``, and `open_zarr` and `open_mfdataset` through the cache.
+"""Entry points for xarray: the engine ``"zcache"``, and `open_zarr` and `open_mfdataset` through the cache.
 
-Everything but the store is xarray's own: a path, URL or store becomes a `CacheStore`, and xarray's Zarr backend opens
-that.
+A path, URL or store becomes a `CacheStore`, and xarray's own Zarr backend opens that store.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class ZcacheBackendEntrypoint(ZarrBackendEntrypoint):
     is_zcache = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Never: a cache is asked for by its name."""
+        """Always False: the engine is used only if it is named."""
         return False
 
     def open_dataset(self, filename_or_obj: Any, *, drop_variables: Any = None, **kwargs: Any) -> Dataset:
@@ -169,8 +168,9 @@ def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dat
     _check_engine(given.pop("engine", None))
     storage_options = given.pop("storage_options", None)
     finish = _decoding_cached if chosen(_PIPELINE, given.pop(_PIPELINE, UNSET), parse_flag) else _decoding_plainly
-    # where a dataset is opened, which may be on a worker, is where its arrays are at hand
+    # `preprocess` runs where a dataset is opened, perhaps on a worker: there its arrays can be reached
     given["preprocess"] = partial(_finished, finish, given.get("preprocess"))
+    # as `engine="zcache"` does: a path that does not exist must not be created
     settings = {"read_only": True, **{name: given.pop(name) for name in SETTINGS if name in given}}
     stores: dict[str, Any] = {}
     opened: list[CacheStore] = []
@@ -183,6 +183,7 @@ def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dat
         name = os.fspath(item) if isinstance(item, str | os.PathLike) else None
         store = CacheStore(_as_xarray(item), storage_options=storage_options if is_url(item) else None, **settings)
         opened.append(store)
+        # one store for each name, so that `attrs_file` finds the store of its dataset
         return stores.setdefault(name, store) if name is not None else store
 
     items: Any = paths
@@ -262,7 +263,7 @@ def _through_cache(
     source = given.store if isinstance(given, StorePath) else given
     options = rest.pop("storage_options", None)
     if rest.get("mode", "r") == "r":
-        # a path that is opened for writing is made
+        # otherwise a missing path would be created
         settings.setdefault("read_only", True)
     elif rest["mode"] == "r+" and isinstance(source, str | os.PathLike) and not is_url(source):
         name = path_of(as_xarray(source))
@@ -309,12 +310,13 @@ def _note_offline(error: Exception, store: CacheStore) -> None:
     if is_of_arguments or isinstance(error, SourceUnreachable) or store.revalidate is False:
         return
     with suppress(Exception):
+        # a hint to read offline helps only if there is something to read
         if store.cache_info()["cached_keys"]:
             error.add_note("revalidate=False reads what is cached of this source without asking it")
 
 
 def _decoding_plainly(opened: Any) -> Any:
-    """Take the `xzcache.pipeline.CachePipeline` from the arrays of a dataset, or of a node of a tree."""
+    """Remove the `xzcache.pipeline.CachePipeline` from the arrays of a dataset, or of a node of a tree."""
     for array in _arrays_of(opened):
         take(array)
     return opened
@@ -337,7 +339,7 @@ def _arrays_of(opened: Any) -> Iterator[zarr.Array[Any]]:
     """The Zarr arrays of a dataset or node, as far as they can be found; Zarr decodes the others as configured."""
     store: Any = getattr(opened._close, "__self__", None)
     if getattr(store, "_cache_members", False):
-        # the objects that are read, also behind Dask's arrays
+        # these are the array objects that are read, even by way of Dask's arrays
         yield from (member for member in store.members.values() if isinstance(member, zarr.Array))
         return
     for variable in opened.variables.values():
@@ -374,6 +376,7 @@ _OF_OPEN_MFDATASET: Final = tell_all(
 )
 _OF_ENGINE: Final = frozenset({*_OWN, *SETTINGS, _PIPELINE, *inspect.signature(_zarr.open_datatree).parameters})
 
+# warnings of xarray are meant for the line of the user, which they find by the file of these functions
 for _function in (
     open_zarr,
     open_mfdataset,

@@ -1,7 +1,7 @@
-"""What a user reads when a dataset cannot be opened: one line that says what is wrong and what to do.
+"""Errors of opening a dataset, in one line that says what is wrong and what to do.
 
-The error of the source, with all it has to say, is the `__cause__`. An error that is clear already is left as it is.
-Only the opening of a dataset is explained: a read of a store raises what its source raises.
+The full error of the source is the `__cause__`. An error that is clear already is not changed. Only errors of opening a
+dataset are explained: a read of a store raises the exception of its source.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ _OF_ARGUMENTS: Final = ("builtins", "zarr", "xarray", "xzcache")
 """Packages whose errors are about arguments or contents, and not about a server."""
 _AT_MOST: Final = 5
 _PATIENCE: Final = 5.0
-"""Seconds in which a source is asked what it has, once nothing was found."""
+"""Seconds to list the contents of a source after nothing was found at its root."""
 
 
 def explained(error: Exception, store: CacheStore, given: object, group: object = None) -> Exception | None:
-    """An error with a line that helps, to be raised from the given one; None if that serves as it is.
+    """A clearer error to raise from the given one; None if the given one is clear enough.
 
-    Of what xarray and Zarr raise, it has the same type, or the built-in one that theirs derives from.
+    For errors of xarray and Zarr, it has the same type, or the built-in type that theirs derives from.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of_server(error: Exception, name: str) -> Exception | None:
-    # the names of classes are told apart by the words, as no library of the cloud need be installed
+    # compared by the names of classes, because the libraries of clouds may not be installed
     text = "\n".join(f"{kind.__name__} {each}" for each in _chain(error) for kind in type(each).__mro__[:3])
     if "://" not in name:
         # a path, whose own error names it
@@ -187,7 +187,7 @@ def _not_found(name: str, source: Store) -> Exception | None:
             return FileNotFoundError(f"{name} has a group at its root, but of another format: leave zarr_format out")
         found = _within(source, raises=True)
     except Exception as error:
-        # nothing found where nothing can be listed says nothing
+        # the source cannot be listed, so an empty result proves nothing
         better = _of_server(error, name)
         return better if isinstance(better, FileNotFoundError) else None
     if found:
@@ -229,6 +229,7 @@ async def _nodes(source: Store, path: str, depth: int) -> AsyncIterator[str]:
     async for name in source.list_dir(path):
         if not name.startswith((".", "zarr.json")) and name != "c":
             names.append(name.strip("/"))
+        # a large store must not be listed for one line of an error
         if len(names) > 4 * _AT_MOST:
             break
     for name in names:

@@ -40,7 +40,7 @@ def expanded(pattern: str, storage_options: Any, upstream: str) -> list[str]:
 
     store = open_source(url(), storage_options, read_only=True, upstream=upstream)
     if isinstance(store, FsspecStore) and scheme in ("http", "https"):
-        # which spells names as the links of pages do
+        # fsspec returns names as the links of pages spell them
         found = sync(_listed(store, parts[depth:], unquote))
     elif isinstance(store, FsspecStore):
         found = sync(_globbed(store, parts[depth:]))

@@ -1,4 +1,4 @@
-"""Warm a cache: from datasets, stores and URLs, and from selections of labels, to parts of Zarr's arrays."""
+"""Warm a cache: translate datasets, stores, URLs and selections of labels to parts of Zarr arrays."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _errors_named(source: Any) -> Iterator[None]:
 
 
 def _distinct(parts: Iterable[Part]) -> list[Part]:
-    """Without parts that are there already, in the order of need: coordinates first."""
+    """The parts without duplicates, coordinates first, because every opening needs them."""
     found: dict[tuple[Any, ...], Part] = {}
     for part in sorted(parts, key=lambda part: not part.everywhere):
         box = (
@@ -193,6 +193,7 @@ def _distinct(parts: Iterable[Part]) -> list[Part]:
         )
         store: Any = part.array.store
         whole = store.namespace, part.array.path, None
+        # all of an array includes each part of it
         if whole not in found:
             found.setdefault((*whole[:2], box), part)
     return list(found.values())
@@ -204,6 +205,7 @@ def _pin(parts: Sequence[Part], until: int | None, *, by_array: bool) -> None:
         for part in parts
         if isinstance(store := part.array.store, CacheStore)
     ]
+    # one pin for each source or array, however many parts of it are warmed
     for root, namespace, path in dict.fromkeys(places):
         if root is None:
             raise ValueError("pin is not accepted for a cache that is no directory: leave it out")
@@ -333,7 +335,7 @@ def _of_dataset(dataset: xr.Dataset, names: list[str] | None, selections: _Selec
     for label, variable in selected.variables.items():
         found = [Part(array, box) for array, box in _behind(variable._data)]
         if not found and label in dataset.xindexes:
-            # an index is read as a whole whenever the dataset is opened
+            # each opening of the dataset reads an index as a whole
             indexes = [_array_at(*place, str(label)) for place in places.values()]
             found = [Part(array, everywhere=True) for array in indexes if array is not None]
         yield from found
@@ -356,7 +358,9 @@ def _behind(data: Any) -> Iterator[tuple[zarr.Array[Any], tuple[Positions, ...]]
         yield from _unwrapped(data, [])
         return
     graph = data.__dask_graph__()
+    # only tasks that the data need: a selection leaves the rest of the graph in place
     needed = graph.cull(data.__dask_keys__()).to_dict() if hasattr(graph, "cull") else dict(graph)
+    # the name that xarray gives to the array that Dask reads from
     originals = {key: value for key, value in needed.items() if isinstance(key, str) and key.startswith("original-")}
     for key, value in originals.items():
         reads = [slices for task in needed.values() if (slices := _slices(task, key)) is not None]
@@ -413,13 +417,13 @@ def _unwrapped(data: Any, keys: list[Any]) -> Iterator[tuple[zarr.Array[Any], tu
             elif along is not None:
                 box[axis] = np.asarray(box[axis])[np.asarray(along)]
             kept.append(axis)
-        # what a decoder adds to the values, such as the characters of a string, has no key of its own
+        # axes that a decoder adds, such as the characters of a string, have no key
         axes = [*kept, *axes[len(key) :]]
     yield data, tuple(box)
 
 
 def _lazy(dataset: xr.Dataset) -> xr.Dataset:
-    """The dataset with lazy arrays in place of Dask's, as far as nothing was computed with these."""
+    """The dataset with lazy arrays in place of Dask arrays that only read."""
     lazy = {}
     for name, variable in dataset.variables.items():
         given: Any = variable._data
@@ -440,7 +444,7 @@ def _lazy(dataset: xr.Dataset) -> xr.Dataset:
 
 
 class _Selections:
-    """What the user selects, by labels and by positions; each must apply to some of the datasets."""
+    """The user's selections by labels and positions; each must apply to at least one dataset."""
 
     def __init__(self, sel: Selection, isel: Selection) -> None:
         self._sel = _checked("sel", sel, _SEL)
@@ -481,7 +485,7 @@ class _Selections:
         return dataset
 
     def check_used(self) -> None:
-        """Refuse what is the name of no dimension."""
+        """Raise `ValueError` for a name that is no dimension of any dataset."""
         for kind, names in (("sel", self._sel), ("isel", self._isel)):
             for name in names:
                 if name not in self._used:
@@ -491,7 +495,7 @@ class _Selections:
 
 
 class _Text(str):
-    """A selection as it was typed."""
+    """A selection as text from the command line."""
 
     __slots__ = ()
 
@@ -569,7 +573,7 @@ def _as_given(value: Any) -> str:
 
 
 def _extent(dataset: xr.Dataset, name: str) -> str:
-    """What there is along a dimension."""
+    """The range of labels or positions along a dimension, for messages."""
     index = dataset.indexes.get(name)
     if index is None or not len(index):
         return f"{name!r} has {dataset.sizes.get(name, 0):,} positions"
