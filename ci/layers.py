@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 TABLE: Final[Mapping[str, str]] = {
     # room: rooms, or modules of the package itself, that it may import
     "__init__": "store local manage _xarray_hook xarray dask directory",
-    "cli __main__": "manage xarray",
+    "cli __main__": "manage xarray dask",
     "xarray": "store pipeline manage _xarray_hook sources",
     "dask": "_caches directory reading",
     "manage": "store local _caches _display reading sources directory anystore",

@@ -3,7 +3,8 @@
 `config` is a `donfig.Config <https://donfig.readthedocs.io>`_: settings come from the defaults below, then the section
 ``xzcache`` of Dask's configuration as it is at import (``DASK_XZCACHE__MAX_SIZE=50GB``), then YAML files
 (``~/.config/xzcache/*.yaml``, ``/etc/xzcache``; at their top or in a section ``xzcache``), then the environment
-(``XZCACHE_MAX_SIZE=50GB``), then ``xzcache.config.set(max_size="50 GB")``.
+(``XZCACHE_MAX_SIZE=50GB``), then ``xzcache.config.set(max_size="50 GB")``. The section ``enforced`` of files in
+``/etc/xzcache`` stands above all of them, and above keywords.
 """
 
 from __future__ import annotations
@@ -111,6 +112,52 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, **section} if isinstance(section, dict) else rest
 
 
+SITE: Final = "/etc/xzcache"
+"""Where an administrator enforces settings; no variable of the environment moves it."""
+
+
+def _enforced() -> dict[str, tuple[Any, str]]:
+    """What the section ``enforced`` of the site's files sets, and the file."""
+    found: dict[str, tuple[Any, str]] = {}
+    for path in _files_in(SITE):
+        for each in collect_yaml([path]):
+            section = _flat(each).get(_ENFORCED) if isinstance(each, dict) else None
+            if isinstance(section, dict):
+                found |= {str(name).replace("-", "_"): (value, path) for name, value in section.items()}
+    return found
+
+
+_ENFORCED: Final = "enforced"
+_TIGHTENED: Final = ("max_size", "min_free")
+"""Settings whose enforced value is a limit: users may ask for less of the disk."""
+
+
+def _files_in(place: str) -> list[str]:
+    """The configuration files of a place, a folder or a file, in the order in which they are read."""
+    is_folder = os.path.isdir(place)
+    names = sorted(os.listdir(place)) if is_folder and os.access(place, os.R_OK | os.X_OK) else []
+    paths = [os.path.join(place, name) for name in names] if is_folder else [place]
+    return [path for path in paths if path.lower().endswith((".json", ".yaml", ".yml"))]
+
+
+def allowed(name: str, value: Any) -> Any:
+    """A value of a setting as the site allows it: the enforced one, or a tighter one; UNSET stays unset."""
+    if name not in config.enforced or value is UNSET:
+        return value
+    limit, path = config.enforced[name]
+    if name not in _TIGHTENED:
+        return limit
+    try:
+        if name == "max_size":
+            size, most = parse_size(name, value), parse_size(name, limit)
+            return size if most is None or (size is not None and size <= most) else most
+        reserve, least = parse_min_free(name, value), parse_min_free(name, limit)
+        # a share and a size cannot be compared without the disk
+        return max(reserve, least) if isinstance(reserve, float) == isinstance(least, float) else least
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (from {origin_of(name)}, enforced by {path})") from None
+
+
 class _Set(ConfigSet):  # type: ignore[misc]
     """Settings that were set, until the end of a ``with`` statement; displayed, they say which are no settings."""
 
@@ -127,8 +174,16 @@ class _Config(Config):  # type: ignore[misc]
 
     def collect(self, paths: list[str] | None = None, env: Mapping[str, str] | None = None) -> dict[str, Any]:
         """As `donfig.Config.collect`; the settings of a file may be in a section ``xzcache``."""
+        self.enforced: dict[str, tuple[Any, str]] = _enforced()
         files = [_flat(each) for each in collect_yaml(self.paths if paths is None else paths)]
-        return dict(merge(*files, collect_env(self.env_prefix, self.env if env is None else env)))
+        found = dict(merge(*files, collect_env(self.env_prefix, self.env if env is None else env)))
+        found.pop(_ENFORCED, None)
+        return found
+
+    def get(self, key: str, *default: Any, **options: Any) -> Any:
+        """As `donfig.Config.get`; what the site enforces cannot be overridden."""
+        value = super().get(key, *default, **options)
+        return allowed(key, value) if key in self.enforced else value
 
     def set(self, arg: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Set settings, until the end of a ``with`` statement if there is one.
@@ -458,7 +513,7 @@ _FLAGS: Final = {"true": True, "false": False}
 def chosen(name: str, value: Any, parse: Callable[[str, Any], Any]) -> Any:
     """The given or configured value of a setting, parsed."""
     if not isinstance(value, Unset):
-        return parse(name, value)
+        return parse(name, allowed(name, value))
     warn_of_unknown_settings()
     value = config.get(name)
     if isinstance(value, str) and value.lower() in _FLAGS:
@@ -487,6 +542,9 @@ def chosen_max_size() -> int | Unset | None:
 def origin_of(name: str) -> str:
     """Where the value of a setting came from, for people."""
     value, key = config.get(name, None), f"{config.env_prefix}{name.upper()}"
+    if name in config.enforced and value == allowed(name, config.enforced[name][0]):
+        path = config.enforced[name][1]
+        return f"file {path}{_line_of(path, name)}, enforced"
     if key in config.env and _is_of_environment(key, value):
         return f"environment, {key}"
     for path, found in reversed(_yaml_files()):
@@ -506,10 +564,8 @@ def _yaml_files() -> list[tuple[str, dict[str, Any]]]:
     """The configuration files in the order in which they are read, and their contents."""
     found = []
     for place in config.paths:
-        names = sorted(os.listdir(place)) if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK) else []
-        for path in [os.path.join(place, name) for name in names] if os.path.isdir(place) else [place]:
-            if path.lower().endswith((".json", ".yaml", ".yml")):
-                found += [(path, _flat(each)) for each in collect_yaml([path]) if isinstance(each, dict)]
+        for path in _files_in(place):
+            found += [(path, _flat(each)) for each in collect_yaml([path]) if isinstance(each, dict)]
     return found
 
 
@@ -531,6 +587,8 @@ def unknown_settings() -> list[str]:
     named = [(f"environment, {key}", key[len(prefix) :]) for key in config.env if key.startswith(prefix)]
     named = [(where, key.lower()) for where, key in named if key not in ours]
     named += [(f"file {path}{_line_of(path, str(name))}", str(name)) for path, found in _yaml_files() for name in found]
+    named = [(where, name) for where, name in named if name != _ENFORCED]
+    named += [(f"file {path}{_line_of(path, name)}", name) for name, (_, path) in config.enforced.items()]
     named += [("Dask's configuration", name) for name in _of_dask()]
     lines = []
     for where, name in named:

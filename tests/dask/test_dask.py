@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -35,8 +36,8 @@ from zarr.storage import LocalStore
 import xzcache
 from xzcache._config import DEFAULTS
 from xzcache.dask._cluster import Node
+from xzcache.directory import Medium, medium_of
 from xzcache.directory import _registry as registry
-from xzcache.files._entryfile import is_on_network
 from xzcache.reading import _stats as stats
 
 # what workers are sent to do, they need not import the tests for
@@ -650,11 +651,15 @@ def test_where_by_argument(tmp_path: Path) -> None:
     with threads(1) as client, xzcache.config.set(directory=str(tmp_path / "configured")):
         client.register_plugin(xzcache.CachePlugin(tmp_path / "given"))
         assert xzcache.cluster_info(client)[0].directory == str(tmp_path / "given")
+        # what is not given stays
+        client.register_plugin(xzcache.CachePlugin(policy="lru"))
+        assert xzcache.cluster_info(client)[0].directory == str(tmp_path / "given")
+        client.unregister_worker_plugin("xzcache")
         client.register_plugin(xzcache.CachePlugin())
         assert xzcache.cluster_info(client)[0].directory == str(tmp_path / "configured")
 
 
-def test_a_second_registration_configures_anew(tmp_path: Path) -> None:
+def test_a_second_registration_changes_what_it_gives(tmp_path: Path) -> None:
     ds = Dataset(tmp_path, side=2)
     with cluster(1) as client:
         client.register_plugin(xzcache.CachePlugin(ds.root, "2 MB", min_free="1 kB", lock_timeout=7, revalidate=False))
@@ -665,32 +670,79 @@ def test_a_second_registration_configures_anew(tmp_path: Path) -> None:
         assert (again.node, again.bound) == (node.node, 1_000_000)
         assert again.entries == 5
         for found in client.run(configured).values():
-            assert (found["max_size"], found["min_free"], found["revalidate"]) == (1_000_000, 2000, "open")
+            assert (found["max_size"], found["min_free"], found["revalidate"]) == (1_000_000, 2000, False)
         for open_ in client.run(directories).values():
             assert open_[ds.root] == (2000, 9.0)
         # counted once, however often it was registered
         assert set(client.run(_observed).values()) == {1}
         client.register_plugin(xzcache.CachePlugin(tmp_path / "elsewhere"))
-        assert check_one_cache(client, str(tmp_path / "elsewhere"), 1).bound == 10 * 2**30
+        assert check_one_cache(client, str(tmp_path / "elsewhere"), 1).bound == 1_000_000
     assert audit(ds.root) == 5
     assert audit(str(tmp_path / "elsewhere")) == 0
 
 
-def test_a_second_client_that_chooses_nothing_changes_nothing(tmp_path: Path) -> None:
+def test_what_a_second_client_does_not_give_stays(tmp_path: Path) -> None:
     with cluster(1) as client, Client(client.scheduler.address) as other:
         client.register_plugin(xzcache.CachePlugin(tmp_path / "chosen", "1 GB", policy="lru"))
         before = client.run(configured)
         with xzcache.config.set(dict(DEFAULTS)):
             other.register_plugin(xzcache.CachePlugin())
         assert client.run(configured) == before
-        # one that has a wish has it fulfilled
-        with xzcache.config.set(directory=str(tmp_path / "configured")):
+        # the configuration of another client is meant for its own machine
+        with xzcache.config.set(directory=str(tmp_path / "configured"), min_free="7%", max_size="7 GB", policy="none"):
             other.register_plugin(xzcache.CachePlugin())
+            assert client.run(configured) == before
+            other.register_plugin(xzcache.CachePlugin(max_age_seconds=5))
         (after,) = client.run(configured).values()
-        assert (after["directory"], after["policy"]) == (str(tmp_path / "configured"), "adaptive")
-        other.register_plugin(xzcache.CachePlugin(policy="none"))
-        (after,) = client.run(configured).values()
-        assert after["policy"] == "none"
+        (was,) = before.values()
+        assert after == {**was, "max_age_seconds": 5}
+        # workers that join later get what all clients have given
+        client.cluster.scale(2)
+        client.wait_for_workers(2)
+        assert list(client.run(configured).values()) == [after, after]
+        client.restart()
+        assert list(client.run(configured).values()) == [after, after]
+
+
+def test_after_the_plugin_was_removed_the_next_begins_anew(tmp_path: Path) -> None:
+    with cluster(1) as client:
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "cache", policy="lru", remove_on_close=True))
+        client.unregister_worker_plugin("xzcache")
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
+        assert [found["policy"] for found in client.run(configured).values()] == ["adaptive"]
+    assert (tmp_path / "cache").exists()
+
+
+def test_what_was_preloaded_stays_where_a_client_gives_nothing(tmp_path: Path) -> None:
+    async def preload(dask_worker: Any) -> None:
+        with xzcache.config.set(directory=f"{place}/{dask_worker.name}", policy="lru", threads=3):
+            await xzcache.dask.dask_setup(dask_worker)
+
+    place = str(tmp_path)
+    with cluster(2) as client:
+        client.run(preload)
+        with xzcache.config.set(directory=str(tmp_path / "client"), policy="none"):
+            client.register_plugin(xzcache.CachePlugin(max_size="1 MB"))
+        found = client.run(configured).values()
+        assert sorted(of["directory"] for of in found) == [f"{place}/0", f"{place}/1"]
+        assert {(of["policy"], of["threads"], of["max_size"]) for of in found} == {("lru", 3, 1_000_000)}
+
+
+def test_a_scheduler_that_cannot_take_the_plugin_keeps_no_settings(tmp_path: Path) -> None:
+    def refuse(dask_scheduler: Any) -> None:
+        # as one without this package does
+        dask_scheduler.handlers["register_scheduler_plugin"] = no_such_module
+
+    async def no_such_module(**_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'xzcache'")
+
+    with threads(1) as client:
+        client.run_on_scheduler(refuse)
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "cache", "1 GB"))
+        assert xzcache.cluster_info(client)[0].bound == 1_000_000_000
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "cache", policy="lru"))
+        assert xzcache.config.get("policy") == "lru"
+    assert configured()["policy"] != "lru"
 
 
 def test_of_two_plugins_the_one_that_is_left_is_shown(tmp_path: Path) -> None:
@@ -708,10 +760,10 @@ def test_workers_of_one_process_are_configured_anew_as_well(tmp_path: Path) -> N
     before = configured()
     with threads(2) as client:
         client.register_plugin(xzcache.CachePlugin(tmp_path / "one", "1 MB", max_age_seconds=5))
-        client.register_plugin(xzcache.CachePlugin(tmp_path / "other"))
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "other", max_age_seconds=7))
         (node,) = xzcache.cluster_info(client)
-        assert (node.directory, node.bound) == (str(tmp_path / "other"), 10 * 2**30)
-        assert xzcache.config.get("max_age_seconds") == before["max_age_seconds"]
+        assert (node.directory, node.bound) == (str(tmp_path / "other"), 1_000_000)
+        assert xzcache.config.get("max_age_seconds") == 7
         assert len(stats.observers) == 1
     assert configured() == before
     assert not stats.observers
@@ -1153,12 +1205,18 @@ def _may_mount() -> bool:
 needs_mounts = pytest.mark.skipif(not _may_mount(), reason="mounting takes root and FUSE")
 
 
-def _look_at_mounts(link: Any, folder: str) -> dict[str, bool]:
+NETWORK = ("fuse.blobfuse2", "fuse.mount-s3", "fuse.unheard-of", "fuse")
+"""Kinds that a program serves which is not known to keep its bytes on this machine."""
+
+
+def _look_at_mounts(link: Any, folder: str) -> dict[str, Medium]:
     _with_own_mounts()
     _mount_fuse("fuse.sshfs", f"{folder}/far")
     _mount_fuse("fuse.sshfs", f"{folder}/with a space")
     _mount_fuse("fuse.sshfs", f"{folder}/b\\ack\tslash")
     _mount_fuse("fuse.bindfs", f"{folder}/near")
+    for kind in NETWORK:
+        _mount_fuse(kind, f"{folder}/{kind}")
     os.makedirs(f"{folder}/under")
     _mount_fuse("fuse.rclone", f"{folder}/under")
     _mount("tmpfs", f"{folder}/under", "tmpfs", 0, None)
@@ -1168,9 +1226,9 @@ def _look_at_mounts(link: Any, folder: str) -> dict[str, bool]:
     _mount(f"{folder}/far", f"{folder}/bound", None, 4096, None)
     names = (
         *("far", "far/deep/er", "farther", "with a space", "with a space/x", "b\\ack\tslash", "near", "under"),
-        *("memory/far", "link", "link/x", "bound", "none/such", "."),
+        *("memory/far", "link", "link/x", "bound", "none/such", ".", *NETWORK),
     )
-    return {name: is_on_network(f"{folder}/{name}") for name in names}
+    return {name: medium_of(f"{folder}/{name}")[0] for name in names}
 
 
 @needs_mounts
@@ -1185,7 +1243,8 @@ def test_file_systems_that_cross_the_network_are_told_apart(tmp_path: Path) -> N
                 pytest.skip("this container may not mount")
             raise
     far = {"far", "far/deep/er", "with a space", "with a space/x", "b\\ack\tslash", "link", "link/x", "bound"}
-    assert {name for name, is_far in found.items() if is_far} == far
+    assert {name for name, medium in found.items() if medium is Medium.ELSEWHERE} == {*far, *NETWORK}
+    assert {name for name, medium in found.items() if medium is Medium.MEMORY} == {"under", "memory/far"}
 
 
 def _warnings_of_a_far_cache(link: Any, folder: str) -> tuple[list[str], float]:
@@ -1234,6 +1293,73 @@ def test_a_directory_that_cannot_be_written_on_a_worker(tmp_path: Path) -> None:
             if "Operation not permitted" in str(error):
                 pytest.skip("this container may not mount")
             raise
+
+
+def check_warned(plugin: xzcache.CachePlugin, workers: int, *expected: str) -> None:
+    """Clients are told each of these once, and nothing else."""
+    with warnings.catch_warnings(record=True) as said, cluster(workers) as client:
+        warnings.simplefilter("always")
+        client.register_plugin(plugin)
+        until(lambda: len(said) >= len(expected))
+        client.run(_beat)
+    told = sorted(str(warning.message) for warning in said)
+    assert len(told) == len(expected)
+    assert all(part in text for part, text in zip(sorted(expected), told, strict=True))
+
+
+async def _beat(dask_worker: Any) -> None:
+    await dask_worker.heartbeat()
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="no file system in memory here")
+def test_a_cache_in_memory_is_warned_about() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        check_warned(xzcache.CachePlugin(f"{folder}/cache"), 1, f"{folder}/cache is in memory (tmpfs)")
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "place"),
+    [
+        ("SLURM_JOB_ID", "4711", "slurm/job_4711/tmp"),
+        ("PBS_JOBID", "4711.head", "pbs.4711.head"),
+        ("JOB_ID", "4711", "4711.1.all.q"),
+        ("_CONDOR_SCRATCH_DIR", "{}", "condor"),
+    ],
+)
+def test_a_cache_that_goes_with_a_job_is_warned_about(
+    name: str, job: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> list[str]:
+        return [record.message for record in caplog.records if record.name == "xzcache.dask" and record.levelno > 20]
+
+    monkeypatch.setenv(name, job.format(tmp_path / place))
+    with threads(1) as client, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        client.register_plugin(xzcache.CachePlugin(tmp_path / f"14711/not-x{job.replace('/', '')}" / "cache"))
+        assert not said()
+        client.register_plugin(xzcache.CachePlugin(tmp_path / place / "cache"))
+    (text,) = said()
+    assert name in text
+    assert "outlives its jobs" in text
+
+
+def test_two_caches_of_one_machine_are_warned_about(tmp_path: Path) -> None:
+    async def set_up(dask_worker: Any) -> None:
+        plugin = xzcache.CachePlugin(f"{place}/{dask_worker.name}")
+        await dask_worker.plugin_add(plugin, name="xzcache")
+
+    async def set_up_alike(dask_worker: Any) -> None:
+        await dask_worker.plugin_add(xzcache.CachePlugin(f"{place}/one"), name="xzcache")
+
+    place = str(tmp_path)
+    with warnings.catch_warnings(record=True) as said, cluster(2) as client:
+        warnings.simplefilter("always")
+        client.run(set_up_alike)
+        client.run(_beat)
+        assert not said
+        client.run(set_up)
+        (warned,) = until(lambda: list(said))
+        assert "workers of one machine have 2 caches" in str(warned.message)
 
 
 def test_a_local_directory_is_not_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

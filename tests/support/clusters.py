@@ -8,11 +8,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import dask
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 from distributed.utils import get_mp_context
 from processes import PRELOADED, until
 
@@ -84,3 +85,25 @@ def kill_one(client: Client) -> Address:
 
     until(replaced)
     return gone
+
+
+@contextmanager
+def nodes(folder: Path, count: int, *, per_node: int = 1, **options: Any) -> Iterator[Client]:
+    """A cluster of simulated nodes: each has a cache directory of its own, which its workers have in common."""
+    workers = {
+        f"{node}.{number}": {
+            "cls": Nanny,
+            "options": {
+                "nthreads": 1,
+                "host": "127.0.0.1",
+                "env": {"XZCACHE_DIRECTORY": str(folder / f"node{node}")},
+                **options,
+            },
+        }
+        for node in range(count)
+        for number in range(per_node)
+    }
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "host": "127.0.0.1"}}
+    with SpecCluster(workers, scheduler=scheduler) as made, Client(made) as client:
+        client.wait_for_workers(count * per_node)
+        yield client

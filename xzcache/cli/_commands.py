@@ -85,6 +85,13 @@ def _json(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes.")(function)
 
 
+def _scheduler(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.option(
+        "--node", "nodes", multiple=True, metavar="NODE", help="With --scheduler: only this host, worker or node."
+    )(function)
+    return click.option("--scheduler", metavar="ADDRESS", help="Do it on each node of this Dask cluster.")(function)
+
+
 def _yes(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
 
@@ -165,6 +172,41 @@ def _pretty(result: Any) -> Callable[[], None] | None:
 _RIGHT: Final = ("entries", "size", "share", "cached", "hits", "hit rate")
 
 
+def _on_nodes(
+    scheduler: str, nodes: tuple[str, ...], function: Callable[..., Any], *args: Any, as_json: bool, **kwargs: Any
+) -> dict[Any, Any]:
+    """Call a function once on each node of a cluster, and print the results."""
+    from xzcache.dask import each_node
+
+    with _cluster(scheduler) as client:
+        found = each_node(client, function, *args, nodes=nodes or None, **kwargs)
+    rows = []
+    for node, result in found.items():
+        failed = isinstance(result, Exception)
+        figures = {"error": str(result)} if failed else {"result": _figures(result)}
+        rows.append({"node": node.node, "hosts": node.hosts, "workers": node.workers, **figures})
+        if not as_json:
+            click.secho(f"{', '.join(node.hosts) or node.workers[0]} ({node.node[:8] or 'no cache'})", bold=True)
+            click.echo(str(result))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, default=str))
+    return found
+
+
+def _figures(result: Any) -> Any:
+    return result.as_dict() if hasattr(result, "as_dict") else _audited(result)
+
+
+def _audited(audit: Any) -> dict[str, Any]:
+    findings = [finding._asdict() for finding in audit.findings]
+    figures = {"entries": audit.entries, "size": audit.size, "repaired": audit.repaired, "findings": findings}
+    return {"directory": audit.root, "ok": audit.ok, **figures}
+
+
+def _all_well(found: dict[Any, Any]) -> bool:
+    return not any(isinstance(result, Exception) or not getattr(result, "ok", True) for result in found.values())
+
+
 def _bar(share: float | None, encoding: str, width: int = 20) -> str:
     """A bar, where the bound is known and the terminal can show it."""
     if share is None or not encoding.lower().startswith("utf"):
@@ -199,14 +241,18 @@ Examples:
 """,
     short_help="How full the cache is, and whether it is well.",
 )
+@_scheduler
 @_directory
 @_json
 @_one_line_errors
-def info(directory: str | None, as_json: bool) -> None:
+def info(scheduler: str | None, nodes: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """Show where the cache is, how full it is, of how many sources, and what is wrong with it.
 
     Changes nothing. The exit code is 1 if the cache cannot be used; no cache yet is no trouble.
     """
+    if scheduler is not None:
+        _end(ok=_all_well(_on_nodes(scheduler, nodes, manage.info, directory, as_json=as_json)))
+        return
     found = manage.info(directory)
     _print(found, as_json=as_json)
     _end(ok=found.ok)
@@ -248,11 +294,19 @@ Examples:
 @click.option("--older-than", metavar="AGE", help='Only what was not used for this time: "7d", "12h", "30m".')
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
 @_yes
+@_scheduler
 @_directory
 @_json
 @_one_line_errors
 def clear(
-    source: str | None, older_than: str | None, dry_run: bool, yes: bool, directory: str | None, as_json: bool
+    source: str | None,
+    older_than: str | None,
+    dry_run: bool,
+    yes: bool,
+    scheduler: str | None,
+    nodes: tuple[str, ...],
+    directory: str | None,
+    as_json: bool,
 ) -> None:
     """Remove what is cached: everything, one SOURCE, or what was not used for some time.
 
@@ -260,6 +314,13 @@ def clear(
     """
     if older_than is not None:
         _parsed_age("--older-than", older_than)
+    if scheduler is not None:
+        if not dry_run:
+            where = f" on {', '.join(nodes)}" if nodes else " on each node"
+            _confirm(f"remove {source or 'everything'} that is cached{where} of {scheduler}", yes=yes)
+        wanted = {"older_than": older_than, "directory": directory, "dry_run": dry_run}
+        _end(ok=_all_well(_on_nodes(scheduler, nodes, manage.clear, source, as_json=as_json, **wanted)))
+        return
     # counted first, so that the question can name what would go
     if not dry_run and not yes:
         would = manage.clear(source, older_than=older_than, directory=directory, dry_run=True)
@@ -281,10 +342,13 @@ Examples:
 )
 @click.argument("size")
 @_yes
+@_scheduler
 @_directory
 @_json
 @_one_line_errors
-def resize(size: str, yes: bool, directory: str | None, as_json: bool) -> None:
+def resize(
+    size: str, yes: bool, scheduler: str | None, nodes: tuple[str, ...], directory: str | None, as_json: bool
+) -> None:
     """Change the bound of the cache to SIZE, such as 50GB or "512 MiB", for all processes; "none" is no bound.
 
     What does not fit any more is evicted at once, the least recently used first.
@@ -293,6 +357,10 @@ def resize(size: str, yes: bool, directory: str | None, as_json: bool) -> None:
         bound = None if size.lower() in ("none", "null") else parse_bound("SIZE", size)
     except ValueError:
         raise BadInput(f'SIZE {size!r} is not accepted: give "50GB", "500 MB" or, for no bound, "none"') from None
+    if scheduler is not None:
+        _confirm(f"change the bounds of the nodes of {scheduler} to {shown_bound(bound)}", yes=yes)
+        _end(ok=_all_well(_on_nodes(scheduler, nodes, manage.resize, bound, directory, as_json=as_json)))
+        return
     used = manage.info(directory).used
     if bound is not None and used > bound:
         _confirm(f"evict {shown_size(used - bound)} to come down to {shown_bound(bound)}", yes=yes)
@@ -308,20 +376,22 @@ Examples:
     short_help="Compare the cache with its index and checksums.",
 )
 @click.option("--repair", is_flag=True, help="Remove damaged entries and leftovers, and correct the totals.")
+@_scheduler
 @_directory
 @_json
 @_one_line_errors
-def check(repair: bool, directory: str | None, as_json: bool) -> None:
+def check(repair: bool, scheduler: str | None, nodes: tuple[str, ...], directory: str | None, as_json: bool) -> None:
     """Read every entry and compare it with the index and its checksum, and look for leftovers of killed processes.
 
     Takes as long as reading the whole cache; other processes may go on using it. The exit code is 1 if anything is
     wrong and not repaired.
     """
+    if scheduler is not None:
+        _end(ok=_all_well(_on_nodes(scheduler, nodes, manage.check, directory, as_json=as_json, repair=repair)))
+        return
     audit = manage.check(directory, repair=repair)
     if as_json:
-        findings = [finding._asdict() for finding in audit.findings]
-        figures = {"entries": audit.entries, "size": audit.size, "repaired": audit.repaired, "findings": findings}
-        click.echo(json.dumps({"directory": audit.root, "ok": audit.ok, **figures}, indent=2))
+        click.echo(json.dumps(_audited(audit), indent=2))
     else:
         click.echo(str(audit))
     _end(ok=audit.ok)

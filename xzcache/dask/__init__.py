@@ -4,7 +4,7 @@ State of a worker process: the settings of its plugins, which change as plugins 
 seconds of tasks, and the latest figures of its gauges, each under its own mutex.
 """
 
-from xzcache.dask._cluster import cluster_info
+from xzcache.dask._cluster import cluster_info, each_node
 from xzcache.dask._plugin import CacheDashboard, CachePlugin, dask_setup
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "CachePlugin",
     "cluster_info",
     "dask_setup",
+    "each_node",
 ]

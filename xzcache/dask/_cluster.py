@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 _COLUMNS: Final = ("node", "hosts", "workers", "directory", "used", "bound", "entries", "hits", "misses", "saved")
+
+
+_ANSWER: Final = 10.0
 
 
 class Node(NamedTuple):
@@ -122,7 +125,7 @@ class ClusterInfo(Sequence[Node]):
         return ax
 
 
-def cluster_info(client: Client, timeout: float = 10.0) -> ClusterInfo:
+def cluster_info(client: Client, timeout: float = _ANSWER) -> ClusterInfo:
     """The contents and savings of the caches of all nodes of a cluster.
 
     Parameters
@@ -150,9 +153,118 @@ def cluster_info(client: Client, timeout: float = 10.0) -> ClusterInfo:
     return sync(_asked, client, parse_seconds("timeout", timeout))
 
 
+def each_node(
+    client: Client,
+    function: Callable[..., Any],
+    *args: Any,
+    nodes: str | Collection[str] | None = None,
+    timeout: float | None = None,
+    **kwargs: Any,
+) -> dict[Node, Any]:
+    """Call a function once on each node of a cluster, such as `xzcache.clear`, `xzcache.check` and `xzcache.resize`.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        As for `cluster_info`.
+    function : callable
+        It is called in one worker of each node, on all nodes at once, where the default cache is that of the node. If
+        the worker leaves, another worker of the node is asked.
+    *args, **kwargs
+        Passed to the function.
+    nodes : str or collection of str, optional
+        Only these nodes: a host, the address of a worker, or the first characters of a node's uuid. Default is all.
+    timeout : float, optional
+        Seconds to wait for each node. Default is to wait as long as it takes.
+
+    Returns
+    -------
+    dict
+        The result of each `Node`. An exception is returned in the place of a result, so that one node that fails does
+        not hide the others.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is invalid, or there is no such node; the message names it.
+
+    Examples
+    --------
+    >>> xzcache.dask.each_node(client, xzcache.clear, "era5")
+    >>> xzcache.dask.each_node(client, xzcache.check, repair=True, nodes="10.0.0.7")
+    """
+    if not callable(function):
+        raise TypeError(f"function={function!r} is not accepted: give a function, such as xzcache.clear")
+    if not isinstance(client, Client):
+        raise TypeError(f"client={client!r} is not accepted: give a distributed.Client")
+    chosen = None if nodes is None else (nodes,) if isinstance(nodes, str) else tuple(nodes)
+    limit = None if timeout is None else parse_seconds("timeout", timeout)
+    sync: Callable[..., dict[Node, Any]] = client.sync
+    return sync(_called, client, function, args, kwargs, chosen, limit)
+
+
+async def _called(
+    client: Client,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    chosen: tuple[str, ...] | None,
+    timeout: float | None,
+) -> dict[Node, Any]:
+    info = await _asked(client, _ANSWER)
+    found = {}
+    for name in chosen or ():
+        found[name] = [node for node in info if name in (*node.hosts, *node.workers) or node.node.startswith(name)]
+        if not name or not found[name]:
+            known = ", ".join(f"{node.node[:8]} ({', '.join(node.hosts)})" for node in info)
+            raise ValueError(f"nodes={name!r} is not accepted: give a host, a worker, or the start of an id: {known}")
+    nodes = list(info) if chosen is None else [node for node in info if any(node in each for each in found.values())]
+    calls = (_call(client, node, function, args, kwargs, timeout) for node in nodes)
+    results: dict[Node, Any] = dict(zip(nodes, await asyncio.gather(*calls), strict=True))
+    if chosen is None:
+        for address in info.unanswered:
+            nobody = Node("", (), (address,), "", 0, None, 0, 0, 0, 0, 0.0)
+            results[nobody] = TimeoutError(f"{address} does not answer")
+    return results
+
+
+async def _call(
+    client: Client,
+    node: Node,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    timeout: float | None,
+) -> Any:
+    """The result on one node, or the error."""
+    answer: Any = None
+    for worker in node.workers:
+        answers = client.run(_in_thread, function, args, kwargs, workers=[worker], on_error="return")
+        try:
+            answer = (await asyncio.wait_for(answers, timeout))[worker]
+        except TimeoutError:
+            return TimeoutError(f"{worker} does not answer within {timeout:g} s")
+        except KeyError:
+            answer = OSError(f"{worker} has left")
+        if not isinstance(answer, OSError) or worker in (await _workers(client)):
+            break
+    return answer
+
+
+async def _in_thread(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Not on the event loop, where the worker could not answer while it reads a whole cache."""
+    return await asyncio.to_thread(function, *args, **kwargs)
+
+
+async def _workers(client: Client) -> dict[str, Any]:
+    scheduler: Any = client.scheduler
+    workers: dict[str, Any] = (await scheduler.identity())["workers"]
+    return workers
+
+
 async def _asked(client: Client, timeout: float) -> ClusterInfo:
     scheduler: Any = client.scheduler
-    info = (await scheduler.identity())["workers"]
+    info = await _workers(client)
     # what workers have counted that have ended, the index of their node remembers
     events = await scheduler.events(topic="xzcache")
     processes = sorted({event["process"] for _, event in events if "process" in event})

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
+import re
+import uuid
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import dask
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.protocol.pickle import dumps
 from distributed.scheduler import Scheduler
 from distributed.worker import Worker
 
 from xzcache import _config as settings
 from xzcache._caches import default_directory
-from xzcache._config import DEFAULTS, config
+from xzcache._config import DEFAULTS, allowed, config
 from xzcache.dask import _usage as metering
+from xzcache.dask._scheduler import ClusterPlugin
 from xzcache.dask._usage import Gauge, Usage
-from xzcache.directory import is_on_network, open_directory, private_name, temporary
+from xzcache.directory import Medium, medium_of, open_directory, private_name, temporary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from os import PathLike
 
     from xzcache._config import Age, PolicyName, Revalidate, Upstream
@@ -63,6 +68,7 @@ class _Setup(NamedTuple):
     place: str
     settings: dict[str, Any]
     gauge: Gauge
+    remove_on_close: bool
 
 
 class _Process:
@@ -116,13 +122,15 @@ class _Process:
 
 _process: Final = _Process()
 _warned: Final[set[str]] = set()
+_preloaded: Final[dict[str, dict[str, Any]]] = {}
+"""The settings that the preload of each worker in this process has found."""
 
 
 class CachePlugin(WorkerPlugin):
     """Gives every worker of a cluster the cache of its node as the default cache.
 
-    Workers that join or restart later get it as well. A second registration replaces the first, except that of a bare
-    ``CachePlugin()`` by a client that configures nothing: it keeps the plugin that is there.
+    Workers that join or restart later get it as well. A second registration, by this or another client, changes the
+    parameters that it gives, and nothing else.
 
     Parameters
     ----------
@@ -134,7 +142,7 @@ class CachePlugin(WorkerPlugin):
         directory keeps its bound.
     remove_on_close : bool, optional
         Whether the last worker of a node that closes normally deletes the cache, if no other process uses it. A restart
-        of all workers deletes it too.
+        of all workers deletes it too. Default is False.
     min_free : float or str, optional
         The free space to leave on the file system of each node: ``"5%"``, a fraction below 1, or a size.
     max_age_seconds : float or "infinity", optional
@@ -165,8 +173,9 @@ class CachePlugin(WorkerPlugin):
 
     Notes
     -----
-    A setting that is not given has the value of the configuration of the client, never of the environment of the
-    workers.
+    A setting that is not given has the value that the cluster has: of an earlier registration or of the preload of
+    the worker, else of the configuration of the client, never of the environment of the workers. After
+    ``client.unregister_worker_plugin("xzcache")`` the next registration begins anew.
 
     Examples
     --------
@@ -182,7 +191,7 @@ class CachePlugin(WorkerPlugin):
         directory: str | PathLike[str] | None = None,
         max_size: int | str | None = None,
         *,
-        remove_on_close: bool = False,
+        remove_on_close: bool | None = None,
         min_free: float | str | None = None,
         max_age_seconds: Age | None = None,
         missing_max_age_seconds: Age | None = None,
@@ -196,7 +205,6 @@ class CachePlugin(WorkerPlugin):
         lock_timeout: float | None = None,
         threads: int | None = None,
     ) -> None:
-        self.remove_on_close = settings.parse_flag("remove_on_close", remove_on_close)
         given: dict[str, Any] = {
             "max_size": max_size,
             "min_free": min_free,
@@ -212,61 +220,116 @@ class CachePlugin(WorkerPlugin):
             "lock_timeout": lock_timeout,
             "threads": threads,
         }
+        given = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
         configured = _process.configured()
-        chosen = {name: given[name] if given.get(name) is not None else configured[name] for name in _PARSERS}
-        self.settings = {name: _PARSERS[name](name, value) for name, value in chosen.items()}
-        if given["max_size"] is None and configured["max_size"] == DEFAULTS["max_size"]:
-            del self.settings["max_size"]
-        # a client that chooses nothing must not replace the settings that another client of the cluster has chosen
-        chooses = remove_on_close or directory is not None or any(value is not None for value in given.values())
-        self.idempotent = not chooses and all(configured[name] == DEFAULTS[name] for name in ("directory", *_PARSERS))
-        self._setups: dict[str, _Setup] = {}
-        place = configured["directory"] if directory is None else directory
+        rest = {name: _PARSERS[name](name, configured[name]) for name in _PARSERS.keys() - given.keys()}
+        if configured["max_size"] == DEFAULTS["max_size"]:
+            rest.pop("max_size", None)
+        if remove_on_close is not None:
+            given["remove_on_close"] = settings.parse_flag("remove_on_close", remove_on_close)
         # the configured directory is meant for the machines of workers, so do not check it here
-        with nullcontext() if directory is not None else settings.as_found():
-            self.directory = None if place in (None, "") else str(settings.parse_root(place, "directory"))
+        if directory is not None:
+            given["directory"] = str(settings.parse_root(directory, "directory"))
+        elif configured["directory"] not in (None, ""):
+            with settings.as_found():
+                rest["directory"] = str(settings.parse_root(configured["directory"], "directory"))
+        self.given, self.configured = given, rest
+        # the cluster keeps what it has if nothing is given
+        self.idempotent = not given
+        self._id = uuid.uuid4().hex
+        self._is_local = False
+        self._setups: dict[str, _Setup] = {}
+
+    @classmethod
+    def of_preload(cls) -> CachePlugin:
+        """The plugin of a preload, whose settings are those of its worker alone."""
+        plugin = cls()
+        plugin._is_local = True
+        return plugin
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as this client has them; the cluster may have others."""
+        chosen = {**self.configured, **self.given}
+        return {name: chosen[name] for name in _PARSERS if name in chosen}
+
+    @property
+    def directory(self) -> str | None:
+        """The directory that is given or configured."""
+        return self.given.get("directory", self.configured.get("directory"))
 
     def __repr__(self) -> str:
         facts = {"directory": self.directory, **self.settings}
         return f"CachePlugin({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
 
-    def setup(self, worker: Worker) -> None:
+    async def setup(self, worker: Worker) -> None:
         """Make the cache of this node the default cache of the worker's process."""
-        place = self.directory or _place_of_worker()
+        chosen = await self._chosen(worker)
+        if self not in worker.plugins.values():
+            # another one has taken its place meanwhile
+            return
+        place = allowed("directory", chosen.get("directory")) or _place_of_worker()
+        applied = {name: chosen[name] for name in _PARSERS if name in chosen}
         # without a given bound, that of another worker's plugin in this process must not count
         with config.set(_process.configured()):
-            directory = self._open(place, worker)
-        setup = _Setup(place, self.settings, Gauge(directory, f"dask {worker.scheduler.address}"))
+            directory = self._open(place, applied, worker)
+        gauge = Gauge(directory, f"dask {worker.scheduler.address}")
+        setup = _Setup(place, applied, gauge, chosen.get("remove_on_close", False))
         metering.remember(directory)
         self._setups[worker.id] = setup
         _process.add(setup)
         _show(setup, worker)
         latest = setup.gauge.read()
         facts = {name: getattr(latest, name) for name in ("node", "directory", "bound", "process")}
+        facts["machine"] = _machine()
         worker.log_event("xzcache", facts)
 
-    def _open(self, place: str, worker: Worker) -> CacheDirectory:
+    async def _chosen(self, worker: Worker) -> dict[str, Any]:
+        """The settings of this worker: given by any client, else preloaded, else configured by the first client."""
+        if self._is_local:
+            _preloaded[worker.id] = {**self.configured, **self.given}
+            return _preloaded[worker.id]
+        preloaded = _preloaded.get(worker.id, {})
+        try:
+            plugin: bytes = dumps(ClusterPlugin())  # type: ignore[no-untyped-call]
+            await worker.scheduler.register_scheduler_plugin(plugin=plugin, name=ClusterPlugin.name, idempotent=True)
+            known = await worker.scheduler.xzcache_join(
+                plugin=_name_of(self, worker), registration=self._id, given=self.given, configured=self.configured
+            )
+        except Exception as error:
+            # such as a scheduler without xzcache, or one that accepts no plugins: clients are not told of each other
+            logger.info("the scheduler keeps no settings of the cluster: %s", error)
+            known = {"given": self.given, "configured": self.configured}
+        return {**known["configured"], **preloaded, **known["given"]}
+
+    def _open(self, place: str, applied: dict[str, Any], worker: Worker) -> CacheDirectory:
         cause: BaseException | None = None
-        asked = {name: self.settings[name] for name in ("max_size", "min_free", "policy") if name in self.settings}
+        asked = {name: applied[name] for name in ("max_size", "min_free", "policy") if name in applied}
         directory = open_directory(place, **asked)
-        directory.set_lock_timeout(self.settings["lock_timeout"])
+        directory.set_lock_timeout(applied["lock_timeout"])
         if not directory.prepare():
             cause = directory.barrier.latest_fault
         if cause is not None:
             _warn(worker, f"{worker.address} has no cache, and reads from the source: {cause}")
-        if place not in _warned and is_on_network(directory.root):
-            _warned.add(place)
-            _warn(
-                worker,
-                f"the cache directory {directory.root} is on a network file system: every hit has to cross the "
-                "network again, and locks may not hold; give each node a directory on a disk of its own",
-            )
+        if place not in _warned:
+            for trouble in _troubles(directory.root, usable=cause is None):
+                _warned.add(place)
+                _warn(worker, f"the cache directory {directory.root} {trouble}")
         return directory
 
-    def teardown(self, worker: Worker) -> None:
+    async def teardown(self, worker: Worker) -> None:
         """Leave the worker's process as it was."""
-        if (setup := self._setups.pop(worker.id, None)) is None:
-            return
+        leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
+        if (setup := self._setups.pop(worker.id, None)) is not None:
+            self._tear_down(setup, worker, leaving=leaving)
+        if leaving:
+            _preloaded.pop(worker.id, None)
+        elif not self._is_local:
+            # the scheduler knows whether this plugin is replaced or removed
+            with suppress(Exception):
+                await worker.scheduler.xzcache_leave()
+
+    def _tear_down(self, setup: _Setup, worker: Worker, *, leaving: bool) -> None:
         for name in [name for name in worker.metrics if name.startswith("xzcache_")]:
             del worker.metrics[name]
         _process.shown.pop(worker.id, None)
@@ -276,8 +339,7 @@ class CachePlugin(WorkerPlugin):
         others = (each for each in worker.plugins.values() if isinstance(each, CachePlugin) and each is not self)
         for left in [each._setups[worker.id] for each in others if worker.id in each._setups][-1:]:
             _show(left, worker)
-        leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
-        if self.remove_on_close and leaving and not _process.uses(setup.place):
+        if setup.remove_on_close and leaving and not _process.uses(setup.place):
             setup.gauge.directory.remove_if_last()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,6 +356,57 @@ def _place_of_worker() -> str:
     parent = dask.config.get("temporary-directory", None) or temporary()
     # without a temporary directory, use the default directory
     return default_directory() if parent is None else os.path.join(os.path.abspath(parent), private_name())
+
+
+def _name_of(plugin: CachePlugin, worker: Worker) -> str:
+    """The name under which a plugin is registered."""
+    return next((name for name, each in worker.plugins.items() if each is plugin), CachePlugin.name)
+
+
+def _machine() -> str:
+    """An id that all processes of a machine have in common, in containers too; else the host's name."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+
+
+def _troubles(path: str, *, usable: bool) -> Iterator[str]:
+    """What is wrong with the place of a cache directory, if that is known."""
+    medium, kind = medium_of(path)
+    if medium is Medium.ELSEWHERE:
+        yield (
+            f"is on a network file system, or on one that is not known to be local ({kind}): every hit may have to "
+            "cross the network again, and locks may not hold; give each node a directory on a disk of its own"
+        )
+    if medium is Medium.MEMORY and usable:
+        yield (
+            f"is in memory ({kind}): what is cached takes memory that the workers need, and goes when the machine is "
+            "restarted; give each node a directory on a disk of its own"
+        )
+    if usable and (job := _job_of(path)) is not None:
+        yield (
+            f"is that of one job ({job}): other jobs of this node do not share it, and it goes with the job; give each "
+            "node a directory that outlives its jobs"
+        )
+
+
+_JOB_IDS: Final = (
+    *("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "OAR_JOB_ID", "COBALT_JOBID", "FLUX_JOB_ID", "PJM_JOBID"),
+)
+_JOB_FOLDERS: Final = ("SLURM_TMPDIR", "_CONDOR_SCRATCH_DIR", "PBS_JOBFS", "PBS_JOBDIR", "JOBFS", "FLUX_JOB_TMPDIR")
+
+
+def _job_of(path: str) -> str | None:
+    """The variable of a batch system that says that a directory is of one job; None if there is none."""
+    for name in _JOB_IDS:
+        job = os.environ.get(name)
+        if job and re.search(rf"(?<![0-9A-Za-z]){re.escape(job)}(?![0-9A-Za-z])", path):
+            return f"${name} is {job}"
+    for name in _JOB_FOLDERS:
+        folder = os.environ.get(name)
+        if folder and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            return f"${name} is {folder}"
+    return None
 
 
 def _warn(worker: Worker, message: str) -> None:
@@ -362,8 +475,8 @@ class CacheDashboard(SchedulerPlugin):
 async def dask_setup(server: Worker | Scheduler) -> None:
     """Set up ``--preload xzcache.dask``: register the plugin with the configuration of this process."""
     if isinstance(server, Scheduler):
-        plugin = CacheDashboard()
-        server.add_plugin(plugin)
-        await plugin.start(server)
+        for plugin in (CacheDashboard(), ClusterPlugin()):
+            await plugin.start(server)
+            server.add_plugin(plugin, name=plugin.name, idempotent=True)
     else:
-        await server.plugin_add(CachePlugin(), name=CachePlugin.name)
+        await server.plugin_add(CachePlugin.of_preload(), name=CachePlugin.name)

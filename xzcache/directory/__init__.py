@@ -12,7 +12,16 @@ from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._namespace import SharedBackend
 from xzcache.directory._registry import cleanup_resources, open_directory, opened_directory
 from xzcache.eviction import Sample, predicted
-from xzcache.files import can_be_made, free_bytes, is_on_network, is_plain, private_name, resolve_directory, temporary
+from xzcache.files import (
+    Medium,
+    can_be_made,
+    free_bytes,
+    is_plain,
+    medium_of,
+    private_name,
+    resolve_directory,
+    temporary,
+)
 from xzcache.index import DAY, PINNED_SHARE, Arrival, Counts, Inspector, Objects, Pin, Source, Totals, Uses
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "Counts",
     "Finding",
     "Inspector",
+    "Medium",
     "Objects",
     "Pin",
     "Sample",
@@ -35,8 +45,8 @@ __all__ = [
     "can_be_made",
     "cleanup_resources",
     "free_bytes",
-    "is_on_network",
     "is_plain",
+    "medium_of",
     "open_directory",
     "opened_directory",
     "predicted",

@@ -8,7 +8,7 @@ import time
 from functools import cache
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from xzcache._config import UNSET, Unset, shown_bound, shown_size
+from xzcache._config import UNSET, Unset, allowed, shown_bound, shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.model import Busy, Damaged, NoRoom, report_bug, without_frames
 
@@ -115,6 +115,7 @@ class FaultBarrier:
 
     def request_bound(self, max_size: int | None, *, only_raise: bool = False) -> bool:
         """Set the requested bound; False if there is nothing new to apply."""
+        max_size = allowed("max_size", max_size)
         waiting = self.bound
         if only_raise and not isinstance(waiting, Unset) and waiting != self._applied and _is_lower(max_size, waiting):
             # the larger one was requested a moment ago, and is not applied yet

@@ -8,7 +8,17 @@ import threading
 from typing import Final
 
 from xzcache import _threads as pool
-from xzcache._config import UNSET, Unset, chosen, config, parse_min_free, parse_policy, parse_seconds, parse_size
+from xzcache._config import (
+    UNSET,
+    Unset,
+    allowed,
+    chosen,
+    config,
+    parse_min_free,
+    parse_policy,
+    parse_seconds,
+    parse_size,
+)
 from xzcache.directory._directory import CacheDirectory
 from xzcache.directory._writebehind import departures
 from xzcache.files import resolve_directory
@@ -37,6 +47,7 @@ def open_directory(
         The requested policy; else the configured one.
     """
     path = resolve_directory(root)
+    max_size, min_free, policy = allowed("max_size", max_size), allowed("min_free", min_free), allowed("policy", policy)
     with _lock:
         directory = _directories.get(path)
         if directory is None:

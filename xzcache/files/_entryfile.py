@@ -31,13 +31,28 @@ if TYPE_CHECKING:
 # -- Properties of a file system and of a directory: owner, free space, case folding.
 
 _NUMBER: Final = re.compile(r"\\([0-7]{3})")
-# the names that Linux gives file systems in `mountinfo`; those of FUSE without their prefix
-_NETWORK: Final = frozenset(
+# the names that Linux gives file systems in `mountinfo`
+_LOCAL: Final = frozenset(
     [
-        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "ceph-fuse", "glusterfs", "afs"),
-        *("9p", "pvfs2", "orangefs", "panfs", "sshfs", "s3fs", "juicefs", "rclone", "gcsfuse", "goofys", "wekafs"),
+        *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "bcachefs", "f2fs", "jfs", "nilfs2", "reiserfs", "ubifs"),
+        *("ntfs", "ntfs3", "exfat", "vfat", "msdos", "hfs", "hfsplus", "apfs", "ufs"),
+        *("overlay", "aufs", "ecryptfs", "fuseblk"),
+        *("fuse.fuse-overlayfs", "fuse.bindfs", "fuse.mergerfs", "fuse.gocryptfs", "fuse.encfs"),
     ]
 )
+"""Kinds of file systems that keep their bytes on disks of this machine, or on top of others that do."""
+_OF_THE_KERNEL: Final = frozenset(["proc", "sysfs", "cgroup", "cgroup2", "devtmpfs", "debugfs", "tracefs"])
+"""Kinds that keep no files of anyone."""
+_IN_MEMORY: Final = frozenset(["tmpfs", "ramfs", "rootfs"])
+
+
+class Medium(Enum):
+    """The kind of medium that a file system keeps its bytes on."""
+
+    DISK = "a disk of this machine"
+    MEMORY = "the memory of this machine"
+    ELSEWHERE = "another machine, or a program that may ask one"
+    UNKNOWN = "the platform does not report it"
 
 
 def folds_case(directory: str) -> bool:
@@ -185,14 +200,18 @@ def _sign(number: re.Match[str]) -> str:
     return chr(int(number[1], 8))
 
 
-def is_on_network(path: str) -> bool:
-    """Whether a path is on a file system that other machines share, if the platform reports that."""
+def medium_of(path: str) -> tuple[Medium, str]:
+    """The medium of the file system that a path is on, and the name of its kind, empty if it is unknown.
+
+    New kinds of network file systems appear faster than local ones, so all that are not known to be local count as
+    elsewhere.
+    """
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
             # a blank in a name is written as its number
             mounts = [[_NUMBER.sub(_sign, field) for field in line.split()] for line in file]
     except OSError:
-        return False
+        return Medium.UNKNOWN, ""
     real = os.path.realpath(path)
     above = [
         (len(fields[4]), fields[fields.index("-") + 1])
@@ -201,7 +220,11 @@ def is_on_network(path: str) -> bool:
     ]
     # of mounts at one place the last one counts
     kind = max(enumerate(above), key=lambda item: (item[1][0], item[0]), default=(0, (0, "")))[1][1]
-    return kind.removeprefix("fuse.") in _NETWORK
+    if not kind or kind in _OF_THE_KERNEL:
+        return Medium.UNKNOWN, kind
+    if kind in _IN_MEMORY:
+        return Medium.MEMORY, kind
+    return (Medium.DISK if kind in _LOCAL else Medium.ELSEWHERE), kind
 
 
 # -- Entry files.

@@ -10,7 +10,7 @@ from typing import Any, Final
 from dask.utils import parse_timedelta
 from zarr.core.sync import sync
 
-from xzcache._config import chosen_max_size, origin_of, parse_bound, parse_flag, shown_bound, shown_size
+from xzcache._config import allowed, chosen_max_size, origin_of, parse_bound, parse_flag, shown_bound, shown_size
 from xzcache.anystore import StoreBackend
 from xzcache.directory import PINNED_SHARE, Audit, Inspector, audit, open_directory
 from xzcache.manage._results import CacheUnavailable, Cleared, Resized, Source, TooLarge
@@ -137,12 +137,18 @@ def resize(max_size: int | str | None, directory: str | os.PathLike[str] | None 
 
     Raises
     ------
+    ValueError
+        The bound is invalid, or larger than the site allows.
     CacheUnavailable
         There is no cache, or it cannot be changed; the message says why.
     TooLarge
         More is pinned than pins may take of that bound.
     """
     bound = parse_bound("max_size", max_size)
+    if (most := allowed("max_size", bound)) != bound:
+        raise ValueError(
+            f"max_size={max_size!r} is not accepted: give {shown_bound(most)} or less ({origin_of('max_size')})"
+        )
     root = root_of(directory)
     if not is_there(root):
         words = "" if bound is None else f"; max_size={shown_size(bound)!r} or XZCACHE_MAX_SIZE sets its first bound"
