@@ -399,6 +399,9 @@ class CacheDirectory:
             with self.session.section() as (process, index):
                 self.recency.flush_to(index)
                 rows, end = index.unused_since(since, namespace, after, _WINDOW)
+                if len(rows) > self.space.pace.count:
+                    rows = rows[: self.space.pace.count]
+                    end = rows[-1].id
                 tombstones = self.space.mark_deleted(process, index, rows)
             self.space.unlink_deleted(tombstones)
             count, size = count + len(tombstones), size + sum(item.size for item in tombstones)
@@ -489,6 +492,7 @@ class CacheDirectory:
         with self.session.section() as (_, index):
             self.recency.flush_to(index, everything=everything)
             left = {item.entry.key for item in index.unowned_tombstones()}
+        self.space.prepare_policy()
         # files that another process could not remove: this process must not serve them either
         if left:
             self.writes.adopt(list(left))

@@ -371,6 +371,7 @@ class Publisher:
         if staged.overtaken:
             self._space.unlink_deleted(staged.overtaken)
         _log(staged.items)
+        self._space.prepare_policy()
         if recovery_due(process):
             # the entries are stored even if the recovery fails
             self._barrier.try_or(lambda: recovery.recover(self._session), None)
