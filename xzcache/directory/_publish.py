@@ -371,9 +371,9 @@ class Publisher:
         if staged.overtaken:
             self._space.unlink_deleted(staged.overtaken)
         _log(staged.items)
-        self._space.prepare_policy()
+        # the entries are stored even if one of these fails
+        self._barrier.try_or(self._space.prepare_policy, False)
         if recovery_due(process):
-            # the entries are stored even if the recovery fails
             self._barrier.try_or(lambda: recovery.recover(self._session), None)
 
     @staticmethod

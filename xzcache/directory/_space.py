@@ -17,7 +17,7 @@ from xzcache import files
 from xzcache._config import shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.files import Whose, relative_path
-from xzcache.model import META, CacheFault, NoRoom
+from xzcache.model import META, NoRoom
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -85,9 +85,10 @@ class Pace:
         """Record that the deletion of some entries took so long."""
         # of few entries, the time of the transaction itself is most
         if count >= _FEWEST:
-            # a thread that had to wait for a processor must not count for much
-            self._each += (seconds / count - self._each) / 4
-            self.count = int(min(_MOST, max(_FEWEST, _LONGEST / max(self._each, 1e-9))))
+            each = seconds / count
+            # slowly upwards: a thread that has to wait for a processor gains nothing by deleting less
+            self._each = 1.25 * self._each if each > self._each else max(1e-6, (3 * self._each + each) / 4)
+            self.count = int(min(_MOST, max(_FEWEST, _LONGEST / self._each)))
 
 
 class Space:
@@ -270,10 +271,7 @@ class Space:
 
     def prepare_policy(self, want: int = 0) -> bool:
         """Let the policy do what takes long, if it is due, outside of any section; returns whether it was."""
-        # a fault here is met again, and reported, by the section that evicts
-        with suppress(CacheFault, OSError):
-            return self.policy.prepare(self.session, want)
-        return False
+        return self.policy.prepare(self.session, want)
 
     def _mark_evicted(self, process: Registration, index: Index, want: int) -> list[Tombstone]:
         victims = self.policy.choose(index, want, self.pace.count)

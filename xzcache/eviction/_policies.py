@@ -76,7 +76,7 @@ def least_recently_used(rows: Sequence[C], want: int, most: int) -> tuple[list[C
 _BATCH: Final = 128
 _ROWS_AT_ONCE: Final = 1024
 """How many rows of uses or entries one section reads, for which other processes wait."""
-_RUNS_AT_ONCE: Final = 8
+_RUNS_AT_ONCE: Final = 16
 _IDS_AT_ONCE: Final = 150
 _LESSONS: Final = 3
 """How often uses are learned from again because another process has stored what it has learned meanwhile."""

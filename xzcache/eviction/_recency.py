@@ -41,7 +41,7 @@ _FEWEST: Final = 8
 class Recency:
     """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
 
-    A process that evicts flushes its own uses first. Other processes flush after 256 uses, or `longest` seconds;
+    A process that evicts flushes its own uses first. Other processes flush after 128 uses, or `longest` seconds;
     earlier if the cache is small and entries were evicted since their last flush, because a use that is not in the
     index saves no entry.
 
@@ -49,7 +49,7 @@ class Recency:
     are `most` uses, or it is later than `due_at`.
     """
 
-    def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
+    def __init__(self, policy: Policy, most: int = 128, longest: float = 5.0) -> None:
         self.policy = policy
         self.uses = self._no_uses()
         self.most = self._largest = most

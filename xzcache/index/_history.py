@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # a scan of all ghosts at once would keep the guard for too long
 _GHOSTS_FOR_EACH: Final = 20
 """How many ghosts are looked at for each new one: more than there are at most for each entry of the cache."""
+_MOST: Final = 1 << 62
 _NEXT_GAP: Final = (
     "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ?2 - tick) ELSE max(1, gap + (?2 - tick - gap) / 4) END"
 )
@@ -153,11 +154,14 @@ class History:
 
     def forget_ghosts(self, before: int, come: int) -> None:
         """Delete the ghosts that were last used before a tick, of the next few, given how many new ones have come."""
-        most = _GHOSTS_FOR_EACH * come
-        keys = self._do("SELECT key, tick FROM ghost WHERE key > ? ORDER BY key LIMIT ?", (self._at, most)).fetchall()
+        if before <= 0:
+            return
+        query = "SELECT key FROM ghost WHERE key > ? ORDER BY key LIMIT 1 OFFSET ?"
+        last = self._do(query, (self._at, _GHOSTS_FOR_EACH * come)).fetchone()
         # at the end, the next call goes on from the first one
-        self._at = keys[-1][0] if keys and len(keys) == most else -1
-        self._do_many("DELETE FROM ghost WHERE key = ?", [(key,) for key, tick in keys if tick < before])
+        end = _MOST if last is None else last[0]
+        self._do("DELETE FROM ghost WHERE key > ? AND key <= ? AND tick < ?", (self._at, end, before))
+        self._at = -1 if last is None else end
 
     def ghosts(self) -> int:
         return int(self._do("SELECT count(*) FROM ghost").fetchone()[0])

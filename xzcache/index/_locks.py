@@ -104,6 +104,17 @@ def is_unlocked(path: str) -> bool:
         os.close(fd)
 
 
+def let_the_next_go_first(fd: int, patience: float = _COURTESY) -> bool:
+    """Wait while a process is next to get the guard, whose file is open; False if that takes long."""
+    deadline, pause = time.monotonic() + patience, _SHORTEST_PAUSE
+    while locked_range(fd, _NEXT, 1) is not None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+    return True
+
+
 class Guard:
     """Mutual exclusion of all threads of all processes; protects the index and the names of entry files.
 
@@ -157,7 +168,10 @@ class Guard:
     def _take(self, deadline: float, patient: bool) -> None:
         now = time.monotonic()
         if now - self._left_at < _JUST_NOW and now >= self._discourteous_until:
-            self._let_the_next_go_first(min(deadline, now + _COURTESY))
+            patience = min(deadline - now, _COURTESY)
+            if not let_the_next_go_first(self.fd, patience):
+                # many processes wait, or the next one is stopped: for a while, this process waits as they do
+                self._discourteous_until = now + 10 * _COURTESY
         is_next, pause = False, _FIRST_PAUSE
         try:
             # polled, since a blocking `flock` has no timeout, and a stopped process may hold the lock
@@ -171,16 +185,6 @@ class Guard:
         finally:
             if is_next:
                 lock_range(self.fd, fcntl.F_UNLCK, _NEXT)
-
-    def _let_the_next_go_first(self, deadline: float) -> None:
-        pause = _SHORTEST_PAUSE
-        while locked_range(self.fd, _NEXT, 1) is not None:
-            if time.monotonic() >= deadline:
-                # many processes wait, or the next one is stopped: for a while, this process waits as they do
-                self._discourteous_until = deadline + 10 * _COURTESY
-                return
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
