@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -29,35 +28,47 @@ def session(tmp_path: Path) -> Iterator[IndexSession]:
     session.close()
 
 
-def test_a_process_that_has_the_guard_all_the_time_leaves_it_to_one_that_waits(session: IndexSession) -> None:
-    other = IndexSession(session.root, PATIENCE)
-    count, ends = 0, threading.Event()
+def take_on(link: Connection, root: str, count: str) -> None:
+    """Have the guard for 3 ms again and again, and count how often."""
+    session = IndexSession(root, PATIENCE)
+    file = os.open(count, os.O_WRONLY)
+    number = 0
+    barrier(link)
+    while not link.poll():
+        with session.section() as (_, index):
+            end = time.perf_counter() + 0.003
+            while time.perf_counter() < end:
+                index.totals()
+            number += 1
+            os.pwrite(file, number.to_bytes(8, "little"), 0)
+    os.close(file)
+    session.close()
 
-    def take_on() -> None:
-        nonlocal count
-        while not ends.is_set():
-            with other.section() as (_, index):
-                end = time.perf_counter() + 0.001
-                while time.perf_counter() < end:
-                    index.totals()
-            count += 1
 
-    thread = threading.Thread(target=take_on)
-    thread.start()
+def test_a_process_that_has_the_guard_all_the_time_leaves_it_to_one_that_waits(
+    session: IndexSession, tmp_path: Path
+) -> None:
+    count = tmp_path / "count"
+    count.write_bytes(bytes(8))
+
+    def number() -> int:
+        return int.from_bytes(count.read_bytes(), "little")
+
+    def go_on(to: int) -> None:
+        until(lambda: number() >= to)
+
     passed = []
-    try:
+    with Team() as team:
+        child = team.start(take_on, session.root, str(count))
+        team.go()
         for _ in range(TURNS):
-            before = count
+            # it has gone on since
+            go_on(number() + 2)
+            before = number()
             with session.section():
-                passed.append(count - before)
-            # the other one goes on meanwhile
-            now = count
-            while count == now and thread.is_alive():
-                time.sleep(0)
-    finally:
-        ends.set()
-        thread.join()
-        other.close()
+                passed.append(number() - before)
+        child.send("stop")
+        team.results()
     assert statistics.median(passed) <= 3, passed
 
 

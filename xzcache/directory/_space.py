@@ -33,6 +33,8 @@ logger = logging.getLogger("xzcache.directory")
 _LARGEST_LEASE: Final = 4 << 20
 # bytes of the disk for the index: an eviction adds tombstones before it frees anything
 _INDEX_RESERVE: Final = 4 << 20
+_IN_ADVANCE: Final = 64
+"""How many entries, if they are as large as most, are evicted for the next ones: this one waits for it."""
 _SMALL: Final = 64 << 10
 """The most bytes of a file that is unlinked as fast as it is renamed."""
 _LONGEST: Final = 0.002
@@ -179,7 +181,8 @@ class Space:
                 short = self._grant(process, index, totals, size, whole)
                 index.commit()
             has_room = totals.room is None or totals.room >= size
-            if short <= 0 or not self.policy.evicts or has_room or not self.policy.is_prepared:
+            takes_long = self.recency.are_many or not self.policy.is_prepared
+            if short <= 0 or not self.policy.evicts or has_room or takes_long:
                 return short, []
             # another process may take the freed bytes: the caller then evicts more
             index.begin()
@@ -194,9 +197,9 @@ class Space:
             raise error
         chunk = self._lease_size(totals, len(index.owners()))
         room = totals.room
-        # as much more as the lease in advance, so that the next entries need no eviction of their own
+        # some more in advance, so that the next entries need no eviction of their own
         if room is not None and room < size:
-            return size - room + chunk
+            return size - room + min(chunk, _IN_ADVANCE * totals.size // max(1, totals.entries))
         grant = size + chunk if room is None else min(size + chunk, room)
         if (short := self._short_of_disk(grant)) > 0:
             # leasing in advance must not evict an entry
@@ -255,8 +258,11 @@ class Space:
         try:
             while freed < want:
                 self.prepare_policy(want - freed)
+                if self.recency.are_many:
+                    with self.session.section() as (_, index):
+                        self.recency.flush_to(index)
                 with self.session.section() as (process, index):
-                    self.recency.flush_to(index)
+                    self.recency.flush_to(index, together=True)
                     tombstones = self._mark_evicted(process, index, want - freed)
                 # the next section frees their bytes
                 self.unlink_deleted(tombstones, soon=True)
