@@ -105,7 +105,7 @@ def test_a_few_passes_are_enough(kind: str, least: float) -> None:
     assert simulated.adaptive(trace, 240).mean() > least * simulated.best(trace, 240).mean()
 
 
-@pytest.mark.parametrize(("room", "keys"), [(50, 62), (150, 600), (600, 750), (600, 1200)])
+@pytest.mark.parametrize(("room", "keys"), [(50, 62), (50, 200), (150, 600), (600, 750), (600, 1200)])
 def test_what_suits_least_recent_use_is_left_to_it(room: int, keys: int) -> None:
     trace = traces.make("ping-pong scan", 7, keys, 40 * keys)
     assert simulated.adaptive(trace, room).mean() > simulated.least_recent(trace, room).mean() - 0.02

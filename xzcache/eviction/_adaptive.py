@@ -181,7 +181,8 @@ class Adaptive:
         self._watch(entries)
         watched = uses.keys < limit_for(entries)
         uses = Uses(*(column[watched] for column in uses))
-        step = max(64, (entries >> self._shift) // 16)
+        # small beside the cache: what is used within a step counts as a hit of both orders
+        step = max(8, (entries >> self._shift) // 16)
         for begin in range(0, len(uses.keys), step):
             part = Uses(*(column[begin : begin + step] for column in uses))
             self._use(part, room / 2**self._shift)

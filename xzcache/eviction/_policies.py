@@ -232,7 +232,7 @@ class Learning:
         victims = self._next(index, want, most)
         if not victims and not self._adaptive.prefers_recency:
             # another thread has evicted those that were found
-            places = self._places(index, index.history.present(self._some_ids(_IDS_AT_ONCE)), _RUNS_AT_ONCE)
+            places = self._places(index, index.history.present(self._some_ids(_IDS_AT_ONCE // 4)), _RUNS_AT_ONCE // 4)
             self._rank(index, self._entries_from(index, places), want)
             victims = self._next(index, want, most)
         if not self._leaving:
