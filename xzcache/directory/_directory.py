@@ -63,6 +63,7 @@ _users: Final = itertools.count()
 # other processes wait for the guard as long as one section takes
 _WINDOW: Final = 512
 """The entries that one section of `evict_unused` looks at."""
+_PINNED_AT_ONCE: Final = 128
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 """Seconds between retries of pending invalidations."""
@@ -426,7 +427,7 @@ class CacheDirectory:
             after: str | None = low
             while after is not None:
                 with self.session.section() as (_, index):
-                    after = index.pins.mark(after, high, _WINDOW)
+                    after = index.pins.mark(after, high, _PINNED_AT_ONCE)
 
     def unpin(self, name: str | None) -> int:
         """End a pin, or all; returns how many there were. Raises `CacheFault` or `OSError` if that fails."""
@@ -438,7 +439,7 @@ class CacheDirectory:
         more = True
         while more:
             with self.session.section() as (_, index):
-                more = index.pins.release(_WINDOW)
+                more = index.pins.release(_PINNED_AT_ONCE)
         return count
 
     def _must(self, action: Callable[[], T]) -> T:

@@ -332,8 +332,8 @@ def _append(results: list[T], action: Callable[[], T]) -> bool:
 
 # -- Invalidation through the index.
 
-# the keys or rows of one section, for which other processes wait
-_BATCH: Final = 128
+# the keys of one section, for which other processes wait
+_BATCH: Final = 32
 
 
 class Begun(NamedTuple):
