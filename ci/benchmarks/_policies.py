@@ -26,7 +26,7 @@ Hits = NDArray[np.bool_]
 PROCESSES: Final = 4
 IN_A_ROW: Final = 16
 """How many accesses one process makes before another does."""
-_TOLD: Final = 256
+_TOLD: Final = 128
 _RUNS: Final = 16
 _ALL: Final = 4096
 _SOME: Final = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,19 @@ def add(index: Index, entry: Entry, *, used: int, size: int = SIZE) -> None:
     index.add(entry, hashed=False, size=size, crc=1, used=used, owner=1, seq=1)
 
 
+class Alone:
+    """Sections of an index that nothing else uses: one transaction without an end."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    @contextmanager
+    def section(self) -> Iterator[tuple[None, Index]]:
+        yield None, self._index
+
+
 def evict(index: Index, policy: Policy, want: int) -> list[Entry]:
+    policy.prepare(Alone(index), want)
     rows = policy.choose(index, want)
     for row in rows:
         index.remove(row.id)

@@ -417,7 +417,9 @@ def test_uses_are_queued_in_order_and_learned_once(session: IndexSession, other:
         assert index.history.set_learned(b"one") == 1
     with other.section() as (_, index):
         assert index.history.queued_uses(99) == 5
-        assert [size for _, _, size, _ in index.history.take_queued(3)] == [2, 3, 4]
+        assert [size for _, _, size, _ in index.history.take_queued(3)] == [4, 3, 2]
+        assert [size for _, _, size, _ in index.history.take_queued(1)] == [1]
+        index.history.drop_queued()
         assert index.history.take_queued(3) == []
         assert index.history.set_learned(b"two") == 2
     assert in_section(session, lambda index: index.history.learned()) == (2, b"two")

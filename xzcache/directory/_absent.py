@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # records in memory, of all arrays together; rows of a larger array are looked up one by one
 _REMEMBERED: Final = 65536
 # rows of one section, for which other processes wait
-_PAGE: Final = 4096
+_PAGE: Final = 1024
 _MOST_ROWS: Final = 1 << 18
 # records between two counts of the rows: counting scans the whole table
 _COUNT_EVERY: Final = 1 << 14

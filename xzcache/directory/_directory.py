@@ -63,6 +63,7 @@ _users: Final = itertools.count()
 # other processes wait for the guard as long as one section takes
 _WINDOW: Final = 512
 """The entries that one section of `evict_unused` looks at."""
+_PINNED_AT_ONCE: Final = 128
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 """Seconds between retries of pending invalidations."""
@@ -400,6 +401,9 @@ class CacheDirectory:
             with self.session.section() as (process, index):
                 self.recency.flush_to(index)
                 rows, end = index.unused_since(since, namespace, after, _WINDOW)
+                if len(rows) > self.space.pace.count:
+                    rows = rows[: self.space.pace.count]
+                    end = rows[-1].id
                 tombstones = self.space.mark_deleted(process, index, rows)
             self.space.unlink_deleted(tombstones)
             count, size = count + len(tombstones), size + sum(item.size for item in tombstones)
@@ -424,7 +428,7 @@ class CacheDirectory:
             after: str | None = low
             while after is not None:
                 with self.session.section() as (_, index):
-                    after = index.pins.mark(after, high, _WINDOW)
+                    after = index.pins.mark(after, high, _PINNED_AT_ONCE)
 
     def unpin(self, name: str | None) -> int:
         """End a pin, or all; returns how many there were. Raises `CacheFault` or `OSError` if that fails."""
@@ -436,7 +440,7 @@ class CacheDirectory:
         more = True
         while more:
             with self.session.section() as (_, index):
-                more = index.pins.release(_WINDOW)
+                more = index.pins.release(_PINNED_AT_ONCE)
         return count
 
     def _must(self, action: Callable[[], T]) -> T:
@@ -535,6 +539,7 @@ class CacheDirectory:
         with self.session.section() as (_, index):
             self.recency.flush_to(index, everything=everything)
             left = {item.entry.key for item in index.unowned_tombstones()}
+        self.space.prepare_policy()
         # files that another process could not remove: this process must not serve them either
         if left:
             self.writes.adopt(list(left))

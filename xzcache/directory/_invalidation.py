@@ -333,8 +333,8 @@ def _append(results: list[T], action: Callable[[], T]) -> bool:
 
 # -- Invalidation through the index.
 
-# the keys or rows of one section, for which other processes wait
-_BATCH: Final = 128
+# the keys of one section, for which other processes wait
+_BATCH: Final = 32
 
 
 class Begun(NamedTuple):
@@ -686,8 +686,9 @@ class Writes:
                     }
                 # in batches, so that other processes get the guard in between; the counters already
                 # refuse what was fetched before
-                rows = index.beneath(prefix, _BATCH)
-                is_last = len(rows) < _BATCH
+                count = self._space.pace.count
+                rows = index.beneath(prefix, count)
+                is_last = len(rows) < count
                 # only with the last rows: until then, the row of the write keeps entries
                 # beneath it from being published
                 if ended is not None and is_last:

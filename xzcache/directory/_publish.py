@@ -371,8 +371,9 @@ class Publisher:
         if staged.overtaken:
             self._space.unlink_deleted(staged.overtaken)
         _log(staged.items)
+        # the entries are stored even if one of these fails
+        self._barrier.try_or(self._space.prepare_policy, False)
         if recovery_due(process):
-            # the entries are stored even if the recovery fails
             self._barrier.try_or(lambda: recovery.recover(self._session), None)
 
     @staticmethod
@@ -432,7 +433,8 @@ class Publisher:
         # in the same transaction as the rows, so that these bytes are counted once at every moment
         index.change_lease(process.owner, -sum([item.stamp.size for item in entering]))
         self._space.return_surplus(process, index)
-        self._space.recency.flush_to(index, {item.pending.entry: item.stamp.size for item in entering})
+        arrived = {item.pending.entry: item.stamp.size for item in entering}
+        self._space.recency.flush_to(index, arrived, together=True)
         for namespace in set(map(namespace_of, keys)):
             self._session.record_made(namespace)
         # if an interrupt comes from here on, the commit may have happened, so the bytes count as spent

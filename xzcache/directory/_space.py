@@ -33,8 +33,13 @@ logger = logging.getLogger("xzcache.directory")
 _LARGEST_LEASE: Final = 4 << 20
 # bytes of the disk for the index: an eviction adds tombstones before it frees anything
 _INDEX_RESERVE: Final = 4 << 20
+_IN_ADVANCE: Final = 64
+"""How many entries, if they are as large as most, are evicted for the next ones: this one waits for it."""
 _SMALL: Final = 64 << 10
 """The most bytes of a file that is unlinked as fast as it is renamed."""
+_LONGEST: Final = 0.002
+"""Seconds that the deletions of one section are to take."""
+_FEWEST, _USUAL, _MOST = 8, 32, 128
 # other processes may take the room that this one has made: it tries again, but not for ever
 _ATTEMPTS: Final = 8
 _PAUSE_WHILE_FULL: Final = 1.0
@@ -65,6 +70,29 @@ class HideReport:
         self.error = error
 
 
+class Pace:
+    """How many entries one section deletes: others wait for the guard meanwhile, and disks differ.
+
+    Attributes
+    ----------
+    count : int
+        As many as take `_LONGEST` together, by the time that the last ones took.
+    """
+
+    def __init__(self) -> None:
+        self._each = _LONGEST / _USUAL
+        self.count = _USUAL
+
+    def record(self, count: int, seconds: float) -> None:
+        """Record that the deletion of some entries took so long."""
+        # of few entries, the time of the transaction itself is most
+        if count >= _FEWEST:
+            each = seconds / count
+            # slowly upwards: a thread that has to wait for a processor gains nothing by deleting less
+            self._each = 1.25 * self._each if each > self._each else max(1e-6, (3 * self._each + each) / 4)
+            self.count = int(min(_MOST, max(_FEWEST, _LONGEST / self._each)))
+
+
 class Space:
     """Leases and frees the space of one cache directory; `min_free` is a fraction of the file system, or bytes."""
 
@@ -73,6 +101,7 @@ class Space:
         self.recency = recency
         self._ledger = ledger
         self.min_free = min_free
+        self.pace = Pace()
         self.evictions = 0
         self._is_bound_small = False
         self._has_logged = False
@@ -119,11 +148,15 @@ class Space:
             if not self.policy.evicts and whole >= self._full_for and time.monotonic() < self._full_until:
                 break
             short, tombstones = self._enlarge(process, size, whole)
+            if short > 0 and not tombstones and self.prepare_policy(short):
+                short, tombstones = self._enlarge(process, size, whole)
             if short <= 0:
                 return
             # the next attempt frees their bytes in its own transaction, which saves one
             self.unlink_deleted(tombstones, soon=True)
             self._count_evicted(tombstones)
+            # the next eviction frees as much
+            self.prepare_policy(short)
             freed = sum(item.size for item in tombstones)
             if freed < short:
                 freed += self.make_room(short - freed)
@@ -147,7 +180,9 @@ class Space:
                 totals = index.totals()
                 short = self._grant(process, index, totals, size, whole)
                 index.commit()
-            if short <= 0 or not self.policy.evicts or totals.room is None or totals.room >= size:
+            has_room = totals.room is None or totals.room >= size
+            takes_long = self.recency.are_many or not self.policy.is_prepared
+            if short <= 0 or not self.policy.evicts or has_room or takes_long:
                 return short, []
             # another process may take the freed bytes: the caller then evicts more
             index.begin()
@@ -162,9 +197,9 @@ class Space:
             raise error
         chunk = self._lease_size(totals, len(index.owners()))
         room = totals.room
-        # as much more as the lease in advance, so that the next entries need no eviction of their own
+        # some more in advance, so that the next entries need no eviction of their own
         if room is not None and room < size:
-            return size - room + chunk
+            return size - room + min(chunk, _IN_ADVANCE * totals.size // max(1, totals.entries))
         grant = size + chunk if room is None else min(size + chunk, room)
         if (short := self._short_of_disk(grant)) > 0:
             # leasing in advance must not evict an entry
@@ -220,19 +255,32 @@ class Space:
     def evict(self, want: int) -> int:
         """Evict the entries that the policy chooses until `want` bytes are free; returns the bytes freed."""
         freed = 0
-        while freed < want:
-            with self.session.section() as (process, index):
-                self.recency.flush_to(index)
-                tombstones = self._mark_evicted(process, index, want - freed)
-            self.unlink_deleted(tombstones)
-            self._count_evicted(tombstones)
-            freed += sum(item.size for item in tombstones)
-            if not tombstones:
-                break
+        try:
+            while freed < want:
+                self.prepare_policy(want - freed)
+                if self.recency.are_many:
+                    with self.session.section() as (_, index):
+                        self.recency.flush_to(index)
+                with self.session.section() as (process, index):
+                    self.recency.flush_to(index, together=True)
+                    tombstones = self._mark_evicted(process, index, want - freed)
+                # the next section frees their bytes
+                self.unlink_deleted(tombstones, soon=True)
+                self._count_evicted(tombstones)
+                freed += sum(item.size for item in tombstones)
+                if not tombstones:
+                    break
+        finally:
+            if erased := self._take_erased():
+                self.free_tombstones(erased)
         return freed
 
+    def prepare_policy(self, want: int = 0) -> bool:
+        """Let the policy do what takes long, if it is due, outside of any section; returns whether it was."""
+        return self.policy.prepare(self.session, want)
+
     def _mark_evicted(self, process: Registration, index: Index, want: int) -> list[Tombstone]:
-        victims = self.policy.choose(index, want)
+        victims = self.policy.choose(index, want, self.pace.count)
         self._ledger.evicted(victims)
         return self.mark_deleted(process, index, victims)
 
@@ -256,6 +304,7 @@ class Space:
         Keys whose files may remain are added to `report`. Returns the tombstones of hidden files, for `unlink_deleted`.
         The tombstones of all other files lose their owner, so that the next recovery retries them.
         """
+        begun = time.perf_counter()
         tombstones = []
         with self.freeing_tombstones(index) as freed:
             for row in rows:
@@ -274,6 +323,7 @@ class Space:
             index.begin()
             index.disown_tombstones({item.id for item in tombstones} - {item.id for item in hidden})
             index.commit()
+        self.pace.record(len(tombstones), time.perf_counter() - begun)
         return hidden
 
     def _hidden(self, item: Tombstone, report: HideReport, seen: set[str]) -> Tombstone | None:
@@ -345,10 +395,7 @@ class Space:
     @contextmanager
     def freeing_tombstones(self, index: Index) -> Iterator[list[Tombstone]]:
         """Free the postponed tombstones in a transaction that the caller commits in this context; yields them."""
-        erased: list[Tombstone] = []
-        # other threads add to it
-        while self._erased:
-            erased.append(self._erased.pop())
+        erased = self._take_erased()
         try:
             if erased:
                 self.free_tombstones_in(index, erased)
@@ -357,6 +404,14 @@ class Space:
             # the transaction was rolled back, so the bytes are still counted
             self._erased.extend(erased)
             raise
+
+    def _take_erased(self) -> list[Tombstone]:
+        erased: list[Tombstone] = []
+        # other threads add to it
+        with suppress(IndexError):
+            while True:
+                erased.append(self._erased.pop())
+        return erased
 
     def erase(self, tombstones: list[Tombstone]) -> list[Tombstone]:
         """Unlink the files of tombstones; returns those whose files are gone."""

@@ -167,7 +167,8 @@ class Adaptive:
         self._regret = self._hits = self._recency_hits = 0.0
         self._keys = self._last = self._gaps = self._sizes = self._ids = np.zeros(0, np.int64)
         self._kept: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._worth = self.reuse.worth()
+        # made when it is first needed: a process that only reads what is cached never does
+        self._worth: Reals | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -184,7 +185,8 @@ class Adaptive:
         self._watch(entries)
         watched = uses.keys < limit_for(entries)
         uses = Uses(*(column[watched] for column in uses))
-        step = max(64, (entries >> self._shift) // 16)
+        # small beside the cache: what is used within a step counts as a hit of both orders
+        step = max(8, (entries >> self._shift) // 16)
         for begin in range(0, len(uses.keys), step):
             part = Uses(*(column[begin : begin + step] for column in uses))
             self._use(part, room / 2**self._shift)
@@ -241,7 +243,7 @@ class Adaptive:
         if held <= room:
             return
         rows = np.flatnonzero(self._kept)
-        leaving = rows[np.argsort(rate(self._worth, self._gaps[rows], self._now - self._last[rows]), kind="stable")]
+        leaving = rows[np.argsort(rate(self._rates(), self._gaps[rows], self._now - self._last[rows]), kind="stable")]
         count = int((np.cumsum(self._sizes[leaving]) < held - _SPARE * room).sum())
         self._kept[leaving[: count + 1]] = False
 
@@ -283,7 +285,12 @@ class Adaptive:
 
     def worth_of(self, gaps: Ints, ages: Ints) -> Reals:
         """The worth of entries by gap and age, in ticks; the lowest is evicted first."""
-        return rate(self._worth, gaps, ages)
+        return rate(self._rates(), gaps, ages)
+
+    def _rates(self) -> Reals:
+        if self._worth is None:
+            self._worth = self.reuse.worth()
+        return self._worth
 
     def some_ids(self, random: Random, most: int) -> list[int]:
         """The last known ids of some watched keys; their entries may be gone."""

@@ -34,6 +34,7 @@ class Tell(Protocol):
 # with 256 uses in each of four processes, a cache of 600 entries lost 0.10 of its hit ratio with `"lru"`
 _SHARE: Final = 32
 """While one process evicts, the others together keep at most the uses of 1/32 of the entries to themselves."""
+_FEW: Final = 32
 _FEWEST: Final = 8
 """Fewer uses are not worth a transaction."""
 
@@ -41,7 +42,7 @@ _FEWEST: Final = 8
 class Recency:
     """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
 
-    A process that evicts flushes its own uses first. Other processes flush after 256 uses, or `longest` seconds;
+    A process that evicts flushes its own uses first. Other processes flush after 128 uses, or `longest` seconds;
     earlier if the cache is small and entries were evicted since their last flush, because a use that is not in the
     index saves no entry.
 
@@ -49,7 +50,7 @@ class Recency:
     are `most` uses, or it is later than `due_at`.
     """
 
-    def __init__(self, policy: Policy, most: int = 256, longest: float = 5.0) -> None:
+    def __init__(self, policy: Policy, most: int = 128, longest: float = 5.0) -> None:
         self.policy = policy
         self.uses = self._no_uses()
         self.most = self._largest = most
@@ -81,15 +82,20 @@ class Recency:
             self.due_at = max(self.due_at, now + 1.0)
         return due
 
-    def flush_to(self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False) -> None:
+    def flush_to(
+        self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False, together: bool = False
+    ) -> None:
         """Write the recorded uses and the new entries, with their sizes, to the index.
 
-        With `everything`, nothing that was counted is kept for a later transaction.
+        With `everything`, nothing that was counted is kept for a later transaction. With `together`, the transaction
+        does other work as well, and many uses are left to another one.
         """
         with self._lock:
-            # a new dictionary instead of a clear: hits write to it without the lock
-            recorded, self.uses, self.due_at = self.uses, self._no_uses(), 0.0
-            self._is_flushing = False
+            recorded = self._no_uses()
+            if not (together and self.are_many):
+                # a new dictionary instead of a clear: hits write to it without the lock
+                recorded, self.uses, self.due_at = self.uses, recorded, 0.0
+                self._is_flushing = False
         zero = _zero()
         # a copy: a hit that began before may still add to it
         uses = {Entry(*extent): zero + int(at * 1e9) for extent, at in recorded.copy().items()}
@@ -99,6 +105,11 @@ class Recency:
             self._set_pace(index)
         if self.tell is not None:
             self.tell(index, uses, arrived, everything=everything)
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there are so many uses that they should be written in a transaction of their own."""
+        return len(self.uses) > _FEW
 
     def _set_pace(self, index: Index) -> None:
         """Set after how many uses to flush: few while entries of a small cache are evicted by other processes."""
@@ -147,7 +158,9 @@ class Traced(Recency):
     def _no_uses(self) -> dict[Extent, float]:
         return _TracedUses(self._trace, 1 << 14)
 
-    def flush_to(self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False) -> None:
+    def flush_to(
+        self, index: Index, arrived: Mapping[Entry, int] = _NONE, *, everything: bool = False, together: bool = False
+    ) -> None:
         """Write the recorded uses to the index and to the file."""
         zero = _zero()
         trace = [(zero + int(at * 1e9), Entry(*extent)) for at, extent in self._trace]
@@ -164,7 +177,7 @@ class Traced(Recency):
                 os.write(descriptor, "".join(lines).encode())
             finally:
                 os.close(descriptor)
-        super().flush_to(index, arrived, everything=everything)
+        super().flush_to(index, arrived, everything=everything, together=together)
 
 
 def _zero() -> int:

@@ -5,6 +5,7 @@ A key is identified by 62 bits of its hash. A ghost is a row without a file; no 
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Final, NamedTuple
 from zlib import crc32
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 # a scan of all ghosts at once would keep the guard for too long
-_SLICES: Final = 32
-"""The number of steps in which all ghosts are scanned for old ones."""
-_HASHES: Final = 1 << 62
+_GHOSTS_FOR_EACH: Final = 20
+"""How many ghosts are looked at for each new one: more than there are at most for each entry of the cache."""
+_MOST: Final = 1 << 62
 _NEXT_GAP: Final = (
     "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ?2 - tick) ELSE max(1, gap + (?2 - tick - gap) / 4) END"
 )
@@ -56,6 +57,8 @@ class History:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._do = connection.execute
         self._do_many = connection.executemany
+        # each process begins somewhere else
+        self._at = secrets.randbits(62)
 
     # -- uses
 
@@ -89,11 +92,16 @@ class History:
         return int(self._do("SELECT count(*) FROM (SELECT 1 FROM heard LIMIT ?)", (most,)).fetchone()[0])
 
     def take_queued(self, most: int) -> list[tuple[int, int, int, int]]:
-        """Take all queued uses; returns the latest ones, `(tick, hash, size, id)`."""
+        """Take the latest queued uses, latest first: `(tick, hash, size, id)`."""
         # the latest ones: after a pause, older uses are of no help in learning what comes next
         rows = self._do("SELECT tick, key, size, id FROM heard ORDER BY tick DESC LIMIT ?", (most,)).fetchall()
+        if rows:
+            self._do("DELETE FROM heard WHERE tick >= ?", (rows[-1][0],))
+        return rows
+
+    def drop_queued(self) -> None:
+        """Delete all queued uses."""
         self._do("DELETE FROM heard")
-        return rows[::-1]
 
     # -- the learned state
 
@@ -144,11 +152,16 @@ class History:
             [(hash_of(entry), id_) for entry, id_ in leaving],
         )
 
-    def forget_ghosts(self, before: int, turn: int) -> None:
-        """Delete the ghosts of one slice that were last used before a tick."""
-        width = _HASHES // _SLICES
-        low = turn % _SLICES * width
-        self._do("DELETE FROM ghost WHERE key >= ? AND key < ? AND tick < ?", (low, low + width, before))
+    def forget_ghosts(self, before: int, come: int) -> None:
+        """Delete the ghosts that were last used before a tick, of the next few, given how many new ones have come."""
+        if before <= 0:
+            return
+        query = "SELECT key FROM ghost WHERE key > ? ORDER BY key LIMIT 1 OFFSET ?"
+        last = self._do(query, (self._at, _GHOSTS_FOR_EACH * come)).fetchone()
+        # at the end, the next call goes on from the first one
+        end = _MOST if last is None else last[0]
+        self._do("DELETE FROM ghost WHERE key > ? AND key <= ? AND tick < ?", (self._at, end, before))
+        self._at = -1 if last is None else end
 
     def ghosts(self) -> int:
         return int(self._do("SELECT count(*) FROM ghost").fetchone()[0])

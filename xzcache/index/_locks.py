@@ -41,6 +41,13 @@ _FLOCK: Final = struct.Struct("hhqqi0q")
 """``struct flock``: type, whence, start, length, pid; native alignment, padded to a multiple of 8."""
 _DOOR: Final = 1 << 62
 """The byte of the door lock; the bytes below it are the owners' locks."""
+_NEXT: Final = _DOOR + 1
+"""The byte of the process that gets the guard next."""
+_SHORTEST_PAUSE: Final = 0.00005
+_JUST_NOW: Final = 0.005
+"""Seconds after it has had the guard in which a process lets others go first."""
+_COURTESY: Final = 0.02
+"""The most seconds for which it waits for them."""
 
 
 def open_lock_file(path: str) -> int:
@@ -97,11 +104,26 @@ def is_unlocked(path: str) -> bool:
         os.close(fd)
 
 
+def let_the_next_go_first(fd: int, patience: float = _COURTESY) -> bool:
+    """Wait while a process is next to get the guard, whose file is open; False if that takes long."""
+    deadline, pause = time.monotonic() + patience, _SHORTEST_PAUSE
+    while locked_range(fd, _NEXT, 1) is not None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+    return True
+
+
 class Guard:
     """Mutual exclusion of all threads of all processes; protects the index and the names of entry files.
 
     Locked by the `flock` of the file at `path`. After `timeout` seconds `Busy` is raised. For a while after such a
     failure the wait is much shorter, so that a stopped holder does not slow down every read.
+
+    The lock is polled, so a process that takes it again and again would leave the others only moments to get it. Of the
+    processes that wait, one holds a second lock, `_NEXT`, and polls in short intervals. A process that has just had the
+    guard lets that one go first. It waits for a short time only, because the next process may be stopped.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -113,6 +135,7 @@ class Guard:
         self._mutex = threading.Lock()
         self._impatient_until = 0.0
         self._kept_out = False
+        self._left_at = self._discourteous_until = -math.inf
         self.refused_at = -math.inf
         """When another process was last found to hold the lock, by the monotonic clock."""
 
@@ -136,24 +159,39 @@ class Guard:
         # first the threads of this process: `flock` does not exclude them, as they share the descriptor
         if not self._mutex.acquire(timeout=deadline - now):
             self._give_up(patient)
-        pause = _FIRST_PAUSE
+        try:
+            self._take(deadline, patient)
+        except BaseException:
+            self._mutex.release()
+            raise
+
+    def _take(self, deadline: float, patient: bool) -> None:
+        now = time.monotonic()
+        if now - self._left_at < _JUST_NOW and now >= self._discourteous_until:
+            patience = min(deadline - now, _COURTESY)
+            if not let_the_next_go_first(self.fd, patience):
+                # many processes wait, or the next one is stopped: for a while, this process waits as they do
+                self._discourteous_until = now + 10 * _COURTESY
+        is_next, pause = False, _FIRST_PAUSE
         try:
             # polled, since a blocking `flock` has no timeout, and a stopped process may hold the lock
             while not try_flock(self.fd, fcntl.LOCK_EX):
                 self.refused_at = time.monotonic()
-                if time.monotonic() >= deadline:
+                if self.refused_at >= deadline:
                     self._give_up(patient)
-                time.sleep(pause)
+                is_next = is_next or lock_range(self.fd, fcntl.F_WRLCK, _NEXT)
+                time.sleep(_FIRST_PAUSE if is_next else pause)
                 pause = min(pause * 1.5, _LONGEST_PAUSE)
-        except BaseException:
-            self._mutex.release()
-            raise
+        finally:
+            if is_next:
+                lock_range(self.fd, fcntl.F_UNLCK, _NEXT)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
+            self._left_at = time.monotonic()
         finally:
             self._mutex.release()
 
