@@ -31,7 +31,7 @@ from zarr.storage import StorePath
 from xzcache import _threads as pool
 from xzcache._config import UNSET, chosen, parse_flag
 from xzcache.model import Replaced, report_bug
-from xzcache.reading import NotCached
+from xzcache.reading import SMALL, NotCached, decoded_size
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
@@ -91,9 +91,6 @@ def _is_plain(selection: Any) -> bool:
 # -- The pipeline itself.
 
 logger = logging.getLogger("xzcache.pipeline")
-
-_SMALL: Final = 256 << 10
-"""The most decoded bytes of a chunk that are decoded on the event loop: a thread would take longer to wake."""
 
 _RETURNS_RESULTS: Final = hasattr(codec, "GetResult")
 """Whether this Zarr expects a result for each chunk that was read."""
@@ -307,13 +304,13 @@ class CachePipeline(CodecPipeline):
         """The results of cached chunks; None for the others."""
         if self._decode is None and not self._is_raw:
             return [None] * len(batch)
-        size = _decoded_size(batch[0][1])
+        size = decoded_size(batch[0][1])
         # here on the event loop: a thread takes longer to wake than such a chunk takes to decode
-        if len(batch) == 1 and size <= _SMALL:
+        if len(batch) == 1 and size <= SMALL:
             results = self._read_cached(reads, batch, out, drop_axes, patient=False)
             if results[0] is not None:
                 return results
-        workers = min(_most_workers(), len(batch)) if size > _SMALL else 1
+        workers = min(_most_workers(), len(batch)) if size > SMALL else 1
         shares = [batch[number::workers] for number in range(workers)]
         results = [None] * len(batch)
         read = partial(self._read_cached, reads, out=out, drop_axes=drop_axes, patient=True)
@@ -394,10 +391,6 @@ def _reads_of(batch: Sequence[Item]) -> ReadThrough | None:
         return None
     store = batch[0][0].store
     return store._reads if isinstance(store, CacheStore) else None
-
-
-def _decoded_size(spec: ArraySpec) -> int:
-    return prod(spec.shape) * int(getattr(spec.dtype, "item_size", None) or 1)
 
 
 def _most_workers() -> int:

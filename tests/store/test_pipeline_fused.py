@@ -144,6 +144,20 @@ def test_files_that_this_process_has_not_verified_are_read_synchronously_as_well
         store.cache_info()
 
 
+@pytest.mark.parametrize(("size", "way"), [(1 << 10, "get"), (1 << 20, "get_sync")])
+def test_a_thread_is_woken_for_one_chunk_only_if_it_is_large(size: int, way: str, tmp_path: Path) -> None:
+    source = memory_source()
+    values = np.arange(2 * size, dtype="u1").reshape(2, size)
+    zarr.create_array(source, name="a", shape=values.shape, chunks=(1, size), dtype="u1")[:] = values
+    store = Watched(source, cache_store=tmp_path, read_only=True)
+    array = opened(store)
+    np.testing.assert_array_equal(array[:], values)
+    store.cache_info()
+    store.calls.clear()
+    np.testing.assert_array_equal(array[1], values[1])
+    assert store.calls == [way]
+
+
 def test_a_cache_in_memory_is_read_as_ever() -> None:
     source = memory_source()
     values = rows(source)

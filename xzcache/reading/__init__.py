@@ -6,13 +6,14 @@ by single operations; the counters, under one mutex for all, and a queue of hits
 cache a table of the fetches under way (`model.Claims`), with its lock.
 """
 
-from xzcache.reading._freshness import Freshness, Seen, is_read_for_a_write, keys_to_read
+from xzcache.reading._freshness import SMALL, Freshness, Seen, decoded_size, is_read_for_a_write, keys_to_read
 from xzcache.reading._readthrough import NotCached, RangeReads, ReadThrough
 from xzcache.reading._request import Reading
 from xzcache.reading._stats import Stats, observers, process
 from xzcache.reading._writethrough import WriteThrough
 
 __all__ = [
+    "SMALL",
     "Freshness",
     "NotCached",
     "RangeReads",
@@ -21,6 +22,7 @@ __all__ = [
     "Seen",
     "Stats",
     "WriteThrough",
+    "decoded_size",
     "is_read_for_a_write",
     "keys_to_read",
     "observers",

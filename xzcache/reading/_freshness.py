@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zarr.abc.store import Store
+    from zarr.core.array_spec import ArraySpec
 
     from xzcache._config import Revalidate
 
@@ -198,12 +199,21 @@ class Freshness:
 _reads_batch: Final = getattr(getattr(codec_pipeline, "FusedCodecPipeline", None), "read", None)
 _READS_BATCH: Final = getattr(_reads_batch, "__code__", None)
 """The code of the function of Zarr that asks a store whether it can be read synchronously, before it reads a batch."""
+SMALL: Final = 256 << 10
+"""The most decoded bytes of a single chunk that are read on the event loop: a thread would take longer to wake."""
 _NEAR: Final = 4
 """The number of frames between that function and the caller of `keys_to_read`, at most."""
 
 
+def decoded_size(spec: ArraySpec) -> int:
+    """The size of a chunk in memory, in bytes."""
+    return math.prod(spec.shape) * int(getattr(spec.dtype, "item_size", None) or 1)
+
+
 def keys_to_read(store: Store) -> list[str] | None:
-    """The keys of the batch that Zarr is about to read; None if that cannot be told, or Zarr reads parts of chunks.
+    """The keys of the batch that Zarr is about to read.
+
+    None if that cannot be told, if Zarr reads parts of chunks, and for a single small chunk: no thread pays for it.
 
     Called by the property by which a store says whether it can be read synchronously. Zarr does not tell it what is to
     be read, but the function that asks is on the stack. A Zarr in which that is different reads asynchronously.
@@ -217,6 +227,8 @@ def keys_to_read(store: Store) -> list[str] | None:
             names = frame.f_locals
             batch, pipeline = names.get("batch"), names.get("self")
             if not isinstance(batch, list) or getattr(pipeline, "supports_partial_decode", True):
+                return None
+            if len(batch) == 1 and decoded_size(batch[0][1]) <= SMALL:
                 return None
             places = [item[0] for item in batch]
             return [place.path for place in places] if all(place.store is store for place in places) else None
