@@ -42,7 +42,7 @@ class ZcacheAccessor:
 
     def _stores(self) -> list[CacheStore]:
         """One store for each source, in the order of the variables."""
-        found = {store.namespace: store for arrays in self._arrays.values() for _, store in arrays}
+        found = {_store_of(array).namespace: _store_of(array) for arrays in self._arrays.values() for array in arrays}
         if not found:
             raise ValueError("no variable of this dataset is read through a CacheStore: open it with engine='zcache'")
         return list(found.values())
@@ -60,12 +60,14 @@ class ZcacheAccessor:
         """
         listed = {store.namespace: _listed(store) for store in self._stores()}
         places = {
-            (store.namespace, path.rpartition("/")[0]) for arrays in self._arrays.values() for path, store in arrays
+            (_store_of(array).namespace, array.path.rpartition("/")[0])
+            for arrays in self._arrays.values()
+            for array in arrays
         }
         found: dict[str, float | None] = {}
         for name, arrays in self._arrays.items():
             # indexes are in memory, and lie beside the other arrays
-            keys = [(store.namespace, path) for path, store in arrays] or [
+            keys = [(_store_of(array).namespace, array.path) for array in arrays] or [
                 (namespace, f"{group}/{name}".lstrip("/")) for namespace, group in places
             ]
             known = {key: listed[key[0]][key[1]] for key in keys if key[1] in listed[key[0]]}
@@ -152,16 +154,16 @@ class ZcacheAccessor:
         self._stores()
         if name not in self._arrays:
             raise ValueError(f"name={name!r} is no variable of this dataset: it has {', '.join(self._arrays)}")
-        arrays = self._arrays[name]
+        # the arrays that are open already, because opening them again would ask the source
+        arrays = {(_store_of(array).namespace, array.path): array for array in self._arrays[name]}
         if not arrays:
             # indexes are in memory, and lie beside the other arrays
-            arrays = [
-                (f"{path.rpartition('/')[0]}/{name}".lstrip("/"), s) for a in self._arrays.values() for path, s in a
-            ]
-        if len({(path, store.namespace) for path, store in arrays}) != 1:
+            for array in (each for others in self._arrays.values() for each in others):
+                arrays[_store_of(array).namespace, array.path.rpartition("/")[0]] = array
+        if len(arrays) != 1:
             raise ValueError(f"name={name!r} is not read from one array of one source")
-        path, store = arrays[0]
-        return zarr.open_array(store, path=path, mode="r")
+        (array,) = arrays.values()
+        return array if self._arrays[name] else _beside(array, name)
 
     def stats(self) -> CacheStats:
         """The reads through the stores of this dataset, in this process; as `CacheStore.cache_stats`."""
@@ -209,22 +211,37 @@ def _listed(store: CacheStore) -> dict[str, tuple[int, int]]:
     }
 
 
-def _arrays_behind(data: Any) -> Iterator[tuple[str, CacheStore]]:
-    """The arrays of cached stores that lazy data, or the graph of Dask's data, reads: path and store."""
+def _beside(array: zarr.Array[Any], name: str) -> zarr.Array[Any]:
+    """The array of a name in the group of another; from consolidated metadata, if the group has them."""
+    folder = array.path.rpartition("/")[0]
+    group = zarr.open_group(_store_of(array), path=folder, mode="r", zarr_format=array.metadata.zarr_format)
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise ValueError(f"name={name!r} is not read from one array of one source")
+    return found
+
+
+def _arrays_behind(data: Any) -> Iterator[zarr.Array[Any]]:
+    """The arrays of cached stores that lazy data, or the graph of Dask's data, reads."""
     if hasattr(data, "__dask_graph__"):
         seen = set()
         for key, value in data.__dask_graph__().items():
             if isinstance(key, str) and key.startswith("original-"):
-                for path, store in _unwrapped(getattr(value, "value", value)):
-                    if (path, store.namespace) not in seen:
-                        seen.add((path, store.namespace))
-                        yield path, store
+                for array in _unwrapped(getattr(value, "value", value)):
+                    if (place := (array.path, _store_of(array).namespace)) not in seen:
+                        seen.add(place)
+                        yield array
     else:
         yield from _unwrapped(data)
 
 
-def _unwrapped(data: Any) -> Iterator[tuple[str, CacheStore]]:
+def _unwrapped(data: Any) -> Iterator[zarr.Array[Any]]:
     while data is not None and not isinstance(data, zarr.Array):
         data = getattr(data, "array", getattr(data, "_array", None))
     if data is not None and isinstance(data.store, CacheStore):
-        yield data.path, data.store
+        yield data
+
+
+def _store_of(array: zarr.Array[Any]) -> CacheStore:
+    """The store of an array of `_arrays_behind`."""
+    return cast(CacheStore, array.store)
