@@ -220,7 +220,16 @@ def test_refused_up_front_where_it_cannot_fit(tmp_path: Path) -> None:
         url, where = f"{web.url}/era5.zarr", {"cache_store": tmp_path / "cache", "max_size": "2 MB"}
         with pytest.raises(ValueError, match=r"about 3 MB are asked for, .*has room for 2 MB.*resize"):
             xzcache.warm(url, "big", **where)
+        # a question is answered and not refused
+        found = xzcache.warm(url, "big", dry_run=True, **where)
+        assert (found.missing, found.needed, found.ok) == (30, 3_000_000, True)
+        assert "about 3 MB are asked for" in found.refusal
+        assert repr(found).splitlines()[1] == f"does not fit: {found.refusal}"
+        with command(web.url, tmp_path, "--variable", "big", "--dry-run", "--json") as process:
+            assert json.loads(process.communicate(timeout=PATIENCE)[0])["refusal"] == found.refusal
+        assert process.returncode == 0
         assert not any(request.method == "GET" for request in web.requests if "/c/" in request.path)
+        assert xzcache.warm(url, "small", dry_run=True, **where).refusal == ""
         assert xzcache.warm(url, "small", **where).fetched == 30
 
 

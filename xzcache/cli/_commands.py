@@ -420,7 +420,7 @@ After an interruption, the same command goes on with the rest.
 @click.option("--for", "duration", metavar="TIME", help='With --pin: the time after which the pin ends, as "7d".')
 @click.option("--scheduler", metavar="ADDRESS", help="Warm the nodes of this Dask cluster, each with its share.")
 @click.option("--every-node", is_flag=True, help="With --scheduler: warm all of it on each node.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched, and whether it fits.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @_directory
 @_json

@@ -492,6 +492,8 @@ class Warmed(_Shown):
         The caches, one for each node.
     dry_run : bool
         Whether nothing was fetched.
+    refusal : str
+        Of a dry run: why the same call without it would raise `TooLarge`; empty if the cache can hold everything.
     """
 
     objects: int
@@ -507,6 +509,7 @@ class Warmed(_Shown):
     trouble: str = ""
     directories: tuple[str, ...] = ()
     dry_run: bool = False
+    refusal: str = ""
 
     @property
     def ok(self) -> bool:
@@ -522,7 +525,8 @@ class Warmed(_Shown):
         objects = f"{self.objects:,} object{'s' * (self.objects != 1)}{where}: {self.cached:,} cached before"
         if self.dry_run:
             about = "" if self.needed is None else f", at most about {shown_size(self.needed)}"
-            return f"{objects}, {self.missing:,} to be fetched{about}"
+            more = f"\ndoes not fit: {self.refusal}" if self.refusal else ""
+            return f"{objects}, {self.missing:,} to be fetched{about}{more}"
         rate = f", {shown_size(self.size / self.seconds)}/s" if self.size and self.seconds else ""
         lines = [f"{objects}, {self.fetched:,} fetched ({shown_size(self.size)} in {self.seconds:.1f} s{rate})"]
         if self.absent:

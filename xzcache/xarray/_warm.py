@@ -81,7 +81,7 @@ def warm(
     progress : bool, optional
         Whether progress is shown. Default is on a terminal and in a notebook.
     dry_run : bool, optional
-        Whether to only look for what is missing.
+        Whether to only look for what is missing, and whether it fits: ``refusal`` of the result says why it does not.
     directory : str or Path, optional
         The cache directory, for a URL, path or store. Default is this user's default cache on this machine.
     **settings
@@ -99,7 +99,7 @@ def warm(
     LookupError
         There is no Zarr array or group at the URL or path.
     TooLarge
-        The cache cannot hold what is asked for; the message has the figures. Nothing was fetched.
+        The cache cannot hold what is asked for; the message has the figures. Nothing was fetched. Not with `dry_run`.
     CacheUnavailable
         The cache cannot be used; the message says why.
     KeyboardInterrupt
