@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -867,7 +868,8 @@ def progress_bar(wanted: bool | None) -> Iterator[Show | None]:
     is_seen = (console.is_terminal and not console.is_dumb_terminal) or console.is_jupyter
     if wanted is False or (wanted is None and not is_seen):
         yield None
-    elif not is_seen:
+    elif not is_seen or (console.is_jupyter and find_spec("ipywidgets") is None):
+        # without ipywidgets, rich shows a warning in a notebook
         with _plain_bar() as show:
             yield show
     else:
