@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any, Final
@@ -48,7 +49,11 @@ def original() -> Callable[..., Any]:
 
 def attribute_warnings_to(function: Callable[..., Any], theirs: Callable[..., Any]) -> None:
     """Make warnings of a function name the line of the user's call, as for a function of xarray."""
-    function.__code__ = function.__code__.replace(co_filename=theirs.__code__.co_filename)
+    # xarray passes over frames whose file begins with its directory; the path leads on to the file of the function, so
+    # that a traceback shows its lines
+    home, own = os.path.dirname(theirs.__code__.co_filename), os.path.realpath(function.__code__.co_filename)
+    name = os.path.join(home, os.path.relpath(own, os.path.realpath(home)))
+    function.__code__ = function.__code__.replace(co_filename=name)
 
 
 def install(cached: Callable[..., Any]) -> None:

@@ -72,6 +72,24 @@ def test_a_report_is_written_and_named(cache: Path, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_report_says_without_its_page_what_other_sizes_would_give(tmp_path: Path) -> None:
+    store = opened(make(tmp_path / "era5", 300), tmp_path / "cache", max_size="2 MB", policy="lru")
+    for _ in range(3):
+        read(store, 300)
+    xzcache.cleanup_resources()
+    done = run("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache")
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("misses: ")]
+    assert [part.partition("% with ")[2] for part in said.removeprefix("misses: ").split(", ")] == [
+        *("500 kB", "1 MB", "2 MB (now)", "4 MB", "8 MB")
+    ]
+    done = run("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache", "--json")
+    first, *_ = json.loads(done.stdout)["curves"]
+    table = dict(zip(first["bounds"], first["miss_ratios"], strict=True))
+    # everything fits, so that only the first reads are misses
+    assert table[2_000_000] < table[250_000] <= 1
+    assert f"{table[2_000_000]:.0%} with 2 MB (now)" in said
+
+
 def test_one_sample_in_a_pipe(cache: Path) -> None:
     for words in (("top",), ("top", "--once")):
         done = run(*words, "--seconds", "0.2", "-d", cache)

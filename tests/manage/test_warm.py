@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import pytest
 import xarray as xr
 import zarr
 from processes import PATIENCE, until
-from servers import Delayed, Web, delayed_server, web_server
+from servers import Delayed, Web, delayed_server, needs_obstore, nobody, s3_server, web_server
 from zarr.storage import LocalStore
 
 import xzcache
+
+__all__ = ["nobody"]
 
 DAYS, CHUNK = 24, 2
 
@@ -220,7 +223,16 @@ def test_refused_up_front_where_it_cannot_fit(tmp_path: Path) -> None:
         url, where = f"{web.url}/era5.zarr", {"cache_store": tmp_path / "cache", "max_size": "2 MB"}
         with pytest.raises(ValueError, match=r"about 3 MB are asked for, .*has room for 2 MB.*resize"):
             xzcache.warm(url, "big", **where)
+        # a question is answered and not refused
+        found = xzcache.warm(url, "big", dry_run=True, **where)
+        assert (found.missing, found.needed, found.ok) == (30, 3_000_000, True)
+        assert "about 3 MB are asked for" in found.refusal
+        assert repr(found).splitlines()[1] == f"does not fit: {found.refusal}"
+        with command(web.url, tmp_path, "--variable", "big", "--dry-run", "--json") as process:
+            assert json.loads(process.communicate(timeout=PATIENCE)[0])["refusal"] == found.refusal
+        assert process.returncode == 0
         assert not any(request.method == "GET" for request in web.requests if "/c/" in request.path)
+        assert xzcache.warm(url, "small", dry_run=True, **where).refusal == ""
         assert xzcache.warm(url, "small", **where).fetched == 30
 
 
@@ -246,19 +258,22 @@ def heed() -> None:
 
 
 def test_failed_objects_are_retried_and_listed(slow: Delayed, tmp_path: Path) -> None:
-    (tmp_path / "refused").write_text("t2m/c/3/0 t2m/c/4/1")
+    refused = ["t2m/c/3/0", "t2m/c/4/1", "t2m/c/5/0", "t2m/c/6/0", "t2m/c/7/1"]
+    (tmp_path / "refused").write_text(" ".join(refused))
     with command(slow.url, tmp_path, "--retries", "1") as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, err
-    assert "failed: 2\n  t2m/c/3/0: " in out
-    assert "48 fetched" in out
+    # one reason is said once
+    assert "failed: 5\n  t2m/c/3/0, t2m/c/4/1, t2m/c/5/0 and 2 more: " in out
+    assert out.partition("failed: ")[2].count("\n") == 2, out
+    assert "45 fetched" in out
     (tmp_path / "refused").write_text("")
     slow.forget()
     with command(slow.url, tmp_path, "--json") as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert json.loads(out)["fetched"] == 2
-    assert sorted(slow.chunks()) == ["/era5.zarr/t2m/c/3/0", "/era5.zarr/t2m/c/4/1"]
+    assert json.loads(out)["fetched"] == 5
+    assert sorted(slow.chunks()) == [f"/era5.zarr/{key}" for key in refused]
 
 
 @pytest.mark.parametrize("by_module", [True, False])
@@ -416,3 +431,27 @@ def test_commands_with_bad_input(web: Web, tmp_path: Path) -> None:
     assert process.returncode == 2
     assert "there is no Zarr array or group at" in err
     assert secret not in err
+
+
+@needs_obstore
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["-o", "region_name=us-east-1"],
+            "no credentials were found: give -o anon=true for public data, else -o key=...",
+        ),
+        (["-o", "key=me", "-o", "secret=wrong"], "the server refuses the credentials"),
+    ],
+)
+def test_a_command_without_the_right_credentials(options: list[str], said: str, tmp_path: Path) -> None:
+    make(tmp_path / "s3" / "bucket" / "era5.zarr")
+    with s3_server(tmp_path / "s3") as server:
+        words = [*options, "-o", f"endpoint_url={server.endpoint}"]
+        environment = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true"}
+        with command("s3://bucket", tmp_path, *words, env=environment) as process:
+            out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(f"xzcache: s3://bucket/era5.zarr: {said}"), err
+    assert "storage_options" not in err

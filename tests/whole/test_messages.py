@@ -184,6 +184,12 @@ row(
     ValueError,
     "store is a URL of the scheme 'quux', which nothing here reads. obstore (in 'xzcache[remote]') reads s3,",
 )
+row(
+    "a path that is misspelled",
+    lambda w: opened(w / "era6.zarr"),
+    FileNotFoundError,
+    "{root}/era6.zarr does not exist, did you mean era5.zarr?",
+)
 row("a path that is missing", lambda w: opened(w / "none.zarr"), FileNotFoundError, "{root}/none.zarr does not exist")
 row(
     "a pattern that matches nothing",
@@ -316,6 +322,39 @@ row(
 at = "s3://bucket/era5.zarr"
 for upstream in ("obstore", "fsspec"):
     read = functools.partial(opened, upstream=upstream)
+    row(
+        f"a misspelled name, {upstream}",
+        lambda w, read=read: read("s3://bucket/era6.zarr", storage_options=w.options()),
+        FileNotFoundError,
+        "there is no Zarr group at s3://bucket/era6.zarr, did you mean era5.zarr?",
+        cause=True,
+    )
+    row(
+        f"another name, {upstream}",
+        lambda w, read=read: read("s3://bucket/many/zzz", storage_options=w.options()),
+        FileNotFoundError,
+        "there is no Zarr group at s3://bucket/many/zzz; its folder has 'a.zarr'",
+        cause=True,
+    )
+    row(
+        f"a misspelled name on the web, {upstream}",
+        lambda w, read=read: read(f"{w.web}/many/b.zarr"),
+        FileNotFoundError,
+        "there is no Zarr group at {web}/many/b.zarr, did you mean a.zarr?",
+        cause=True,
+    )
+    row(
+        f"an address without its scheme, {upstream}",
+        lambda w, read=read: read(at, storage_options=w.at("127.0.0.1:9000")),
+        ValueError,
+        "endpoint_url='127.0.0.1:9000' is not accepted, it has no scheme: give 'https://127.0.0.1:9000' or 'http://127",
+    )
+    row(
+        f"an address with a password and without its scheme, {upstream}",
+        lambda w, read=read: read(at, storage_options={"client_kwargs": {"endpoint_url": f"me:{SECRET}@host"}}),
+        ValueError,
+        "endpoint_url='...' is not accepted, it has no scheme",
+    )
     row(
         f"no bucket, {upstream}",
         lambda w, read=read: read("s3://no-bucket/x.zarr", storage_options=w.options()),

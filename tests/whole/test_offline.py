@@ -167,6 +167,20 @@ def test_a_fresh_process_reads_what_is_cached_of_a_source_that_is_gone(
         assert not strict.warnings
 
 
+@formats
+@pytest.mark.parametrize("chunks", [None, {}])
+def test_which_chunks_are_cached_is_known_without_asking(tmp_path: Path, zarr_format: int, chunks: Any) -> None:
+    with remote("http", "obstore", tmp_path, zarr_format, consolidated=True) as web:
+        web.open()["t2m"][:10].compute()
+        before = web.open(chunks=chunks)
+        asked = before.zcache.stats()["misses"]
+        assert [before.zcache.chunks(name).tolist() for name in ("t2m", "time")] == [[[2], [0], [0], [0]], [2]]
+        assert before.zcache.stats()["misses"] == asked
+        web.server.kill()
+        for dataset in (before, web.open(chunks=chunks)):
+            assert [dataset.zcache.chunks(name).tolist() for name in ("t2m", "time")] == [[[2], [0], [0], [0]], [2]]
+
+
 @pytest.mark.parametrize("upstream", ["obstore", "fsspec"])
 def test_a_refused_key_is_an_answer(upstream: str, tmp_path: Path) -> None:
     with remote("s3", upstream, tmp_path) as source:

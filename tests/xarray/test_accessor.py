@@ -56,10 +56,31 @@ def test_of_several_sources(tmp_path: Path) -> None:
     dataset = xzcache.open_mfdataset([tmp_path / "2000.zarr", tmp_path / "2001.zarr"], cache_store=tmp_path / "cache")
     dataset["t"].isel(time=0).compute()
     fractions = dataset.zcache.cached_fraction()
-    assert fractions["t"] in (0.25, 0.5)
+    assert fractions["t"] == 0.25
     assert dataset.zcache.stats()["misses"] > 0
     dataset["t"].compute()
     assert dataset.zcache.cached_fraction()["t"] == 1.0
+
+
+@pytest.mark.parametrize("chunks", [None, {}])
+def test_the_part_is_known_without_cached_documents(source: Path, tmp_path: Path, chunks: Any) -> None:
+    dataset = xzcache.open_zarr(source, chunks=chunks, cache_store=tmp_path / "cache")
+    dataset["t"].isel(time=slice(0, 4)).compute()
+    for file in (tmp_path / "cache").rglob(".z*"):
+        if file.is_file():
+            file.unlink()
+    assert {array.name: array.total for array in xzcache.ls(tmp_path / "x.zarr", tmp_path / "cache")}["t"] is None
+    fractions = dataset.zcache.cached_fraction()
+    assert (fractions["t"], fractions["n"], fractions["time"]) == (0.5, 0.0, None)
+
+
+def test_a_part_that_cannot_be_told(source: Path, tmp_path: Path) -> None:
+    dataset = xzcache.open_zarr(source, cache_store=tmp_path / "cache")
+    dataset["t"].compute()
+    xzcache.cleanup_resources()
+    for file in (tmp_path / "cache").rglob("index*"):
+        file.write_bytes(b"no index" * 1000) if file.is_file() else None
+    assert dataset.zcache.cached_fraction()["t"] is None
 
 
 def test_a_dataset_that_is_read_past_any_cache() -> None:

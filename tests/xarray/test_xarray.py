@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import linecache
 import os
 import pickle
 import pydoc
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -525,6 +527,18 @@ def test_a_warning_names_whoever_opens(read: Callable[..., Any]) -> None:
         with pytest.warns(RuntimeWarning, match="Failed to open Zarr store with consolidated metadata") as warned:
             read("2-plain.zarr", engine)
         assert {each.filename for each in warned} == {__file__}
+
+
+@pytest.mark.parametrize("read", SINGLE)
+def test_a_traceback_shows_the_lines_that_ran(read: Callable[..., Any]) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        read("none.zarr", "zcache")
+    ran = [frame.f_code for frame, _ in traceback.walk_tb(raised.tb)]
+    assert any(code.co_name.startswith("open") and code.co_filename.endswith("_engine.py") for code in ran)
+    for code in ran:
+        first = linecache.getline(code.co_filename, code.co_firstlineno).strip()
+        assert code.co_name == "<lambda>" or first.startswith(("@", f"def {code.co_name}(")), (code, first)
+        assert code.co_name != "<lambda>" or "lambda" in first, (code, first)
 
 
 # -- several at once

@@ -468,7 +468,7 @@ Examples:
   xzcache warm s3://bucket/era5.zarr --storage-option anon=true --pin --for 7d
   xzcache warm s3://bucket/era5.zarr --scheduler tcp://10.0.0.1:8786 --every-node
 \b
-Exit codes: 0 all is cached, 1 some objects failed, 2 bad input or no room, 130 interrupted.
+Exit codes: 0 all is cached, 1 some objects failed, 2 bad input, no access or no room, 130 interrupted.
 After an interruption, the same command goes on with the rest.
 """,
     short_help="Fetch what is missing of a dataset, before it is needed.",
@@ -490,7 +490,7 @@ After an interruption, the same command goes on with the rest.
 @click.option("--for", "duration", metavar="TIME", help='With --pin: the time after which the pin ends, as "7d".')
 @click.option("--scheduler", metavar="ADDRESS", help="Warm the nodes of this Dask cluster, each with its share.")
 @click.option("--every-node", is_flag=True, help="With --scheduler: warm all of it on each node.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched, and whether it fits.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @_directory
 @_json
@@ -545,8 +545,27 @@ def warm(
         except KeyboardInterrupt:
             click.echo("xzcache: interrupted; what was fetched is cached, the same command fetches the rest", err=True)
             raise click.exceptions.Exit(_INTERRUPTED) from None
+        except PermissionError as refused:
+            if refused.errno is not None:
+                # of a file
+                raise
+            raise BadInput(_as_options(str(refused))) from refused
     _print(found, as_json=as_json)
     _end(ok=found.ok)
+
+
+def _as_options(text: str) -> str:
+    """An error of the credentials, with the options of this command in place of Python's."""
+    for python, here in _OPTIONS.items():
+        text = text.replace(python, here)
+    return text
+
+
+_OPTIONS: Final = {
+    'storage_options={"anon": True}': "-o anon=true",
+    "else key and secret": "else -o key=... and -o secret=...",
+    "in storage_options": "in -o",
+}
 
 
 def _whole(name: str, given: str, least: int) -> int:

@@ -42,20 +42,43 @@ _OF_THE_OTHER: Final = 1 << 13
 
 @dataclass(frozen=True, repr=False)
 class Report(_Shown):
-    """A report that was written: its path, the number of its sources and its size in bytes."""
+    """A report that was written.
+
+    Attributes
+    ----------
+    path : str
+        The page.
+    directory : str
+        The cache directory.
+    sources : int
+        The number of sources in it.
+    size : int
+        The bytes of the page.
+    curves : tuple of Curve
+        The misses with other bounds, by policy, the configured one first; empty if too little was read yet.
+    """
 
     path: str
     directory: str
     sources: int
     size: int
+    curves: tuple[Curve, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain values, for JSON."""
-        return dict(vars(self))
+        return {**vars(self), "curves": [each.as_dict() for each in self.curves]}
 
     def __repr__(self) -> str:
         count = f"{self.sources:,} source{'s' * (self.sources != 1)}"
-        return f"{self.path}: a report of {self.directory}, {count}, {shown_size(self.size)}"
+        lines = [f"{self.path}: a report of {self.directory}, {count}, {shown_size(self.size)}"]
+        if self.curves:
+            main = self.curves[0]
+            said = [
+                f"{_ratio(main, factor):.0%} with {shown_size(main.bound * factor)}{' (now)' * (factor == 1)}"
+                for factor in _SAID
+            ]
+            lines.append(f"misses: {', '.join(said)}")
+        return "\n".join(lines)
 
     def table(self) -> Table:
         """The figures as a table, for displays."""
@@ -89,6 +112,7 @@ def report(path: str | os.PathLike[str], directory: str | os.PathLike[str] | Non
     root = root_of(directory)
     # also brings the index up to date with the reads of this process
     found = info(root)
+    curves: list[Curve] = []
     if found.state == "absent":
         page, count = _page(found, {}, {}, Sources(root), []), 0
     else:
@@ -100,7 +124,7 @@ def report(path: str | os.PathLike[str], directory: str | os.PathLike[str] | Non
             curves.append(curve(root, factors=_FACTORS, policy=other, most=min(_OF_THE_OTHER, _uses_for(other))))
         page, count = _page(found, looked, days, sources, curves), len(looked)
     _write(target, page)
-    return Report(target, root, count, len(page.encode()))
+    return Report(target, root, count, len(page.encode()), tuple(each for each in curves if each.miss_ratios))
 
 
 def _uses_for(policy: str) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple, TypeVar, overload
@@ -16,7 +17,12 @@ from xzcache.directory import Counts
 T = TypeVar("T")
 
 _MOST_LISTED: Final = 20
-"""The failed objects that a display names."""
+"""The reasons of failures that a display names."""
+_MOST_KEYS: Final = 3
+"""The objects that a display names for each reason."""
+
+_TAKEN: Final = re.compile(r"\b\d+(\.\d+)?[mµn]?s\b")
+"""A time that a request took, in the message of a client."""
 
 State = Literal["ok", "absent", "damaged", "foreign", "busy", "unusable"]
 
@@ -492,6 +498,8 @@ class Warmed(_Shown):
         The caches, one for each node.
     dry_run : bool
         Whether nothing was fetched.
+    refusal : str
+        Of a dry run: why the same call without it would raise `TooLarge`; empty if the cache can hold everything.
     """
 
     objects: int
@@ -507,6 +515,7 @@ class Warmed(_Shown):
     trouble: str = ""
     directories: tuple[str, ...] = ()
     dry_run: bool = False
+    refusal: str = ""
 
     @property
     def ok(self) -> bool:
@@ -522,7 +531,8 @@ class Warmed(_Shown):
         objects = f"{self.objects:,} object{'s' * (self.objects != 1)}{where}: {self.cached:,} cached before"
         if self.dry_run:
             about = "" if self.needed is None else f", at most about {shown_size(self.needed)}"
-            return f"{objects}, {self.missing:,} to be fetched{about}"
+            more = f"\ndoes not fit: {self.refusal}" if self.refusal else ""
+            return f"{objects}, {self.missing:,} to be fetched{about}{more}"
         rate = f", {shown_size(self.size / self.seconds)}/s" if self.size and self.seconds else ""
         lines = [f"{objects}, {self.fetched:,} fetched ({shown_size(self.size)} in {self.seconds:.1f} s{rate})"]
         if self.absent:
@@ -531,10 +541,24 @@ class Warmed(_Shown):
             lines.append(f"stopped: {self.trouble}; {self.not_tried:,} objects were not requested")
         if self.failed:
             lines.append(f"failed: {len(self.failed):,}")
-            lines += [f"  {item.key}: {item.reason}" for item in self.failed[:_MOST_LISTED]]
-            if len(self.failed) > _MOST_LISTED:
-                lines.append(f"  and {len(self.failed) - _MOST_LISTED:,} more")
+            lines += self._failures()
         return "\n".join(lines)
+
+    def _failures(self) -> Iterator[str]:
+        """A line for each reason, with the first keys that failed for it."""
+        keys: dict[str, list[str]] = {}
+        said: dict[str, str] = {}
+        for item in self.failed:
+            # one reason has many keys, and names each of them, and how long each request took
+            reason = item.reason.replace(item.key, "...")
+            kind = _TAKEN.sub("", reason)
+            keys.setdefault(kind, []).append(item.key)
+            said.setdefault(kind, reason)
+        for kind, of_it in list(keys.items())[:_MOST_LISTED]:
+            more = f" and {len(of_it) - _MOST_KEYS:,} more" if len(of_it) > _MOST_KEYS else ""
+            yield f"  {', '.join(of_it[:_MOST_KEYS])}{more}: {said[kind]}"
+        if len(keys) > _MOST_LISTED:
+            yield f"  and {len(keys) - _MOST_LISTED:,} more reasons"
 
     def table(self) -> Table:
         """The figures as a table, for displays."""

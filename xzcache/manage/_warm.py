@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -294,6 +295,8 @@ class Plan:
     cached_size: int = 0
     needed: float | None = None
     """An estimate of the bytes of the missing objects; None if their size is unknown."""
+    refusal: str = ""
+    """Why a node cannot keep the selection; empty if it can. Only a plan of a node has it."""
     capacity: int | None = None
     """The most bytes of the selection that the cache can keep; None if there is no limit."""
 
@@ -494,17 +497,15 @@ def _reason(error: BaseException) -> str:
     return name if not text else text[:300] if text.startswith(name) else f"{name}: {text[:300]}"
 
 
-def check_room(plan: Plan, where: str, bound: str) -> None:
-    """Raise `TooLarge` if the cache cannot keep the selection."""
-    if plan.capacity is None or plan.needed is None:
-        return
-    needed = plan.cached_size + plan.needed
-    if needed > plan.capacity:
-        raise TooLarge(
-            f"about {shown_size(needed)} are asked for, of which {shown_size(plan.cached_size)} are cached, and "
-            f"{where} has room for {shown_size(plan.capacity)} ({bound}): select less, or enlarge it with "
-            "`xzcache resize`"
-        )
+def refusal(plan: Plan, where: str, bound: str) -> str:
+    """Why the cache cannot keep the selection; empty if it can, or if the size of the selection is unknown."""
+    if plan.capacity is None or plan.needed is None or plan.cached_size + plan.needed <= plan.capacity:
+        return ""
+    return (
+        f"about {shown_size(plan.cached_size + plan.needed)} are asked for, of which {shown_size(plan.cached_size)} "
+        f"are cached, and {where} has room for {shown_size(plan.capacity)} ({bound}): select less, or enlarge it with "
+        "`xzcache resize`"
+    )
 
 
 def drive(run: Run, coroutine: Coroutine[Any, Any, T], tick: Callable[[], None] | None = None) -> T:
@@ -553,11 +554,13 @@ def warm_parts(
     where, bound = _names(run)
     if is_pinned and plan.capacity is not None:
         plan.capacity, bound = int(plan.capacity * PINNED_SHARE), f"{bound}, and pins may take {PINNED_SHARE:.0%} of it"
-    check_room(plan, where, bound)
+    refused = refusal(plan, where, bound)
     total = len(plan.missing) + plan.cached
     found = Warmed(total, plan.cached, dry_run=dry_run, missing=len(plan.missing), needed=_as_int(plan.needed))
     if dry_run:
-        return replace(found, directories=(where,), seconds=time.monotonic() - began)
+        return replace(found, directories=(where,), seconds=time.monotonic() - began, refusal=refused)
+    if refused:
+        raise TooLarge(refused)
     outcome = run.outcome
 
     def tick() -> None:
@@ -628,7 +631,7 @@ def _plan_there(parts: list[Part], share: Share) -> Plan:
     for store, path, zarr_format in {(id(o.store), o.array.path): _place(o.array) for o in run.objects}.values():
         _open(store, path, zarr_format)
     plan = drive(run, run.plan(share))
-    check_room(plan, *_names(run))
+    plan.refusal = refusal(plan, *_names(run))
     return plan
 
 
@@ -721,8 +724,11 @@ def _on_cluster(
         needed=None if None in needed else int(sum(size or 0 for size in needed)),
         directories=tuple(node.where for node in nodes),
     )
+    refused = "; ".join(node.plan.refusal for node in nodes if node.plan.refusal)
     if dry_run:
-        return replace(found, seconds=time.monotonic() - began)
+        return replace(found, seconds=time.monotonic() - began, refusal=refused)
+    if refused:
+        raise TooLarge(refused)
     started = time.monotonic()
 
     def tick() -> None:
@@ -862,7 +868,8 @@ def progress_bar(wanted: bool | None) -> Iterator[Show | None]:
     is_seen = (console.is_terminal and not console.is_dumb_terminal) or console.is_jupyter
     if wanted is False or (wanted is None and not is_seen):
         yield None
-    elif not is_seen:
+    elif not is_seen or (console.is_jupyter and find_spec("ipywidgets") is None):
+        # without ipywidgets, rich shows a warning in a notebook
         with _plain_bar() as show:
             yield show
     else:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
 from html import unescape
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
@@ -43,6 +43,7 @@ SourceLike: TypeAlias = Store | StorePath | str | os.PathLike[str] | HasFileSyst
 _ALIASES: Final = (("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl"), ("http", "https"))
 _EXTRAS: Final = {"gcs": ("gs", "gcs"), "azure": ("az", "abfs", "abfss", "adl")}
 """The extra of the package for those schemes that `remote` does not serve."""
+_ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _ACCEPTED: Final = "a Zarr store, a path, a URL such as 's3://bucket/x.zarr', a UPath or an FSMap"
 
 
@@ -128,7 +129,10 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
             raise TypeError(f"storage_options is a {kind}, which is not accepted: give a mapping of options")
         options = _copied(storage_options or {})
         check_options(options)
-        return _from_url(plain(certain(store, "store")), options, read_only=read_only, upstream=upstream)
+        url = plain(certain(store, "store"))
+        if any(link.scheme in ("s3", "s3a") for link in links(url)):
+            _check_endpoints(options)
+        return _from_url(url, options, read_only=read_only, upstream=upstream)
     if isinstance(store, str) and _lacks_slashes(store):
         # never with its value, if that may be a secret
         meant = _SLASH_MISSING.sub(r"\1://", store)
@@ -177,6 +181,49 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
 def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
     # fsspec modifies its arguments
     return {name: _copied(value) if type(value) is dict else value for name, value in options.items()}
+
+
+def _check_endpoints(options: Mapping[str, Any]) -> None:
+    """Reject the address of an S3 server without its scheme, which no client reads; the message names the option."""
+    given = list(_endpoints(options)) or [(name, os.environ.get(name)) for name in _ENDPOINT_VARIABLES]
+    for name, address in given:
+        if isinstance(address, str) and address and "://" not in address:
+            # an address with a user may have a password
+            shown_address = "..." if "@" in address else address
+            raise ValueError(
+                f"{name}={shown_address!r} is not accepted, it has no scheme: give 'https://{shown_address}' or "
+                f"'http://{shown_address}'"
+            )
+
+
+def _endpoints(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    # the options of a chained URL, and those of its client, are mappings within
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _endpoints(value)
+        elif name in ("endpoint_url", "endpoint"):
+            yield name, value
+
+
+def folder_of(source: Store) -> tuple[Store, str] | None:
+    """The folder of a source, as a store, and the name of the source in it; None if the source lies in no folder."""
+    if isinstance(source, LocalStore):
+        return LocalStore(source.root.parent, read_only=True), source.root.name
+    if isinstance(source, WebStore):
+        folder, _, name = source.url.rstrip("/").rpartition("/")
+        return None if folder.endswith("/") else (WebStore(source.store, folder, read_only=True), name)
+    if isinstance(source, FsspecStore):
+        folder, _, name = source.path.rstrip("/").rpartition("/")
+        # a bucket and a server lie in no folder
+        is_top = not folder.strip("/") or folder.endswith("/")
+        return None if is_top else (FsspecStore(source.fs, read_only=True, path=folder), name)
+    remote: Any = getattr(source, "store", None)
+    if prefix := getattr(remote, "prefix", None):
+        folder, _, name = str(prefix).strip("/").rpartition("/")
+        arguments, options = remote.__getnewargs_ex__()
+        again = type(remote)(*arguments, **{**options, "prefix": folder or None})
+        return zarr.storage.ObjectStore(again, read_only=True), name
+    return None
 
 
 def _local(path: str | os.PathLike[str], *, read_only: bool) -> Store:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -42,7 +44,7 @@ class ZcacheAccessor:
 
     def _stores(self) -> list[CacheStore]:
         """One store for each source, in the order of the variables."""
-        found = {store.namespace: store for arrays in self._arrays.values() for _, store in arrays}
+        found = {_store_of(array).namespace: _store_of(array) for arrays in self._arrays.values() for array in arrays}
         if not found:
             raise ValueError("no variable of this dataset is read through a CacheStore: open it with engine='zcache'")
         return list(found.values())
@@ -56,24 +58,28 @@ class ZcacheAccessor:
     def cached_fraction(self) -> dict[str, float | None]:
         """For each variable, the part of the chunks (or shards) of its whole arrays that is cached, from 0 to 1.
 
-        None for a variable whose array is unknown. Chunks outside of a selection count as well.
+        None where it cannot be told. Chunks outside of a selection count as well.
         """
         listed = {store.namespace: _listed(store) for store in self._stores()}
         places = {
-            (store.namespace, path.rpartition("/")[0]) for arrays in self._arrays.values() for path, store in arrays
+            (_store_of(array).namespace, array.path.rpartition("/")[0])
+            for arrays in self._arrays.values()
+            for array in arrays
         }
         found: dict[str, float | None] = {}
         for name, arrays in self._arrays.items():
-            # indexes are in memory, and lie beside the other arrays
-            keys = [(store.namespace, path) for path, store in arrays] or [
-                (namespace, f"{group}/{name}".lstrip("/")) for namespace, group in places
-            ]
-            known = {key: listed[key[0]][key[1]] for key in keys if key[1] in listed[key[0]]}
-            if known:
-                there = sum(total for _, total in known.values())
-                found[name] = min(1.0, sum(cached for cached, _ in known.values()) / there) if there else 1.0
+            if arrays:
+                counts = [_counted(listed[_store_of(array).namespace], array.path, array) for array in arrays]
             else:
-                found[name] = 0.0 if arrays else None
+                # indexes are in memory, and lie beside the other arrays
+                of_index = {_counted(listed[namespace], f"{group}/{name}".lstrip("/")) for namespace, group in places}
+                counts = [count for count in of_index if count is not None]
+            known = [count for count in counts if count is not None]
+            if not counts or len(known) < len(counts):
+                found[name] = None
+                continue
+            there = sum(total for _, total in known)
+            found[name] = min(1.0, sum(cached for cached, _ in known) / there) if there > 0 else 1.0
         return found
 
     def chunks(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -97,8 +103,7 @@ class ZcacheAccessor:
         """
         array = self._array(name)
         store: CacheStore = array.store  # type: ignore[assignment]
-        sizes = array.shards or array.chunks
-        states = np.zeros([-(-length // size) for length, size in zip(array.shape, sizes, strict=True)], np.uint8)
+        states = np.zeros(_grid(array), np.uint8)
         names = map(array.metadata.encode_chunk_key, np.ndindex(states.shape))
         parts = store.cached_parts("/".join(filter(None, (array.path, name))) for name in names)
         states.flat = [_STATES[part] for part in parts]
@@ -152,16 +157,16 @@ class ZcacheAccessor:
         self._stores()
         if name not in self._arrays:
             raise ValueError(f"name={name!r} is no variable of this dataset: it has {', '.join(self._arrays)}")
-        arrays = self._arrays[name]
+        # the arrays that are open already, because opening them again would ask the source
+        arrays = {(_store_of(array).namespace, array.path): array for array in self._arrays[name]}
         if not arrays:
             # indexes are in memory, and lie beside the other arrays
-            arrays = [
-                (f"{path.rpartition('/')[0]}/{name}".lstrip("/"), s) for a in self._arrays.values() for path, s in a
-            ]
-        if len({(path, store.namespace) for path, store in arrays}) != 1:
+            for array in (each for others in self._arrays.values() for each in others):
+                arrays[_store_of(array).namespace, array.path.rpartition("/")[0]] = array
+        if len(arrays) != 1:
             raise ValueError(f"name={name!r} is not read from one array of one source")
-        path, store = arrays[0]
-        return zarr.open_array(store, path=path, mode="r")
+        (array,) = arrays.values()
+        return array if self._arrays[name] else _beside(array, name)
 
     def stats(self) -> CacheStats:
         """The reads through the stores of this dataset, in this process; as `CacheStore.cache_stats`."""
@@ -196,35 +201,69 @@ class ZcacheAccessor:
             return None
 
 
-def _listed(store: CacheStore) -> dict[str, tuple[int, int]]:
-    """The cached and the existing objects of each array of a source, by its path; nothing if nothing is cached."""
+_Row = tuple[int, int, int | None]
+"""The objects of an array that are cached, that are missing at the source, and all; None if its document is unknown."""
+
+
+def _listed(store: CacheStore) -> dict[str, _Row] | None:
+    """The objects of each array of a source, by its path; None if it cannot be told."""
     try:
-        arrays = ls(store)
-    except (LookupError, OSError):
+        return {array.name.strip("/"): (array.cached, array.missing, array.total) for array in ls(store)}
+    except LookupError:
+        # nothing is cached
         return {}
-    return {
-        array.name.strip("/"): (array.cached, array.total - array.missing)
-        for array in arrays
-        if array.total is not None
-    }
+    except OSError:
+        return None
 
 
-def _arrays_behind(data: Any) -> Iterator[tuple[str, CacheStore]]:
-    """The arrays of cached stores that lazy data, or the graph of Dask's data, reads: path and store."""
+def _counted(listed: dict[str, _Row] | None, path: str, array: zarr.Array[Any] | None = None) -> tuple[int, int] | None:
+    """The cached and the existing objects of an array; None if it cannot be told."""
+    if listed is None:
+        return None
+    cached, missing, total = listed.get(path, (0, 0, None))
+    if total is None and array is not None:
+        # its document may have been evicted
+        with suppress(NotImplementedError):
+            total = math.prod(_grid(array))
+    return None if total is None else (cached, total - missing)
+
+
+def _grid(array: zarr.Array[Any]) -> list[int]:
+    """The chunks (or shards) of an array along each dimension."""
+    return [-(-length // size) for length, size in zip(array.shape, array.shards or array.chunks, strict=True)]
+
+
+def _beside(array: zarr.Array[Any], name: str) -> zarr.Array[Any]:
+    """The array of a name in the group of another; from consolidated metadata, if the group has them."""
+    folder = array.path.rpartition("/")[0]
+    group = zarr.open_group(_store_of(array), path=folder, mode="r", zarr_format=array.metadata.zarr_format)
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise ValueError(f"name={name!r} is not read from one array of one source")
+    return found
+
+
+def _arrays_behind(data: Any) -> Iterator[zarr.Array[Any]]:
+    """The arrays of cached stores that lazy data, or the graph of Dask's data, reads."""
     if hasattr(data, "__dask_graph__"):
         seen = set()
         for key, value in data.__dask_graph__().items():
             if isinstance(key, str) and key.startswith("original-"):
-                for path, store in _unwrapped(getattr(value, "value", value)):
-                    if (path, store.namespace) not in seen:
-                        seen.add((path, store.namespace))
-                        yield path, store
+                for array in _unwrapped(getattr(value, "value", value)):
+                    if (place := (array.path, _store_of(array).namespace)) not in seen:
+                        seen.add(place)
+                        yield array
     else:
         yield from _unwrapped(data)
 
 
-def _unwrapped(data: Any) -> Iterator[tuple[str, CacheStore]]:
+def _unwrapped(data: Any) -> Iterator[zarr.Array[Any]]:
     while data is not None and not isinstance(data, zarr.Array):
         data = getattr(data, "array", getattr(data, "_array", None))
     if data is not None and isinstance(data.store, CacheStore):
-        yield data.path, data.store
+        yield data
+
+
+def _store_of(array: zarr.Array[Any]) -> CacheStore:
+    """The store of an array of `_arrays_behind`."""
+    return cast(CacheStore, array.store)

@@ -26,7 +26,7 @@ from xzcache.model import SourceUnreachable
 from xzcache.pipeline import give, take
 from xzcache.sources import as_xarray, is_url, path_of, scrub, shown
 from xzcache.store import CacheStore
-from xzcache.xarray._errors import explained, hint_of_groups
+from xzcache.xarray._errors import explained, hint_of_groups, neighbours
 from xzcache.xarray._globs import expanded, is_pattern
 from xzcache.xarray._keywords import OpenMfdatasetKeywords, OpenZarrKeywords, tell_all
 
@@ -200,7 +200,7 @@ def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dat
     except FileNotFoundError as missing:
         for store in opened:
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
-                raise FileNotFoundError(f"{_root_of(store)} does not exist") from None
+                raise FileNotFoundError(f"{_root_of(store)} does not exist{neighbours(store._store)}") from None
             _say(missing, store, store.source.label)
         for store in opened[:1]:
             if (better := explained(missing, store, store.path)) is not None:
@@ -279,7 +279,7 @@ def _through_cache(
         missing = isinstance(error, FileNotFoundError)
         if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
             root = source.root if isinstance(source, LocalStore) else _root_of(store)
-            raise FileNotFoundError(f"{root} does not exist") from None
+            raise FileNotFoundError(f"{root} does not exist{neighbours(store._store)}") from None
         if missing and isinstance(store._store, LocalStore) and store._store.root.is_file():
             text = "is a file and not a Zarr store: another engine may read it"
             raise FileNotFoundError(f"{_root_of(store)} {text}") from None

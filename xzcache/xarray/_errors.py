@@ -17,7 +17,7 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import FsspecStore
 
 from xzcache._config import nearest
-from xzcache.sources import OPTIONS, format_by_name, is_url, shown
+from xzcache.sources import OPTIONS, folder_of, format_by_name, is_url, shown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -192,7 +192,28 @@ def _not_found(name: str, source: Store) -> Exception | None:
         return better if isinstance(better, FileNotFoundError) else None
     if found:
         return FileNotFoundError(f"{name} has no Zarr group at its root: it has {found}; give its path, or group=")
+    if beside := neighbours(source):
+        return FileNotFoundError(f"there is no Zarr group at {name}{beside}")
     return None
+
+
+def neighbours(source: Store) -> str:
+    """What lies beside a source that does not exist, for the end of a message; empty if that is unknown."""
+
+    async def names(folder: Store) -> list[str]:
+        return [name.strip("/") async for name in folder.list_dir("")]
+
+    try:
+        if (place := folder_of(source)) is None:
+            return ""
+        listed = sync(asyncio.wait_for(names(place[0]), _PATIENCE), timeout=2 * _PATIENCE)
+    except Exception:
+        # a hint must not replace the error
+        return ""
+    found = sorted(name for name in listed if name not in ("", place[1]) and name.isprintable())
+    more = ", ..." if len(found) > _AT_MOST else ""
+    beside = f"; its folder has {', '.join(map(repr, found[:_AT_MOST]))}{more}" if found else ""
+    return nearest(place[1], found) or beside
 
 
 def _within(source: Store, *, raises: bool = False) -> str:

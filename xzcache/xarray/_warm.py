@@ -20,6 +20,7 @@ from xzcache.manage import Part, UnknownSource, Warmed, parse_since, pin_namespa
 from xzcache.sources import as_xarray, is_url, scrub, shown
 from xzcache.store import CacheStore
 from xzcache.xarray._engine import open_zarr
+from xzcache.xarray._errors import explained
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -81,7 +82,7 @@ def warm(
     progress : bool, optional
         Whether progress is shown. Default is on a terminal and in a notebook.
     dry_run : bool, optional
-        Whether to only look for what is missing.
+        Whether to only look for what is missing, and whether it fits: ``refusal`` of the result says why it does not.
     directory : str or Path, optional
         The cache directory, for a URL, path or store. Default is this user's default cache on this machine.
     **settings
@@ -98,8 +99,10 @@ def warm(
         A parameter is invalid; the message names it, its value and the accepted values.
     LookupError
         There is no Zarr array or group at the URL or path.
+    PermissionError
+        No credentials were found, or the server refuses them.
     TooLarge
-        The cache cannot hold what is asked for; the message has the figures. Nothing was fetched.
+        The cache cannot hold what is asked for; the message has the figures. Nothing was fetched. Not with `dry_run`.
     CacheUnavailable
         The cache cannot be used; the message says why.
     KeyboardInterrupt
@@ -172,14 +175,21 @@ def _errors_named(source: Any) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         # before the errors of values, because Zarr's are both
-        raise UnknownSource(f"there is no Zarr array or group at {shown(text)!r}: give its URL or path") from error
+        clear = str(error) if _is_explained(error, text) else ""
+        said = clear or f"there is no Zarr array or group at {shown(text)!r}: give its URL or path"
+        raise UnknownSource(said) from error
     except UnknownSource:
         raise
     except Exception as error:
-        if isinstance(error, ValueError | TypeError) and "accepted" in str(error):
+        if (isinstance(error, ValueError | TypeError) and "accepted" in str(error)) or _is_explained(error, text):
             raise
         reason = " ".join(str(scrub(error, text)).split()) or type(error).__name__
         raise OSError(f"{shown(text)} cannot be opened: {reason[:500]}") from None
+
+
+def _is_explained(error: Exception, text: str) -> bool:
+    """Whether an error is one of `explained`, which names the source already."""
+    return error.__cause__ is not None and shown(text) in str(error).partition(": ")[0]
 
 
 def _distinct(parts: Iterable[Part]) -> list[Part]:
@@ -237,7 +247,12 @@ def _parts_of(
         if isinstance(source, str) and not source:
             raise ValueError("source='' is not accepted: give a dataset, a store, a URL or a path")
         store = source if isinstance(source, CacheStore) else _opened(source, settings)
-        node = zarr.open(store, mode="r")
+        try:
+            node = zarr.open(store, mode="r")
+        except Exception as error:
+            if (better := explained(error, store, source)) is not None:
+                raise better from error
+            raise
         arrays = {"": node} if isinstance(node, zarr.Array) else _arrays_beneath(node, names)
         yield from _of_arrays(store, arrays, "", names, selections)
     else:
