@@ -302,6 +302,8 @@ class LockedLocalStore(LocalStore):
         await self.delete_dir("")
 
     def _delete_beneath(self, prefix: str) -> None:
+        if not is_cacheable(prefix):
+            return
         self._directory.prepare()
         self._directory.writes.remove_beneath(prefix)
         if prefix and not is_plain(prefix):
@@ -323,6 +325,8 @@ class LockedLocalStore(LocalStore):
 
     def _keys(self, prefix: str) -> list[str]:
         """Keys beneath a prefix, which is a directory or empty."""
+        if not is_cacheable(prefix):
+            return []
         root = os.fspath(self.root)
         top = os.path.join(root, prefix) if prefix else root
         found = files.walk(top) if not prefix or is_plain(prefix) else ()

@@ -387,6 +387,23 @@ async def test_any_keys_in_a_store_of_its_own(
     audit(home / "cache")
 
 
+@pytest.mark.parametrize("prefix", ["\ud800", "a/\ud800", "a/" + "x" * 4000])
+async def test_a_prefix_of_keys_that_no_cache_can_hold(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = xzcache.LockedLocalStore(tmp_path / "local")
+    source = MemoryStore({f"{prefix}/c": buffer(b"0"), "a/c": buffer(b"1")})
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache")
+    for each in (local, store):
+        await each.set("a/b", buffer(b"2"))
+        await each.delete_dir(prefix)
+        assert await collected(each.list_prefix(prefix)) == []
+        assert await collected(each.list_dir(prefix)) == []
+        assert await get(each, "a/b") == b"2"
+    assert sorted(await collected(store.list())) == ["a/b", "a/c"]
+    assert not caplog.records
+
+
 # -- what lies where
 
 

@@ -81,7 +81,7 @@ class WriteThrough:
 
     async def deletion_beneath(self, prefix: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete everything beneath a prefix."""
-        if self._passes:
+        if not self._is_cacheable(prefix):
             await delete()
             return
         await self._deletion(prefix.rstrip("/"), delete, itself=False)
