@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import obstore.store
 import pytest
 import zarr
+from processes import Child
 from sources import PATIENCE, buffer, memory_source
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -198,6 +200,62 @@ def test_what_another_store_has_written_is_seen(tmp_path: Path) -> None:
             array[:]
         other[3] = number
         assert array[:][3].tolist() == [number] * 32
+
+
+def write_rows(link: Connection, root: Path) -> None:
+    """In another process: write rows 8 to 15 until told to stop, each with one number, and see each write at once."""
+    array = opened(xzcache.CacheStore(root / "source", cache_store=root / "cache"), "r+")
+    link.send("ready")
+    number = 0
+    while not link.poll():
+        number += 1
+        row = 8 + number % 8
+        array[row] = number
+        assert array[row : row + 2][0].tolist() == [number] * 32
+    link.recv()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_size", ["200 kB", "1 MB"])
+def test_no_reader_sees_what_was_before_a_write(max_size: str, tmp_path: Path) -> None:
+    """Readers of many rows, beside writers of this process and another one, also where entries are evicted."""
+    values = rows(LocalStore(tmp_path / "source"), 128)
+    values[:16] = 0
+    array: Any = zarr.open_array(LocalStore(tmp_path / "source"), path="a")
+    array[:16] = 0
+    settings: dict[str, Any] = {"cache_store": tmp_path / "cache", "max_size": max_size}
+    store = Watched(tmp_path / "source", read_only=True, **settings)
+    array, mine = opened(store), opened(xzcache.CacheStore(tmp_path / "source", **settings), "r+")
+    other = Child(write_rows, tmp_path)
+    other.hear("ready")
+    written = np.zeros(8, "i4")
+    is_done = threading.Event()
+
+    def write() -> None:
+        try:
+            for number in range(1, 81):
+                mine[number % 8] = written[number % 8] = number
+        finally:
+            is_done.set()
+
+    def read(seed: int) -> None:
+        starts = np.random.default_rng(seed)
+        while not is_done.is_set():
+            start = int(starts.integers(0, 128 - 8))
+            before = written.copy()
+            for row, found in enumerate(array[start : start + 8], start):
+                if row < 16:
+                    assert len(set(found.tolist())) == 1
+                    assert row >= 8 or found[0] >= before[row]
+                else:
+                    np.testing.assert_array_equal(found, values[row])
+
+    with ThreadPoolExecutor(5) as threads:
+        for future in [threads.submit(write), *(threads.submit(read, seed) for seed in range(4))]:
+            future.result()
+    other.send(None)
+    other.result()
+    assert "get_sync" in store.calls
 
 
 # -- what is not
