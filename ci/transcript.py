@@ -123,6 +123,7 @@ def settled(printed: str) -> list[str]:
         (r"\d+ of \d+ reads|after \d+ retries", "COUNT"),
         (r"(?m)^\d+ process(?:es)?\b.*", "PROCESSES"),
         (r"\d+(?:\.\d+)? ?(?:[kMG]?B)(?:/s)?(?![A-Za-z])", "SIZE"),
+        (r"(?:just now|\d+ \w+ ago)(?: +\d+(?= ))?", "LATELY"),
         (r"\d+(?:\.\d+)? ?(?:s|ms|min|us)\b", "TIME"),
         (r"\d+\.\d+", "NUMBER"),
         (r"\d{4,}", "NUMBER"),

@@ -44,9 +44,9 @@ class Node(NamedTuple):
     saved_bytes: int
     """Bytes that these workers read from the cache instead of from the source."""
     saved_seconds: float
-    """An estimate of the wall-clock time by which the node would have waited longer without the cache.
+    """An estimate of the wall-clock time by which the reads of the node would have taken longer without the cache.
 
-    Remembered prices of the source are behind it. Parallel reads save their time once.
+    It comes from the remembered price of the source. Parallel reads save their time once.
     """
     ever: Counts = Counts()
     """The reads by all processes of the node, since the cache has statistics."""
@@ -265,7 +265,7 @@ async def _workers(client: Client) -> dict[str, Any]:
 async def _asked(client: Client, timeout: float) -> ClusterInfo:
     scheduler: Any = client.scheduler
     info = await _workers(client)
-    # what workers have counted that have ended, the index of their node remembers
+    # the index of a node remembers the counts of workers that have ended
     events = await scheduler.events(topic="xzcache")
     processes = sorted({event["process"] for _, event in events if "process" in event})
     answers = await asyncio.gather(*(_ask(client, address, timeout, processes) for address in info))
@@ -301,7 +301,7 @@ def _gathered(hosts: dict[str, str], found: dict[str, Usage | BaseException | No
 
 
 def _usage_here(processes: list[str]) -> Usage:
-    """Of the process that this runs in, and of those of the cluster that have ended."""
+    """The usage of this process, and of processes of the cluster that have ended."""
     return exact_usage(open_directory(default_directory()), processes)
 
 

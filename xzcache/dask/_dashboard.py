@@ -34,7 +34,7 @@ PAGE: Final = "/individual-xzcache"
 _INTERVAL: Final = 500
 """Milliseconds."""
 _KEPT: Final = 3600
-"""The points of time that are kept: half an hour."""
+"""The number of points that are kept: half an hour."""
 _RATED: Final = 10
 """The points of one hit rate, because workers report only from time to time."""
 _COUNTERS: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source", "seconds_saved")
@@ -46,7 +46,7 @@ _BAR: Final = 26
 
 
 class _Point(NamedTuple):
-    """What was read since the point before."""
+    """The reads since the point before."""
 
     time: float
     hit_rate: float
@@ -62,13 +62,13 @@ class _NodeBar(NamedTuple):
 
 
 class History:
-    """What the workers of a scheduler have reported of their caches, point by point."""
+    """The reports of the workers of a scheduler on their caches, point by point."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.points: deque[_Point] = deque(maxlen=_KEPT)
         self.added = 0
-        """The number of points that there ever were."""
+        """The number of all points, also of those that are not kept any more."""
         self.sums = [0.0] * len(_COUNTERS)
         self.since = time.time()
         self._counts: dict[str, tuple[float, ...]] = {}
@@ -138,7 +138,7 @@ class History:
         )
 
     def words(self) -> str:
-        """What the lines show, or why there are none."""
+        """A sentence that sums up the lines, or says why there are none."""
         workers, reports = len(self.scheduler.workers), len(self.reports())
         hits, misses, cached, fetched, saved = self.sums
         since = time.strftime("%H:%M UTC", time.gmtime(self.since))
@@ -198,7 +198,7 @@ class Xzcache(DashboardComponent):
         self.update()
 
     def update(self, messages: object = None) -> None:
-        """Show what is new in the history."""
+        """Show the new points of the history."""
         history = self._history
         count = min(history.added - self._shown, len(history.points))
         self._shown = history.added
@@ -223,7 +223,7 @@ def _range(end: float) -> Range1d:
 
 
 def _set_end(axis: Range1d, end: float) -> None:
-    """Have an axis end a little beyond a value, but not move with each small change of it."""
+    """Set the end of an axis a little beyond a value; small changes of the value do not move it."""
     now = float(axis.end)  # type: ignore[arg-type]
     if end > 0 and not 0.5 * now < end * (1 + _MARGIN) <= now:
         axis.update(start=-_MARGIN * end, end=(1 + 2 * _MARGIN) * end)

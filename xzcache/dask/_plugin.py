@@ -55,9 +55,9 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "threads": settings.parse_threads,
 }
 _COUNTED: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source", "seconds_saved")
-"""What a process counts: shown by one of its workers."""
+"""The counts of a process, which one of its workers shows."""
 _SHARED: Final = ("used", "bound")
-"""What a node has: shown by one of its workers, so that sums over workers are right."""
+"""The sizes of a node, which one of its workers shows, so that sums over workers are right."""
 _PROCESS: Final = "xzcache_process"
 _OF_PROMETHEUS: Final = "prometheus"
 
@@ -440,7 +440,7 @@ def _metric(gauge: Gauge, name: str, is_shown: Callable[[], bool]) -> Callable[[
     def read(worker: Worker) -> float:
         latest: Usage = gauge.read()
         value: float | None = getattr(latest, name)
-        # no bound is shown as none
+        # a cache without a bound shows 0
         return value if value is not None and is_shown() else 0
 
     return read

@@ -37,13 +37,13 @@ _EVER: Final = {
     "evictions": ("xzcache_node_evictions", "Entries that were evicted on this node."),
     "refetched": ("xzcache_node_refetched", "Entries that were evicted and then fetched again on this node."),
 }
-"""By all processes, since the cache has statistics."""
+"""Counters of all processes, since the cache has statistics."""
 
 
 class Exporter:
     """Exports the figures of this process to Prometheus, and those of its node from one of the node's processes.
 
-    `purpose` is what these processes agree by on who does.
+    `purpose` is the name under which these processes choose the one.
     """
 
     def __init__(self, gauge: Gauge, purpose: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # workers report twice a second, and the index should not be read for each report
 _SECONDS: Final = 1.0
 _SECONDS_OF_ALL: Final = 10.0
-"""Between two looks at what all processes have counted, for which the index adds up its statistics."""
+"""The seconds between two looks at the counts of all processes, for which the index adds up its statistics."""
 
 
 class _Process:
@@ -61,12 +61,12 @@ class Usage(NamedTuple):
     evictions: int
     faults: int
     seconds_saved: float
-    """The part of this process in the wall-clock time that the node has saved."""
+    """The share of this process in the wall-clock time that the node has saved."""
     host: str
     ever: Counts = Counts()
-    """What all processes have counted since the directory has statistics."""
+    """The counts of all processes, since the directory has statistics."""
     ended: tuple[tuple[str, Counts], ...] = ()
-    """The ids of processes that were asked for, and what they had counted."""
+    """The counts of ended processes, by the ids that the caller gave."""
 
 
 def usage(directory: CacheDirectory) -> Usage:
@@ -92,7 +92,7 @@ def usage(directory: CacheDirectory) -> Usage:
 
 
 def exact_usage(directory: CacheDirectory, processes: Collection[str] = ()) -> Usage:
-    """The usage with all that this process has counted, that of its node, and that of other processes, by their ids."""
+    """The usage with the exact counts of this process, those of its node, and those of given ended processes."""
     if directory.is_made:
         directory.flush(everything=True)
     ended = tuple(directory.counted_by([name for name in processes if name != _this.id]).items())
@@ -100,14 +100,14 @@ def exact_usage(directory: CacheDirectory, processes: Collection[str] = ()) -> U
 
 
 def remember(directory: CacheDirectory) -> None:
-    """Have the index of a directory remember what this process counts, when it has ended."""
+    """Keep the counts of this process in the index of a directory, also after its end."""
     directory.remember_process(_this.id)
 
 
 class Gauge:
     """The usage of a directory, updated in the background for callers that must not wait.
 
-    `purpose` names all gauges of which only one is to show what their processes share: see `leads`.
+    Of all gauges with the same `purpose`, on all processes of a node, one shows the figures of the node: see `leads`.
     """
 
     def __init__(self, directory: CacheDirectory, purpose: str) -> None:
@@ -137,7 +137,7 @@ class Gauge:
         return self._latest._replace(**current, seconds_saved=self.directory.counted.seconds_saved)
 
     def leads(self, purpose: str = "") -> bool:
-        """Whether this process shows, of all that share the directory, what they share: its sizes, and their sums."""
+        """Whether this process is the one that shows the figures of the directory for all processes that share it."""
         self._purposes.add(purpose or self._purpose)
         return self.directory.leads(purpose or self._purpose)
 

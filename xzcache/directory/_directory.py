@@ -491,20 +491,20 @@ class CacheDirectory:
             self.barrier.try_or(lambda: self._flush(everything=everything), None)
 
     def remember_process(self, name: str) -> None:
-        """Have the index remember what this process counts, under this name, when the process has ended."""
+        """Keep the counts of this process in the index under this name, also after its end."""
         self.ledger.name = name
 
     @property
     def counted(self) -> Counts:
-        """What this process has counted and told to the index; exact after `flush`."""
+        """The counts that this process has reported to the index; all of them after `flush`."""
         return self.ledger.total
 
     def counted_by(self, names: Collection[str]) -> dict[str, Counts]:
-        """What processes have counted that are remembered by these names."""
+        """The counts of processes that called `remember_process` with these names."""
         return self._looked_up(lambda index: index.statistics.processes(names), {})
 
     def counted_ever(self) -> Counts:
-        """What all processes have counted since there are statistics."""
+        """The counts of all processes, since there are statistics."""
         return self._looked_up(lambda index: index.statistics.ever(), Counts())
 
     def _looked_up(self, look: Callable[[Index], T], default: T) -> T:
@@ -515,9 +515,9 @@ class CacheDirectory:
         return self.barrier.try_or(within, default) if self.is_made else default
 
     def leads(self, purpose: str) -> bool:
-        """Whether this process is the one, of all that ask for this purpose, that does what is to be done once.
+        """Whether this process is the leader for a purpose: the first one that asks.
 
-        It is until it ends, leaves the directory, or resigns. Never waits.
+        It stays the leader until it ends, leaves the directory, or resigns. Never waits.
         """
         process = self.session.current
         if process is None or self._leading.get(purpose) is process:

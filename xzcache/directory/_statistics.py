@@ -240,9 +240,9 @@ class Ledger:
         self._began = math.inf
         self._saved_until = time.time()
         self.total = Counts()
-        """All that the index was told by this process."""
+        """All counts that this process has reported to the index."""
         self.name = ""
-        """If it is not empty, the index remembers the total under this name when the process has ended."""
+        """The name under which the index keeps the total after the end of this process; empty for none."""
         for counted in self._counted.values():
             counted.told = Reads()
 

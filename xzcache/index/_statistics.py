@@ -54,7 +54,7 @@ _TABLES: Final = (
     "repeats INTEGER NOT NULL, uses BLOB NOT NULL)",
     "CREATE TABLE IF NOT EXISTS gone(key INTEGER PRIMARY KEY, at INTEGER NOT NULL)",
 )
-# made when the first process is to be remembered, as older caches do not have it
+# a table of its own, made with the first name: caches of older versions do not have it
 _TABLE_OF_PROCESSES: Final = (
     "CREATE TABLE IF NOT EXISTS process(id TEXT PRIMARY KEY, at INTEGER NOT NULL, counts TEXT NOT NULL)"
 )
@@ -202,10 +202,10 @@ class Statistics:
     def _has(self, table: str) -> bool:
         return self._do("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
-    # -- processes that are to be remembered
+    # -- the counts of processes
 
     def set_process(self, name: str, now: int, counts: Counts) -> None:
-        """Write down all that a process has counted by now, which is remembered when it has ended."""
+        """Store the counts of a process up to now, under its name."""
         if not self._has_processes:
             self._do(_TABLE_OF_PROCESSES)
             self._do(
@@ -216,7 +216,7 @@ class Statistics:
         self._do("INSERT OR REPLACE INTO process VALUES(?, ?, ?)", (name, now, json.dumps(counts)))
 
     def processes(self, names: Iterable[str]) -> dict[str, Counts]:
-        """What each of some processes had counted when it told the index for the last time."""
+        """The counts of processes at their last reports, by name."""
         if not self._has("process"):
             return {}
         found = {}

@@ -139,7 +139,7 @@ class Process(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """What was stored of one array, lately: its source and path, how many objects or parts of them, and bytes."""
+    """The objects of one array that were stored lately, and their bytes; parts of objects count as well."""
 
     source: str
     array: str
@@ -232,7 +232,7 @@ class Activity(_Shown):
         return Table("xzcache", columns, rows, note=note)
 
     def _fetches(self) -> str:
-        """Lines on what is being fetched, and on what was."""
+        """A line on the objects that are being fetched, and one on the arrays of those that were stored."""
         lines = [f"fetching now: {_objects(self.fetching)}"] if self.fetching else []
         # the names come from the keys of a source
         named = [
@@ -270,7 +270,7 @@ class Meter:
         try:
             with Inspector(self._root) as inspector:
                 totals, counts, pids = inspector.totals(), inspector.statistics().of_sources, inspector.processes()
-                # one after the other: what arrives in between is listed by the next look as well
+                # in this order: the next look lists an entry again that arrives in between, and misses none
                 latest = inspector.latest()
                 arrivals = inspector.arrivals(self._first(now)[2]) if self._looks else []
                 fetching = inspector.fetching()

@@ -69,7 +69,7 @@ def state_of(error: BaseException, root: str) -> tuple[State, str]:
 
 
 def is_there(root: str) -> bool:
-    """Whether there is a cache, of whatever state; raises `CacheUnavailable` where the system does not tell."""
+    """Whether there is a cache, in any state; raises `CacheUnavailable` where the system does not tell."""
     try:
         os.lstat(f"{root}/{META}")
     except FileNotFoundError:
