@@ -165,8 +165,8 @@ class CachePlugin(WorkerPlugin):
 
     Notes
     -----
-    A setting that is not given has the value of the configuration of the client, never of the environment of the
-    workers.
+    A setting that is not given, except the directory, has the value of the configuration of the client, never of the
+    environment of the workers. Of the preload of a worker, it has the value of the configuration of the worker.
 
     Examples
     --------
