@@ -228,7 +228,8 @@ def _size(found: Info, curves: Sequence[Curve]) -> str:
     now, double, half = ratios[1], ratios[2], ratios[0.5]
     what = "bound" if found.max_size else "size"
     said = (
-        f"Of the reads since {_minute(main.since)}, {now:.0%} are misses with the present {what} of {shown_size(main.bound)}, {double:.0%} with twice as much, {half:.0%} with half."
+        f"Of the reads since {_minute(main.since)}, {now:.0%} are misses with the present {what} of "
+        f"{shown_size(main.bound)}, {double:.0%} with twice as much, {half:.0%} with half."
     )
     rows = []
     for factor in _SAID:
