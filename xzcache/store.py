@@ -369,6 +369,7 @@ class CacheStats(TypedDict):
 
     hits: int
     misses: int
+    revalidated: int
     evictions: int
     total_requests: int
     hit_rate: float
@@ -714,7 +715,8 @@ class CacheStore(ReadableView, WritableView):
         Returns
         -------
         CacheStats
-            A dictionary: ``hits``, ``misses``, ``evictions`` (by this process, of any source), ``total_requests``,
+            A dictionary: ``hits``, ``misses``, ``revalidated`` (the answers of the source that an entry has not
+            changed, whose reads are hits), ``evictions`` (by this process, of any source), ``total_requests``,
             ``hit_rate``; ``bytes_from_cache``, ``bytes_from_source``, ``seconds_from_cache``, ``seconds_from_source``;
             ``cache_errors``: how often the cache failed and the source answered.
         """

@@ -78,7 +78,9 @@ def test_a_report_says_without_its_page_what_other_sizes_would_give(tmp_path: Pa
         read(store, 300)
     xzcache.cleanup_resources()
     done = run("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache")
-    (said,) = [line for line in done.stdout.splitlines() if line.startswith("misses: ")]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("misses: ")]
+    said, _, since = line.partition("; of the reads since ")
+    assert since.endswith(" UTC")
     assert [part.partition("% with ")[2] for part in said.removeprefix("misses: ").split(", ")] == [
         *("500 kB", "1 MB", "2 MB (now)", "4 MB", "8 MB")
     ]

@@ -699,6 +699,21 @@ def test_the_web_never_gives_a_wrong_byte_to_who_asks_each_time(web: Served, tmp
     assert read_now(store, "k") is None
 
 
+def test_what_the_source_confirmed_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    root.mkdir()
+    (root / "k").write_bytes(b"1")
+    grow_old(root)
+    with web_server(root) as web:
+        store = xzcache.CacheStore(web.url, cache_store=tmp_path / "cache", revalidate=True)
+        assert [read_now(store, "k") for _ in range(3)] == [b"1"] * 3
+        stats = store.cache_stats()
+        assert (stats["misses"], stats["hits"], stats["revalidated"]) == (1, 2, 2)
+        unasked = xzcache.CacheStore(web.url, cache_store=tmp_path / "cache", revalidate=False)
+        assert read_now(unasked, "k") == b"1"
+        assert (unasked.cache_stats()["hits"], unasked.cache_stats()["revalidated"]) == (1, 0)
+
+
 @servers
 def test_the_web_never_gives_an_old_document_to_who_opens(web: Served, tmp_path: Path) -> None:
     for age, value in CHANGES:

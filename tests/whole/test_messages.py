@@ -563,6 +563,19 @@ def test_a_wrong_input(act: Act, error: type[Exception], says: str, cause: bool,
     assert not cause or raised.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_address_of_the_environment_without_its_scheme(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "127.0.0.1:9000")
+    anyone = {"storage_options": {"anon": True}, "cache_store": tmp_path / "cache"}
+    with pytest.raises(ValueError, match=f"{name}='127.0.0.1:9000' is not accepted, it has no scheme"):
+        xzcache.CacheStore("s3://bucket/era5.zarr", **anyone)
+    # boto does not look at it then
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    assert xzcache.CacheStore("s3://bucket/era5.zarr", upstream="fsspec", **anyone)
+
+
 def test_there_are_enough_rows() -> None:
     assert len(ROWS) >= 60
 

@@ -486,7 +486,7 @@ After an interruption, the same command goes on with the rest.
 @click.option(
     "-o", "--storage-option", "options", multiple=True, metavar="KEY=VALUE", help="For the client of the URL."
 )
-@click.option("--pin", "is_pinned", is_flag=True, help="Pin what is warmed, so that eviction passes over it.")
+@click.option("--pin", "is_pinned", is_flag=True, help="Pin the source or, with --variable, these arrays as a whole.")
 @click.option("--for", "duration", metavar="TIME", help='With --pin: the time after which the pin ends, as "7d".')
 @click.option("--scheduler", metavar="ADDRESS", help="Warm the nodes of this Dask cluster, each with its share.")
 @click.option("--every-node", is_flag=True, help="With --scheduler: warm all of it on each node.")

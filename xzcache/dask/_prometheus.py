@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 _COUNTERS: Final = {
-    "hits": ("xzcache_hits", "Reads that the source was not asked for."),
-    "misses": ("xzcache_misses", "Reads that the source was asked for."),
+    "hits": ("xzcache_hits", "Reads that the cache answered."),
+    "misses": ("xzcache_misses", "Reads that the source answered."),
     "bytes_from_cache": ("xzcache_from_cache_bytes", "Bytes read from the cache."),
     "bytes_from_source": ("xzcache_from_source_bytes", "Bytes read from the source."),
     "seconds_from_cache": ("xzcache_from_cache_seconds", "Seconds that reads from the cache took, each by itself."),
@@ -29,8 +29,8 @@ _GAUGES: Final = {
     "entries": ("xzcache_entries", "Entries in the cache of this node."),
 }
 _EVER: Final = {
-    "hits": ("xzcache_node_hits", "Reads on this node that the source was not asked for."),
-    "misses": ("xzcache_node_misses", "Reads on this node that the source was asked for."),
+    "hits": ("xzcache_node_hits", "Reads on this node that the cache answered."),
+    "misses": ("xzcache_node_misses", "Reads on this node that the source answered."),
     "bytes_from_cache": ("xzcache_node_from_cache_bytes", "Bytes read from the cache on this node."),
     "bytes_from_source": ("xzcache_node_from_source_bytes", "Bytes read from the source on this node."),
     "seconds_saved": ("xzcache_node_saved_seconds", "Estimated wall-clock seconds that this node saved."),

@@ -77,7 +77,7 @@ class Report(_Shown):
                 f"{_ratio(main, factor):.0%} with {shown_size(main.bound * factor)}{' (now)' * (factor == 1)}"
                 for factor in _SAID
             ]
-            lines.append(f"misses: {', '.join(said)}")
+            lines.append(f"misses: {', '.join(said)}; of the reads since {_minute(main.since)}")
         return "\n".join(lines)
 
     def table(self) -> Table:
@@ -228,8 +228,8 @@ def _size(found: Info, curves: Sequence[Curve]) -> str:
     now, double, half = ratios[1], ratios[2], ratios[0.5]
     what = "bound" if found.max_size else "size"
     said = (
-        f"Of the reads since {datetime.fromtimestamp(main.since or 0, UTC):%Y-%m-%d %H:%M} UTC, {now:.0%} are misses "
-        f"with the present {what} of {shown_size(main.bound)}, {double:.0%} with twice as much, {half:.0%} with half."
+        f"Of the reads since {_minute(main.since)}, {now:.0%} are misses with the present {what} of "
+        f"{shown_size(main.bound)}, {double:.0%} with twice as much, {half:.0%} with half."
     )
     rows = []
     for factor in _SAID:
@@ -249,6 +249,10 @@ def _size(found: Info, curves: Sequence[Curve]) -> str:
         f'<section>{title}<p>{said}</p><div class="legend">{legend}</div>{_curve_chart(curves)}'
         f'{table}<p class="note">{note}</p></section>'
     )
+
+
+def _minute(seconds: float | None) -> str:
+    return f"{datetime.fromtimestamp(seconds or 0, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _ratio(each: Curve, factor: float) -> float:

@@ -329,8 +329,8 @@ def _command(pid: int) -> str:
 # -- Figures for Prometheus, in its text format.
 
 _COUNTERS: Final = {
-    "hits": ("xzcache_source_hits_total", "Reads that the source was not asked for."),
-    "misses": ("xzcache_source_misses_total", "Reads that the source was asked for."),
+    "hits": ("xzcache_source_hits_total", "Reads that the cache answered."),
+    "misses": ("xzcache_source_misses_total", "Reads that the source answered."),
     "bytes_from_cache": ("xzcache_source_from_cache_bytes_total", "Bytes read from the cache."),
     "bytes_from_source": ("xzcache_source_from_source_bytes_total", "Bytes read from the source."),
     "seconds_saved": ("xzcache_source_saved_seconds_total", "Estimated wall-clock seconds saved on this machine."),

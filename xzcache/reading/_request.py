@@ -248,8 +248,10 @@ class Reading:
         if not answer.unchanged:
             size = None if answer.value is None else len(answer.value)
             self.miss(request.key, size, request.started, [fetched])
-        elif logger.isEnabledFor(logging.DEBUG):
-            logger.debug("asked the source for %s: not changed", self._described(request.key, [fetched]))
+        else:
+            self.stats.revalidated()
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("asked the source for %s: not changed", self._described(request.key, [fetched]))
         if answer.value is not None and is_document(request.key) and not is_json(contents(answer.value)):
             # perhaps an error page of a proxy: it invalidates no entry, and is not stored
             return answer._replace(exact=False)

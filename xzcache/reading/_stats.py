@@ -34,7 +34,7 @@ class Stats:
         """Count from zero."""
         self._lock = threading.Lock()
         self._uncounted: deque[tuple[Stats, int, float]] = deque()
-        self._hits = self._misses = 0
+        self._hits = self._misses = self._revalidated = 0
         self._bytes_from_cache = self._bytes_from_source = 0
         self._seconds_from_cache = self._seconds_from_source = 0.0
 
@@ -67,6 +67,12 @@ class Stats:
         for observe in observers:
             observe("source", size, seconds)
 
+    def revalidated(self) -> None:
+        """Count an answer of the source that an entry has not changed; the read that serves the entry is a hit."""
+        with self._root._lock:
+            for counters in {self, self._root}:
+                counters._revalidated += 1
+
     def reads(self) -> Reads:
         """The counters that a cache may keep for longer."""
         with self._root._lock:
@@ -82,6 +88,7 @@ class Stats:
             return {
                 "hits": self._hits,
                 "misses": self._misses,
+                "revalidated": self._revalidated,
                 "total_requests": requests,
                 "hit_rate": self._hits / requests if requests else 0.0,
                 "bytes_from_cache": self._bytes_from_cache,

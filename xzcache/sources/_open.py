@@ -185,7 +185,9 @@ def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_endpoints(options: Mapping[str, Any]) -> None:
     """Reject the address of an S3 server without its scheme, which no client reads; the message names the option."""
-    given = list(_endpoints(options)) or [(name, os.environ.get(name)) for name in _ENDPOINT_VARIABLES]
+    given = list(_endpoints(options))
+    if not given and os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
+        given = [(name, os.environ.get(name)) for name in _ENDPOINT_VARIABLES]
     for name, address in given:
         if isinstance(address, str) and address and "://" not in address:
             # an address with a user may have a password
