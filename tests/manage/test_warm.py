@@ -206,6 +206,25 @@ def test_a_dry_run(web: Web, tmp_path: Path) -> None:
     assert "24 to be fetched" in repr(found)
 
 
+def test_a_notebook_without_ipywidgets_has_a_bar_and_no_warning(tmp_path: Path) -> None:
+    make(tmp_path / "era5.zarr")
+    # as in the kernel of a notebook
+    code = """
+import builtins, sys, warnings
+class ZMQInteractiveShell:
+    pass
+builtins.get_ipython = ZMQInteractiveShell
+sys.modules["ipywidgets"] = None
+warnings.simplefilter("error", UserWarning)
+import xzcache
+print(xzcache.warm(sys.argv[1], directory=sys.argv[2]).ok)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "era5.zarr"), str(tmp_path / "cache")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "True\n", done.stderr
+    assert "warm: 50/50 objects" in done.stderr
+
+
 # -- what does not fit, and what fails
 
 
