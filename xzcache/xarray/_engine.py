@@ -200,7 +200,7 @@ def open_mfdataset(paths: Paths, **kwargs: Unpack[OpenMfdatasetKeywords]) -> Dat
     except FileNotFoundError as missing:
         for store in opened:
             if isinstance(store._store, LocalStore) and not store._store.root.exists():
-                raise FileNotFoundError(f"{_root_of(store)} does not exist{neighbours(store._store)}") from None
+                raise _absent(_root_of(store), store) from None
             _say(missing, store, store.source.label)
         for store in opened[:1]:
             if (better := explained(missing, store, store.path)) is not None:
@@ -279,7 +279,7 @@ def _through_cache(
         missing = isinstance(error, FileNotFoundError)
         if missing and isinstance(store._store, LocalStore) and not store._store.root.exists():
             root = source.root if isinstance(source, LocalStore) else _root_of(store)
-            raise FileNotFoundError(f"{root} does not exist{neighbours(store._store)}") from None
+            raise _absent(root, store) from None
         if missing and isinstance(store._store, LocalStore) and store._store.root.is_file():
             text = "is a file and not a Zarr store: another engine may read it"
             raise FileNotFoundError(f"{_root_of(store)} {text}") from None
@@ -295,6 +295,14 @@ def _through_cache(
                 better.add_note(note)
             raise better from error
         raise
+
+
+def _absent(root: object, store: CacheStore) -> FileNotFoundError:
+    """The error for a local path that does not exist, in the words of xarray; a note has its neighbours."""
+    error = FileNotFoundError(f"{root} does not exist")
+    if hint := neighbours(store._store):
+        error.add_note(hint.lstrip(",; "))
+    return error
 
 
 def _hint(opened: Dataset, store: Any, given: object, group: object) -> None:
