@@ -234,7 +234,7 @@ class PublishCheck:
                 item.path = files.inside(self._root, relative_path(entry, hashed=item.hashed), seen)
         except OSError as error:
             # an unknown file is neither replaced nor avoided
-            item.failure = _cause(self._root, error)
+            item.failure = _cause(error)
         return item.failure is None
 
     def _is_blocked(self, item: StagedEntry, seen: set[str]) -> bool:
@@ -401,7 +401,7 @@ class Publisher:
         try:
             files.write(item.temporary, item.pending.data, item.stamp_in_place)
         except OSError as error:
-            item.failure = _cause(self._root, error)
+            item.failure = _cause(error)
             if isinstance(item.failure, NoRoom):
                 # this entry is lost, but the next one finds room
                 self._space.make_room(item.stamp.size)
@@ -454,14 +454,15 @@ class Publisher:
         stored = [item for item in entering if item.failure is None]
         return self._superseded(process, index, stored, None if versions.are_current else WriteVersions(process))
 
-    def _commit_and_reveal(self, index: Index, items: Iterable[StagedEntry]) -> None:
+    @staticmethod
+    def _commit_and_reveal(index: Index, items: Iterable[StagedEntry]) -> None:
         """Commit, then rename: a row whose file has no name yet can be finished, but a file without a row is lost."""
         index.commit()
         for item in items:
             try:
                 files.move(item.temporary, item.path)
             except OSError as error:
-                item.failure = _cause(self._root, error)
+                item.failure = _cause(error)
 
     def _undo(self, process: Registration, index: Index, failed: Sequence[StagedEntry]) -> None:
         """Delete the rows of entries whose files could not be renamed."""
@@ -528,6 +529,6 @@ def _log(items: Iterable[StagedEntry]) -> None:
                 logger.debug("not published %s: %s", item.pending.entry, item.failure or _OVERTAKEN)
 
 
-def _cause(root: str, error: OSError) -> OSError | NoRoom:
+def _cause(error: OSError) -> OSError | NoRoom:
     """Why an entry is not stored: a full disk is no fault of the cache."""
-    return NoRoom(f"the disk of {root} is full") if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+    return NoRoom(f"the disk is full: {error}") if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
