@@ -47,7 +47,7 @@ _LIGHT: Final = 1_000_000
 _REMEMBERED: Final = 1_000_000
 """Blocks whose nodes are remembered."""
 _TAIL: Final = 2
-"""The end of the queue that is sent off, by what the workers may have from the queue at once."""
+"""The end of a node's part of the queue that is sent off, in parts of what a node may have from the queue at once."""
 _READERS: Final = 4
 """Nodes that are remembered for one block."""
 _STEALS: Final = 64
@@ -184,6 +184,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self._of_worker: dict[str, Node] = {}
+        self._workers: dict[Node, set[str]] = {}
         self._bounds: dict[Node, int] = {}
         self._choices: dict[Block, Choice] = {}
         self._names: list[Node] = []
@@ -192,8 +193,8 @@ class Nodes:
         self.changes = 0
         """How often nodes have come, gone, or changed their bounds."""
 
-    def __bool__(self) -> bool:
-        return bool(self._names)
+    def __len__(self) -> int:
+        return len(self._names)
 
     def __contains__(self, node: Node) -> bool:
         return node in self._bounds
@@ -203,22 +204,25 @@ class Nodes:
         if self._of_worker.get(worker) != node or self._bounds.get(node) != (bound or 0):
             self.remove(worker)
             self._of_worker[worker], self._bounds[node] = node, bound or 0
+            self._workers.setdefault(node, set()).add(worker)
             self._changed()
 
     def remove(self, worker: str) -> None:
         """A worker has left."""
         node = self._of_worker.pop(worker, None)
-        if node is not None and node not in self._of_worker.values():
-            del self._bounds[node]
-            self._changed()
+        if node is not None:
+            self._workers[node].discard(worker)
+            if not self._workers[node]:
+                del self._workers[node], self._bounds[node]
+                self._changed()
 
     def of(self, worker: str) -> Node | None:
         """The node of a worker."""
         return self._of_worker.get(worker)
 
-    def workers(self, node: Node) -> list[str]:
+    def workers(self, node: Node) -> set[str]:
         """The addresses of the workers of a node."""
-        return [worker for worker, each in self._of_worker.items() if each == node]
+        return self._workers.get(node, set())
 
     def _changed(self) -> None:
         self.changes += 1
@@ -476,14 +480,15 @@ class Affinity(SchedulerPlugin):
     def _is_last(self, thief: WorkerState) -> bool:
         """Whether the rest of the queue is better left to the nodes that it prefers, as the thief is busy yet."""
         room = sum(_slots(worker, self._scheduler.WORKER_SATURATION) for worker in self._scheduler.running)
-        return len(thief.processing) >= thief.nthreads and len(self._owners) <= _TAIL * room
+        most = max(self._counts.values()) * len(self._nodes)
+        return len(thief.processing) >= thief.nthreads and most <= _TAIL * room
 
     def _flush(self, turn: tuple[Any, ...], stimulus: str) -> None:
         """Send the rest of the queue to the nodes that it prefers; Dask's work stealing balances what they have."""
-        rest = [self._scheduler.tasks[key] for key in self._owners]
-        for task in sorted(rest, key=_priority):
-            worker = self._least_busy(self._owners[task.key]) if _turn(task) == turn else None
-            if worker is not None:
+        rest = [(self._scheduler.tasks[key], owner) for key, owner in self._owners.items()]
+        for task, owner in sorted(rest, key=lambda each: _priority(each[0])):
+            worker = self._least_busy(owner) if _turn(task) == turn else None
+            if worker is not None and task.state == "queued":
                 self._send(task, worker, stimulus)
 
     def _is_queued(self, key: Key, owner: Node) -> bool:
