@@ -25,6 +25,7 @@ from zarr.storage import LocalStore
 
 import xzcache
 
+pytestmark = pytest.mark.slow
 
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
