@@ -18,7 +18,7 @@ TABLE: Final[Mapping[str, str]] = {
     "__init__": "store local manage _xarray_hook xarray dask directory",
     "cli __main__": "manage xarray dask",
     "xarray": "store pipeline manage _xarray_hook sources",
-    "dask": "_caches directory reading",
+    "dask": "store _caches directory reading",
     "manage": "store local _caches _display reading sources directory anystore",
     "store local pipeline _caches _display _xarray_hook": "reading sources directory anystore",
     "reading": "sources",

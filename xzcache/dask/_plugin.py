@@ -12,7 +12,7 @@ import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import dask
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
@@ -24,6 +24,7 @@ from xzcache import _config as settings
 from xzcache._caches import default_directory
 from xzcache._config import DEFAULTS, allowed, config
 from xzcache.dask import _usage as metering
+from xzcache.dask._affinity import Mode
 from xzcache.dask._scheduler import ClusterPlugin
 from xzcache.dask._usage import Gauge, Usage
 from xzcache.directory import Medium, medium_of, open_directory, private_name, temporary
@@ -60,6 +61,14 @@ _SHARED: Final = ("used", "bound")
 """The sizes of a node, which one of its workers shows, so that sums over workers are right."""
 _PROCESS: Final = "xzcache_process"
 _OF_PROMETHEUS: Final = "prometheus"
+
+
+def _parse_affinity(value: Any) -> Mode:
+    if value not in get_args(Mode):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f'affinity={value!r} is not accepted: give "off", "auto" or "on"')
+    mode: Mode = value
+    return mode
 
 
 class _Setup(NamedTuple):
@@ -143,6 +152,10 @@ class CachePlugin(WorkerPlugin):
     remove_on_close : bool, optional
         Whether the last worker of a node that closes normally deletes the cache, if no other process uses it. A restart
         of all workers deletes it too. Default is False.
+    affinity : {"off", "auto", "on"}, optional
+        Whether the scheduler prefers, for a task that reads a block of an array, the node that reads this block each
+        time. ``"auto"``: where the scheduler's queue stays in use, so that workers hold no more in memory. ``"on"``:
+        also where Dask queues nothing (``worker-saturation: inf``). Default is ``"off"``.
     min_free : float or str, optional
         The free space to leave on the file system of each node: ``"5%"``, a fraction below 1, or a size.
     max_age_seconds : float or "infinity", optional
@@ -192,6 +205,7 @@ class CachePlugin(WorkerPlugin):
         max_size: int | str | None = None,
         *,
         remove_on_close: bool | None = None,
+        affinity: Mode | None = None,
         min_free: float | str | None = None,
         max_age_seconds: Age | None = None,
         missing_max_age_seconds: Age | None = None,
@@ -227,6 +241,8 @@ class CachePlugin(WorkerPlugin):
             rest.pop("max_size", None)
         if remove_on_close is not None:
             given["remove_on_close"] = settings.parse_flag("remove_on_close", remove_on_close)
+        if affinity is not None:
+            given["affinity"] = _parse_affinity(affinity)
         # the configured directory is meant for the machines of workers, so do not check it here
         if directory is not None:
             given["directory"] = str(settings.parse_root(directory, "directory"))

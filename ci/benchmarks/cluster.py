@@ -1,0 +1,194 @@
+"""A cluster of several nodes, each with a cache of its own: what affinity does for local hits, time and memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dask
+import numpy as np
+import xarray as xr
+from _report import Report, arguments
+from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+import xzcache
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from _s3 import S3Server, s3_server
+
+STEPS = 192
+SIDE = 128
+MODES = ("none", "off", "auto")
+
+
+class Peak(SchedulerPlugin):
+    """The most bytes of results that workers hold at once."""
+
+    name = "peak"
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.bytes = 0
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
+        """Look whenever a task has ended."""
+        if finish == "memory":
+            self.bytes = max(self.bytes, sum(worker.nbytes for worker in self._scheduler.workers.values()))
+
+
+class Row(NamedTuple):
+    """What one job took."""
+
+    seconds: float
+    local: float
+    requests: int
+    peak: int
+
+
+class Lab:
+    """A cluster of simulated nodes, and what they ask of the source."""
+
+    def __init__(self, folder: Path, server: S3Server, nodes: int, mode: Any) -> None:
+        self._folder, self._server = folder, server
+        scheduler = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
+        workers: dict[Any, Any] = {node: self._worker(node) for node in range(nodes)}
+        self.cluster: Any = SpecCluster(workers, scheduler=scheduler, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
+        self.client: Any = Client(self.cluster)  # type: ignore[no-untyped-call]
+        self.client.wait_for_workers(nodes)
+        here: Any = self.cluster.scheduler
+        self.peak = Peak(here)
+        here.add_plugin(self.peak)
+        if mode != "none":
+            self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, affinity=mode))
+
+    def _worker(self, node: int) -> dict[str, Any]:
+        env = {"XZCACHE_DIRECTORY": str(self._folder / f"node{node}"), "OMP_NUM_THREADS": "1"}
+        options = {"nthreads": 1, "host": "127.0.0.1", "dashboard": False, "memory_limit": 0, "env": env}
+        return {"cls": Nanny, "options": options}
+
+    def add_node(self) -> None:
+        """One more node, with an empty cache."""
+        node = len(self.cluster.worker_spec)
+        self.cluster.worker_spec[node] = self._worker(node)
+        self.client.sync(self.cluster._correct_state)
+        self.client.wait_for_workers(node + 1)
+
+    def run(self, job: Callable[[], Any]) -> Row:
+        """Do a job, and say what it took."""
+        before = self._counts()
+        self._server.reset()
+        self.peak.bytes = 0
+        began = time.perf_counter()
+        job()
+        seconds = time.perf_counter() - began
+        hits, misses = (after - earlier for after, earlier in zip(self._counts(), before, strict=True))
+        requests = self._server.counts().only("GET", "*/c/*").requests
+        return Row(seconds, hits / max(1, hits + misses), requests, self.peak.bytes)
+
+    def _counts(self) -> tuple[int, int]:
+        nodes = xzcache.cluster_info(self.client)
+        return sum(node.hits for node in nodes), sum(node.misses for node in nodes)
+
+    def close(self) -> None:
+        """End it."""
+        self.client.close()
+        self.cluster.close()
+
+
+@contextmanager
+def lab(server: S3Server, nodes: int, mode: Any) -> Iterator[Lab]:
+    """A cluster with empty caches."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        made = Lab(Path(scratch), server, nodes, mode)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def slow(block: Any, block_info: Any = None) -> Any:
+    """Ten times as long for early blocks as for late ones."""
+    (at, *_) = block_info[0]["chunk-location"]
+    time.sleep(0.1 if at < STEPS / 8 else 0.01)
+    return block.mean(keepdims=True)
+
+
+def jobs(ds: xr.Dataset) -> dict[str, Callable[[], Any]]:
+    """What people do one after the other with the same data."""
+    half = slice(0, STEPS // 2)
+    return {
+        "sum(t), cold": lambda: ds.t.sum().compute(),
+        "mean((t-1)*2+u), half of it cold": lambda: ((ds.t - 1) * 2 + ds.u).mean().compute(),
+        "std(t)": lambda: ds.t.std().compute(),
+        "max(u), half": lambda: ds.u.isel(t=half).max().compute(),
+        "rechunk and mean": lambda: ds.t.chunk({"t": -1, "y": 32}).mean("t").compute(),
+        "skewed work": lambda: ds.t.data.map_blocks(slow, chunks=(1, 1, 1), dtype="f4").sum().compute(),
+        "t - t.shift": lambda: (ds.t - ds.t.shift(t=1)).std().compute(),
+        "not fused": lambda: ds.t.data.mean().compute(optimize_graph=False),
+    }
+
+
+def measure(server: S3Server, storage: dict[str, Any], mode: str, nodes: int) -> dict[str, Row]:
+    """All jobs, one after the other; then a node joins."""
+    rows = {}
+    with lab(server, nodes, mode) as found:
+        open_zarr = xr.open_zarr if mode == "none" else xzcache.open_zarr
+        ds = open_zarr("s3://bucket/x.zarr", storage_options=storage, chunks={}, consolidated=False)
+        for name, job in jobs(ds).items():
+            rows[name] = found.run(job)
+        found.add_node()
+        rows["max(t), a node has joined"] = found.run(lambda: ds.t.max().compute())
+        rows["min(t), after that"] = found.run(lambda: ds.t.min().compute())
+    return rows
+
+
+def write(folder: Path) -> None:
+    """Two variables on one grid, a chunk for each step."""
+    rng = np.random.default_rng(1)
+    shape = STEPS, SIDE, SIDE
+    data = {name: (("t", "y", "x"), rng.random(shape, dtype="f4")) for name in "tu"}
+    encoding = {name: {"chunks": (1, SIDE, SIDE)} for name in "tu"}
+    xr.Dataset(data).to_zarr(folder / "bucket" / "x.zarr", encoding=encoding, zarr_format=3, consolidated=False)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--latency", type=float, default=0.03, help="seconds to the source")
+    parser.add_argument("--modes", nargs="*", default=MODES)
+    options = parser.parse_args()
+    with Report("cluster", options.out) as report, tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch))
+        found = {}
+        with s3_server(scratch, latency=options.latency) as server:
+            storage = {
+                "key": server.access_key,
+                "secret": server.secret_key,
+                "client_kwargs": {"endpoint_url": server.endpoint, "region_name": "us-east-1"},
+            }
+            for mode in options.modes:
+                found[mode] = measure(server, storage, mode, options.nodes)
+        rows = [
+            [name, *(text for mode in found for text in _cells(found[mode][name]))] for name in found[options.modes[0]]
+        ]
+        columns = ["job", *(f"{mode}: {what}" for mode in found for what in ("local", "s", "requests", "peak MB"))]
+        report.table(
+            f"{STEPS} chunks a variable, {options.nodes} nodes, the source {options.latency:g} s away", columns, rows
+        )
+
+
+def _cells(row: Row) -> list[str]:
+    return [f"{row.local:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
+
+
+if __name__ == "__main__":
+    dask.config.set({"distributed.comm.timeouts.connect": "30s", "logging": {"distributed": "error"}})
+    main()

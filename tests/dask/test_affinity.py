@@ -1,0 +1,240 @@
+"""Affinity: what reads a block again runs on the node that has it, and the rest of the scheduling stays Dask's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from clusters import nodes, pids
+from distributed import Client, Event
+from distributed.diagnostics.plugin import SchedulerPlugin
+from processes import Dataset, Source, until
+from zarr.storage import LocalStore
+
+import xzcache
+
+pytestmark = pytest.mark.slow
+
+# what workers are sent to do, they need not import the tests for
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NODES = 4
+
+
+class Cluster:
+    """Four simulated nodes, and an array whose source notes which node asks for which chunk."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self.client = client
+        self.dataset = Dataset(folder, side=12, chunk=8)
+
+    def array(self) -> Any:
+        source = Source(LocalStore(self.dataset.place, read_only=True), self.dataset.log)
+        return zarr.open_array(xzcache.CacheStore(source), mode="r", zarr_format=3)
+
+    def lazy(self, **options: Any) -> da.Array:
+        array = self.array()
+        return da.from_array(array, chunks=array.chunks, **options)
+
+    def clear(self) -> None:
+        xzcache.dask.each_node(self.client, xzcache.clear)
+
+    def requests(self, job: Callable[[], Any]) -> int:
+        """How many chunks a job requests of the source."""
+        self.dataset.forget_requests()
+        job()
+        return sum(self.dataset.chunk_requests().values())
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("affinity")
+    with nodes(folder, NODES) as client, xzcache.config.set(directory=None):
+        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto"))
+        yield Cluster(client, folder)
+
+
+@pytest.fixture
+def cluster(started: Cluster) -> Cluster:
+    started.clear()
+    return started
+
+
+def test_other_operations_on_the_same_variable_read_where_the_blocks_are(cluster: Cluster) -> None:
+    chunks, values = cluster.dataset.chunks, cluster.dataset.values
+    lazy = cluster.lazy()
+    assert lazy.sum().compute() == values.sum()
+    asked = cluster.requests(lambda: lazy.std().compute())
+    # a node without tasks of its own takes some of another; by chance alone, three of four would be elsewhere
+    assert asked < chunks / 4
+    # a selection, a graph that is not fused, an array within the tasks, and another array on the same grid
+    assert cluster.requests(lambda: lazy[: values.shape[0] // 2].max().compute()) < chunks / 4
+    assert cluster.requests(lambda: lazy.mean().compute(optimize_graph=False)) < chunks / 4
+    assert cluster.requests(lambda: cluster.lazy(inline_array=True).min().compute()) < chunks / 4
+    both = (cluster.lazy(name="again") + lazy).sum()
+    assert cluster.requests(lambda: both.compute()) < chunks / 4
+
+
+def test_xarray(cluster: Cluster, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).random((48, 8, 8))
+    place = tmp_path / "x.zarr"
+    xr.Dataset(dict.fromkeys("uv", (("t", "y", "x"), values))).to_zarr(
+        place, encoding={name: {"chunks": (1, 8, 8)} for name in "uv"}, zarr_format=3, consolidated=False
+    )
+    ds = xzcache.open_zarr(place, chunks={}, consolidated=False)
+
+    def misses(job: Callable[[], Any]) -> int:
+        before = sum(node.misses for node in xzcache.cluster_info(cluster.client))
+        job()
+        return sum(node.misses for node in xzcache.cluster_info(cluster.client)) - before
+
+    assert misses(lambda: ds.u.sum().compute()) >= 48
+    np.testing.assert_allclose(ds.u.mean("t").compute(), values.mean(0))
+    assert misses(lambda: ((ds.u - 1) * 2).std().compute()) < 48 / 4
+    assert misses(lambda: ds.u.isel(t=slice(3, 33)).max().compute()) < 48 / 4
+    assert misses(lambda: ds.u.chunk({"t": -1, "y": 2}).mean("t").compute()) < 48 / 4
+
+
+class Backlog(SchedulerPlugin):
+    """The most tasks that a worker has at once, and the names of workers that tasks ended on."""
+
+    name = "backlog"
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    async def start(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
+        if finish == "processing":
+            self.most = max(self.most, *(len(worker.processing) for worker in self.scheduler.workers.values()))
+
+
+def test_tasks_stay_in_the_queue_of_the_scheduler(cluster: Cluster) -> None:
+    cluster.client.register_plugin(Backlog())
+    try:
+        cluster.lazy().map_blocks(np.copy).sum().compute()
+        most = cluster.client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.plugins["backlog"].most)
+    finally:
+        cluster.client.unregister_scheduler_plugin("backlog")
+    # of 144, and not the 36 of each node at once; Dask alone has 2 or 3
+    assert most <= 8
+
+
+def test_a_task_that_a_user_restricts_runs_where_the_user_says(cluster: Cluster) -> None:
+    only = next(iter(cluster.client.scheduler_info(n_workers=-1)["workers"]))
+    with dask.annotate(workers=[only]):
+        lazy = cluster.lazy() + 0
+    before = {node.node: node.misses for node in xzcache.cluster_info(cluster.client)}
+    assert lazy.sum().compute(optimize_graph=False) == cluster.dataset.values.sum()
+    after = xzcache.cluster_info(cluster.client)
+    assert [list(node.workers) for node in after if node.misses > before[node.node]] == [[only]]
+
+
+class Odd:
+    """An array that is nothing that affinity knows."""
+
+    shape, dtype, ndim = (40, 4), np.dtype("f8"), 2
+
+    def __init__(self, trouble: str) -> None:
+        self.trouble = trouble
+
+    @property
+    def array(self) -> Any:
+        if self.trouble == "raises":
+            raise RuntimeError("no")
+        return self
+
+    @property
+    def key(self) -> Any:
+        return self
+
+    tuple = (None, "?")
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.ones(self.shape)[index]
+
+
+@pytest.mark.parametrize("trouble", ["raises", "leads to itself"])
+def test_what_it_does_not_understand_is_left_to_dask(trouble: str, cluster: Cluster) -> None:
+    client = cluster.client
+    odd = da.from_array(Odd(trouble), chunks=(1, 4), asarray=False)
+    both = da.concatenate([odd.sum(axis=1), cluster.lazy().sum(axis=1)])
+    assert both.sum().compute() == 160 + cluster.dataset.values.sum()
+    many = client.map(lambda number: number + 1, range(100), pure=False)
+    assert sum(client.gather(many)) == 5050
+    # it is on again for whoever registers it
+    client.unregister_worker_plugin("xzcache")
+    client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto"))
+    lazy = cluster.lazy()
+    lazy.sum().compute()
+    assert cluster.requests(lambda: lazy.max().compute()) < cluster.dataset.chunks / 4
+
+
+def test_other_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"affinity='always' is not accepted: give \"off\", \"auto\" or \"on\""):
+        xzcache.CachePlugin(affinity="always")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="affinity=True"):
+        xzcache.CachePlugin(affinity=True)  # type: ignore[arg-type]
+
+
+def test_off_unless_it_is_asked_for(tmp_path: Path) -> None:
+    def plugins(client: Client) -> bool:
+        return client.run_on_scheduler(lambda dask_scheduler: "xzcache-affinity" in dask_scheduler.plugins)
+
+    with nodes(tmp_path, 1) as client:
+        client.register_plugin(xzcache.CachePlugin(max_size="1 MB", min_free=0))
+        assert not plugins(client)
+        client.register_plugin(xzcache.CachePlugin(affinity="on"))
+        assert plugins(client)
+        client.register_plugin(xzcache.CachePlugin(policy="lru"))
+        assert plugins(client)
+        client.register_plugin(xzcache.CachePlugin(affinity="off"))
+        assert not plugins(client)
+
+
+# -- workers that come and go
+
+
+def _wait(block: Any, name: str) -> Any:
+    Event(name).wait("60s")
+    return block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["killed", "retired"])
+def test_a_worker_that_goes_in_the_middle_takes_nothing_with_it(end: str, tmp_path: Path) -> None:
+    with nodes(tmp_path, NODES) as client, xzcache.config.set(directory=None):
+        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto"))
+        cluster = Cluster(client, tmp_path)
+        lazy = cluster.lazy()
+        lazy.max().compute()
+        gate = Event(end)
+        future = client.compute(lazy.map_blocks(_wait, end, meta=np.empty((0, 0))).sum())
+        until(lambda: any(client.processing().values()))
+        gone, pid = next(iter(pids(client).items())) if end == "killed" else (next(iter(client.nthreads())), 0)
+        if end == "killed":
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: gone not in client.scheduler_info(n_workers=-1)["workers"])
+            gate.set()
+        else:
+            gate.set()
+            client.retire_workers([gone])
+        assert future.result(timeout=60) == cluster.dataset.values.sum()
+        assert lazy.min().compute() == 0
+        keys: Counter[str] = cluster.dataset.chunk_requests()
+        # what the others had, they did not fetch again
+        assert sum(keys.values()) < 2 * cluster.dataset.chunks

@@ -1,0 +1,554 @@
+"""Affinity: tasks that read the same block of an array prefer the same node, which has cached it.
+
+The node of a block is found by weighted rendezvous hashing: every scheduler finds the same one, and a node that joins
+or leaves moves only its share. Dask keeps the first tasks of large graphs in a queue on the scheduler, so that workers
+hold little in memory, and restricted tasks lose that. So no task is restricted for longer than one transition: when a
+worker has room, the first queued task that prefers its node is sent there, before Dask sends the first one of all.
+
+Only what a plugin of the scheduler may do is used: its hooks, `Scheduler.transitions`, and the restrictions of tasks.
+All of it runs on the scheduler's event loop, so there are no locks. At the first exception, the plugin leaves all
+decisions to Dask.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from operator import attrgetter, itemgetter
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import zarr
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import Scheduler, TaskState, WorkerState
+
+from xzcache.store import CacheStore
+
+logger = logging.getLogger("xzcache.dask")
+
+Mode = Literal["off", "auto", "on"]
+Key = Any
+Block = str
+Node = str
+_Path = tuple[Callable[[Any], Any], ...]
+
+_HOPS: Final = 16
+"""Wrappers around an array that are looked through."""
+_PARTS: Final = 256
+"""Parts of a task that are looked at for the block that it reads."""
+_LIGHT: Final = 1_000_000
+"""Bytes of a dependency that may be sent to the node of the block; larger ones count for more than the block."""
+_REMEMBERED: Final = 1_000_000
+"""Blocks whose nodes are remembered."""
+_TAIL: Final = 2
+"""The end of a node's part of the queue that is sent off, in parts of what a node may have from the queue at once."""
+_READERS: Final = 4
+"""Nodes that are remembered for one block."""
+_STEALS: Final = 64
+"""Queued tasks of another node among which an idle one looks for a block that it has read before."""
+
+
+# -- which block a task reads
+
+
+class Source(NamedTuple):
+    """A cached array that tasks read blocks of."""
+
+    grid: tuple[int, ...]
+    """The shape of a chunk, or of a shard."""
+    offsets: tuple[int, ...]
+    """Where the array that Dask sees begins in the stored one."""
+
+    def block(self, index: tuple[Any, ...]) -> Block:
+        """A name of the chunk that an index begins in; arrays on the same grid share the names."""
+        starts = (part.start or 0 if isinstance(part, slice) else part for part in index)
+        return ".".join(
+            [str((start + offset) // size) for start, offset, size in zip(starts, self.offsets, self.grid, strict=True)]
+        )
+
+
+def source_of(value: Any) -> Source | None:
+    """The array in a `CacheStore` that is wrapped in a value; None if there is none."""
+    offsets: list[int] = []
+    for _ in range(_HOPS):
+        if isinstance(value, zarr.Array):
+            if not isinstance(value.store, CacheStore) or not value.shape:
+                return None
+            grid = value.shards or value.chunks
+            if len(offsets) != len(grid):
+                offsets = [0] * len(grid)
+            return Source(tuple(max(1, size) for size in grid), tuple(offsets))
+        # xarray keeps a selection that was made before the array was split into blocks
+        if isinstance(parts := getattr(getattr(value, "key", None), "tuple", None), tuple):
+            offsets = [part.start or 0 if isinstance(part, slice) and part.step in (None, 1) else 0 for part in parts]
+        inner = getattr(value, "array", None)
+        value = getattr(value, "_array", None) if inner is None else inner
+        if value is None:
+            return None
+    return None
+
+
+def _parts(spec: Any) -> Iterator[tuple[Any, _Path]]:
+    """The parts of a task and the ways to them, outermost first; fused tasks are in the arguments of others."""
+    queue: deque[tuple[Any, _Path]] = deque([(spec, ())])
+    for _ in range(_PARTS):
+        if not queue:
+            return
+        part, path = queue.popleft()
+        yield part, path
+        if isinstance(part, dict):
+            # the keys differ from task to task, their order does not
+            queue.extend((value, (*path, partial(_value_at, number))) for number, value in enumerate(part.values()))
+        elif isinstance(part, tuple | list):
+            queue.extend((value, (*path, itemgetter(number))) for number, value in enumerate(part))
+        elif not isinstance(part, zarr.Array):
+            for name in ("args", "kwargs", "value"):
+                if (inner := getattr(part, name, None)) is not None and not callable(inner):
+                    queue.append((inner, (*path, attrgetter(name))))
+
+
+def _value_at(number: int, parts: dict[Any, Any]) -> Any:
+    return next(islice(parts.values(), number, None))
+
+
+def _is_index(part: Any, dimensions: int) -> bool:
+    return (
+        type(part) is tuple
+        and len(part) == dimensions
+        and any(type(of) is slice for of in part)
+        and all(type(of) is slice or type(of) is int for of in part)
+    )
+
+
+class Reads:
+    """The blocks that the tasks of a graph read; nothing for tasks that read none, or none that is understood."""
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[str, int], _Path] = {}
+        self._inlined: dict[str, Source | None] = {}
+
+    def of(self, task: TaskState) -> Iterator[tuple[TaskState, Block]]:
+        """The tasks that read the array which a task holds, and their blocks; or the task itself if it reads one."""
+        spec = task.run_spec
+        if (source := source_of(getattr(spec, "value", spec))) is not None:
+            for reader in task.dependents:
+                if (block := self._block(reader, source)) is not None:
+                    yield reader, block
+        elif not task.dependencies:
+            # the array may be an argument of the task, as it then is of all tasks of the group
+            group = task.group.name
+            if group not in self._inlined:
+                found = (source_of(part) for part, _ in _parts(spec))
+                self._inlined[group] = next((each for each in found if each is not None), None)
+            if (source := self._inlined[group]) is not None and (block := self._block(task, source)) is not None:
+                yield task, block
+
+    def _block(self, task: TaskState, source: Source) -> Block | None:
+        dimensions = len(source.grid)
+        # tasks of one group are built alike
+        like = task.group.name, dimensions
+        if (path := self._paths.get(like)) is not None:
+            try:
+                part: Any = task.run_spec
+                for step in path:
+                    part = step(part)
+                if _is_index(part, dimensions):
+                    return source.block(part)
+            except (AttributeError, LookupError, TypeError, StopIteration):
+                pass
+        for part, path in _parts(task.run_spec):
+            if _is_index(part, dimensions):
+                self._paths[like] = path
+                return source.block(part)
+        return None
+
+
+# -- which node a block prefers
+
+
+class Choice(NamedTuple):
+    """The first and the second choice of a block, which are the same if there is only one node."""
+
+    first: Node
+    second: Node
+
+
+class Nodes:
+    """The nodes of a cluster, their workers and weights, and which of them each block prefers."""
+
+    def __init__(self) -> None:
+        self._of_worker: dict[str, Node] = {}
+        self._workers: dict[Node, set[str]] = {}
+        self._bounds: dict[Node, int] = {}
+        self._choices: dict[Block, Choice] = {}
+        self._names: list[Node] = []
+        self._keys = np.empty(0, dtype=np.uint64)
+        self._weights = np.empty(0)
+        self.changes = 0
+        """How often nodes have come, gone, or changed their bounds."""
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._bounds
+
+    def add(self, worker: str, node: Node, bound: int | None) -> None:
+        """A worker has said where its cache is, and how much that may hold."""
+        if self._of_worker.get(worker) != node or self._bounds.get(node) != (bound or 0):
+            self.remove(worker)
+            self._of_worker[worker], self._bounds[node] = node, bound or 0
+            self._workers.setdefault(node, set()).add(worker)
+            self._changed()
+
+    def remove(self, worker: str) -> None:
+        """A worker has left."""
+        node = self._of_worker.pop(worker, None)
+        if node is not None:
+            self._workers[node].discard(worker)
+            if not self._workers[node]:
+                del self._workers[node], self._bounds[node]
+                self._changed()
+
+    def of(self, worker: str) -> Node | None:
+        """The node of a worker."""
+        return self._of_worker.get(worker)
+
+    def workers(self, node: Node) -> set[str]:
+        """The addresses of the workers of a node."""
+        return self._workers.get(node, set())
+
+    def _changed(self) -> None:
+        self.changes += 1
+        self._choices.clear()
+        self._names = sorted(self._bounds)
+        self._keys = np.array([_hash(name) for name in self._names], dtype=np.uint64)
+        known = [bound for bound in self._bounds.values() if bound]
+        # a cache without a bound counts as the mean of the others
+        usual = sum(known) / len(known) if known else 1
+        self._weights = np.array([(self._bounds[name] or usual) / usual for name in self._names])
+
+    def choose(self, blocks: Iterable[Block]) -> None:
+        """Find the nodes of many blocks at once, which takes less time."""
+        if len(self._choices) > _REMEMBERED:
+            self._choices.clear()
+        new = [block for block in dict.fromkeys(blocks) if block not in self._choices]
+        step = max(1, _REMEMBERED // max(1, len(self._names)))
+        for start in range(0, len(new), step) if self._names else ():
+            part = new[start : start + step]
+            keys = np.array([_hash(block) for block in part], dtype=np.uint64)
+            scores = self._weights / -np.log(_uniform(keys[:, None] ^ self._keys[None, :]))
+            first = scores.argmax(axis=1)
+            scores[np.arange(len(part)), first] = -1
+            second = scores.argmax(axis=1)
+            for block, one, two in zip(part, first, second, strict=True):
+                self._choices[block] = Choice(self._names[one], self._names[two])
+
+    def choice(self, block: Block) -> Choice | None:
+        """The nodes that a block prefers; None if there are no nodes."""
+        if (found := self._choices.get(block)) is None:
+            self.choose([block])
+            found = self._choices.get(block)
+        return found
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _uniform(numbers: Any) -> Any:
+    """Numbers between 0 and 1 that look drawn by lot, from 64 bits each (the finalizer of splitmix64)."""
+    with np.errstate(over="ignore"):
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = (numbers ^ (numbers >> np.uint64(31))) >> np.uint64(11)
+    return (mixed.astype(np.float64) + 0.5) / 2**53
+
+
+# -- where the scheduler sends a task
+
+
+class Affinity(SchedulerPlugin):
+    """Has the scheduler send the tasks that read blocks to the nodes that these prefer."""
+
+    name = "xzcache-affinity"
+
+    def __init__(self, scheduler: Scheduler, nodes: Nodes, mode: Mode) -> None:
+        self._scheduler = scheduler
+        self._nodes = nodes
+        self.asked: Final = mode
+        self._mode: Mode = mode
+        self._preferred = self._elsewhere = 0
+        self._blocks: dict[Key, Block] = {}
+        self._readers: dict[Block, tuple[Node, ...]] = {}
+        """The nodes of blocks that others than the first choice have read, the latest first."""
+        self._waiting: dict[Node, list[tuple[tuple[Any, ...], int, Key]]] = {}
+        self._pushed = 0
+        self._counts: dict[Node, int] = {}
+        """How many queued tasks prefer a node."""
+        self._owners: dict[Key, Node] = {}
+        """The node that each queued task prefers."""
+        self._seen = nodes.changes
+        self._top: Key = None
+        self._passed = 0
+        self._is_sending = False
+
+    def placed(self) -> dict[str, int]:
+        """How many tasks that read blocks were sent to the nodes that these prefer, and how many elsewhere."""
+        return {"preferred": self._preferred, "elsewhere": self._elsewhere}
+
+    # what the scheduler tells
+
+    def update_graph(self, scheduler: Scheduler, *, tasks: Iterable[Key], **_: Any) -> None:
+        """Note which of the new tasks read what."""
+        try:
+            if self._mode == "off" or not self._nodes:
+                return
+            reads = Reads()
+            found: dict[Key, Block] = {}
+            for key in tasks:
+                task = scheduler.tasks.get(key)
+                if task is not None and task.run_spec is not None:
+                    found.update((reader.key, block) for reader, block in reads.of(task) if _is_free(reader))
+            self._blocks |= found
+            self._nodes.choose(found.values())
+        except Exception as error:
+            self._give_up(error)
+
+    def transition(
+        self, key: Key, start: str, finish: str, *_: Any, stimulus_id: str, worker: str = "", **__: Any
+    ) -> None:
+        """Follow the queue; when a task has ended, send others to the worker that has room now."""
+        if not self._blocks:
+            return
+        try:
+            if start == "processing":
+                if finish == "memory":
+                    self._ended(self._scheduler.tasks[key], worker, stimulus_id)
+            elif finish == "queued":
+                self._enqueue(self._scheduler.tasks[key])
+            elif start == "queued":
+                if (owner := self._owners.pop(key, None)) is not None:
+                    self._counts[owner] -= 1
+                    if not self._owners:
+                        self._waiting.clear()
+            elif finish == "waiting":
+                if start == "released" and key in self._blocks and not self._is_sending:
+                    task = self._scheduler.tasks[key]
+                    if not task.waiting_on:
+                        self._place([task], stimulus_id, is_alone=True)
+            elif finish == "forgotten":
+                self._blocks.pop(key, None)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Leave all to Dask, whose next release may work differently."""
+        self._mode = "off"
+        for each in (self._blocks, self._readers, self._waiting, self._counts, self._owners):
+            each.clear()
+        logger.warning("affinity is off from now on: %s: %s", type(error).__name__, error, exc_info=error)
+
+    # the queue, by the nodes that its tasks prefer
+
+    def _owner(self, key: Key) -> Node | None:
+        """The node that read the block of a task last, else the one that it prefers."""
+        if (block := self._blocks.get(key)) is None or (choice := self._nodes.choice(block)) is None:
+            return None
+        readers = self._readers.get(block)
+        return (
+            choice.first if readers is None else next((node for node in readers if node in self._nodes), choice.first)
+        )
+
+    def _enqueue(self, task: TaskState) -> None:
+        if (owner := self._owner(task.key)) is not None and task.priority is not None:
+            self._owners[task.key] = owner
+            self._counts[owner] = self._counts.get(owner, 0) + 1
+            self._pushed += 1
+            heapq.heappush(self._waiting.setdefault(owner, []), (task.priority, self._pushed, task.key))
+
+    def _sort(self) -> None:
+        """Sort the queue anew if nodes have come or gone."""
+        if self._seen != self._nodes.changes:
+            self._seen = self._nodes.changes
+            for each in (self._waiting, self._counts, self._owners):
+                each.clear()
+            queued = list(self._scheduler.queued)
+            self._nodes.choose(self._blocks[task.key] for task in queued if task.key in self._blocks)
+            for task in queued:
+                self._enqueue(task)
+
+    def _count(self, key: Key, worker: str) -> None:
+        """Note where a task has read its block: that node has it from now on."""
+        if (block := self._blocks.get(key)) is None:
+            return
+        node, choice = self._nodes.of(worker), self._nodes.choice(block)
+        if node is None or choice is None:
+            return
+        readers = self._readers.get(block, ())
+        if node == choice.first or node in readers:
+            self._preferred += 1
+        else:
+            self._elsewhere += 1
+        if readers or node != choice.first:
+            others = [each for each in (*readers, choice.first) if each != node]
+            self._readers[block] = (node, *others)[:_READERS]
+            if len(self._readers) > _REMEMBERED:
+                self._readers.clear()
+
+    # when there is room
+
+    def _ended(self, ended: TaskState, worker: str, stimulus: str) -> None:
+        """A task has ended: place the reads that are ready now, and fill the room that is left from the queue."""
+        self._count(ended.key, worker)
+        ready = [task for task in ended.dependents if not task.waiting_on and task.state == "waiting"]
+        reads = [task for task in ready if task.key in self._blocks] if ready else ready
+        if not reads and not (self._owners and self._scheduler.idle_task_count):
+            return
+        if len(reads) < len(ready):
+            # what uses results comes before what makes more, as in Dask
+            others = sorted((task for task in ready if task.key not in self._blocks), key=_priority, reverse=True)
+            self._scheduler.transitions({task.key: "processing" for task in others}, stimulus)
+        if reads:
+            self._place(reads, stimulus)
+        self._refill(stimulus)
+
+    def _place(self, reads: list[TaskState], stimulus: str, *, is_alone: bool = False) -> None:
+        """Send reads that are ready to the nodes that they prefer, as far as Dask would send them somewhere now.
+
+        One that is ready alone cannot be compared with those that follow, so its node may get some more than it has
+        room for.
+        """
+        scheduler = self._scheduler
+        queues = not math.isinf(scheduler.WORKER_SATURATION)
+        kinds: dict[str, bool] = {}
+        for task in sorted(reads, key=_priority):
+            group = task.group.name
+            if group not in kinds:
+                kinds[group] = scheduler.is_rootish(task)
+            is_queued = kinds[group] and queues and task._queueable
+            if is_queued and not scheduler.idle_task_count:
+                # all others go to the queue
+                continue
+            if kinds[group] and not is_queued and self._mode != "on":
+                # Dask sends all of them at once, neighbours to one worker, so that little has to move later
+                continue
+            if not kinds[group] and any(dependency.nbytes > _LIGHT for dependency in task.dependencies):
+                continue
+            owner = self._owner(task.key)
+            worker = None if owner is None else self._least_busy(owner)
+            if worker is None:
+                continue
+            room = _slots(worker, scheduler.WORKER_SATURATION) if is_queued else math.inf
+            if len(worker.processing) - len(worker.long_running) < room * (1 + is_alone):
+                self._send(task, worker, stimulus)
+
+    def _least_busy(self, node: Node) -> WorkerState | None:
+        workers = (self._scheduler.workers.get(address) for address in self._nodes.workers(node))
+        running = [worker for worker in workers if worker is not None and worker in self._scheduler.running]
+        return min(running, key=lambda worker: len(worker.processing) / worker.nthreads, default=None)
+
+    def _refill(self, stimulus: str) -> None:
+        """Send queued tasks to the workers with room, as far as these prefer them; Dask fills the rest."""
+        self._sort()
+        scheduler = self._scheduler
+        for worker in list(scheduler.idle_task_count):
+            node = self._nodes.of(worker.address)
+            while node is not None and self._owners and scheduler.queued and worker in scheduler.idle_task_count:
+                top = scheduler.queued.peek()
+                self._passed = self._passed + 1 if top.key == self._top else 0
+                self._top = top.key
+                if self._passed > 8 + 4 * scheduler.total_nthreads:
+                    # what depends on the first task may wait in memory
+                    return
+                task = self._first(node)
+                if task is None:
+                    if self._is_last(worker):
+                        self._flush(_turn(top), stimulus)
+                        break
+                    task = self._steal(node)
+                if task is None or _turn(task) != _turn(top):
+                    break
+                self._send(task, worker, stimulus)
+
+    def _is_last(self, thief: WorkerState) -> bool:
+        """Whether the rest of the queue is better left to the nodes that it prefers, as the thief is busy yet."""
+        room = sum(_slots(worker, self._scheduler.WORKER_SATURATION) for worker in self._scheduler.running)
+        most = max(self._counts.values()) * len(self._nodes)
+        return len(thief.processing) >= thief.nthreads and most <= _TAIL * room
+
+    def _flush(self, turn: tuple[Any, ...], stimulus: str) -> None:
+        """Send the rest of the queue to the nodes that it prefers; Dask's work stealing balances what they have."""
+        rest = [(self._scheduler.tasks[key], owner) for key, owner in self._owners.items()]
+        for task, owner in sorted(rest, key=lambda each: _priority(each[0])):
+            worker = self._least_busy(owner) if _turn(task) == turn else None
+            if worker is not None and task.state == "queued":
+                self._send(task, worker, stimulus)
+
+    def _is_queued(self, key: Key, owner: Node) -> bool:
+        return self._owners.get(key) == owner and self._scheduler.tasks[key].state == "queued"
+
+    def _first(self, node: Node) -> TaskState | None:
+        """The first queued task that prefers a node."""
+        heap = self._waiting.get(node)
+        while heap:
+            key = heap[0][2]
+            if self._is_queued(key, node):
+                return self._scheduler.tasks[key]
+            heapq.heappop(heap)
+        return None
+
+    def _steal(self, thief: Node) -> TaskState | None:
+        """A queued task of the node with the most, for one that has none; one that it is the best other choice for."""
+        victim = max(self._counts, key=lambda node: self._counts[node])
+        first = self._first(victim)
+        second: TaskState | None = None
+        for _, _, key in islice(self._waiting.get(victim, ()), _STEALS):
+            block = self._blocks[key] if self._is_queued(key, victim) else None
+            if block is not None and (choice := self._nodes.choice(block)) is not None:
+                task = self._scheduler.tasks[key]
+                if thief in self._readers.get(block, ()):
+                    return task
+                if second is None and choice.second == thief:
+                    second = task
+        return second or first
+
+    def _send(self, task: TaskState, worker: WorkerState, stimulus: str) -> None:
+        """Have Dask send a ready or queued task to a worker, or anywhere if that is not possible."""
+        scheduler = self._scheduler
+        if task.state == "queued" and scheduler.idle_task_count == {worker}:
+            scheduler.transitions({task.key: "processing"}, stimulus)
+            return
+        before = task.worker_restrictions, task.loose_restrictions
+        task.worker_restrictions, task.loose_restrictions = {worker.address}, True
+        self._is_sending = True
+        try:
+            scheduler.transitions({task.key: "released" if task.state == "queued" else "processing"}, stimulus)
+        finally:
+            task.worker_restrictions, task.loose_restrictions = before
+            self._is_sending = False
+
+
+def _is_free(task: TaskState) -> bool:
+    """Whether neither a user nor another plugin has said where a task runs."""
+    return not (task.actor or task.worker_restrictions or task.host_restrictions or task.resource_restrictions)
+
+
+def _slots(worker: WorkerState, saturation: float) -> int:
+    """How many tasks Dask sends to a worker from its queue at once."""
+    return max(math.ceil(saturation * worker.nthreads), 1)
+
+
+def _priority(task: TaskState) -> tuple[Any, ...]:
+    return task.priority or ()
+
+
+def _turn(task: TaskState) -> tuple[Any, ...]:
+    """The part of a priority that the tasks of one graph have in common."""
+    return _priority(task)[:-1]
