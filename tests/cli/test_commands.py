@@ -501,6 +501,7 @@ for line in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_every_command_on_a_cache_that_may_only_be_read(filled: Filled, tmp_path: Path) -> None:
     (tmp_path / "each.py").write_text(EACH)
     looking = [line.replace("report", f"report -o {tmp_path}/r.html") for line in LOOKING]

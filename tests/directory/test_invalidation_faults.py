@@ -26,6 +26,8 @@ from zarr.storage import LocalStore, MemoryStore
 
 import xzcache
 
+pytestmark = pytest.mark.slow
+
 SIZE = 2000
 NAMESPACE = "source"
 UNPRIVILEGED = 65534

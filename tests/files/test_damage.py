@@ -41,6 +41,8 @@ from zarr.storage import LocalStore
 import xzcache
 from xzcache.model.entry import META
 
+pytestmark = pytest.mark.slow
+
 XATTR = "user.xzcache"
 
 

@@ -427,6 +427,7 @@ def test_points_are_no_boxes(web: Web, tmp_path: Path) -> None:
         xzcache.warm(opened(web, tmp_path, chunks=None), isel=points)
 
 
+@pytest.mark.slow
 def test_commands_with_bad_input(web: Web, tmp_path: Path) -> None:
     secret = "sesame"
     url = web.url.replace("http://", f"http://user:{secret}@")

@@ -26,6 +26,8 @@ from zarr.storage import FsspecStore, ObjectStore
 import xzcache
 from xzcache.model.entry import META
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["nobody", "tidy"]
 
 KEY, SECRET, TOKEN = "AKIAQ7WORDOFACCESS", "s3cr3t/Very+Secret", "tok3n-of-a-Session"

@@ -113,6 +113,7 @@ def run_machine(machine: type[RuleBasedStateMachine], store: Any, *, examples: i
 MACHINES = [ZarrStoreStateMachine, ZarrHierarchyStateMachine]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_state_machine(machine: type[RuleBasedStateMachine], cache_kind: str, tmp_path: Path) -> None:
     store = cached(cache_kind, MemoryStore(), tmp_path)
@@ -120,6 +121,7 @@ def test_state_machine(machine: type[RuleBasedStateMachine], cache_kind: str, tm
     assert store.cache_stats()["hits"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_state_machine_with_little_room(machine: type[RuleBasedStateMachine], cache_kind: str, tmp_path: Path) -> None:
     store = cached(cache_kind, MemoryStore(), tmp_path, max_size=1000)

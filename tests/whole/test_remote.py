@@ -126,6 +126,7 @@ def test_the_second_opening_asks_for_metadata_only(
             assert s3.counts().objects == 0
 
 
+@pytest.mark.slow
 @formats
 @upstreams
 def test_what_is_cached_is_read_without_a_server(upstream: str, zarr_format: int, tmp_path: Path) -> None:
