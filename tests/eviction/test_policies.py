@@ -344,6 +344,7 @@ def test_of_a_large_cache_a_part_is_looked_at(
     """
     monkeypatch.setattr("xzcache.eviction._policies._LOOKED_AT", 64)
     monkeypatch.setattr("xzcache.eviction._policies._RUNS", 16)
+    monkeypatch.setattr("xzcache.eviction._policies._ROWS_AT_ONCE", 64)
     monkeypatch.setattr("xzcache.eviction._policies._ANYWHERE", 0.1 if is_watched else 1.0)
     # as often for the size of the cache as for a large one
     monkeypatch.setattr("xzcache.eviction._policies._REFRESHED", 0)

@@ -212,7 +212,8 @@ def work_of_reads(source: str, cache: str) -> list[int]:
     """The transactions of opening and a miss; of misses; of hits; of misses that evict; of leaving."""
     store = opened(source, cache, max_size=600 * SIZE)
     seen = [0]
-    for keys in (range(1), range(1, 200), range(200), range(200, 900)):
+    # so few hits that no use is told for their sake alone
+    for keys in (range(1), range(1, 200), range(100), range(200, 900)):
         read(store, keys)
         seen.append(transactions(cache))
     xzcache.cleanup_resources()

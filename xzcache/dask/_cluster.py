@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dask.utils import format_time
 from distributed import Client
+from distributed.comm.core import CommClosedError
 
 from xzcache._caches import default_directory
 from xzcache._config import parse_seconds, shown_size
@@ -246,7 +247,9 @@ async def _call(
             return TimeoutError(f"{worker} does not answer within {timeout:g} s")
         except KeyError:
             answer = OSError(f"{worker} has left")
-        if not isinstance(answer, OSError) or worker in (await _workers(client)):
+        # a worker that has just left may still be known to the scheduler, but its connection is closed
+        has_left = isinstance(answer, CommClosedError) or worker not in (await _workers(client))
+        if not (isinstance(answer, OSError) and has_left):
             break
     return answer
 
