@@ -21,8 +21,10 @@ _MOST_LISTED: Final = 20
 _MOST_KEYS: Final = 3
 """The objects that a display names for each reason."""
 
-_TAKEN: Final = re.compile(r"\b\d+(\.\d+)?[mµn]?s\b")
-"""A time that a request took, in the message of a client."""
+_UNTIL_TIMES: Final = re.compile(r".*\d[mµn]?s\b", re.DOTALL)
+"""The message of a client up to the last time in it: what was asked, and how long that took."""
+_ENOUGH: Final = 24
+"""The characters after that which tell one reason from another."""
 
 State = Literal["ok", "absent", "damaged", "foreign", "busy", "unusable"]
 
@@ -551,7 +553,10 @@ class Warmed(_Shown):
         for item in self.failed:
             # one reason has many keys, and names each of them, and how long each request took
             reason = item.reason.replace(item.key, "...")
-            kind = _TAKEN.sub("", reason)
+            kind = reason
+            if times := _UNTIL_TIMES.match(reason):
+                # a message that was shortened ends sooner if its times have more digits
+                kind = reason.partition(":")[0] + reason[times.end() :][:_ENOUGH]
             keys.setdefault(kind, []).append(item.key)
             said.setdefault(kind, reason)
         for kind, of_it in list(keys.items())[:_MOST_LISTED]:
