@@ -244,7 +244,9 @@ async def _call(
         try:
             answer = (await asyncio.wait_for(answers, timeout))[worker]
         except TimeoutError:
-            return TimeoutError(f"{worker} does not answer within {timeout:g} s")
+            # without a limit of ours, that of Dask's connections
+            within = "" if timeout is None else f" within {timeout:g} s"
+            return TimeoutError(f"{worker} does not answer{within}")
         except KeyError:
             answer = OSError(f"{worker} has left")
         # a worker that has just left may still be known to the scheduler, but its connection is closed

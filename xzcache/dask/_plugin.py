@@ -154,7 +154,7 @@ class CachePlugin(WorkerPlugin):
         of all workers deletes it too. Default is False.
     affinity : {"off", "auto", "on"}, optional
         Whether the scheduler prefers, for a task that reads a block of an array, the node that reads this block each
-        time. ``"auto"``: where the scheduler's queue stays in use, so that workers hold no more in memory. ``"on"``:
+        time. ``"auto"``: where the scheduler's queue stays in use, so that workers hold few chunks in memory. ``"on"``:
         also where Dask queues nothing (``worker-saturation: inf``). Default is ``"off"``.
     min_free : float or str, optional
         The free space to leave on the file system of each node: ``"5%"``, a fraction below 1, or a size.
@@ -396,8 +396,8 @@ def _troubles(path: str, *, usable: bool) -> Iterator[str]:
         )
     if medium is Medium.MEMORY and usable:
         yield (
-            f"is in memory ({kind}): what is cached takes memory that the workers need, and goes when the machine is "
-            "restarted; give each node a directory on a disk of its own"
+            f"is in memory ({kind}): the cache takes memory that the workers need, and is lost when the machine "
+            "restarts; give each node a directory on a disk of its own"
         )
     if usable and (job := _job_of(path)) is not None:
         yield (

@@ -363,7 +363,7 @@ class Ledger:
 
         def when_committed() -> None:
             self.total = total
-            # only then is it told: a transaction that is rolled back is told once more
+            # removed only now, because a transaction that is rolled back must be written once more
             when_told()
 
         index.when_committed.append(when_committed)
