@@ -482,7 +482,7 @@ def test_ghosts_are_bounded_and_count_nowhere(tmp_path: Path, monkeypatch: pytes
     assert 100 < ghosts < 256 + 8 * 50 + 4 * 32 * 16
     assert totals.entries <= 50
     assert totals.size == totals.entries * VALUE <= 50 * VALUE
-    assert directory.share("made") == (totals.entries, totals.size)
+    assert directory.figures("made")[1] == (totals.entries, totals.size)
     directory.close()
     assert audit(str(tmp_path)) <= 50
 

@@ -561,25 +561,24 @@ class CacheDirectory:
         with self.session.section() as (_, index):
             return index.totals()
 
-    def share(self, namespace: str) -> tuple[int, int]:
-        """Number and bytes of the entries of one source."""
+    def figures(self, namespace: str) -> tuple[Totals, tuple[int, int]]:
+        """The totals of the directory, and number and bytes of the entries of one source, of one moment."""
         if not self.is_made:
-            return 0, 0
-        return self.barrier.try_or(lambda: self._share(namespace), (0, 0))
+            return self.totals(), (0, 0)
+        return self.barrier.try_or(lambda: self._figures(namespace), (Totals(0, 0, 0, 0, None), (0, 0)))
 
-    def _share(self, namespace: str) -> tuple[int, int]:
-        with self.session.section() as (_, index):
-            return index.share(namespace)
+    def _figures(self, namespace: str, patience: float | None = None) -> tuple[Totals, tuple[int, int]]:
+        with self.session.section(patience) as (_, index):
+            return index.totals(), index.share(namespace)
 
     def glance(self, namespace: str) -> tuple[Totals, tuple[int, int]]:
-        """Like `totals` and `share`, for a display: the latest known values if the index is busy."""
+        """Like `figures`, for a display: the latest known values if the index is busy."""
         if not self.is_made:
             return self.totals(), (0, 0)
         try:
             if self.health.is_aside:
                 raise Busy("the disk is to be left alone")
-            with self.session.section(_GLANCE) as (_, index):
-                self._seen[namespace] = index.totals(), index.share(namespace)
+            self._seen[namespace] = self._figures(namespace, _GLANCE)
         except Busy:
             pass
         except (CacheFault, OSError) as error:

@@ -67,7 +67,7 @@ class FetchLocks:
         self._barrier = barrier
         self._session = barrier.session
 
-    def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
+    def acquire(self, key: str, span: Span, *, exactly: bool = True) -> Callable[[], None] | Span:
         """Try to lock a span of an object; returns a function to release it, or a part that another process holds.
 
         A suffix, whose begin is unknown, is locked by a byte of its own.
@@ -82,7 +82,7 @@ class FetchLocks:
                 offset = Entry(key, *span).lock_offset()
                 return partial(process.keys.unlock, offset) if process.keys.try_lock(offset) else span
             number, span = lock_offset(key), placed(span)
-            if (taken := process.keys.try_lock_span(number, span)) is None:
+            if (taken := process.keys.try_lock_span(number, span, exactly=exactly)) is None:
                 return partial(process.keys.unlock_span, number, span)
             # bytes beyond this have no locks of their own, so the whole rest may be taken
             return unplaced((taken[0], span[1])) if taken[1] >= _LOCKABLE else taken

@@ -182,11 +182,11 @@ class SharedBackend:
         """The cached parts of an object."""
         return DirectoryParts(self.directory, f"{self.prefix}{key}")
 
-    def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
+    def acquire(self, key: str, span: Span, *, exactly: bool = True) -> Callable[[], None] | Span:
         """Try to lock a span of an object; returns a function to release it, or a part that another process holds."""
         if self.directory.health.is_aside:
             return nothing
-        return self.directory.fetch_locks.acquire(f"{self.prefix}{key}", span)
+        return self.directory.fetch_locks.acquire(f"{self.prefix}{key}", span, exactly=exactly)
 
     def write_version(self, key: str) -> WriteVersion | None:
         """The write version of a key, read before its fetch begins."""
@@ -284,10 +284,8 @@ class SharedBackend:
             if self.directory.is_made:
                 self.directory.prepare()
                 self.directory.flush(everything=True)
-            totals = self.directory.totals()
-            count, size = self.directory.share(self.namespace)
-        else:
-            totals, (count, size) = self.directory.glance(self.namespace)
+        look = self.directory.figures if exact else self.directory.glance
+        totals, (count, size) = look(self.namespace)
         return {
             "cache_store_type": "LockedLocalStore",
             "current_size": size,

@@ -367,16 +367,16 @@ class ByteLocks:
                 del self._held[offset]
                 self._release(offset, 1)
 
-    def try_lock_span(self, number: int, span: Span) -> Span | None:
+    def try_lock_span(self, number: int, span: Span, *, exactly: bool = True) -> Span | None:
         """Lock a span of bytes of the object with this number; returns a part that another process holds, or None.
 
-        Two objects may share their locks, so a refusal can be a false alarm. A process must not lock the same byte
+        Without `exactly`, the span is returned for the part, which saves a system call. Two objects may share their locks, so a refusal can be a false alarm. A process must not lock the same byte
         twice.
         """
         offset, length, base = _offsets_of(number, span)
         if length <= 0 or lock_range(self._fd, fcntl.F_WRLCK, offset, length):
             return None
-        if (taken := locked_range(self._fd, offset, length)) is None:
+        if not exactly or (taken := locked_range(self._fd, offset, length)) is None:
             # the lock may have been released meanwhile
             return span
         first, last = max(taken[0], offset), min(taken[1], offset + length)

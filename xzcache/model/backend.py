@@ -159,12 +159,13 @@ class Backend(Protocol):
         """A context around a fetch; the last one of this process to exit waits for pending publishes."""
         return nullcontext()
 
-    def acquire(self, key: str, span: Span) -> Callable[[], None] | Span:
+    def acquire(self, key: str, span: Span, *, exactly: bool = True) -> Callable[[], None] | Span:
         """Try to lock a span of an object against other processes, without waiting.
 
-        Returns the function that releases the lock, or a part of the span that another process has locked. The lock
-        goes with the process. The whole object is `(0, END)`; a suffix is locked against equal suffixes only. Threads
-        of one process must not lock the same bytes twice, except a suffix.
+        Returns the function that releases the lock, or a part of the span that another process has locked; without
+        `exactly`, perhaps the span itself for the part, which costs less. The lock goes with the process. The whole
+        object is `(0, END)`; a suffix is locked against equal suffixes only. Threads of one process must not lock the
+        same bytes twice, except a suffix.
         """
         return nothing
 

@@ -176,6 +176,13 @@ def pieces_of(
 
 FIRST_POLL: Final = 0.001
 LONGEST_POLL: Final = 0.005
+
+
+def next_poll(pause: float) -> float:
+    """The pause after a pause in which another process still fetched, in seconds."""
+    return min(pause * 1.5, LONGEST_POLL)
+
+
 _TRIES: Final = 3
 """How often ranges without validators are fetched again because entries were invalidated meanwhile."""
 
@@ -331,7 +338,7 @@ class _Fetch:
             if is_as_named and not mine and not others:
                 # another process is fetching
                 await asyncio.sleep(pause)
-                pause = min(pause * 1.2, LONGEST_POLL)
+                pause = next_poll(pause)
             parts = self._backend.parts(self._key)
             self._let_go_if_overtaken()
             self._version = self._backend.write_version(self._key)

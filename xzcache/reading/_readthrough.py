@@ -38,7 +38,7 @@ from xzcache.model import (
     span,
     unplaced,
 )
-from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches
+from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches, next_poll
 from xzcache.reading._request import Request, buffer_of, contents
 from xzcache.reading._revalidation import Revalidation
 from xzcache.reading._stats import observers
@@ -487,7 +487,7 @@ class ReadThrough:
     def _try_lock(self, lead: Lead, request: Request, *, may_divide: bool) -> None:
         """Try to take the fetch lock; raises `Divided` if another process fetches a part only."""
         if lead.what is not None:
-            answer = self.backend.acquire(request.key, unplaced(lead.claim.span))
+            answer = self.backend.acquire(request.key, unplaced(lead.claim.span), exactly=may_divide)
             if not isinstance(answer, tuple):
                 lead.unlock = answer
             elif may_divide and placed(answer) != lead.claim.span:
@@ -508,8 +508,9 @@ class ReadThrough:
             # polled, because a lock between processes cannot be awaited; the pause grows
             # so that many waiters cost little
             await asyncio.sleep(pause)
-            pause = min(pause * 1.2, LONGEST_POLL)
-            self._try_lock(lead, request, may_divide=may_divide)
+            pause = next_poll(pause)
+            # that another process holds a part only is found out with the first try, and now and then
+            self._try_lock(lead, request, may_divide=may_divide and pause >= LONGEST_POLL)
 
 
 # -- Many byte ranges of one object, as Zarr's sharding codec reads them; missing ranges are requested together.
