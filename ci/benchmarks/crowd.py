@@ -44,7 +44,7 @@ AT_ONCE: Final = 8
 """Hits that a reader asks for at once."""
 MISSES: Final = 0.02
 """The part of the reads that finds nothing in the cache."""
-TICK: Final = 0.001
+TICK: Final = 0.01
 GOAL_OF_INSERT, GOAL_UNDER_GUARD = 10, 5
 _PROTOTYPE: Final = default_buffer_prototype()
 _VALUE: Final = _PROTOTYPE.buffer.from_bytes(VALUE)
