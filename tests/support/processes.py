@@ -196,8 +196,8 @@ def tell_when_waiting(link: Connection) -> None:
     acquire = FetchLocks.acquire
     told = set()
 
-    def watched(self: FetchLocks, key: str, span: Span) -> Any:
-        if isinstance(answer := acquire(self, key, span), tuple) and key not in told:
+    def watched(self: FetchLocks, key: str, span: Span, **options: bool) -> Any:
+        if isinstance(answer := acquire(self, key, span, **options), tuple) and key not in told:
             told.add(key)
             link.send("waiting")
         return answer

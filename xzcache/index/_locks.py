@@ -370,8 +370,8 @@ class ByteLocks:
     def try_lock_span(self, number: int, span: Span, *, exactly: bool = True) -> Span | None:
         """Lock a span of bytes of the object with this number; returns a part that another process holds, or None.
 
-        Without `exactly`, the span is returned for the part, which saves a system call. Two objects may share their locks, so a refusal can be a false alarm. A process must not lock the same byte
-        twice.
+        Without `exactly`, the span is returned for the part, which saves a system call. Two objects may share their
+        locks, so a refusal can be a false alarm. A process must not lock the same byte twice.
         """
         offset, length, base = _offsets_of(number, span)
         if length <= 0 or lock_range(self._fd, fcntl.F_WRLCK, offset, length):
