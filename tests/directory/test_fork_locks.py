@@ -31,7 +31,7 @@ from processes import (
 from zarr.core.buffer import default_buffer_prototype
 
 import xzcache
-from xzcache.index._session import Registration
+from xzcache.index._registration import Registration
 from xzcache.model.entry import END
 
 pytestmark = [

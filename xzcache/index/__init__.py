@@ -10,7 +10,8 @@ it, and read without. The locks of keys and byte ranges are never waited for. Kn
 from xzcache.index._history import History, hash_of, lot_of
 from xzcache.index._inspect import Arrival, Inspector, Objects, Source, Uses
 from xzcache.index._pins import PINNED_SHARE, Pin
-from xzcache.index._session import IndexSession, Registration, written_notes
+from xzcache.index._registration import Registration, written_notes
+from xzcache.index._session import IndexSession
 from xzcache.index._sql import Index, Row, Tombstone, Totals, salvaged
 from xzcache.index._statistics import DAY, OTHERS, SAMPLED, USES, Counts, Looked, UsesRow, is_whole
 from xzcache.index._writeclock import (
