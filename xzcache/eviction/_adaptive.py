@@ -144,6 +144,11 @@ def limit_for(entries: int) -> int:
     return (1 << HASH_BITS) >> max(0, (max(1, entries) // _WATCHED).bit_length())
 
 
+def _between_refreshes(entries: int) -> int:
+    """After how many uses the worth of entries is computed anew."""
+    return max(_REFRESH[0], min(_REFRESH[1], entries // 8))
+
+
 class Uses(NamedTuple):
     """Uses of watched keys, in the order of time: when, the hash of the key, the entry's size in bytes, and its id."""
 
@@ -185,13 +190,16 @@ class Adaptive:
         self._watch(entries)
         watched = uses.keys < limit_for(entries)
         uses = Uses(*(column[watched] for column in uses))
+        room /= 2**self._shift
         # small beside the cache: what is used within a step counts as a hit of both orders
         step = max(8, (entries >> self._shift) // 16)
+        if self._sizes.sum() + uses.sizes.sum() <= room:
+            # both orders keep everything
+            step = max(step, _between_refreshes(entries))
         for begin in range(0, len(uses.keys), step):
-            part = Uses(*(column[begin : begin + step] for column in uses))
-            self._use(part, room / 2**self._shift)
+            self._use(Uses(*(column[begin : begin + step] for column in uses)), room)
             self._refresh(entries)
-            self._evict(room / 2**self._shift)
+            self._evict(room)
 
     def _watch(self, entries: int) -> None:
         """Watch more or fewer keys, as the cache holds fewer or more entries."""
@@ -233,6 +241,8 @@ class Adaptive:
 
     def _age_of_recency(self, room: float) -> int:
         """The largest age in a cache of the same size that evicts by least recent use."""
+        if self._sizes.sum() <= room:
+            return _AGES
         order = np.argsort(-self._last)
         count = int((np.cumsum(self._sizes[order]) <= room).sum())
         return _AGES if count == len(order) else self._now - int(self._last[order[count]]) - 1
@@ -249,7 +259,7 @@ class Adaptive:
 
     def _refresh(self, entries: int) -> None:
         passed = self._now - self._refreshed
-        if passed < max(_REFRESH[0], min(_REFRESH[1], entries // 8)):
+        if passed < _between_refreshes(entries):
             return
         keep = float(np.exp(-passed / (2 * max(1, len(self._keys) << self._shift))))
         self.reuse.wait(self._gaps, self._now - self._last, passed, keep)
