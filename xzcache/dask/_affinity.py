@@ -316,10 +316,14 @@ class Affinity(SchedulerPlugin):
                 task = scheduler.tasks.get(key)
                 if task is not None and task.run_spec is not None:
                     found.update((reader.key, block) for reader, block in reads.of(task) if _is_free(reader))
-            self._blocks |= found
-            self._nodes.choose(found.values())
+            self.note(found)
         except Exception as error:
             self._give_up(error)
+
+    def note(self, blocks: dict[Key, Block]) -> None:
+        """Note the blocks that tasks read."""
+        self._blocks |= blocks
+        self._nodes.choose(blocks.values())
 
     def transition(
         self, key: Key, start: str, finish: str, *_: Any, stimulus_id: str, worker: str = "", **__: Any
