@@ -241,7 +241,10 @@ class Cluster:
         self._mean: float | None = None
         self._load: Counter[str] = Counter()
         self._random = Random(setup.seed)
-        self._affinity = _Affinity(self, self.nodes, "auto") if setup.affinity else None  # type: ignore[arg-type]
+        self._affinity: Affinity | None = None
+        if setup.affinity:
+            here: Any = self
+            self._affinity = _Affinity(here, self.nodes, "auto", has_peers=setup.peers)
 
     @property
     def total_nthreads(self) -> int:
@@ -281,10 +284,12 @@ class Cluster:
                 self._place(reader)
         self._wait(self._now + BALANCE, None, None)
         while self._ends:
-            self._now, _, worker, reader = heappop(self._ends)
+            when, _, worker, reader = heappop(self._ends)
             if worker is not None and reader is not None:
+                self._now = when
                 self._end(worker, reader)
             elif self._ends:
+                self._now = when
                 self._balance()
                 self._wait(self._now + BALANCE, None, None)
         for reader in readers:

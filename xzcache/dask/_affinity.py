@@ -46,6 +46,8 @@ _LIGHT: Final = 1_000_000
 """Bytes of a dependency that may be sent to the node of the block; larger ones count for more than the block."""
 _REMEMBERED: Final = 1_000_000
 """Blocks whose nodes are remembered."""
+_AT_ONCE: Final = 2**16
+"""Scores that are computed at once: as many as a processor has near."""
 _TAIL: Final = 2
 """The end of a node's part of the queue that is sent off, in parts of what a node may have from the queue at once."""
 _READERS: Final = 4
@@ -65,12 +67,21 @@ class Source(NamedTuple):
     offsets: tuple[int, ...]
     """Where the array that Dask sees begins in the stored one."""
 
-    def block(self, index: tuple[Any, ...]) -> Block:
-        """A name of the chunk that an index begins in; arrays on the same grid share the names."""
-        starts = (part.start or 0 if isinstance(part, slice) else part for part in index)
-        return ".".join(
-            [str((start + offset) // size) for start, offset, size in zip(starts, self.offsets, self.grid, strict=True)]
-        )
+    def block(self, index: Any) -> Block | None:
+        """A name of the chunk that an index begins in, which arrays on one grid share; None for what is no index."""
+        if type(index) is not tuple or len(index) != len(self.grid):
+            return None
+        places = []
+        has_slice = False
+        for part, offset, size in zip(index, self.offsets, self.grid, strict=True):
+            if type(part) is slice:
+                has_slice = True
+                places.append(str(((part.start or 0) + offset) // size))
+            elif type(part) is int:
+                places.append(str((part + offset) // size))
+            else:
+                return None
+        return ".".join(places) if has_slice else None
 
 
 def source_of(value: Any) -> Source | None:
@@ -117,56 +128,65 @@ def _value_at(number: int, parts: dict[Any, Any]) -> Any:
     return next(islice(parts.values(), number, None))
 
 
-def _is_index(part: Any, dimensions: int) -> bool:
-    return (
-        type(part) is tuple
-        and len(part) == dimensions
-        and any(type(of) is slice for of in part)
-        and all(type(of) is slice or type(of) is int for of in part)
-    )
-
-
 class Reads:
-    """The blocks that the tasks of a graph read; nothing for tasks that read none, or none that is understood."""
+    """The blocks that the tasks of a graph read; nothing for tasks that read none, or none that is understood.
+
+    Tasks of one group are built alike, so what is found in the first one is looked for in the others, and nowhere else.
+    """
 
     def __init__(self) -> None:
         self._paths: dict[tuple[str, int], _Path] = {}
-        self._inlined: dict[str, Source | None] = {}
+        self._sources: dict[str, Source | bool] = {}
+        """For each group: the array in the arguments of its tasks, True if tasks are arrays themselves, else False."""
 
-    def of(self, task: TaskState) -> Iterator[tuple[TaskState, Block]]:
+    def of(self, task: TaskState) -> list[tuple[TaskState, Block]]:
         """The tasks that read the array which a task holds, and their blocks; or the task itself if it reads one."""
-        spec = task.run_spec
-        if (source := source_of(getattr(spec, "value", spec))) is not None:
-            for reader in task.dependents:
-                if (block := self._block(reader, source)) is not None:
-                    yield reader, block
-        elif not task.dependencies:
-            # the array may be an argument of the task, as it then is of all tasks of the group
-            group = task.group.name
-            if group not in self._inlined:
-                found = (source_of(part) for part, _ in _parts(spec))
-                self._inlined[group] = next((each for each in found if each is not None), None)
-            if (source := self._inlined[group]) is not None and (block := self._block(task, source)) is not None:
-                yield task, block
+        group = task.group.name
+        if (source := self._sources.get(group)) is None:
+            source = self._sources[group] = self._look(task)
+        if source is False:
+            return []
+        readers: Iterable[TaskState] = (task,)
+        if source is True:
+            found = _held(task)
+            if found is None:
+                return []
+            source, readers = found, task.dependents
+        blocks = ((reader, self._block(reader, source)) for reader in readers)
+        return [(reader, block) for reader, block in blocks if block is not None]
+
+    @staticmethod
+    def _look(task: TaskState) -> Source | bool:
+        if _held(task) is not None:
+            return True
+        if task.dependencies:
+            return False
+        # the array may be an argument of the task, as it then is of all tasks of the group
+        found = (source_of(part) for part, _ in _parts(task.run_spec))
+        return next((source for source in found if source is not None), False)
 
     def _block(self, task: TaskState, source: Source) -> Block | None:
-        dimensions = len(source.grid)
-        # tasks of one group are built alike
-        like = task.group.name, dimensions
+        like = task.group.name, len(source.grid)
         if (path := self._paths.get(like)) is not None:
             try:
                 part: Any = task.run_spec
                 for step in path:
                     part = step(part)
-                if _is_index(part, dimensions):
-                    return source.block(part)
+                if (block := source.block(part)) is not None:
+                    return block
             except (AttributeError, LookupError, TypeError, StopIteration):
                 pass
         for part, path in _parts(task.run_spec):
-            if _is_index(part, dimensions):
+            if (block := source.block(part)) is not None:
                 self._paths[like] = path
-                return source.block(part)
+                return block
         return None
+
+
+def _held(task: TaskState) -> Source | None:
+    """The array that a task is."""
+    spec = task.run_spec
+    return source_of(getattr(spec, "value", spec))
 
 
 # -- which node a block prefers
@@ -190,11 +210,13 @@ class Nodes:
         self._names: list[Node] = []
         self._keys = np.empty(0, dtype=np.uint64)
         self._weights = np.empty(0)
+        """Of each node; empty if all weigh the same."""
+        self._is_sorted = True
         self.changes = 0
         """How often nodes have come, gone, or changed their bounds."""
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._bounds)
 
     def __contains__(self, node: Node) -> bool:
         return node in self._bounds
@@ -227,27 +249,39 @@ class Nodes:
     def _changed(self) -> None:
         self.changes += 1
         self._choices.clear()
+        # a cluster that starts has many changes, and no block yet
+        self._is_sorted = False
+
+    def _sort(self) -> None:
+        self._is_sorted = True
         self._names = sorted(self._bounds)
         self._keys = np.array([_hash(name) for name in self._names], dtype=np.uint64)
         known = [bound for bound in self._bounds.values() if bound]
         # a cache without a bound counts as the mean of the others
         usual = sum(known) / len(known) if known else 1
-        self._weights = np.array([(self._bounds[name] or usual) / usual for name in self._names])
+        weights = [(self._bounds[name] or usual) / usual for name in self._names]
+        self._weights = np.array(weights if len(set(weights)) > 1 else [])
 
     def choose(self, blocks: Iterable[Block]) -> None:
         """Find the nodes of many blocks at once, which takes less time."""
+        if not self._bounds:
+            return
+        if not self._is_sorted:
+            self._sort()
         if len(self._choices) > _REMEMBERED:
             self._choices.clear()
         new = [block for block in dict.fromkeys(blocks) if block not in self._choices]
-        step = max(1, _REMEMBERED // max(1, len(self._names)))
-        for start in range(0, len(new), step) if self._names else ():
+        step = max(1, _AT_ONCE // len(self._names))
+        for start in range(0, len(new), step):
             part = new[start : start + step]
             keys = np.array([_hash(block) for block in part], dtype=np.uint64)
-            scores = self._weights / -np.log(_uniform(keys[:, None] ^ self._keys[None, :]))
+            scores = _mixed(keys[:, None] ^ self._keys[None, :])
+            if self._weights.size:
+                scores = self._weights / -np.log((scores + 0.5) / 2**53)
             first = scores.argmax(axis=1)
-            scores[np.arange(len(part)), first] = -1
+            scores[np.arange(len(part)), first] = 0
             second = scores.argmax(axis=1)
-            for block, one, two in zip(part, first, second, strict=True):
+            for block, one, two in zip(part, first.tolist(), second.tolist(), strict=True):
                 self._choices[block] = Choice(self._names[one], self._names[two])
 
     def choice(self, block: Block) -> Choice | None:
@@ -262,26 +296,34 @@ def _hash(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _uniform(numbers: Any) -> Any:
-    """Numbers between 0 and 1 that look drawn by lot, from 64 bits each (the finalizer of splitmix64)."""
-    with np.errstate(over="ignore"):
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed = (numbers ^ (numbers >> np.uint64(31))) >> np.uint64(11)
-    return (mixed.astype(np.float64) + 0.5) / 2**53
+def _mixed(numbers: Any) -> Any:
+    """Numbers of 53 bits that look drawn by lot, from 64 bits each (the finalizer of splitmix64), in their place."""
+    spare = numbers >> np.uint64(30)
+    for factor, shift in ((0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
+        numbers ^= spare
+        numbers *= np.uint64(factor)
+        np.right_shift(numbers, np.uint64(shift), out=spare)
+    numbers ^= spare
+    numbers >>= np.uint64(11)
+    return numbers
 
 
 # -- where the scheduler sends a task
 
 
 class Affinity(SchedulerPlugin):
-    """Has the scheduler send the tasks that read blocks to the nodes that these prefer."""
+    """Has the scheduler send the tasks that read blocks to the nodes that these prefer.
+
+    With peers, a node that reads a block of another one gets it from there and keeps no copy, so that the next task
+    that reads it prefers the same node as ever. Without them, it prefers the node that read the block last.
+    """
 
     name = "xzcache-affinity"
 
-    def __init__(self, scheduler: Scheduler, nodes: Nodes, mode: Mode) -> None:
+    def __init__(self, scheduler: Scheduler, nodes: Nodes, mode: Mode, *, has_peers: bool = False) -> None:
         self._scheduler = scheduler
         self._nodes = nodes
+        self._has_peers = has_peers
         self.asked: Final = mode
         self._mode: Mode = mode
         self._preferred = self._elsewhere = 0
@@ -315,7 +357,9 @@ class Affinity(SchedulerPlugin):
             for key in tasks:
                 task = scheduler.tasks.get(key)
                 if task is not None and task.run_spec is not None:
-                    found.update((reader.key, block) for reader, block in reads.of(task) if _is_free(reader))
+                    for reader, block in reads.of(task):
+                        if _is_free(reader):
+                            found[reader.key] = block
             self.note(found)
         except Exception as error:
             self._give_up(error)
@@ -400,7 +444,7 @@ class Affinity(SchedulerPlugin):
             self._preferred += 1
         else:
             self._elsewhere += 1
-        if readers or node != choice.first:
+        if not self._has_peers and (readers or node != choice.first):
             others = [each for each in (*readers, choice.first) if each != node]
             self._readers[block] = (node, *others)[:_READERS]
             if len(self._readers) > _REMEMBERED:
