@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush, nlargest
 from pathlib import Path
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from xzcache.dask._affinity import Affinity, Nodes
+from xzcache.dask._affinity import Affinity, Choice, Nodes
 
 SATURATION: Final = 1.1
 """Dask's default: tasks that a worker gets from the queue at once, for each of its threads."""
@@ -57,11 +57,16 @@ class Costs(NamedTuple):
     chunk_bytes: int = 2**20
 
 
+Peers = Literal["off", "first", "second"]
+"""Whom a node asks for a chunk that it has not: nobody, the node that the block prefers, which fetches it if need be,
+or that one too, and that one asks the second choice if it has joined later."""
+
+
 class Setup(NamedTuple):
     """A cluster that a stream of jobs is given to."""
 
     affinity: bool
-    peers: bool
+    peers: Peers
     room: float = math.inf
     """Chunks that the cache of a node holds."""
     threads: int = 1
@@ -100,11 +105,13 @@ class Caches:
         self._held: dict[str, OrderedDict[Chunk, None]] = {}
         self._passed: dict[str, set[Chunk]] = {}
         """Chunks that a peer has sent to a node, which did not keep them."""
+        self._joined: dict[str, int] = {}
         self._known: set[Chunk] = set()
         self.reads = self.hits = self.again = self.requests = self.sent = 0
 
     def add(self, node: str) -> None:
         """A node with an empty cache."""
+        self._joined[node] = len(self._joined)
         self._held[node], self._passed[node] = OrderedDict(), set()
 
     def read(self, node: str, chunk: Chunk, block: str) -> float:
@@ -118,9 +125,12 @@ class Caches:
         if self._finds(node, chunk):
             self.hits += 1
             return costs.hit
-        choice = self._nodes.choice(block) if self._setup.peers else None
+        choice = self._nodes.choice(block) if self._setup.peers != "off" else None
         if choice is None or choice.first == node:
             self._keep(node, chunk)
+            if choice is not None and self._had(choice) and self._finds(choice.second, chunk):
+                self.sent += 1
+                return costs.peer
             self.requests += 1
             return costs.source
         seconds = costs.peer
@@ -135,6 +145,12 @@ class Caches:
         else:
             self._passed[node].add(chunk)
         return seconds
+
+    def _had(self, choice: Choice) -> bool:
+        """Whether the second choice of a block was its first one, before the first one joined."""
+        if self._setup.peers != "second":
+            return False
+        return self._joined[choice.first] > self._joined[choice.second]
 
     def _finds(self, node: str, chunk: Chunk) -> bool:
         held = self._held[node]
@@ -244,7 +260,7 @@ class Cluster:
         self._affinity: Affinity | None = None
         if setup.affinity:
             here: Any = self
-            self._affinity = _Affinity(here, self.nodes, "auto", has_peers=setup.peers)
+            self._affinity = _Affinity(here, self.nodes, "auto", has_peers=setup.peers != "off")
 
     @property
     def total_nthreads(self) -> int:
@@ -469,7 +485,7 @@ def recorded(path: Path) -> dict[str, Recorded]:
 
 def as_placed(session: Recorded) -> list[tuple[int, int]]:
     """The hits and requests of each job if the tasks run on the nodes that they really ran on."""
-    caches = Caches(Setup(affinity=False, peers=False), Nodes())
+    caches = Caches(Setup(affinity=False, peers="off"), Nodes())
     known: set[str] = set()
     found = []
     for placed in session.placed:
@@ -487,7 +503,7 @@ def as_placed(session: Recorded) -> list[tuple[int, int]]:
 def without_reads(session: Recorded) -> list[Job]:
     """The jobs, with the work of each task as long as it took less the request that it waited for, if it did."""
     jobs = []
-    caches = Caches(Setup(affinity=False, peers=False), Nodes())
+    caches = Caches(Setup(affinity=False, peers="off"), Nodes())
     known: set[str] = set()
     for job, placed in zip(session.jobs, session.placed, strict=True):
         work: dict[int, float] = {}

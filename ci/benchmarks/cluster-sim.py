@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from _cluster_sim import Bill, Costs, Setup, as_placed, bill, recorded, run, session, without_reads
+from _cluster_sim import Bill, Costs, Peers, Setup, as_placed, bill, recorded, run, session, without_reads
 from _report import Report, arguments
 
 JOINED = -2
@@ -39,7 +39,7 @@ def simulate(case: Case) -> tuple[Bill, float]:
 
 def name(case: Case) -> tuple[str, str, str]:
     room = "all chunks" if math.isinf(case.share) else f"{case.share:g} of its share"
-    return room, "on" if case.setup.affinity else "off", "on" if case.setup.peers else "off"
+    return room, "on" if case.setup.affinity else "off", case.setup.peers
 
 
 def plan(report: Report, cases: list[Case], processes: int) -> None:
@@ -67,8 +67,9 @@ def plan(report: Report, cases: list[Case], processes: int) -> None:
         report.table(f"{nodes} nodes, {chunks} chunks", columns, rows)
     report.say(
         "Local: of the reads of chunks that were read before, those that found the chunk on their node. Load: the "
-        "tasks of the node with the most over the mean. Peers: a miss asks the node that the block prefers, which "
-        "fetches the chunk; the node that has asked keeps it from its second read on."
+        "tasks of the node with the most over the mean. Peers, first: a miss asks the node that the block prefers, "
+        "which fetches the chunk; the node that has asked keeps it from its second read on. Second: as well, the node "
+        "that a block prefers asks the second choice for a chunk that it has not, if it has joined later."
     )
     took = {
         nodes: sum(t for case, (_, t) in zip(cases, bills, strict=True) if case.nodes == nodes)
@@ -81,7 +82,7 @@ def replay(report: Report, path: Path, seeds: int) -> None:
     for mode, real in recorded(path).items():
         placed = as_placed(real)
         jobs = without_reads(real)
-        setups = [Setup(mode != "off", False, math.inf, real.threads, real.costs, seed=seed) for seed in range(seeds)]
+        setups = [Setup(mode != "off", "off", math.inf, real.threads, real.costs, seed=seed) for seed in range(seeds)]
         simulated = [run(setup, jobs) for setup in setups]
         rows = []
         for at, job in enumerate(jobs):
@@ -137,7 +138,10 @@ def main() -> None:
         return
     costs = Costs(options.hit, options.peer, options.source, int(options.mebibytes * 2**20))
     cases = []
-    for nodes, share, affinity, peers in product(options.nodes, options.shares, (False, True), (False, True)):
+    kinds: tuple[Peers, ...] = ("off", "first", "second")
+    for nodes, share, affinity, peers in product(options.nodes, options.shares, (False, True), kinds):
+        if peers == "second" and not affinity:
+            continue
         chunks = options.chunks or 100 * nodes
         setup = Setup(affinity, peers, share * chunks / nodes, options.threads, costs, seed=options.seed)
         cases.append(Case(nodes, chunks, share, options.work, setup))
