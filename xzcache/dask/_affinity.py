@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, NamedTuple
 
@@ -37,6 +37,7 @@ Key = Any
 Block = str
 Node = str
 _Path = tuple[Callable[[Any], Any], ...]
+_Waiting = tuple[tuple[Any, ...], int, TaskState]
 
 _HOPS: Final = 16
 """Wrappers around an array that are looked through."""
@@ -52,7 +53,7 @@ _TAIL: Final = 2
 """The end of a node's part of the queue that is sent off, in parts of what a node may have from the queue at once."""
 _READERS: Final = 4
 """Nodes that are remembered for one block."""
-_STEALS: Final = 64
+_STEALS: Final = 16
 """Queued tasks of another node among which an idle one looks for a block that it has read before."""
 
 
@@ -311,6 +312,38 @@ def _mixed(numbers: Any) -> Any:
 # -- where the scheduler sends a task
 
 
+class _Line:
+    """Tasks by priority. Most come in that order, and need no heap; those that have left are still in it."""
+
+    def __init__(self) -> None:
+        self._ordered: deque[_Waiting] = deque()
+        self._others: list[_Waiting] = []
+
+    def push(self, waiting: _Waiting) -> None:
+        if not self._ordered or waiting > self._ordered[-1]:
+            self._ordered.append(waiting)
+        else:
+            heapq.heappush(self._others, waiting)
+
+    def _is_ordered_first(self) -> bool:
+        return not self._others or (bool(self._ordered) and self._ordered[0] < self._others[0])
+
+    def first(self) -> TaskState | None:
+        if not self._ordered and not self._others:
+            return None
+        return (self._ordered if self._is_ordered_first() else self._others)[0][2]
+
+    def pop(self) -> None:
+        if self._is_ordered_first():
+            self._ordered.popleft()
+        else:
+            heapq.heappop(self._others)
+
+    def some(self, count: int) -> Iterator[TaskState]:
+        """Some of the first ones."""
+        return (task for _, _, task in islice(chain(self._others, self._ordered), count))
+
+
 class Affinity(SchedulerPlugin):
     """Has the scheduler send the tasks that read blocks to the nodes that these prefer.
 
@@ -330,12 +363,14 @@ class Affinity(SchedulerPlugin):
         self._blocks: dict[Key, Block] = {}
         self._readers: dict[Block, tuple[Node, ...]] = {}
         """The nodes of blocks that others than the first choice have read, the latest first."""
-        self._waiting: dict[Node, list[tuple[tuple[Any, ...], int, Key]]] = {}
+        self._waiting: dict[Node, _Line] = {}
         self._pushed = 0
         self._counts: dict[Node, int] = {}
         """How many queued tasks prefer a node."""
         self._owners: dict[Key, Node] = {}
         """The node that each queued task prefers."""
+        self._awaited: set[Key] = set()
+        """Tasks that are sent before the room of the worker that has ended the last one is filled."""
         self._seen = nodes.changes
         self._top: Key = None
         self._passed = 0
@@ -386,6 +421,11 @@ class Affinity(SchedulerPlugin):
                     self._counts[owner] -= 1
                     if not self._owners:
                         self._waiting.clear()
+            elif start == "waiting":
+                if key in self._awaited:
+                    self._awaited.discard(key)
+                    if not self._awaited:
+                        self._refill(stimulus_id)
             elif finish == "waiting":
                 if start == "released" and key in self._blocks and not self._is_sending:
                     task = self._scheduler.tasks[key]
@@ -399,7 +439,7 @@ class Affinity(SchedulerPlugin):
     def _give_up(self, error: Exception) -> None:
         """Leave all to Dask, whose next release may work differently."""
         self._mode = "off"
-        for each in (self._blocks, self._readers, self._waiting, self._counts, self._owners):
+        for each in (self._blocks, self._readers, self._waiting, self._counts, self._owners, self._awaited):
             each.clear()
         logger.warning("affinity is off from now on: %s: %s", type(error).__name__, error, exc_info=error)
 
@@ -419,7 +459,9 @@ class Affinity(SchedulerPlugin):
             self._owners[task.key] = owner
             self._counts[owner] = self._counts.get(owner, 0) + 1
             self._pushed += 1
-            heapq.heappush(self._waiting.setdefault(owner, []), (task.priority, self._pushed, task.key))
+            if (line := self._waiting.get(owner)) is None:
+                line = self._waiting[owner] = _Line()
+            line.push((task.priority, self._pushed, task))
 
     def _sort(self) -> None:
         """Sort the queue anew if nodes have come or gone."""
@@ -459,8 +501,12 @@ class Affinity(SchedulerPlugin):
         reads = [task for task in ready if task.key in self._blocks] if ready else ready
         if not reads and not (self._owners and self._scheduler.idle_task_count):
             return
+        # what uses results comes before what makes more, as in Dask
+        if ready and not reads:
+            # Dask sends them next
+            self._awaited = {task.key for task in ready}
+            return
         if len(reads) < len(ready):
-            # what uses results comes before what makes more, as in Dask
             others = sorted((task for task in ready if task.key not in self._blocks), key=_priority, reverse=True)
             self._scheduler.transitions({task.key: "processing" for task in others}, stimulus)
         if reads:
@@ -527,9 +573,10 @@ class Affinity(SchedulerPlugin):
 
     def _is_last(self, thief: WorkerState) -> bool:
         """Whether the rest of the queue is better left to the nodes that it prefers, as the thief is busy yet."""
+        if len(thief.processing) < thief.nthreads:
+            return False
         room = sum(_slots(worker, self._scheduler.WORKER_SATURATION) for worker in self._scheduler.running)
-        most = max(self._counts.values()) * len(self._nodes)
-        return len(thief.processing) >= thief.nthreads and most <= _TAIL * room
+        return max(self._counts.values()) * len(self._nodes) <= _TAIL * room
 
     def _flush(self, turn: tuple[Any, ...], stimulus: str) -> None:
         """Send the rest of the queue to the nodes that it prefers; Dask's work stealing balances what they have."""
@@ -539,17 +586,16 @@ class Affinity(SchedulerPlugin):
             if worker is not None and task.state == "queued":
                 self._send(task, worker, stimulus)
 
-    def _is_queued(self, key: Key, owner: Node) -> bool:
-        return self._owners.get(key) == owner and self._scheduler.tasks[key].state == "queued"
+    def _is_queued(self, task: TaskState, owner: Node) -> bool:
+        return self._owners.get(task.key) == owner and task.state == "queued"
 
     def _first(self, node: Node) -> TaskState | None:
         """The first queued task that prefers a node."""
-        heap = self._waiting.get(node)
-        while heap:
-            key = heap[0][2]
-            if self._is_queued(key, node):
-                return self._scheduler.tasks[key]
-            heapq.heappop(heap)
+        if (line := self._waiting.get(node)) is not None:
+            while (task := line.first()) is not None:
+                if self._is_queued(task, node):
+                    return task
+                line.pop()
         return None
 
     def _steal(self, thief: Node) -> TaskState | None:
@@ -557,13 +603,12 @@ class Affinity(SchedulerPlugin):
         victim = max(self._counts, key=lambda node: self._counts[node])
         first = self._first(victim)
         second: TaskState | None = None
-        for _, _, key in islice(self._waiting.get(victim, ()), _STEALS):
-            block = self._blocks[key] if self._is_queued(key, victim) else None
-            if block is not None and (choice := self._nodes.choice(block)) is not None:
-                task = self._scheduler.tasks[key]
+        for task in self._waiting[victim].some(_STEALS) if first is not None else ():
+            if self._is_queued(task, victim):
+                block = self._blocks[task.key]
                 if thief in self._readers.get(block, ()):
                     return task
-                if second is None and choice.second == thief:
+                if second is None and (choice := self._nodes.choice(block)) is not None and choice.second == thief:
                     second = task
         return second or first
 
