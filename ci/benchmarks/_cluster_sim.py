@@ -300,22 +300,21 @@ class Cluster:
                 self._place(reader)
         self._wait(self._now + BALANCE, None, None)
         while self._ends:
-            when, _, worker, reader = heappop(self._ends)
-            if worker is not None and reader is not None:
+            when, _, worker, ended = heappop(self._ends)
+            if worker is not None and ended is not None:
                 self._now = when
-                self._end(worker, reader)
+                self._end(worker, ended)
             elif self._ends:
                 self._now = when
                 self._balance()
                 self._wait(self._now + BALANCE, None, None)
         for reader in readers:
             self._tell(reader, "released", "forgotten")
-        counts = (after - earlier for after, earlier in zip(self._counts(), before, strict=True))
-        return Outcome(job.name, self._now - began, *counts, self._load)
+        did = {name: count - before[name] for name, count in self._counts().items()}
+        return Outcome(job.name, self._now - began, load=self._load, **did)
 
-    def _counts(self) -> tuple[int, int, int, int, int]:
-        caches = self.caches
-        return caches.reads, caches.hits, caches.again, caches.requests, caches.sent
+    def _counts(self) -> dict[str, int]:
+        return {name: getattr(self.caches, name) for name in ("reads", "hits", "again", "requests", "sent")}
 
     def transitions(self, recommendations: Mapping[Any, str], stimulus_id: str) -> None:
         """What affinity asks for: a queued or ready task goes to a worker, or first leaves the queue."""

@@ -37,7 +37,7 @@ Key = Any
 Block = str
 Node = str
 _Path = tuple[Callable[[Any], Any], ...]
-_Waiting = tuple[tuple[Any, ...], int, TaskState]
+_Waiting = tuple[tuple[Any, ...], int, TaskState, "_Read"]
 
 _HOPS: Final = 16
 """Wrappers around an array that are looked through."""
@@ -273,6 +273,7 @@ class Nodes:
             self._choices.clear()
         new = [block for block in dict.fromkeys(blocks) if block not in self._choices]
         step = max(1, _AT_ONCE // len(self._names))
+        pairs: dict[tuple[int, int], Choice] = {}
         for start in range(0, len(new), step):
             part = new[start : start + step]
             keys = np.array([_hash(block) for block in part], dtype=np.uint64)
@@ -282,8 +283,10 @@ class Nodes:
             first = scores.argmax(axis=1)
             scores[np.arange(len(part)), first] = 0
             second = scores.argmax(axis=1)
-            for block, one, two in zip(part, first.tolist(), second.tolist(), strict=True):
-                self._choices[block] = Choice(self._names[one], self._names[two])
+            for block, pair in zip(part, zip(first.tolist(), second.tolist(), strict=True), strict=True):
+                if (choice := pairs.get(pair)) is None:
+                    choice = pairs[pair] = Choice(*(self._names[at] for at in pair))
+                self._choices[block] = choice
 
     def choice(self, block: Block) -> Choice | None:
         """The nodes that a block prefers; None if there are no nodes."""
@@ -312,6 +315,16 @@ def _mixed(numbers: Any) -> Any:
 # -- where the scheduler sends a task
 
 
+class _Read:
+    """What a task reads, and the node that it prefers as long as it is queued."""
+
+    __slots__ = ("block", "owner")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.owner: Node | None = None
+
+
 class _Line:
     """Tasks by priority. Most come in that order, and need no heap; those that have left are still in it."""
 
@@ -328,10 +341,10 @@ class _Line:
     def _is_ordered_first(self) -> bool:
         return not self._others or (bool(self._ordered) and self._ordered[0] < self._others[0])
 
-    def first(self) -> TaskState | None:
+    def first(self) -> _Waiting | None:
         if not self._ordered and not self._others:
             return None
-        return (self._ordered if self._is_ordered_first() else self._others)[0][2]
+        return (self._ordered if self._is_ordered_first() else self._others)[0]
 
     def pop(self) -> None:
         if self._is_ordered_first():
@@ -339,9 +352,12 @@ class _Line:
         else:
             heapq.heappop(self._others)
 
-    def some(self, count: int) -> Iterator[TaskState]:
+    def some(self, count: int) -> Iterator[_Waiting]:
         """Some of the first ones."""
-        return (task for _, _, task in islice(chain(self._others, self._ordered), count))
+        return islice(chain(self._others, self._ordered), count)
+
+    def all(self) -> Iterator[_Waiting]:
+        return chain(self._others, self._ordered)
 
 
 class Affinity(SchedulerPlugin):
@@ -360,15 +376,15 @@ class Affinity(SchedulerPlugin):
         self.asked: Final = mode
         self._mode: Mode = mode
         self._preferred = self._elsewhere = 0
-        self._blocks: dict[Key, Block] = {}
+        self._reads: dict[Key, _Read] = {}
         self._readers: dict[Block, tuple[Node, ...]] = {}
         """The nodes of blocks that others than the first choice have read, the latest first."""
         self._waiting: dict[Node, _Line] = {}
         self._pushed = 0
         self._counts: dict[Node, int] = {}
         """How many queued tasks prefer a node."""
-        self._owners: dict[Key, Node] = {}
-        """The node that each queued task prefers."""
+        self._queued = 0
+        """How many queued tasks prefer any node."""
         self._awaited: set[Key] = set()
         """Tasks that are sent before the room of the worker that has ended the last one is filled."""
         self._seen = nodes.changes
@@ -401,14 +417,14 @@ class Affinity(SchedulerPlugin):
 
     def note(self, blocks: dict[Key, Block]) -> None:
         """Note the blocks that tasks read."""
-        self._blocks |= blocks
+        self._reads |= {key: _Read(block) for key, block in blocks.items()}
         self._nodes.choose(blocks.values())
 
     def transition(
         self, key: Key, start: str, finish: str, *_: Any, stimulus_id: str, worker: str = "", **__: Any
     ) -> None:
         """Follow the queue; when a task has ended, send others to the worker that has room now."""
-        if not self._blocks:
+        if not self._reads:
             return
         try:
             if start == "processing":
@@ -417,9 +433,11 @@ class Affinity(SchedulerPlugin):
             elif finish == "queued":
                 self._enqueue(self._scheduler.tasks[key])
             elif start == "queued":
-                if (owner := self._owners.pop(key, None)) is not None:
-                    self._counts[owner] -= 1
-                    if not self._owners:
+                if (read := self._reads.get(key)) is not None and read.owner is not None:
+                    self._counts[read.owner] -= 1
+                    self._queued -= 1
+                    read.owner = None
+                    if not self._queued:
                         self._waiting.clear()
             elif start == "waiting":
                 if key in self._awaited:
@@ -427,57 +445,59 @@ class Affinity(SchedulerPlugin):
                     if not self._awaited:
                         self._refill(stimulus_id)
             elif finish == "waiting":
-                if start == "released" and key in self._blocks and not self._is_sending:
+                if start == "released" and key in self._reads and not self._is_sending:
                     task = self._scheduler.tasks[key]
                     if not task.waiting_on:
                         self._place([task], stimulus_id, is_alone=True)
             elif finish == "forgotten":
-                self._blocks.pop(key, None)
+                self._reads.pop(key, None)
         except Exception as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         """Leave all to Dask, whose next release may work differently."""
         self._mode = "off"
-        for each in (self._blocks, self._readers, self._waiting, self._counts, self._owners, self._awaited):
+        self._queued = 0
+        for each in (self._reads, self._readers, self._waiting, self._counts, self._awaited):
             each.clear()
         logger.warning("affinity is off from now on: %s: %s", type(error).__name__, error, exc_info=error)
 
     # the queue, by the nodes that its tasks prefer
 
-    def _owner(self, key: Key) -> Node | None:
-        """The node that read the block of a task last, else the one that it prefers."""
-        if (block := self._blocks.get(key)) is None or (choice := self._nodes.choice(block)) is None:
+    def _owner(self, block: Block) -> Node | None:
+        """The node that read a block last, else the one that it prefers."""
+        if (choice := self._nodes.choice(block)) is None:
             return None
-        readers = self._readers.get(block)
-        return (
-            choice.first if readers is None else next((node for node in readers if node in self._nodes), choice.first)
-        )
+        if (readers := self._readers.get(block)) is None:
+            return choice.first
+        return next((node for node in readers if node in self._nodes), choice.first)
 
     def _enqueue(self, task: TaskState) -> None:
-        if (owner := self._owner(task.key)) is not None and task.priority is not None:
-            self._owners[task.key] = owner
+        if (read := self._reads.get(task.key)) is None or task.priority is None:
+            return
+        if (owner := self._owner(read.block)) is not None:
+            read.owner = owner
             self._counts[owner] = self._counts.get(owner, 0) + 1
+            self._queued += 1
             self._pushed += 1
             if (line := self._waiting.get(owner)) is None:
                 line = self._waiting[owner] = _Line()
-            line.push((task.priority, self._pushed, task))
+            line.push((task.priority, self._pushed, task, read))
 
     def _sort(self) -> None:
         """Sort the queue anew if nodes have come or gone."""
         if self._seen != self._nodes.changes:
             self._seen = self._nodes.changes
-            for each in (self._waiting, self._counts, self._owners):
+            self._queued = 0
+            for each in (self._waiting, self._counts):
                 each.clear()
             queued = list(self._scheduler.queued)
-            self._nodes.choose(self._blocks[task.key] for task in queued if task.key in self._blocks)
+            self._nodes.choose(self._reads[task.key].block for task in queued if task.key in self._reads)
             for task in queued:
                 self._enqueue(task)
 
-    def _count(self, key: Key, worker: str) -> None:
-        """Note where a task has read its block: that node has it from now on."""
-        if (block := self._blocks.get(key)) is None:
-            return
+    def _count(self, block: Block, worker: str) -> None:
+        """Note where a block was read: that node has it from now on."""
         node, choice = self._nodes.of(worker), self._nodes.choice(block)
         if node is None or choice is None:
             return
@@ -496,10 +516,11 @@ class Affinity(SchedulerPlugin):
 
     def _ended(self, ended: TaskState, worker: str, stimulus: str) -> None:
         """A task has ended: place the reads that are ready now, and fill the room that is left from the queue."""
-        self._count(ended.key, worker)
+        if (read := self._reads.get(ended.key)) is not None:
+            self._count(read.block, worker)
         ready = [task for task in ended.dependents if not task.waiting_on and task.state == "waiting"]
-        reads = [task for task in ready if task.key in self._blocks] if ready else ready
-        if not reads and not (self._owners and self._scheduler.idle_task_count):
+        reads = [task for task in ready if task.key in self._reads] if ready else ready
+        if not reads and not (self._queued and self._scheduler.idle_task_count):
             return
         # what uses results comes before what makes more, as in Dask
         if ready and not reads:
@@ -507,7 +528,7 @@ class Affinity(SchedulerPlugin):
             self._awaited = {task.key for task in ready}
             return
         if len(reads) < len(ready):
-            others = sorted((task for task in ready if task.key not in self._blocks), key=_priority, reverse=True)
+            others = sorted((task for task in ready if task.key not in self._reads), key=_priority, reverse=True)
             self._scheduler.transitions({task.key: "processing" for task in others}, stimulus)
         if reads:
             self._place(reads, stimulus)
@@ -535,7 +556,7 @@ class Affinity(SchedulerPlugin):
                 continue
             if not kinds[group] and any(dependency.nbytes > _LIGHT for dependency in task.dependencies):
                 continue
-            owner = self._owner(task.key)
+            owner = self._owner(self._reads[task.key].block)
             worker = None if owner is None else self._least_busy(owner)
             if worker is None:
                 continue
@@ -554,7 +575,7 @@ class Affinity(SchedulerPlugin):
         scheduler = self._scheduler
         for worker in list(scheduler.idle_task_count):
             node = self._nodes.of(worker.address)
-            while node is not None and self._owners and scheduler.queued and worker in scheduler.idle_task_count:
+            while node is not None and self._queued and scheduler.queued and worker in scheduler.idle_task_count:
                 top = scheduler.queued.peek()
                 self._passed = self._passed + 1 if top.key == self._top else 0
                 self._top = top.key
@@ -580,20 +601,18 @@ class Affinity(SchedulerPlugin):
 
     def _flush(self, turn: tuple[Any, ...], stimulus: str) -> None:
         """Send the rest of the queue to the nodes that it prefers; Dask's work stealing balances what they have."""
-        rest = [(self._scheduler.tasks[key], owner) for key, owner in self._owners.items()]
-        for task, owner in sorted(rest, key=lambda each: _priority(each[0])):
-            worker = self._least_busy(owner) if _turn(task) == turn else None
+        rest = [(waiting, owner) for owner, line in self._waiting.items() for waiting in line.all()]
+        for (_, _, task, read), owner in sorted(rest, key=itemgetter(0)):
+            worker = self._least_busy(owner) if read.owner == owner and _turn(task) == turn else None
             if worker is not None and task.state == "queued":
                 self._send(task, worker, stimulus)
-
-    def _is_queued(self, task: TaskState, owner: Node) -> bool:
-        return self._owners.get(task.key) == owner and task.state == "queued"
 
     def _first(self, node: Node) -> TaskState | None:
         """The first queued task that prefers a node."""
         if (line := self._waiting.get(node)) is not None:
-            while (task := line.first()) is not None:
-                if self._is_queued(task, node):
+            while (waiting := line.first()) is not None:
+                _, _, task, read = waiting
+                if read.owner == node and task.state == "queued":
                     return task
                 line.pop()
         return None
@@ -603,12 +622,11 @@ class Affinity(SchedulerPlugin):
         victim = max(self._counts, key=lambda node: self._counts[node])
         first = self._first(victim)
         second: TaskState | None = None
-        for task in self._waiting[victim].some(_STEALS) if first is not None else ():
-            if self._is_queued(task, victim):
-                block = self._blocks[task.key]
-                if thief in self._readers.get(block, ()):
+        for _, _, task, read in self._waiting[victim].some(_STEALS) if first is not None else ():
+            if read.owner == victim and task.state == "queued":
+                if thief in self._readers.get(read.block, ()):
                     return task
-                if second is None and (choice := self._nodes.choice(block)) is not None and choice.second == thief:
+                if second is None and (choice := self._nodes.choice(read.block)) is not None and choice.second == thief:
                     second = task
         return second or first
 
