@@ -31,10 +31,10 @@ class Case(NamedTuple):
 
 
 def simulate(case: Case) -> tuple[Bill, float]:
-    """A session, and the seconds that this took."""
-    began = time.perf_counter()
+    """A session, and the seconds of CPU that this took."""
+    began = time.process_time()
     outcomes = run(case.setup, session(case.chunks, case.nodes, case.work))
-    return bill(outcomes, case.chunks, case.setup.costs, JOINED), time.perf_counter() - began
+    return bill(outcomes, case.chunks, case.setup.costs, JOINED), time.process_time() - began
 
 
 def name(case: Case) -> tuple[str, str, str]:
@@ -75,7 +75,7 @@ def plan(report: Report, cases: list[Case], processes: int) -> None:
         nodes: sum(t for case, (_, t) in zip(cases, bills, strict=True) if case.nodes == nodes)
         for nodes in dict.fromkeys(case.nodes for case in cases)
     }
-    report.say("Simulated in " + ", ".join(f"{t:.0f} s for {nodes} nodes" for nodes, t in took.items()) + ".")
+    report.say("Simulated in " + ", ".join(f"{t:.0f} s of CPU for {nodes} nodes" for nodes, t in took.items()) + ".")
 
 
 def replay(report: Report, path: Path, seeds: int) -> None:
@@ -119,7 +119,7 @@ def main() -> None:
         "--shares",
         type=float,
         nargs="*",
-        default=[math.inf, 1.5],
+        default=[1.5],
         help="what a cache holds, in parts of what each node has of all chunks if none is cached twice; inf is all",
     )
     parser.add_argument("--threads", type=int, default=4, help="of each node")

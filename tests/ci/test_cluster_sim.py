@@ -171,7 +171,9 @@ def simulate(out: Path, *words: str) -> str:
 
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("rich")
-    assert "simulated in" in simulate(tmp_path, "--nodes", "4", "8", "--chunks", "200").lower()
+    assert (
+        "simulated in" in simulate(tmp_path, "--nodes", "4", "8", "--chunks", "200", "--shares", "inf", "1.5").lower()
+    )
     table = (tmp_path / "cluster-sim.md").read_text()
     assert "**8 nodes, 200 chunks**" in table
     # caches with and without a bound, affinity off and on, peers off and on

@@ -596,7 +596,8 @@ class Affinity(SchedulerPlugin):
         """Whether the rest of the queue is better left to the nodes that it prefers, as the thief is busy yet."""
         if len(thief.processing) < thief.nthreads:
             return False
-        room = sum(_slots(worker, self._scheduler.WORKER_SATURATION) for worker in self._scheduler.running)
+        # of workers that are alike, as most are
+        room = len(self._scheduler.running) * _slots(thief, self._scheduler.WORKER_SATURATION)
         return max(self._counts.values()) * len(self._nodes) <= _TAIL * room
 
     def _flush(self, turn: tuple[Any, ...], stimulus: str) -> None:
