@@ -524,6 +524,8 @@ def without_reads(session: Recorded) -> list[Job]:
 class Bill(NamedTuple):
     """A session in figures."""
 
+    reads: float
+    """A chunk: what the source would answer without any cache."""
     requests: float
     """Of the source, a chunk."""
     source_bytes: int
@@ -544,6 +546,7 @@ def bill(outcomes: Sequence[Outcome], chunks: int, costs: Costs, joined: int) ->
     first = outcomes[joined]
     loads = [max(each.load.values()) / np.mean(list(each.load.values())) for each in outcomes]
     return Bill(
+        sum(each.reads for each in outcomes) / chunks,
         requests / chunks,
         requests * costs.chunk_bytes,
         sum(each.sent for each in outcomes) * costs.chunk_bytes,

@@ -61,10 +61,13 @@ def plan(report: Report, cases: list[Case], processes: int) -> None:
                         f"{found.seconds:.0f}",
                     )
                 )
-        chunks = next(case.chunks for case in cases if case.nodes == nodes)
+        chunks, reads = next(
+            (case.chunks, found.reads) for case, (found, _) in zip(cases, bills, strict=True) if case.nodes == nodes
+        )
         columns = ["a cache holds", "affinity", "peers", "requests a chunk", "source GB", "peer GB", "local"]
         columns += ["load", "not local after a join", "s"]
-        report.table(f"{nodes} nodes, {chunks} chunks", columns, rows)
+        title = f"{nodes} nodes, {chunks} chunks; without caches, {reads:.2f} requests a chunk"
+        report.table(title, columns, rows)
     report.say(
         "Local: of the reads of chunks that were read before, those that found the chunk on their node. Load: the "
         "tasks of the node with the most over the mean. Peers, first: a miss asks the node that the block prefers, "

@@ -175,7 +175,7 @@ def test_the_command(tmp_path: Path) -> None:
         "simulated in" in simulate(tmp_path, "--nodes", "4", "8", "--chunks", "200", "--shares", "inf", "1.5").lower()
     )
     table = (tmp_path / "cluster-sim.md").read_text()
-    assert "**8 nodes, 200 chunks**" in table
+    assert "**8 nodes, 200 chunks; without caches, 4.25 requests a chunk**" in table
     # caches with and without a bound, affinity off and on, peers off and on
     assert table.count("| all chunks |") == table.count("| 1.5 of its share |") == 2 * 5
 
