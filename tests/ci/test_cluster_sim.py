@@ -129,6 +129,27 @@ def test_a_bound_is_never_exceeded_and_the_oldest_use_goes() -> None:
     assert (cluster.caches.hits, cluster.caches.requests) == (1, 4)
 
 
+def test_nodes_that_are_gone_for_a_while_stop_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for the time between a worker's start and its word of where its cache is."""
+    cluster = Cluster(Setup(affinity=True, peers="off"))
+    names = [cluster.join() for _ in range(3)]
+    reads = 0
+    read = cluster.caches.read
+
+    def change(node: str, chunk: str, block: str) -> float:
+        nonlocal reads
+        reads += 1
+        for name in names if reads == 50 else ():
+            cluster.nodes.remove(name)
+        for name in names[:2] if reads == 120 else ():
+            cluster.nodes.add(name, name, None)
+        return read(node, chunk, block)
+
+    monkeypatch.setattr(cluster.caches, "read", change)
+    outcome = cluster.run(passes(3, times=1, chunks=300)[0])
+    assert outcome.reads == sum(outcome.load.values()) == 300
+
+
 def test_the_time_of_a_job_is_that_of_its_tasks() -> None:
     (outcome,) = run(Setup(False, "off", costs=Costs(source=0.25), noise=0, threads=2), passes(4, times=1, chunks=800))
     assert outcome.seconds == pytest.approx(800 / 8 * (0.05 + 0.25))

@@ -475,8 +475,8 @@ class Affinity(SchedulerPlugin):
     def _enqueue(self, task: TaskState) -> None:
         if (read := self._reads.get(task.key)) is None or task.priority is None:
             return
-        if (owner := self._owner(read.block)) is not None:
-            read.owner = owner
+        owner = read.owner = self._owner(read.block)
+        if owner is not None:
             self._counts[owner] = self._counts.get(owner, 0) + 1
             self._queued += 1
             self._pushed += 1
