@@ -244,6 +244,7 @@ def test_a_worker_that_goes_in_the_middle_takes_nothing_with_it(end: str, tmp_pa
         assert sum(keys.values()) < 2 * cluster.dataset.chunks
 
 
+@pytest.mark.timeout(300)
 def test_a_node_that_answers_no_more_takes_nothing_with_it(tmp_path: Path) -> None:
     """As a node does from which the network has gone: its connections stay, and nothing comes through them."""
     with (

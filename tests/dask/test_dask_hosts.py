@@ -328,6 +328,7 @@ def _held(block: Any) -> Any:
     return block
 
 
+@pytest.mark.timeout(300)
 def test_a_host_that_the_network_leaves_stops_no_job(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
