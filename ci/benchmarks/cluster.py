@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import dask
 import numpy as np
@@ -19,6 +20,7 @@ from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 import xzcache
+from xzcache.dask._affinity import Reads
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -44,11 +46,42 @@ class Peak(SchedulerPlugin):
             self.bytes = max(self.bytes, sum(worker.nbytes for worker in self._scheduler.workers.values()))
 
 
+class Recorder(SchedulerPlugin):
+    """Writes which task has read which block on which node, for `ci/bench cluster-sim --replay`."""
+
+    name = "recorder"
+
+    def __init__(self, scheduler: Scheduler, file: IO[str]) -> None:
+        self._scheduler, self._file = scheduler, file
+        self._chunks: dict[Any, list[tuple[Any, str]]] = {}
+
+    def update_graph(self, scheduler: Scheduler, *, tasks: Any, **_: Any) -> None:
+        """Note what the new tasks read."""
+        reads = Reads()
+        for key in tasks:
+            for reader, block in reads.of(scheduler.tasks[key]):
+                self._chunks.setdefault(reader.key, []).append((key, block))
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **more: Any) -> None:
+        """Write down a task that has ended."""
+        if start == "processing" and finish == "memory" and (chunks := self._chunks.pop(key, None)):
+            row = {
+                "block": chunks[0][1],
+                # the task that holds the array stands for it
+                "chunks": [f"{holder} {block}" for holder, block in chunks],
+                "priority": self._scheduler.tasks[key].priority,
+                "node": str(self._scheduler.workers[more["worker"]].name),
+                "seconds": sum(each["stop"] - each["start"] for each in more["startstops"]),
+            }
+            self._file.write(json.dumps(row) + "\n")
+
+
 class Row(NamedTuple):
     """What one job took."""
 
     seconds: float
-    local: float
+    reads: int
+    hits: int
     requests: int
     peak: int
 
@@ -91,7 +124,7 @@ class Lab:
         seconds = time.perf_counter() - began
         hits, misses = (after - earlier for after, earlier in zip(self._counts(), before, strict=True))
         requests = self._server.counts().only("GET", "*/c/*").requests
-        return Row(seconds, hits / max(1, hits + misses), requests, self.peak.bytes)
+        return Row(seconds, hits + misses, hits, requests, self.peak.bytes)
 
     def _counts(self) -> tuple[int, int]:
         nodes = xzcache.cluster_info(self.client)
@@ -136,17 +169,30 @@ def jobs(ds: xr.Dataset) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(server: S3Server, storage: dict[str, Any], mode: str, nodes: int) -> dict[str, Row]:
+def measure(
+    server: S3Server, storage: dict[str, Any], mode: str, nodes: int, latency: float, record: IO[str] | None
+) -> dict[str, Row]:
     """All jobs, one after the other; then a node joins."""
     rows = {}
     with lab(server, nodes, mode) as found:
         open_zarr = xr.open_zarr if mode == "none" else xzcache.open_zarr
         ds = open_zarr("s3://bucket/x.zarr", storage_options=storage, chunks={}, consolidated=False)
+        if record is not None:
+            here: Any = found.cluster.scheduler
+            here.add_plugin(Recorder(here, record))
+
+        def run(name: str, job: Callable[[], Any]) -> None:
+            row = rows[name] = found.run(job)
+            if record is not None:
+                about = {"mode": mode, "job": name, "nodes": len(found.cluster.worker_spec), "threads": 1}
+                about |= {"latency": latency, "chunk_bytes": 4 * SIDE * SIDE}
+                record.write(json.dumps(about | row._asdict()) + "\n")
+
         for name, job in jobs(ds).items():
-            rows[name] = found.run(job)
+            run(name, job)
         found.add_node()
-        rows["max(t), a node has joined"] = found.run(lambda: ds.t.max().compute())
-        rows["min(t), after that"] = found.run(lambda: ds.t.min().compute())
+        run("max(t), a node has joined", lambda: ds.t.max().compute())
+        run("min(t), after that", lambda: ds.t.min().compute())
     return rows
 
 
@@ -164,8 +210,12 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--latency", type=float, default=0.03, help="seconds to the source")
     parser.add_argument("--modes", nargs="*", default=MODES)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what ran where, for cluster-sim --replay")
     options = parser.parse_args()
-    with Report("cluster", options.out) as report, tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        report = stack.enter_context(Report("cluster", options.out))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        record = None if options.record is None else stack.enter_context(options.record.open("w", encoding="utf-8"))
         write(Path(scratch))
         found = {}
         with s3_server(scratch, latency=options.latency) as server:
@@ -175,7 +225,8 @@ def main() -> None:
                 "client_kwargs": {"endpoint_url": server.endpoint, "region_name": "us-east-1"},
             }
             for mode in options.modes:
-                found[mode] = measure(server, storage, mode, options.nodes)
+                recorded = None if mode == "none" else record
+                found[mode] = measure(server, storage, mode, options.nodes, options.latency, recorded)
         rows = [
             [name, *(text for mode in found for text in _cells(found[mode][name]))] for name in found[options.modes[0]]
         ]
@@ -186,7 +237,8 @@ def main() -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    return [f"{row.local:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
+    local = row.hits / max(1, row.reads)
+    return [f"{local:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,9 @@ import pytest
 import xarray as xr
 import zarr
 from clusters import nodes, pids
-from distributed import Client, Event
+from distributed import Client, Event, Security
 from distributed.diagnostics.plugin import SchedulerPlugin
-from processes import Dataset, Source, until
+from processes import PATIENCE, Dataset, Source, until
 from zarr.storage import LocalStore
 
 import xzcache
@@ -238,3 +242,131 @@ def test_a_worker_that_goes_in_the_middle_takes_nothing_with_it(end: str, tmp_pa
         keys: Counter[str] = cluster.dataset.chunk_requests()
         # what the others had, they did not fetch again
         assert sum(keys.values()) < 2 * cluster.dataset.chunks
+
+
+@pytest.mark.timeout(300)
+def test_a_node_that_answers_no_more_takes_nothing_with_it(tmp_path: Path) -> None:
+    """As a node does from which the network has gone: its connections stay, and nothing comes through them."""
+    with (
+        dask.config.set({"distributed.scheduler.worker-ttl": "1s"}),
+        nodes(tmp_path, NODES) as client,
+        xzcache.config.set(directory=None),
+    ):
+        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto"))
+        cluster = Cluster(client, tmp_path)
+        lazy = cluster.lazy()
+        lazy.max().compute()
+        gate = Event("frozen")
+        future = client.compute(lazy.map_blocks(_wait, "frozen", meta=np.empty((0, 0))).sum())
+        until(lambda: all(client.processing().values()))
+        gone, pid = next(iter(pids(client).items()))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            gate.set()
+            assert future.result(timeout=PATIENCE) == cluster.dataset.values.sum()
+            until(lambda: gone not in client.scheduler_info(n_workers=-1)["workers"])
+        finally:
+            # unless Dask has given it up and killed it
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        assert lazy.min().compute() == 0
+        assert sum(cluster.dataset.chunk_requests().values()) < 2 * cluster.dataset.chunks
+
+
+def test_with_the_tls_of_the_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    with nodes(tmp_path, NODES, security=Security.temporary()) as client, xzcache.config.set(directory=None):
+        assert client.scheduler.address.startswith("tls://")
+        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto"))
+        cluster = Cluster(client, tmp_path)
+        lazy = cluster.lazy()
+        assert lazy.sum().compute() == cluster.dataset.values.sum()
+        assert cluster.requests(lambda: lazy.std().compute()) < cluster.dataset.chunks / 4
+
+
+# -- the scheduler itself
+
+
+class Site:
+    """A scheduler and workers as a site runs them, each by a command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = 0
+        self.commands: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> str:
+        """Start all of it, at the same address as before; returns that."""
+        where = self._folder / "scheduler.json"
+        where.unlink(missing_ok=True)
+        self._command("scheduler", "--port", str(self._port), "--scheduler-file", str(where))
+        until(where.exists)
+        address: str = until(lambda: json.loads(where.read_text() or "{}").get("address"))
+        self._port = int(address.rpartition(":")[2])
+        for node in range(NODES):
+            directory = str(self._folder / f"node{node}")
+            self._command("worker", address, "--no-nanny", "--nthreads", "1", XZCACHE_DIRECTORY=directory)
+        return address
+
+    def _command(self, *words: str, **env: str) -> None:
+        line = [sys.executable, "-m", "dask", *words, "--host", "127.0.0.1", "--no-dashboard"]
+        here = Path(__file__).parent
+        path = os.pathsep.join((str(here), str(here.parent / "support"), os.environ.get("PYTHONPATH", "")))
+        self.commands.append(subprocess.Popen(line, env={**os.environ, "PYTHONPATH": path, **env}))
+
+    def kill_scheduler(self) -> None:
+        """SIGKILL, and wait for the workers: those of Dask end when they have lost their scheduler."""
+        self.commands[0].kill()
+        for command in self.commands:
+            command.wait(PATIENCE)
+        self.commands.clear()
+
+    def close(self) -> None:
+        for command in self.commands:
+            command.terminate()
+        for command in self.commands:
+            try:
+                command.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                command.kill()
+                command.wait()
+
+
+@contextmanager
+def site(folder: Path) -> Iterator[Site]:
+    made = Site(folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.mark.timeout(300)
+def test_after_the_scheduler_has_gone_and_come_again_blocks_are_where_they_were(tmp_path: Path) -> None:
+    """Its run is lost, as without affinity; the next one finds what the nodes have."""
+    plugin = xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto")
+    with site(tmp_path) as made, xzcache.config.set(directory=None), Client(made.start(), timeout=PATIENCE) as one:
+        one.wait_for_workers(NODES)
+        one.register_plugin(plugin)
+        cluster = Cluster(one, tmp_path)
+        lazy = cluster.lazy()
+        # others would take the blocks of a worker that is yet importing what it needs
+        one.run(_corner, cluster.array())
+        one.compute(lazy.max()).result()
+        lost = one.compute(lazy.map_blocks(_wait, "never", meta=np.empty((0, 0))).sum())
+        until(lambda: all(one.processing().values()))
+        made.kill_scheduler()
+        with pytest.raises(CancelledError):
+            lost.result(timeout=PATIENCE)
+        made.start()
+        until(lambda: one.status == "running")
+        one.wait_for_workers(NODES)
+        one.register_plugin(plugin)
+        one.run(_corner, cluster.array())
+        # by chance alone, three of four would be elsewhere
+        assert cluster.requests(lambda: one.compute(lazy.sum()).result()) < cluster.dataset.chunks / 2
+        assert one.compute(lazy.sum()).result() == cluster.dataset.values.sum()
+
+
+def _corner(array: Any) -> Any:
+    return array[0, 0]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from processes import PATIENCE
+from processes import PATIENCE, Dataset, Source, until
 from servers import S3Server, words
 
 import xzcache
@@ -294,3 +294,63 @@ def test_workers_say_the_same_of_themselves(landscape: Landscape) -> None:
 def test_every_account_is_what_is_on_the_hosts_own_disk(landscape: Landscape) -> None:
     assert landscape.audits == {"alpha": 12, "beta": 12}
     assert not landscape.outside
+
+
+# -- a host that the network leaves
+
+
+def drill(scheduler: str, root: str, place: str, log: str) -> None:
+    """On the scheduler's host: a job that runs when another host goes, and one after that."""
+    import dask.array as da
+    import numpy as np
+    import zarr
+    from distributed import Client, Event
+
+    with Client(scheduler) as client:
+        client.wait_for_workers(3)
+        client.register_plugin(xzcache.CachePlugin(root, "50 MB", affinity="auto"))
+        store = xzcache.CacheStore(Source(zarr.storage.LocalStore(place, read_only=True), log))
+        array = zarr.open_array(store, mode="r", zarr_format=3)
+        lazy = da.from_array(array, chunks=array.chunks)
+        lazy.max().compute()
+        future = client.compute(lazy.map_blocks(_held, meta=np.empty((0, 0))).sum())
+        until(lambda: all(client.processing().values()))
+        print("running", flush=True)
+        input()
+        Event("gate").set()
+        print(future.result(timeout=PATIENCE), lazy.min().compute(), len(client.nthreads()), flush=True)
+
+
+def _held(block: Any) -> Any:
+    from distributed import Event
+
+    Event("gate").wait("60s")
+    return block
+
+
+@pytest.mark.timeout(300)
+def test_a_host_that_the_network_leaves_stops_no_job(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    ds = Dataset(tmp_path, side=8, chunk=8)
+    with plugged_in(disk, "head", "alpha", "beta", "gamma") as hosts:
+        scheduler = f"tcp://{NETWORK}.1:8786"
+        dask = (sys.executable, "-m", "dask")
+        serving = ("--host", f"{NETWORK}.1", "--port", "8786", "--no-dashboard")
+        hosts["head"].start(*dask, "scheduler", *serving, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="1s")
+        for number, name in enumerate(("alpha", "beta", "gamma"), 2):
+            named = ("--name", name, "--host", f"{NETWORK}.{number}", "--no-nanny", "--nthreads", "1", "--no-dashboard")
+            hosts[name].start(*dask, "worker", scheduler, *named)
+        script = "import sys, test_dask_hosts; test_dask_hosts.drill(*sys.argv[1:])"
+        where = (scheduler, str(disk / "cache"), ds.place, ds.log)
+        job = hosts["head"].start(sys.executable, "-c", script, *where)
+        assert job.stdin is not None
+        assert job.stdout is not None
+        assert job.stdout.readline() == "running\n"
+        hosts["gamma"].run("ip", "link", "set", "eth0", "down")
+        job.stdin.write("\n")
+        job.stdin.flush()
+        assert job.stdout.readline().split() == [str(ds.values.sum()), "0.0", "2"]
+        assert job.wait(PATIENCE) == 0
+    # what the others had, they did not fetch again
+    assert sum(ds.chunk_requests().values()) < 2 * ds.chunks

@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 import dask
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster
 from distributed.utils import get_mp_context
 from processes import PRELOADED, until
 
@@ -88,8 +88,11 @@ def kill_one(client: Client) -> Address:
 
 
 @contextmanager
-def nodes(folder: Path, count: int, *, per_node: int = 1, **options: Any) -> Iterator[Client]:
+def nodes(
+    folder: Path, count: int, *, per_node: int = 1, security: Security | None = None, **options: Any
+) -> Iterator[Client]:
     """A cluster of simulated nodes: each has a cache directory of its own, which its workers have in common."""
+    safe = {} if security is None else {"security": security, "protocol": "tls://"}
     workers = {
         f"{node}.{number}": {
             "cls": Nanny,
@@ -97,13 +100,14 @@ def nodes(folder: Path, count: int, *, per_node: int = 1, **options: Any) -> Ite
                 "nthreads": 1,
                 "host": "127.0.0.1",
                 "env": {"XZCACHE_DIRECTORY": str(folder / f"node{node}")},
+                **safe,
                 **options,
             },
         }
         for node in range(count)
         for number in range(per_node)
     }
-    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "host": "127.0.0.1"}}
-    with SpecCluster(workers, scheduler=scheduler) as made, Client(made) as client:
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "host": "127.0.0.1", **safe}}
+    with SpecCluster(workers, scheduler=scheduler, security=security) as made, Client(made) as client:
         client.wait_for_workers(count * per_node)
         yield client

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter, itemgetter
 from typing import Any, Final, Literal, NamedTuple
 
@@ -37,6 +37,7 @@ Key = Any
 Block = str
 Node = str
 _Path = tuple[Callable[[Any], Any], ...]
+_Waiting = tuple[tuple[Any, ...], int, TaskState, "_Read"]
 
 _HOPS: Final = 16
 """Wrappers around an array that are looked through."""
@@ -46,11 +47,13 @@ _LIGHT: Final = 1_000_000
 """Bytes of a dependency that may be sent to the node of the block; larger ones count for more than the block."""
 _REMEMBERED: Final = 1_000_000
 """Blocks whose nodes are remembered."""
+_AT_ONCE: Final = 2**16
+"""Scores that are computed at once: as many as a processor has near."""
 _TAIL: Final = 2
 """The end of a node's part of the queue that is sent off, in parts of what a node may have from the queue at once."""
 _READERS: Final = 4
 """Nodes that are remembered for one block."""
-_STEALS: Final = 64
+_STEALS: Final = 16
 """Queued tasks of another node among which an idle one looks for a block that it has read before."""
 
 
@@ -65,12 +68,21 @@ class Source(NamedTuple):
     offsets: tuple[int, ...]
     """Where the array that Dask sees begins in the stored one."""
 
-    def block(self, index: tuple[Any, ...]) -> Block:
-        """A name of the chunk that an index begins in; arrays on the same grid share the names."""
-        starts = (part.start or 0 if isinstance(part, slice) else part for part in index)
-        return ".".join(
-            [str((start + offset) // size) for start, offset, size in zip(starts, self.offsets, self.grid, strict=True)]
-        )
+    def block(self, index: Any) -> Block | None:
+        """A name of the chunk that an index begins in, which arrays on one grid share; None for what is no index."""
+        if type(index) is not tuple or len(index) != len(self.grid):
+            return None
+        places = []
+        has_slice = False
+        for part, offset, size in zip(index, self.offsets, self.grid, strict=True):
+            if type(part) is slice:
+                has_slice = True
+                places.append(str(((part.start or 0) + offset) // size))
+            elif type(part) is int:
+                places.append(str((part + offset) // size))
+            else:
+                return None
+        return ".".join(places) if has_slice else None
 
 
 def source_of(value: Any) -> Source | None:
@@ -117,56 +129,65 @@ def _value_at(number: int, parts: dict[Any, Any]) -> Any:
     return next(islice(parts.values(), number, None))
 
 
-def _is_index(part: Any, dimensions: int) -> bool:
-    return (
-        type(part) is tuple
-        and len(part) == dimensions
-        and any(type(of) is slice for of in part)
-        and all(type(of) is slice or type(of) is int for of in part)
-    )
-
-
 class Reads:
-    """The blocks that the tasks of a graph read; nothing for tasks that read none, or none that is understood."""
+    """The blocks that the tasks of a graph read; nothing for tasks that read none, or none that is understood.
+
+    Tasks of one group are built alike, so what is found in the first one is looked for in the others, and nowhere else.
+    """
 
     def __init__(self) -> None:
         self._paths: dict[tuple[str, int], _Path] = {}
-        self._inlined: dict[str, Source | None] = {}
+        self._sources: dict[str, Source | bool] = {}
+        """For each group: the array in the arguments of its tasks, True if tasks are arrays themselves, else False."""
 
-    def of(self, task: TaskState) -> Iterator[tuple[TaskState, Block]]:
+    def of(self, task: TaskState) -> list[tuple[TaskState, Block]]:
         """The tasks that read the array which a task holds, and their blocks; or the task itself if it reads one."""
-        spec = task.run_spec
-        if (source := source_of(getattr(spec, "value", spec))) is not None:
-            for reader in task.dependents:
-                if (block := self._block(reader, source)) is not None:
-                    yield reader, block
-        elif not task.dependencies:
-            # the array may be an argument of the task, as it then is of all tasks of the group
-            group = task.group.name
-            if group not in self._inlined:
-                found = (source_of(part) for part, _ in _parts(spec))
-                self._inlined[group] = next((each for each in found if each is not None), None)
-            if (source := self._inlined[group]) is not None and (block := self._block(task, source)) is not None:
-                yield task, block
+        group = task.group.name
+        if (source := self._sources.get(group)) is None:
+            source = self._sources[group] = self._look(task)
+        if source is False:
+            return []
+        readers: Iterable[TaskState] = (task,)
+        if source is True:
+            found = _held(task)
+            if found is None:
+                return []
+            source, readers = found, task.dependents
+        blocks = ((reader, self._block(reader, source)) for reader in readers)
+        return [(reader, block) for reader, block in blocks if block is not None]
+
+    @staticmethod
+    def _look(task: TaskState) -> Source | bool:
+        if _held(task) is not None:
+            return True
+        if task.dependencies:
+            return False
+        # the array may be an argument of the task, as it then is of all tasks of the group
+        found = (source_of(part) for part, _ in _parts(task.run_spec))
+        return next((source for source in found if source is not None), False)
 
     def _block(self, task: TaskState, source: Source) -> Block | None:
-        dimensions = len(source.grid)
-        # tasks of one group are built alike
-        like = task.group.name, dimensions
+        like = task.group.name, len(source.grid)
         if (path := self._paths.get(like)) is not None:
             try:
                 part: Any = task.run_spec
                 for step in path:
                     part = step(part)
-                if _is_index(part, dimensions):
-                    return source.block(part)
+                if (block := source.block(part)) is not None:
+                    return block
             except (AttributeError, LookupError, TypeError, StopIteration):
                 pass
         for part, path in _parts(task.run_spec):
-            if _is_index(part, dimensions):
+            if (block := source.block(part)) is not None:
                 self._paths[like] = path
-                return source.block(part)
+                return block
         return None
+
+
+def _held(task: TaskState) -> Source | None:
+    """The array that a task is."""
+    spec = task.run_spec
+    return source_of(getattr(spec, "value", spec))
 
 
 # -- which node a block prefers
@@ -190,11 +211,13 @@ class Nodes:
         self._names: list[Node] = []
         self._keys = np.empty(0, dtype=np.uint64)
         self._weights = np.empty(0)
+        """Of each node; empty if all weigh the same."""
+        self._is_sorted = True
         self.changes = 0
         """How often nodes have come, gone, or changed their bounds."""
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._bounds)
 
     def __contains__(self, node: Node) -> bool:
         return node in self._bounds
@@ -227,28 +250,43 @@ class Nodes:
     def _changed(self) -> None:
         self.changes += 1
         self._choices.clear()
+        # a cluster that starts has many changes, and no block yet
+        self._is_sorted = False
+
+    def _sort(self) -> None:
+        self._is_sorted = True
         self._names = sorted(self._bounds)
         self._keys = np.array([_hash(name) for name in self._names], dtype=np.uint64)
         known = [bound for bound in self._bounds.values() if bound]
         # a cache without a bound counts as the mean of the others
         usual = sum(known) / len(known) if known else 1
-        self._weights = np.array([(self._bounds[name] or usual) / usual for name in self._names])
+        weights = [(self._bounds[name] or usual) / usual for name in self._names]
+        self._weights = np.array(weights if len(set(weights)) > 1 else [])
 
     def choose(self, blocks: Iterable[Block]) -> None:
         """Find the nodes of many blocks at once, which takes less time."""
+        if not self._bounds:
+            return
+        if not self._is_sorted:
+            self._sort()
         if len(self._choices) > _REMEMBERED:
             self._choices.clear()
         new = [block for block in dict.fromkeys(blocks) if block not in self._choices]
-        step = max(1, _REMEMBERED // max(1, len(self._names)))
-        for start in range(0, len(new), step) if self._names else ():
+        step = max(1, _AT_ONCE // len(self._names))
+        pairs: dict[tuple[int, int], Choice] = {}
+        for start in range(0, len(new), step):
             part = new[start : start + step]
             keys = np.array([_hash(block) for block in part], dtype=np.uint64)
-            scores = self._weights / -np.log(_uniform(keys[:, None] ^ self._keys[None, :]))
+            scores = _mixed(keys[:, None] ^ self._keys[None, :])
+            if self._weights.size:
+                scores = self._weights / -np.log((scores + 0.5) / 2**53)
             first = scores.argmax(axis=1)
-            scores[np.arange(len(part)), first] = -1
+            scores[np.arange(len(part)), first] = 0
             second = scores.argmax(axis=1)
-            for block, one, two in zip(part, first, second, strict=True):
-                self._choices[block] = Choice(self._names[one], self._names[two])
+            for block, pair in zip(part, zip(first.tolist(), second.tolist(), strict=True), strict=True):
+                if (choice := pairs.get(pair)) is None:
+                    choice = pairs[pair] = Choice(*(self._names[at] for at in pair))
+                self._choices[block] = choice
 
     def choice(self, block: Block) -> Choice | None:
         """The nodes that a block prefers; None if there are no nodes."""
@@ -262,38 +300,93 @@ def _hash(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _uniform(numbers: Any) -> Any:
-    """Numbers between 0 and 1 that look drawn by lot, from 64 bits each (the finalizer of splitmix64)."""
-    with np.errstate(over="ignore"):
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed = (numbers ^ (numbers >> np.uint64(31))) >> np.uint64(11)
-    return (mixed.astype(np.float64) + 0.5) / 2**53
+def _mixed(numbers: Any) -> Any:
+    """Numbers of 53 bits that look drawn by lot, from 64 bits each (the finalizer of splitmix64), in their place."""
+    spare = numbers >> np.uint64(30)
+    for factor, shift in ((0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
+        numbers ^= spare
+        numbers *= np.uint64(factor)
+        np.right_shift(numbers, np.uint64(shift), out=spare)
+    numbers ^= spare
+    numbers >>= np.uint64(11)
+    return numbers
 
 
 # -- where the scheduler sends a task
 
 
+class _Read:
+    """What a task reads, and the node that it prefers as long as it is queued."""
+
+    __slots__ = ("block", "owner")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.owner: Node | None = None
+
+
+class _Line:
+    """Tasks by priority. Most come in that order, and need no heap; those that have left are still in it."""
+
+    def __init__(self) -> None:
+        self._ordered: deque[_Waiting] = deque()
+        self._others: list[_Waiting] = []
+
+    def push(self, waiting: _Waiting) -> None:
+        if not self._ordered or waiting > self._ordered[-1]:
+            self._ordered.append(waiting)
+        else:
+            heapq.heappush(self._others, waiting)
+
+    def _is_ordered_first(self) -> bool:
+        return not self._others or (bool(self._ordered) and self._ordered[0] < self._others[0])
+
+    def first(self) -> _Waiting | None:
+        if not self._ordered and not self._others:
+            return None
+        return (self._ordered if self._is_ordered_first() else self._others)[0]
+
+    def pop(self) -> None:
+        if self._is_ordered_first():
+            self._ordered.popleft()
+        else:
+            heapq.heappop(self._others)
+
+    def some(self, count: int) -> Iterator[_Waiting]:
+        """Some of the first ones."""
+        return islice(chain(self._others, self._ordered), count)
+
+    def all(self) -> Iterator[_Waiting]:
+        return chain(self._others, self._ordered)
+
+
 class Affinity(SchedulerPlugin):
-    """Has the scheduler send the tasks that read blocks to the nodes that these prefer."""
+    """Has the scheduler send the tasks that read blocks to the nodes that these prefer.
+
+    With peers, a node that reads a block of another one gets it from there and keeps no copy, so that the next task
+    that reads it prefers the same node as ever. Without them, it prefers the node that read the block last.
+    """
 
     name = "xzcache-affinity"
 
-    def __init__(self, scheduler: Scheduler, nodes: Nodes, mode: Mode) -> None:
+    def __init__(self, scheduler: Scheduler, nodes: Nodes, mode: Mode, *, has_peers: bool = False) -> None:
         self._scheduler = scheduler
         self._nodes = nodes
+        self._has_peers = has_peers
         self.asked: Final = mode
         self._mode: Mode = mode
         self._preferred = self._elsewhere = 0
-        self._blocks: dict[Key, Block] = {}
+        self._reads: dict[Key, _Read] = {}
         self._readers: dict[Block, tuple[Node, ...]] = {}
         """The nodes of blocks that others than the first choice have read, the latest first."""
-        self._waiting: dict[Node, list[tuple[tuple[Any, ...], int, Key]]] = {}
+        self._waiting: dict[Node, _Line] = {}
         self._pushed = 0
         self._counts: dict[Node, int] = {}
         """How many queued tasks prefer a node."""
-        self._owners: dict[Key, Node] = {}
-        """The node that each queued task prefers."""
+        self._queued = 0
+        """How many queued tasks prefer any node."""
+        self._awaited: set[Key] = set()
+        """Tasks that are sent before the room of the worker that has ended the last one is filled."""
         self._seen = nodes.changes
         self._top: Key = None
         self._passed = 0
@@ -315,17 +408,23 @@ class Affinity(SchedulerPlugin):
             for key in tasks:
                 task = scheduler.tasks.get(key)
                 if task is not None and task.run_spec is not None:
-                    found.update((reader.key, block) for reader, block in reads.of(task) if _is_free(reader))
-            self._blocks |= found
-            self._nodes.choose(found.values())
+                    for reader, block in reads.of(task):
+                        if _is_free(reader):
+                            found[reader.key] = block
+            self.note(found)
         except Exception as error:
             self._give_up(error)
+
+    def note(self, blocks: dict[Key, Block]) -> None:
+        """Note the blocks that tasks read."""
+        self._reads |= {key: _Read(block) for key, block in blocks.items()}
+        self._nodes.choose(blocks.values())
 
     def transition(
         self, key: Key, start: str, finish: str, *_: Any, stimulus_id: str, worker: str = "", **__: Any
     ) -> None:
         """Follow the queue; when a task has ended, send others to the worker that has room now."""
-        if not self._blocks:
+        if not self._reads:
             return
         try:
             if start == "processing":
@@ -334,60 +433,71 @@ class Affinity(SchedulerPlugin):
             elif finish == "queued":
                 self._enqueue(self._scheduler.tasks[key])
             elif start == "queued":
-                if (owner := self._owners.pop(key, None)) is not None:
-                    self._counts[owner] -= 1
-                    if not self._owners:
+                if (read := self._reads.get(key)) is not None and read.owner is not None:
+                    self._counts[read.owner] -= 1
+                    self._queued -= 1
+                    read.owner = None
+                    if not self._queued:
                         self._waiting.clear()
+            elif start == "waiting":
+                if key in self._awaited:
+                    self._awaited.discard(key)
+                    if not self._awaited:
+                        self._refill(stimulus_id)
             elif finish == "waiting":
-                if start == "released" and key in self._blocks and not self._is_sending:
+                if start == "released" and key in self._reads and not self._is_sending:
                     task = self._scheduler.tasks[key]
                     if not task.waiting_on:
                         self._place([task], stimulus_id, is_alone=True)
             elif finish == "forgotten":
-                self._blocks.pop(key, None)
+                self._reads.pop(key, None)
         except Exception as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         """Leave all to Dask, whose next release may work differently."""
         self._mode = "off"
-        for each in (self._blocks, self._readers, self._waiting, self._counts, self._owners):
+        self._queued = 0
+        for each in (self._reads, self._readers, self._waiting, self._counts, self._awaited):
             each.clear()
         logger.warning("affinity is off from now on: %s: %s", type(error).__name__, error, exc_info=error)
 
     # the queue, by the nodes that its tasks prefer
 
-    def _owner(self, key: Key) -> Node | None:
-        """The node that read the block of a task last, else the one that it prefers."""
-        if (block := self._blocks.get(key)) is None or (choice := self._nodes.choice(block)) is None:
+    def _owner(self, block: Block) -> Node | None:
+        """The node that read a block last, else the one that it prefers."""
+        if (choice := self._nodes.choice(block)) is None:
             return None
-        readers = self._readers.get(block)
-        return (
-            choice.first if readers is None else next((node for node in readers if node in self._nodes), choice.first)
-        )
+        if (readers := self._readers.get(block)) is None:
+            return choice.first
+        return next((node for node in readers if node in self._nodes), choice.first)
 
     def _enqueue(self, task: TaskState) -> None:
-        if (owner := self._owner(task.key)) is not None and task.priority is not None:
-            self._owners[task.key] = owner
+        if (read := self._reads.get(task.key)) is None or task.priority is None:
+            return
+        owner = read.owner = self._owner(read.block)
+        if owner is not None:
             self._counts[owner] = self._counts.get(owner, 0) + 1
+            self._queued += 1
             self._pushed += 1
-            heapq.heappush(self._waiting.setdefault(owner, []), (task.priority, self._pushed, task.key))
+            if (line := self._waiting.get(owner)) is None:
+                line = self._waiting[owner] = _Line()
+            line.push((task.priority, self._pushed, task, read))
 
     def _sort(self) -> None:
         """Sort the queue anew if nodes have come or gone."""
         if self._seen != self._nodes.changes:
             self._seen = self._nodes.changes
-            for each in (self._waiting, self._counts, self._owners):
+            self._queued = 0
+            for each in (self._waiting, self._counts):
                 each.clear()
             queued = list(self._scheduler.queued)
-            self._nodes.choose(self._blocks[task.key] for task in queued if task.key in self._blocks)
+            self._nodes.choose(self._reads[task.key].block for task in queued if task.key in self._reads)
             for task in queued:
                 self._enqueue(task)
 
-    def _count(self, key: Key, worker: str) -> None:
-        """Note where a task has read its block: that node has it from now on."""
-        if (block := self._blocks.get(key)) is None:
-            return
+    def _count(self, block: Block, worker: str) -> None:
+        """Note where a block was read: that node has it from now on."""
         node, choice = self._nodes.of(worker), self._nodes.choice(block)
         if node is None or choice is None:
             return
@@ -396,7 +506,7 @@ class Affinity(SchedulerPlugin):
             self._preferred += 1
         else:
             self._elsewhere += 1
-        if readers or node != choice.first:
+        if not self._has_peers and (readers or node != choice.first):
             others = [each for each in (*readers, choice.first) if each != node]
             self._readers[block] = (node, *others)[:_READERS]
             if len(self._readers) > _REMEMBERED:
@@ -406,14 +516,19 @@ class Affinity(SchedulerPlugin):
 
     def _ended(self, ended: TaskState, worker: str, stimulus: str) -> None:
         """A task has ended: place the reads that are ready now, and fill the room that is left from the queue."""
-        self._count(ended.key, worker)
+        if (read := self._reads.get(ended.key)) is not None:
+            self._count(read.block, worker)
         ready = [task for task in ended.dependents if not task.waiting_on and task.state == "waiting"]
-        reads = [task for task in ready if task.key in self._blocks] if ready else ready
-        if not reads and not (self._owners and self._scheduler.idle_task_count):
+        reads = [task for task in ready if task.key in self._reads] if ready else ready
+        if not reads and not (self._queued and self._scheduler.idle_task_count):
+            return
+        # what uses results comes before what makes more, as in Dask
+        if ready and not reads:
+            # Dask sends them next
+            self._awaited = {task.key for task in ready}
             return
         if len(reads) < len(ready):
-            # what uses results comes before what makes more, as in Dask
-            others = sorted((task for task in ready if task.key not in self._blocks), key=_priority, reverse=True)
+            others = sorted((task for task in ready if task.key not in self._reads), key=_priority, reverse=True)
             self._scheduler.transitions({task.key: "processing" for task in others}, stimulus)
         if reads:
             self._place(reads, stimulus)
@@ -441,7 +556,7 @@ class Affinity(SchedulerPlugin):
                 continue
             if not kinds[group] and any(dependency.nbytes > _LIGHT for dependency in task.dependencies):
                 continue
-            owner = self._owner(task.key)
+            owner = self._owner(self._reads[task.key].block)
             worker = None if owner is None else self._least_busy(owner)
             if worker is None:
                 continue
@@ -460,7 +575,7 @@ class Affinity(SchedulerPlugin):
         scheduler = self._scheduler
         for worker in list(scheduler.idle_task_count):
             node = self._nodes.of(worker.address)
-            while node is not None and self._owners and scheduler.queued and worker in scheduler.idle_task_count:
+            while node is not None and self._queued and scheduler.queued and worker in scheduler.idle_task_count:
                 top = scheduler.queued.peek()
                 self._passed = self._passed + 1 if top.key == self._top else 0
                 self._top = top.key
@@ -479,29 +594,28 @@ class Affinity(SchedulerPlugin):
 
     def _is_last(self, thief: WorkerState) -> bool:
         """Whether the rest of the queue is better left to the nodes that it prefers, as the thief is busy yet."""
-        room = sum(_slots(worker, self._scheduler.WORKER_SATURATION) for worker in self._scheduler.running)
-        most = max(self._counts.values()) * len(self._nodes)
-        return len(thief.processing) >= thief.nthreads and most <= _TAIL * room
+        if len(thief.processing) < thief.nthreads:
+            return False
+        # of workers that are alike, as most are
+        room = len(self._scheduler.running) * _slots(thief, self._scheduler.WORKER_SATURATION)
+        return max(self._counts.values()) * len(self._nodes) <= _TAIL * room
 
     def _flush(self, turn: tuple[Any, ...], stimulus: str) -> None:
         """Send the rest of the queue to the nodes that it prefers; Dask's work stealing balances what they have."""
-        rest = [(self._scheduler.tasks[key], owner) for key, owner in self._owners.items()]
-        for task, owner in sorted(rest, key=lambda each: _priority(each[0])):
-            worker = self._least_busy(owner) if _turn(task) == turn else None
+        rest = [(waiting, owner) for owner, line in self._waiting.items() for waiting in line.all()]
+        for (_, _, task, read), owner in sorted(rest, key=itemgetter(0)):
+            worker = self._least_busy(owner) if read.owner == owner and _turn(task) == turn else None
             if worker is not None and task.state == "queued":
                 self._send(task, worker, stimulus)
 
-    def _is_queued(self, key: Key, owner: Node) -> bool:
-        return self._owners.get(key) == owner and self._scheduler.tasks[key].state == "queued"
-
     def _first(self, node: Node) -> TaskState | None:
         """The first queued task that prefers a node."""
-        heap = self._waiting.get(node)
-        while heap:
-            key = heap[0][2]
-            if self._is_queued(key, node):
-                return self._scheduler.tasks[key]
-            heapq.heappop(heap)
+        if (line := self._waiting.get(node)) is not None:
+            while (waiting := line.first()) is not None:
+                _, _, task, read = waiting
+                if read.owner == node and task.state == "queued":
+                    return task
+                line.pop()
         return None
 
     def _steal(self, thief: Node) -> TaskState | None:
@@ -509,13 +623,11 @@ class Affinity(SchedulerPlugin):
         victim = max(self._counts, key=lambda node: self._counts[node])
         first = self._first(victim)
         second: TaskState | None = None
-        for _, _, key in islice(self._waiting.get(victim, ()), _STEALS):
-            block = self._blocks[key] if self._is_queued(key, victim) else None
-            if block is not None and (choice := self._nodes.choice(block)) is not None:
-                task = self._scheduler.tasks[key]
-                if thief in self._readers.get(block, ()):
+        for _, _, task, read in self._waiting[victim].some(_STEALS) if first is not None else ():
+            if read.owner == victim and task.state == "queued":
+                if thief in self._readers.get(read.block, ()):
                     return task
-                if second is None and choice.second == thief:
+                if second is None and (choice := self._nodes.choice(read.block)) is not None and choice.second == thief:
                     second = task
         return second or first
 
