@@ -15,11 +15,11 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
-from xzcache._config import shown_bound, shown_size
+from xzcache._config import shown_bound, shown_seconds, shown_size
 from xzcache._display import Table, one_line
 from xzcache.directory import DAY, Counts, Inspector
 from xzcache.manage._look import info, ls
-from xzcache.manage._results import Source, Sources, _Shown, display_names, shown_part, shown_seconds
+from xzcache.manage._results import Source, Sources, _Shown, display_names, shown_part
 from xzcache.manage._statistics import OTHER_SOURCES, curve
 from xzcache.manage._which import must, name_of, root_of
 
