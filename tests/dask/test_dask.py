@@ -404,7 +404,9 @@ def test_the_table_in_a_notebook(nodes: Nodes) -> None:
     assert [row["misses"] for row in rows] == ["24"] * 3
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0.0, "2 MB"), (1e-9, "2 MB"), (0.25, "2 MB, 250 ms"), (90, "2 MB, 90 s")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.0, "2 MB"), (1e-9, "2 MB"), (0.25, "2 MB, 250 ms"), (90, "2 MB, 90 s")]
+)
 def test_seconds_that_cannot_be_quoted_are_not_shown(seconds: float, shown: str) -> None:
     node = Node("a" * 32, ("here",), ("tcp://here:1",), "/cache", 5, None, 1, 20, 0, 2_000_000, seconds)
     assert repr(ClusterInfo((node,))).endswith(f"  {shown}")

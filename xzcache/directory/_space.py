@@ -206,7 +206,9 @@ class Space:
             grant, short = size, self._short_of_disk(size)
         # other programs fill the disk: to evict everything would not help, and the cache would be empty
         if short > totals.size:
-            error = NoRoom(f"the disk of {self.session.root} has less free than min_free={shown_min_free(self.min_free)} asks for")
+            error = NoRoom(
+                f"the disk of {self.session.root} has less free than min_free={shown_min_free(self.min_free)} asks for"
+            )
             if not self._has_logged:
                 # warn once, because the default may surprise users
                 self._has_logged = True

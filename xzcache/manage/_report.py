@@ -123,7 +123,11 @@ def report(path: str | os.PathLike[str], directory: str | os.PathLike[str] | Non
             other = "adaptive" if found.policy == "lru" else "lru"
             curves.append(curve(root, factors=_FACTORS, policy=other, most=min(_OF_THE_OTHER, _uses_for(other))))
         page, count = _page(found, looked, days, sources, curves), len(looked)
-    _write(target, page)
+    try:
+        _write(target, page)
+    except OSError as error:
+        # its own text names a temporary file
+        raise type(error)(f"{target} cannot be written: {error.strerror}") from error
     return Report(target, root, count, len(page.encode()), tuple(each for each in curves if each.miss_ratios))
 
 
