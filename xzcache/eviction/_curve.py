@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import numpy as np
 
-from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for, next_gap, rate
+from xzcache.eviction._adaptive import HASH_BITS, Adaptive, Uses, limit_for
 from xzcache.index import USES, is_whole
 
 if TYPE_CHECKING:
@@ -98,11 +98,20 @@ class Sample(NamedTuple):
         )
 
     def thinned(self, most: int) -> Sample:
-        """A sample of fewer keys, with about so many uses at the most."""
-        shift = self.shift + max(0, math.ceil(math.log2(max(1, len(self.at)) / most)))
-        kept = self.keys < 1 << HASH_BITS >> shift
-        at, keys, sizes = (column[kept] for column in (self.at, self.keys, self.sizes))
-        return self._replace(at=at, keys=keys, sizes=sizes, weights=self.weights[kept], shift=shift)
+        """A sample of fewer keys, with about so many uses at the most.
+
+        The keys that stay are an equal part of those of each number of uses. By chance alone, a sample of some hundred
+        keys would have a few percent more or fewer keys and hot keys than its part, and so would the predicted misses.
+        """
+        further = max(0, math.ceil(math.log2(max(1, len(self.at)) / most)))
+        keys, of_key, counts = np.unique(self.keys, return_inverse=True, return_counts=True)
+        stays = np.zeros(len(keys), np.bool_)
+        # of equal counts in the order of the hashes, because a pattern of the uses could follow any other order
+        stays[np.argsort(counts, kind="stable")[(1 << further) // 2 :: 1 << further]] = True
+        kept = stays[of_key]
+        at, sizes, weights = (column[kept] for column in (self.at, self.sizes, self.weights))
+        left = self.keys[kept] >> further
+        return self._replace(at=at, keys=left, sizes=sizes, weights=weights, shift=self.shift + further)
 
     @property
     def counted_from(self) -> int:
@@ -128,42 +137,21 @@ def _expanded(uses: NDArray[np.void], repeats: float) -> Iterator[tuple[NDArray[
 
 
 class _Counting(Adaptive):
-    """The policy ``adaptive`` and a cache that follows it: counts the uses that the cache misses.
+    """The policy ``adaptive``: counts the uses that its simulated cache does not hold; ids are numbers of uses."""
 
-    The policy's own simulations cannot serve for that: they hold less than fits, so that not each step needs a sort, and
-    where the policy turns to the other order, they hold what that order had kept since the beginning. The ids of uses
-    are their numbers.
-    """
-
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, weights: Reals) -> None:
         super().__init__()
-        self._weights = sample.weights
-        self._all, first = np.unique(sample.keys, return_index=True)
-        self._bytes = sample.sizes[first]
-        self._used, self._between = np.zeros((2, len(self._all)), np.int64)
-        """When each key was used, and the time between its uses."""
-        self._is_here = np.zeros(len(self._all), np.bool_)
+        self._weights = weights
         self.missed = 0.0
 
     def _use_once(self, uses: Uses, oldest: int) -> None:
+        at = np.minimum(np.searchsorted(self._keys, uses.keys), max(0, len(self._keys) - 1))
+        held = np.zeros(len(at), np.bool_)
+        if len(self._keys):
+            recent = uses.ticks - self._last[at] <= oldest
+            held = (self._keys[at] == uses.keys) & (recent if self.prefers_recency else self._kept[at])
+        self.missed += float(self._weights[uses.ids[~held]].sum())
         super()._use_once(uses, oldest)
-        at = np.searchsorted(self._all, uses.keys)
-        self.missed += float(self._weights[uses.ids[~self._is_here[at]]].sum())
-        passed = np.maximum(0, uses.ticks - self._used[at])
-        self._between[at] = np.where(self._used[at] > 0, next_gap(self._between[at], passed), 0)
-        self._used[at] = uses.ticks
-        self._is_here[at] = True
-
-    def _evict(self, room: float) -> None:
-        super()._evict(room)
-        self._is_here &= self._bytes <= room
-        rows = np.flatnonzero(self._is_here)
-        surplus = float(self._bytes[rows].sum()) - room
-        if surplus > 0:
-            used = self._used[rows]
-            order = used if self.prefers_recency else rate(self._rates(), self._between[rows], self._now - used)
-            leaving = rows[np.argsort(order, kind="stable")]
-            self._is_here[leaving[: 1 + int((np.cumsum(self._bytes[leaving]) < surplus).sum())]] = False
 
 
 def _misses_of_recency(sample: Sample, room: float, begin: int) -> float:
@@ -207,7 +195,7 @@ def _misses_of_adaptive(sample: Sample, room: float, begin: int) -> float:
     # the keys are scaled so that the policy watches all of them, as in a cache that is larger by the same factor
     shift = HASH_BITS + 1 - limit_for(entries).bit_length()
     keys = (sample.keys << sample.shift) >> shift
-    policy = _Counting(sample._replace(keys=keys))
+    policy = _Counting(sample.weights)
     uses = Uses(np.arange(1, count + 1), keys, sample.sizes, np.arange(count))
     missed = 0.0
     for first, last in ((0, begin), (begin, count)):
