@@ -235,7 +235,7 @@ def test_a_million_entries_take_no_longer_than_two_seconds(tmp_path: Path) -> No
             assert done.returncode == 0
         imports = run("--version")
         assert imports.returncode == 0
-        assert min(taken) <= 3.0, words
+        assert min(taken) <= 2.0, words
 
 
 # -- in a browser
