@@ -46,7 +46,10 @@ def several_nodes(folder: Path) -> SpecCluster:
         for node in range(NODES)
         for worker in range(WORKERS)
     }
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False}}
+    # these nodes are one machine, and of two caches on one machine the plugin warns
+    warnings.filterwarnings("ignore", "workers of one machine have 2 caches")
+    logging.getLogger("xzcache.dask").setLevel(logging.ERROR)
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": ":0"}}
     return SpecCluster(workers, scheduler=scheduler, silence_logs=logging.ERROR)  # type: ignore[no-untyped-call]
 
 

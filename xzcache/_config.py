@@ -311,6 +311,15 @@ def shown_duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def shown_seconds(seconds: float) -> str:
+    """A measured time for people, in its largest unit and with up to three digits."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 1.995 * length or (unit == "s" and seconds >= 0.9995):
+            amount = seconds / length
+            return f"{amount:.0f} {unit}" if amount >= 99.5 else f"{amount:.3g} {unit}"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.0005 else "0 s"
+
+
 def shown_bound(bound: int | Unset | None) -> str:
     """The bound of a cache for people."""
     return shown_size(bound) if isinstance(bound, int) else "no bound"
@@ -434,6 +443,11 @@ def parse_min_free(name: str, value: Any) -> float | int:
     if size is None:
         raise _refuse(name, value, accepted, TypeError)
     return size
+
+
+def shown_min_free(reserve: float | int) -> str:
+    """The reserve of free disk for people: ``"5%"`` or a size."""
+    return f"{100 * reserve:.4g}%" if isinstance(reserve, float) else shown_size(reserve)
 
 
 def parse_seconds(name: str, value: Any) -> float:

@@ -107,10 +107,12 @@ def replayed(trace: Trace, room: int, policy: str, begin: int) -> float:
     return misses / (len(trace) - begin)
 
 
-def compare(trace: Trace, policy: str) -> dict[float, tuple[float, float]]:
+def compare(trace: Trace, policy: str, most: int | None) -> dict[float, tuple[float, float]]:
     """For each factor, the predicted miss ratio and that of a replay."""
     room = max(1, int(SHARE * len(np.unique(trace))))
     sample = sampled(trace, room)
+    if most is not None:
+        sample = sample.thinned(most)
     begin = 0 if sample.is_whole else int(sample.at[sample.counted_from]) // STEP_NS
     rooms = [max(1, int(room * factor)) for factor in FACTORS]
     ratios = predicted(sample, [room * BYTES for room in rooms], policy) or [float("nan")] * len(FACTORS)
@@ -137,12 +139,12 @@ def read_all(root: str, trace: Trace, policy: PolicyName, room: int) -> float:
     return 1 - stats["hit_rate"]
 
 
-def compare_real(trace: Trace, policy: PolicyName) -> dict[float, tuple[float, float]]:
+def compare_real(trace: Trace, policy: PolicyName, most: int | None) -> dict[float, tuple[float, float]]:
     room = max(1, int(SHARE * len(np.unique(trace))))
     found = {}
     with tempfile.TemporaryDirectory() as root:
         read_all(root, trace, policy, room)
-        ratios = curve(root, factors=FACTORS, policy=policy).miss_ratios
+        ratios = curve(root, factors=FACTORS, policy=policy, most=most).miss_ratios
     for factor, ratio in zip(FACTORS, ratios, strict=True):
         with tempfile.TemporaryDirectory() as root:
             found[factor] = ratio, read_all(root, trace, policy, max(1, int(room * factor)))
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1001)
     parser.add_argument("--keys", type=int, default=4000)
     parser.add_argument("--length", type=int, default=100_000, help="accesses of each trace")
+    parser.add_argument("--most", type=int, help="predict from so many uses, as the report does from 32768")
     parser.add_argument("--policy", choices=["lru", "adaptive"], action="append", help="default: both")
     parser.add_argument("--trace", action="append", help="only traces whose name has this word")
     parser.add_argument("--real", action="store_true", help="through a real cache, which takes long")
@@ -170,7 +173,8 @@ def main() -> None:
             began = time.perf_counter()
             for kind in kinds:
                 trace = make(kind, options.seed, options.keys, options.length)
-                found: Mapping[float, tuple[float, float]] = (compare_real if options.real else compare)(trace, policy)
+                run = compare_real if options.real else compare
+                found: Mapping[float, tuple[float, float]] = run(trace, policy, options.most)
                 cells = [f"{ratio:.3f} / {true:.3f}" for ratio, true in found.values()]
                 errors += [(abs(ratio - true), f"{kind}, {factor:g}") for factor, (ratio, true) in found.items()]
                 rows.append((kind, *cells, f"{max(abs(ratio - true) for ratio, true in found.values()):.3f}"))

@@ -77,5 +77,11 @@ def test_links_of_readme_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path}: {target}"
 
 
+def test_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 1200
+
+
 def test_the_files_of_a_release_agree() -> None:
     assert differences() == []

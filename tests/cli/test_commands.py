@@ -540,6 +540,8 @@ def test_every_command_on_a_cache_that_may_only_be_read(filled: Filled, tmp_path
         (["clear", "--older-than", "-1d", "--yes"], ["-1d", "7d"]),
         (["resize", "5XB"], ["5XB", "50GB"]),
         (["resize", "plenty"], ["plenty", "50GB"]),
+        (["resize", "-5GB", "--yes"], ["-5GB", "50GB"]),
+        (["warm", "s3:/bucket/era5.zarr"], ["not accepted", "did you mean s3://bucket/era5.zarr?"]),
         (["resize"], ["SIZE"]),
         (["lss"], ["lss", "'ls'"]),
         (["frobnicate"], ["frobnicate", "info"]),

@@ -69,7 +69,8 @@ def test_a_report_is_written_and_named(cache: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["sources"] == 1
     done = run("report", "-o", tmp_path / "none" / "r.html", "-d", cache)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
+    # the file that was asked for, and not a temporary one
+    assert done.stderr == f"xzcache: {tmp_path / 'none' / 'r.html'} cannot be written: No such file or directory\n"
 
 
 def test_a_report_says_without_its_page_what_other_sizes_would_give(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_a_million_entries_take_no_longer_than_two_seconds(tmp_path: Path) -> No
             assert done.returncode == 0
         imports = run("--version")
         assert imports.returncode == 0
-        assert min(taken) <= 3.0, words
+        assert min(taken) <= 2.0, words
 
 
 # -- in a browser

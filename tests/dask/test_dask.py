@@ -35,7 +35,7 @@ from zarr.storage import LocalStore
 
 import xzcache
 from xzcache._config import DEFAULTS
-from xzcache.dask._cluster import Node
+from xzcache.dask._cluster import ClusterInfo, Node
 from xzcache.directory import Medium, medium_of
 from xzcache.directory import _registry as registry
 from xzcache.reading import _stats as stats
@@ -402,6 +402,14 @@ def test_the_table_in_a_notebook(nodes: Nodes) -> None:
     rows = [dict(zip(head, cells[at : at + 10], strict=True)) for at in range(0, 30, 10)]
     assert [row["directory"] for row in rows] == [node.directory for node in nodes.info]
     assert [row["misses"] for row in rows] == ["24"] * 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.0, "2 MB"), (1e-9, "2 MB"), (0.25, "2 MB, 250 ms"), (90, "2 MB, 90 s")]
+)
+def test_seconds_that_cannot_be_quoted_are_not_shown(seconds: float, shown: str) -> None:
+    node = Node("a" * 32, ("here",), ("tcp://here:1",), "/cache", 5, None, 1, 20, 0, 2_000_000, seconds)
+    assert repr(ClusterInfo((node,))).endswith(f"  {shown}")
 
 
 def test_a_hostile_directory_is_only_text(tmp_path: Path) -> None:
@@ -1366,6 +1374,18 @@ def test_a_local_directory_is_not_warned_about(tmp_path: Path, caplog: pytest.Lo
     with threads(1) as client:
         client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
     assert not [record for record in caplog.records if record.name.startswith("xzcache")]
+
+
+def test_the_log_of_each_worker_names_its_cache_once(tmp_path: Path) -> None:
+    with cluster(2, silence_logs=False) as client:
+        client.register_plugin(xzcache.CachePlugin(tmp_path / "cache", "2 MB"))
+        # changes nothing
+        client.register_plugin(xzcache.CachePlugin())
+        for lines in client.get_worker_logs().values():
+            told = [(level, text) for level, text in lines if str(tmp_path / "cache") in text]
+            assert len(told) == 1
+            assert told[0][0] == "INFO"
+            assert f"The cache of this node: {tmp_path / 'cache'} (2 MB)" in told[0][1]
 
 
 # -- for longer

@@ -17,6 +17,9 @@ def test_a_plugin_travels_and_refuses_what_it_does_not_know(tmp_path: Path) -> N
     plugin = pickle.loads(pickle.dumps(CachePlugin(tmp_path / "cache", "1 MB", remove_on_close=True)))
     assert plugin.name == "xzcache"
     assert str(tmp_path / "cache") in repr(plugin)
+    # as it is documented, in whichever of its forms it was given
+    for reserve in (0.05, "5%", " 5.0 %"):
+        assert "min_free='5%'" in repr(CachePlugin(min_free=reserve))
     with pytest.raises(TypeError, match="max_sise"):
         CachePlugin(max_sise="1 MB")
     assert not (tmp_path / "cache").exists()

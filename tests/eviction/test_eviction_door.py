@@ -9,11 +9,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import xzcache
-from xzcache.eviction import POLICIES, Policy, Recency, recency_for
-from xzcache.index import Index, hash_of
+from xzcache.eviction import POLICIES, Policy, Recency, Sample, predicted, recency_for
+from xzcache.index import USES, Index, UsesRow, hash_of
 from xzcache.model import Entry
 
 SIZE = 100
@@ -289,3 +290,21 @@ def test_a_trace_has_all_uses_and_the_policy_too(index: Index, tmp_path: Path) -
     assert type(recency_for(told)) is Recency
     with xzcache.config.set({"trace": 5}), pytest.raises(TypeError, match="trace=5"):
         recency_for(told)
+
+
+# -- what other bounds would give
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_thinned_sample_predicts_what_the_whole_one_does(seed: int) -> None:
+    """Although a few hot keys have most of the uses, and only one key of eight stays."""
+    rng, weights = np.random.default_rng(seed), 1 / np.arange(1, 4001)
+    keys = rng.permutation(4000)[rng.choice(4000, 40_000, p=weights / weights.sum())]
+    uses = np.zeros(len(keys), USES)
+    uses["at"], uses["size"] = np.arange(1, len(keys) + 1) * 1000, SIZE
+    uses["key"] = rng.choice(1 << 32, 4000, replace=False)[keys]
+    whole = Sample.of([UsesRow(len(keys), 0, len(keys), 0, 0, uses.tobytes())], SIZE)
+    thinned = whole.thinned(5000)
+    assert thinned.shift == 3
+    bounds = [200 * SIZE, 800 * SIZE, 2000 * SIZE]
+    assert predicted(thinned, bounds, "lru") == pytest.approx(predicted(whole, bounds, "lru"), abs=0.02)

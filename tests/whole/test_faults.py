@@ -304,7 +304,7 @@ def test_more_to_be_left_free_than_there_is(source: Path, cache: Path, caplog: p
     # that is what was asked for, not trouble; but whoever did not know of it is told, once
     assert found[-1].errors == 0
     (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("xzcache")]
-    assert "min_free=4611686018427387904" in told
+    assert "min_free=4612 PB asks" in told
 
 
 async def test_locked_local_store_says_that_there_is_no_room(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ row(
     "s3:/",
     lambda w: opened("s3:/bucket/era5.zarr"),
     ValueError,
-    "store is neither an existing path nor a URL (no slashes), did you mean s3://bucket/era5.zarr?",
+    "store is not accepted, neither an existing path nor a URL (no slashes), did you mean s3://bucket/era5.zarr?",
 )
 row(
     "s3:/ with options",
@@ -170,7 +170,7 @@ row(
     "s3:/ with a password",
     lambda w: opened(f"s3:/me:{SECRET}@bucket/x.zarr"),
     ValueError,
-    "store is neither an existing path nor a URL (no slashes): give a Zarr store, a path, a URL",
+    "store is not accepted, neither an existing path nor a URL (no slashes): give a Zarr store, a path, a URL",
 )
 row(
     "a scheme that is misspelled",

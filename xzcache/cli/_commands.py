@@ -32,6 +32,17 @@ class BadInput(click.ClickException):
     exit_code = _BAD_INPUT
 
 
+class OfSize(click.Command):
+    """A command whose argument may begin with a minus: such a size is refused, and is no unknown option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options, and then what is negative as an argument."""
+        negative = [arg for arg in args if arg[:1] == "-" and arg[1:2].isdigit()]
+        return super().parse_args(
+            ctx, [*(arg for arg in args if arg not in negative), *(["--"] if negative else []), *negative]
+        )
+
+
 class Commands(click.Group):
     """A group that suggests the command that may be meant."""
 
@@ -339,6 +350,7 @@ Examples:
   xzcache resize none --directory /scratch/cache
 """,
     short_help="Change how much the cache may hold.",
+    cls=OfSize,
 )
 @click.argument("size")
 @_yes

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dask.utils import format_time
 from distributed import Client
 from distributed.comm.core import CommClosedError
 
 from xzcache._caches import default_directory
-from xzcache._config import parse_seconds, shown_size
+from xzcache._config import parse_seconds, shown_seconds, shown_size
 from xzcache.dask._usage import Usage, exact_usage
 from xzcache.directory import Counts, open_directory
 
@@ -54,8 +53,9 @@ class Node(NamedTuple):
 
     def _cells(self) -> list[str]:
         bound = "-" if self.bound is None else shown_size(self.bound)
-        seconds = format_time(self.saved_seconds) if self.saved_seconds else "0 s"
-        saved = f"{shown_size(self.saved_bytes)}, {seconds}"
+        # the price of a source may not be known yet, and a source on this machine may be as fast as the cache
+        some_time = f", {shown_seconds(self.saved_seconds)}" if self.saved_seconds >= 0.0005 else ""
+        saved = f"{shown_size(self.saved_bytes)}{some_time}"
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
         counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
         return [self.node[:8] or "-", hosts, workers, self.directory, shown_size(self.used), bound, *counts, saved]

@@ -25,7 +25,7 @@ from distributed.dashboard.core import BokehApplication
 from distributed.dashboard.scheduler import template_variables
 from tornado.ioloop import IOLoop, PeriodicCallback
 
-from xzcache._config import shown_bound, shown_size
+from xzcache._config import shown_bound, shown_seconds, shown_size
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -149,9 +149,10 @@ class History:
         some = f" {workers - reports} of {workers} workers report no cache." if reports < workers else ""
         if not hits + misses:
             return f"Since {since}, nothing was read through the cache.{some}"
+        about = f"; about {shown_seconds(saved)} saved" if saved >= 0.0005 else ""
         return (
             f"Since {since}: {hits:,.0f} of {hits + misses:,.0f} reads from the cache, {shown_size(int(cached))} from "
-            f"the cache and {shown_size(int(fetched))} from the source; about {saved:,.0f} s saved.{some}"
+            f"the cache and {shown_size(int(fetched))} from the source{about}.{some}"
         )
 
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("xzcache.dask")
+# beneath that of Dask's workers: `Client.get_worker_logs` has its lines, and `silence_logs` silences it
+_log = logging.getLogger("distributed.worker.xzcache")
 
 _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_size": settings.parse_bound,
@@ -276,6 +278,8 @@ class CachePlugin(WorkerPlugin):
 
     def __repr__(self) -> str:
         facts = {"directory": self.directory, **self.settings}
+        if isinstance(facts.get("min_free"), float):
+            facts["min_free"] = settings.shown_min_free(facts["min_free"])
         return f"CachePlugin({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
 
     async def setup(self, worker: Worker) -> None:
@@ -299,6 +303,8 @@ class CachePlugin(WorkerPlugin):
         facts = {name: getattr(latest, name) for name in ("node", "directory", "bound", "process")}
         facts["machine"] = _machine()
         worker.log_event("xzcache", facts)
+        if latest.node:
+            _log.info("The cache of this node: %s (%s)", latest.directory, settings.shown_bound(latest.bound))
 
     async def _chosen(self, worker: Worker) -> dict[str, Any]:
         """The settings of this worker: given by any client, else preloaded, else configured by the first client."""

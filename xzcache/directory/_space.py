@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from xzcache import files
-from xzcache._config import shown_size
+from xzcache._config import shown_min_free, shown_size
 from xzcache.directory import _recovery as recovery
 from xzcache.files import Whose, relative_path
 from xzcache.model import META, NoRoom
@@ -206,7 +206,9 @@ class Space:
             grant, short = size, self._short_of_disk(size)
         # other programs fill the disk: to evict everything would not help, and the cache would be empty
         if short > totals.size:
-            error = NoRoom(f"the disk of {self.session.root} has less free than min_free={self.min_free} asks for")
+            error = NoRoom(
+                f"the disk of {self.session.root} has less free than min_free={shown_min_free(self.min_free)} asks for"
+            )
             if not self._has_logged:
                 # warn once, because the default may surprise users
                 self._has_logged = True

@@ -23,9 +23,8 @@ _GHOSTS_FOR_EACH: Final = 20
 """How many ghosts are looked at for each new one: more than there are at most for each entry of the cache."""
 _MOST: Final = 1 << 62
 _NEXT_GAP: Final = (
-    "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ?2 - tick) ELSE max(1, gap + (?2 - tick - gap) / 4) END"
+    "CASE WHEN tick = 0 THEN 0 WHEN gap = 0 THEN max(1, ? - tick) ELSE max(1, gap + (? - tick - gap) / 4) END"
 )
-_IS: Final = "key = ?3 AND start = ?4 AND stop = ?5"
 BIRTH: Final = (
     "(SELECT tick + 1 FROM total), coalesce((SELECT max(1, CASE WHEN gap = 0 THEN total.tick + 1 - ghost.tick "
     "ELSE gap + (total.tick + 1 - ghost.tick - gap) / 4 END) FROM ghost, total WHERE key = ?), 0)"
@@ -75,8 +74,9 @@ class History:
     def touch(self, uses: Iterable[tuple[int, Entry, int]]) -> None:
         """Record uses: tick, entry, and ns since the epoch."""
         self._do_many(
-            f"UPDATE entry SET used = max(used, ?1), gap = {_NEXT_GAP}, tick = ?2 WHERE {_IS}",
-            ((used, tick, *entry) for tick, entry, used in uses),
+            f"UPDATE entry SET used = max(used, ?), gap = {_NEXT_GAP}, tick = ? "
+            "WHERE key = ? AND start = ? AND stop = ?",
+            ((used, tick, tick, tick, *entry) for tick, entry, used in uses),
         )
 
     def queue_uses(self, uses: Iterable[tuple[int, Entry]]) -> None:
@@ -117,8 +117,8 @@ class History:
     def set_learned(self, state: bytes) -> int:
         """Store the learned state; returns its serial number."""
         self._do(
-            "INSERT INTO learned(one, serial, state) VALUES(1, 1, ?1) "
-            "ON CONFLICT DO UPDATE SET serial = serial + 1, state = ?1",
+            "INSERT INTO learned(one, serial, state) VALUES(1, 1, ?) "
+            "ON CONFLICT DO UPDATE SET serial = serial + 1, state = excluded.state",
             (state,),
         )
         return self.learned_serial()

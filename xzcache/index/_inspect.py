@@ -288,10 +288,10 @@ class Inspector:
         while True:
             with self._section() as index:
                 rows = index.execute(
-                    f"SELECT ns, max(used), sum(used < ?1 AND rank < {PINNED}), "
-                    f"sum((used < ?1 AND rank < {PINNED}) * size), sum((rank = {PINNED}) * size), max(id) FROM "
-                    "(SELECT id, ns, used, size, rank FROM entry WHERE id > ?2 ORDER BY id LIMIT ?3) GROUP BY ns",
-                    (before, after, _BATCH),
+                    f"SELECT ns, max(used), sum(used < ? AND rank < {PINNED}), "
+                    f"sum((used < ? AND rank < {PINNED}) * size), sum((rank = {PINNED}) * size), max(id) FROM "
+                    "(SELECT id, ns, used, size, rank FROM entry WHERE id > ? ORDER BY id LIMIT ?) GROUP BY ns",
+                    (before, before, after, _BATCH),
                 ).fetchall()
             if not rows:
                 return found

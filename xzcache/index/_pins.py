@@ -128,8 +128,8 @@ class Pins:
             released = self._do(
                 # an entry that another pin covers stays pinned
                 "UPDATE entry SET rank = used WHERE id IN (SELECT id FROM entry INDEXED BY entry_rank "
-                f"WHERE rank = {PINNED} AND key >= ?1 AND key < ?2 AND NOT EXISTS(SELECT 1 FROM pin "
-                "WHERE entry.key >= low AND entry.key < high AND (until IS NULL OR until > ?3)) LIMIT ?4)",
+                f"WHERE rank = {PINNED} AND key >= ? AND key < ? AND NOT EXISTS(SELECT 1 FROM pin "
+                "WHERE entry.key >= low AND entry.key < high AND (until IS NULL OR until > ?)) LIMIT ?)",
                 (low, high, now, limit),
             ).rowcount
             if released >= limit:
@@ -160,7 +160,8 @@ class Pins:
             return False
         sums = f"SELECT count(*), coalesce(sum(size), 0) FROM entry WHERE rank = {PINNED}"
         count, size = self._do(sums).fetchone()
-        return self._do("UPDATE pinned SET n = ?1, bytes = ?2 WHERE n != ?1 OR bytes != ?2", (count, size)).rowcount > 0
+        update = "UPDATE pinned SET n = ?, bytes = ? WHERE n != ? OR bytes != ?"
+        return self._do(update, (count, size, count, size)).rowcount > 0
 
     def rows(self) -> list[PinRow]:
         """All rows of the pins."""

@@ -10,7 +10,15 @@ from typing import Any, Final, overload
 
 from zarr.abc.store import Store
 
-from xzcache._config import DEFAULTS, config, origin_of, shown_bound, unknown_settings
+from xzcache._config import (
+    DEFAULTS,
+    config,
+    origin_of,
+    parse_min_free,
+    shown_bound,
+    shown_min_free,
+    unknown_settings,
+)
 from xzcache.directory import Counts, Inspector, Objects, free_bytes, is_plain
 from xzcache.manage._results import (
     Array,
@@ -47,7 +55,10 @@ def info(directory: str | os.PathLike[str] | None = None) -> Info:
     Creates, repairs and upgrades nothing.
     """
     root = root_of(directory)
-    found = Info(root, "ok", None, policy=str(config.get("policy")), min_free=str(config.get("min_free")))
+    reserve = config.get("min_free")
+    with suppress(TypeError, ValueError):
+        reserve = shown_min_free(parse_min_free("min_free", reserve))
+    found = Info(root, "ok", None, policy=str(config.get("policy")), min_free=str(reserve))
     place = root
     while not os.path.isdir(place) and os.path.dirname(place) != place:
         place = os.path.dirname(place)

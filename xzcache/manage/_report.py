@@ -15,11 +15,11 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
-from xzcache._config import shown_bound, shown_size
+from xzcache._config import shown_bound, shown_seconds, shown_size
 from xzcache._display import Table, one_line
 from xzcache.directory import DAY, Counts, Inspector
 from xzcache.manage._look import info, ls
-from xzcache.manage._results import Source, Sources, _Shown, display_names, shown_part, shown_seconds
+from xzcache.manage._results import Source, Sources, _Shown, display_names, shown_part
 from xzcache.manage._statistics import OTHER_SOURCES, curve
 from xzcache.manage._which import must, name_of, root_of
 
@@ -123,7 +123,11 @@ def report(path: str | os.PathLike[str], directory: str | os.PathLike[str] | Non
             other = "adaptive" if found.policy == "lru" else "lru"
             curves.append(curve(root, factors=_FACTORS, policy=other, most=min(_OF_THE_OTHER, _uses_for(other))))
         page, count = _page(found, looked, days, sources, curves), len(looked)
-    _write(target, page)
+    try:
+        _write(target, page)
+    except OSError as error:
+        # its own text names a temporary file
+        raise type(error)(f"{target} cannot be written: {error.strerror}") from error
     return Report(target, root, count, len(page.encode()), tuple(each for each in curves if each.miss_ratios))
 
 

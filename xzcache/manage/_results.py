@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple, TypeVar, overload
 
-from xzcache._config import shown_bound, shown_duration, shown_size
+from xzcache._config import shown_bound, shown_duration, shown_seconds, shown_size
 from xzcache._display import Table
 from xzcache.directory import Counts
 
@@ -50,15 +50,6 @@ def _shown_time(seconds: float | None) -> str:
         return "-"
     ago = max(0.0, time.time() - seconds)
     return f"{shown_duration(ago)} ago" if ago >= 60 else "just now"
-
-
-def shown_seconds(seconds: float) -> str:
-    """A measured time for people, in its largest unit and with up to three digits."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 1.995 * length or (unit == "s" and seconds >= 0.9995):
-            amount = seconds / length
-            return f"{amount:.0f} {unit}" if amount >= 99.5 else f"{amount:.3g} {unit}"
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.0005 else "0 s"
 
 
 def shown_part(part: float | None) -> str:

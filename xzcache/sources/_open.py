@@ -137,7 +137,7 @@ def open_source(store: Any, storage_options: Any, *, read_only: bool, upstream: 
         # never with its value, if that may be a secret
         meant = _SLASH_MISSING.sub(r"\1://", store)
         hint = f": give {_ACCEPTED}" if "@" in store else f", did you mean {shown(meant)}?"
-        raise ValueError(f"store is neither an existing path nor a URL (no slashes){hint}")
+        raise ValueError(f"store is not accepted, neither an existing path nor a URL (no slashes){hint}")
     if storage_options is not None:
         is_path = isinstance(store, str | os.PathLike)
         kind = "path" if is_path else f"{type(store).__name__}, which has its options already"

@@ -54,6 +54,8 @@ _SECURITY_NAMES: Final = frozenset(
 _OBSTORES_STATUS: Final = re.compile(r"status code: (\d{3})\b|\bstatus: (\d{3}),")
 _OBSTORES_HTTP: Final = re.compile(r"HTTP error: (?!builder)|kind: (Connect|Timeout|Interrupted)\b")
 _OF_CREDENTIALS: Final = re.compile(r"https?://(169\.254\.\d+\.\d+|metadata\.google\.internal)\b")
+# what obstore tells of its requests, which are of keys of a source that is named already
+_OBSTORES_REQUEST: Final = re.compile(r"Error performing \S+ \S+ in \S+, after (\d+) retries, .*? - ")
 _LONGEST: Final = 200
 
 
@@ -125,6 +127,7 @@ def _status_of(error: BaseException) -> int | None:
 def in_short(error: BaseException) -> str:
     """An exception in one line, without credentials."""
     text = " ".join(shown_within(str(error)).partition("\n\n")[0].split())
+    text = _OBSTORES_REQUEST.sub(r"after \1 retries, ", text)
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}..."
     if isinstance(error, TimeoutError):
