@@ -224,6 +224,33 @@ class Backend(Protocol):
         return []
 
 
+class Given(NamedTuple):
+    """A whole object, as the cache of another node had it."""
+
+    data: memoryview | None
+    """None if the object is missing at the source."""
+    validator: str
+    """Its validator; empty if that is unknown."""
+    is_worth_storing: bool
+    """Whether this node should store the object as well."""
+
+
+class Peers(Protocol):
+    """The caches of other nodes. Safe for threads and event loops; no method raises."""
+
+    async def ask(self, store: object, backend: Backend, key: str) -> Given | None:
+        """Ask the node that owns a chunk, on behalf of a store; None if the source must be asked."""
+
+    def record_fetch(self, backend: Backend, seconds: float) -> None:
+        """Record how long the source took to answer."""
+
+    async def begin_write(self, backend: Backend, keys: Sequence[str], beneath: str | None = None) -> Any:
+        """Tell all nodes that these keys, or all beneath a path, are being written: no node asks another for them."""
+
+    def end_write(self, begun: Any) -> None:
+        """Record that a write has ended, so that the nodes may be told when the last one has."""
+
+
 class Cache(Backend, Protocol):
     """A backend as the store over it needs it."""
 

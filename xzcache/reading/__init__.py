@@ -8,12 +8,13 @@ cache a table of the fetches under way (`model.Claims`), with its lock.
 
 from xzcache.reading._freshness import SMALL, Freshness, Seen, decoded_size, is_read_for_a_write, keys_to_read
 from xzcache.reading._readthrough import NotCached, RangeReads, ReadThrough
-from xzcache.reading._request import Reading
-from xzcache.reading._stats import Stats, observers, process
+from xzcache.reading._request import Reading, peers
+from xzcache.reading._stats import ForPeers, Stats, observers, process
 from xzcache.reading._writethrough import WriteThrough
 
 __all__ = [
     "SMALL",
+    "ForPeers",
     "Freshness",
     "NotCached",
     "RangeReads",
@@ -26,5 +27,6 @@ __all__ = [
     "is_read_for_a_write",
     "keys_to_read",
     "observers",
+    "peers",
     "process",
 ]

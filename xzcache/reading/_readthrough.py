@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import RangeByteRequest, Store
-from zarr.core.buffer import cpu
+from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
 from xzcache.model import (
@@ -22,6 +22,7 @@ from xzcache.model import (
     WHOLE,
     Claim,
     Entry,
+    Given,
     LeaderCancelled,
     Replaced,
     SourceUnreachable,
@@ -39,7 +40,7 @@ from xzcache.model import (
     unplaced,
 )
 from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches
-from xzcache.reading._request import Request, buffer_of, contents
+from xzcache.reading._request import Request, buffer_of, contents, peers
 from xzcache.reading._revalidation import Revalidation
 from xzcache.reading._stats import observers
 from xzcache.sources import FetchResult
@@ -355,6 +356,34 @@ class ReadThrough:
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
+    async def give(self, key: str, *, fetches: bool) -> Given | None:
+        """A whole chunk for another node; None if it is not cached here, and not fetched either (`fetches`)."""
+        reading = self.reading
+        entry = reading.entry(key)
+        if entry is None or is_document(key) or self._asks_always:
+            return None
+        await self.get_ready(key)
+        if (given := await self._given(key, entry)) is not None or not fetches:
+            return given
+        value = await self.get(key, default_buffer_prototype(), None)
+        if value is None:
+            return Given(None, "", False)
+        data = contents(value)
+        # the state of what was fetched is known once it is stored
+        given = await self._given(key, entry)
+        return given if given is not None and given.data == data else Given(data, "", True)
+
+    async def _given(self, key: str, entry: Entry) -> Given | None:
+        reading = self.reading
+        state = self.backend.parts(key).validator(entry)
+        data = await self.backend.get(entry, reading.max_age, reading.age_of_absence(key))
+        if data is MISSING:
+            return Given(None, "", False)
+        # read before and after: the file may have been replaced between state and bytes
+        if data is None or self.backend.parts(key).validator(entry) != state:
+            return None
+        return Given(data, state, True)
+
     # -- misses
 
     async def fetch(self, request: Request, *, force: bool = False) -> Buffer | None:
@@ -426,6 +455,7 @@ class ReadThrough:
     ) -> Buffer | None:
         key, entry, claim, reading = request.key, request.entry, lead.claim, self.reading
         publishing = is_new = False
+        given: Given | None = None
         try:
             if force:
                 # another process may have sent its request before this read began
@@ -440,9 +470,17 @@ class ReadThrough:
                 if data is None:
                     if may_divide and not is_new and self._has_parts(request):
                         raise Divided
+                    if peers and entry.is_whole and lead.unlock is not None and reading.max_age == "infinity":
+                        # a part that is cached here may be of a newer state than what another node has
+                        is_new = is_new or self.backend.parts(key).is_empty
+                        given = await reading.ask_peers(request) if is_new else None
                     # with an age, an old entry may still be there: a request with its validator saves the bytes
-                    if reading.max_age == "infinity":
-                        answer = await reading.fetch(request)
+                    if given is not None:
+                        value = None if given.data is None else buffer_of(given.data, request.prototype)
+                        # an absence that another node remembers is not remembered here for as long again
+                        answer = FetchResult(value, given.validator, exact=value is not None)
+                    elif reading.max_age == "infinity":
+                        answer = await reading.fetch_chunk(request)
                     else:
                         answer, data = await reading.revalidate(request)
             if data is not None:
@@ -450,7 +488,9 @@ class ReadThrough:
                 return reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             validator, may_store = answer.validator, answer.exact and data is not None
-            if data is None and answer.exact:
+            if given is not None:
+                may_store = may_store and given.is_worth_storing
+            elif data is None and answer.exact:
                 await reading.record_missing(entry, key, version)
             elif not is_document(key):
                 reading.has_validators = is_from_source(validator)

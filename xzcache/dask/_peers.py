@@ -1,0 +1,658 @@
+"""Peers: a node that lacks a chunk asks the node that owns it, before the source.
+
+The owner of a chunk is found as `_affinity` finds the node of its block. It reads the chunk as a task there would, with
+a copy of the asker's store: from its cache, or once from the source for all that ask. It never asks a third node.
+
+No node is asked for what any node of the cluster has learned to be stale. Before a write through a cache reaches the
+source, all nodes are told that the array is being written, and neither ask nor answer for it until the writes have
+ended. What a node had before then, or before another node found it to be stale, is fetched anew before it is given to
+others. A node that the scheduler could not tell has not heard from it for as long as a *lease*, and is silent as well.
+
+Questions run on the worker's event loop, answers on Zarr's, and blocking work in threads, so that neither loop waits
+for the other: a reader waits for a limited time on its own loop.
+
+State: what the scheduler has told (changed on the worker's loop only), the stores of other nodes and the answers to
+them (Zarr's loop only), and the times of answers, under a mutex.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from functools import partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
+
+import google_crc32c
+from distributed.protocol import to_serialize
+from distributed.protocol.pickle import dumps, loads
+from zarr.core.sync import sync
+
+from xzcache import _threads as pool
+from xzcache.dask._affinity import Nodes
+from xzcache.model import Given, arrays_of, is_chunk, is_document, report_bug
+from xzcache.reading import ForPeers, peers, process
+from xzcache.store import CacheStore
+
+if TYPE_CHECKING:
+    from distributed.worker import Worker
+
+    from xzcache.directory import CacheDirectory
+    from xzcache.model import Backend
+
+
+logger = logging.getLogger("xzcache.dask")
+
+K = TypeVar("K")
+V = TypeVar("V")
+T = TypeVar("T")
+
+Asking = Literal["off", "on"]
+
+TIMEOUT: Final = 0.1
+"""Seconds without a sign of life from a peer after which the source is asked."""
+LEASE: Final = 10.0
+"""Seconds for which a node believes what the scheduler has told it last."""
+_HOLD: Final = TIMEOUT / 2
+"""Seconds after which an owner that is still fetching says so."""
+_QUIET: Final = 5.0
+"""Seconds after the last write of an array after which its writes count as ended."""
+_BEAT: Final = 0.5
+"""Seconds between two looks at what the scheduler knows; longer in large clusters, as Dask's own heartbeats."""
+_LONGEST: Final = 5.0
+"""Seconds after which a question that nobody waits for any more is given up; connections take time to open."""
+_PIECE: Final = 4 << 20
+"""The most bytes of one answer: larger chunks come in several, each within the time-out."""
+_KEPT: Final = 1.0
+"""Seconds for which an answer is kept."""
+_STORES: Final = 256
+_ANSWERS: Final = 256
+_REMEMBERED: Final = 1 << 16
+"""Chunks that other nodes have given once, and that are stored when they are asked for again."""
+_PAUSES: Final = (1.0, 60.0)
+"""The shortest and the longest time, in seconds, for which a node that is slow is not asked."""
+_STEP: Final = 0.1
+"""Seconds by which the clocks of a node may disagree before times of files are not believed."""
+
+_INDICES: Final = re.compile(r"(?:^|/)(?:c[/.])?(\d+(?:[./]\d+)*)$")
+
+
+def block_of(key: str) -> str:
+    """The block that a chunk's key names, as affinity names it."""
+    found = _INDICES.search(key)
+    return key if found is None else found[1].replace("/", ".")
+
+
+class Since(NamedTuple):
+    """When this node was told that entries are stale: what is older is not given to others."""
+
+    wall: float
+    steady: float
+
+    def is_before(self, stored: float | None) -> bool:
+        """Whether an entry was stored after that, for certain."""
+        steps = abs((time.time() - self.wall) - (time.monotonic() - self.steady))
+        return stored is not None and steps < _STEP and stored > self.wall + _STEP
+
+
+_Asked = tuple[str, str, Since | tuple[()]]
+"""The name of a store, a key, and since when older entries are stale."""
+
+
+class _Latest(Generic[K, V]):
+    """A dictionary of the latest items."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        with suppress(KeyError):
+            self._items.move_to_end(key)
+            return self._items[key]
+        return None
+
+    def put(self, key: K, value: V) -> None:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        while len(self._items) > self._most:
+            self._items.popitem(last=False)
+
+    def drop(self, key: K) -> None:
+        self._items.pop(key, None)
+
+
+class _Pace:
+    """Whether it is worth to ask: how long the source takes, and how much longer or shorter peers take."""
+
+    def __init__(self) -> None:
+        self._source: float | None = None
+        self._deviation = 0.0
+        self._peers: float | None = None
+        self._pause = _PAUSES[0]
+        self._until = 0.0
+
+    def source_took(self, seconds: float) -> None:
+        if self._source is None:
+            self._source, self._deviation = seconds, seconds / 2
+        else:
+            self._deviation += (abs(seconds - self._source) - self._deviation) / 4
+            self._source += (seconds - self._source) / 8
+
+    def peer_took(self, seconds: float) -> None:
+        """Record what a question took beyond the owner's own request to the source."""
+        self._peers = seconds if self._peers is None else self._peers + (seconds - self._peers) / 8
+        if self._source is None:
+            return
+        if self._peers > self._source:
+            self._until = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _PAUSES[1])
+            # the next answer decides
+            self._peers = None
+        else:
+            self._pause = _PAUSES[0]
+
+    @property
+    def is_worth_it(self) -> bool:
+        return time.monotonic() >= self._until
+
+    @property
+    def usual(self) -> float | None:
+        """The seconds within which the source usually answers."""
+        return None if self._source is None else self._source + 4 * self._deviation
+
+
+class _Pickle(NamedTuple):
+    """A store as it is sent to other nodes."""
+
+    store: weakref.ref[CacheStore]
+    seen: bytes
+    """The documents that the store had seen."""
+    name: str
+    """Stands for the pickle, once a node has it."""
+    pickled: bytes
+
+
+class _Answer(NamedTuple):
+    """What this node gives to others that ask for a chunk."""
+
+    given: Given | None
+    crc: int = 0
+    fetching: float = 0.0
+    """The seconds that the request to the source took; 0 for what was cached."""
+
+
+class Neighbours:
+    """The caches of the other nodes, as one worker process sees them; and what it answers to them."""
+
+    def __init__(self, worker: Worker, directory: CacheDirectory, node: str, bound: int | None) -> None:
+        self._worker = worker
+        self._loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self._directory, self._node, self._bound = directory, node, bound
+        self._nodes = Nodes()
+        self._version, self._heard = -1, -LEASE
+        self._cluster = ""
+        self._stale: dict[str, Since | None] = {}
+        """The paths whose entries another node has found to be stale; None while they are being written."""
+        self._beats: asyncio.Task[None] | None = None
+        self._mutex = threading.Lock()
+        self._paces: _Latest[str, _Pace] = _Latest(_STORES)
+        self._slow: dict[str, tuple[float, float]] = {}
+        """For an address that did not answer: until when it is not asked, and the pause after the next time."""
+        self._seen: _Latest[str, bool] = _Latest(_REMEMBERED)
+        self._pickles: _Latest[int, _Pickle] = _Latest(_STORES)
+        self._stores: _Latest[str, CacheStore] = _Latest(_STORES)
+        self._answers: _Latest[_Asked, asyncio.Task[_Answer]] = _Latest(_ANSWERS)
+        self._writing: dict[str, tuple[int, float]] = {}
+        """For a path that this process writes: the number of writes under way, and when the last one ended."""
+        self._tellings: dict[str, asyncio.Task[None]] = {}
+        self._endings: dict[str, asyncio.Task[None]] = {}
+        self._thread = threading.get_ident()
+
+    # -- on the worker's event loop: what the scheduler tells
+
+    async def start(self) -> None:
+        """Begin to ask and to answer."""
+        self._worker.handlers |= {"xzcache_ask": self._answer, "xzcache_look": self._look}
+        self._directory.writes.listeners.append(self._learn)
+        with suppress(Exception):
+            await self._look()
+        self._beats = asyncio.create_task(self._beat())
+        peers.append(self)
+
+    def stop(self) -> None:
+        """End with it; questions under way are answered by the source."""
+        with suppress(ValueError):
+            peers.remove(self)
+        with suppress(ValueError):
+            self._directory.writes.listeners.remove(self._learn)
+        for name in ("xzcache_ask", "xzcache_look"):
+            self._worker.handlers.pop(name, None)
+        if self._beats is not None:
+            self._beats.cancel()
+
+    @property
+    def known(self) -> int:
+        """How many other nodes may be asked."""
+        return max(0, len(self._nodes) - 1) if self._is_told else 0
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether what the scheduler told last may still be believed."""
+        return time.monotonic() < self._heard + LEASE
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT + len(self._nodes) / 200)
+            try:
+                await self._look()
+                await self._end_writes()
+            except Exception as error:
+                # without an answer, the lease ends
+                logger.debug("the scheduler does not tell of other nodes: %s", error)
+
+    async def _look(self) -> int:
+        """Ask the scheduler what has changed; returns up to where this node knows it."""
+        sent = time.monotonic()
+        told = await self._worker.scheduler.xzcache_peers(
+            worker=self._worker.address, node=self._node, bound=self._bound, known=self._version
+        )
+        for path, is_written in told["stale"]:
+            if is_written:
+                self._stale[path] = None
+            else:
+                await pool.run(self._directory.writes.distrust, path)
+                self._stale[path] = Since(time.time(), time.monotonic())
+        if told["nodes"] is not None:
+            nodes = Nodes()
+            for address, (node, bound) in told["nodes"].items():
+                nodes.add(address, node, bound)
+            self._nodes = nodes
+        # a later look may have ended before this one
+        self._version = max(self._version, told["version"])
+        self._heard = max(self._heard, sent)
+        return self._version
+
+    # -- on the readers' event loops: asking
+
+    async def ask(self, store: object, backend: Backend, key: str) -> Given | None:
+        """Ask the owner of a chunk, on behalf of a store."""
+        try:
+            if (address := self._address(store, backend, key)) is None:
+                return None
+            assert isinstance(store, CacheStore)
+            given = await self._ask(address, store, backend, key)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                report_bug(error, "while another node was asked")
+            given = None
+        if given is None and isinstance(store, CacheStore):
+            store._reads.reading.stats.peer_miss()
+        return given
+
+    def _address(self, store: object, backend: Backend, key: str) -> str | None:
+        """The worker to ask for a chunk; None for a chunk that another node does not own, or must not be asked for."""
+        if backend.cache_id is not self._directory or not self._is_told or not is_chunk(key):
+            return None
+        if not isinstance(store, CacheStore) or not store.source.lasting or store.source.fickle:
+            return None
+        if self._stale and any(self._stale.get(path, ()) is None for path in _paths_above(backend.prefix + key)):
+            return None
+        pace = self._paces.get(backend.namespace)
+        if pace is not None and not pace.is_worth_it:
+            return None
+        nodes, block = self._nodes, block_of(key)
+        choice = nodes.choice(block)
+        if choice is None or choice.first == self._node:
+            return None
+        now, scheme = time.monotonic(), self._worker.address.partition("://")[0]
+        addresses = sorted(
+            address
+            for address in nodes.workers(choice.first)
+            if address.startswith(f"{scheme}://") and now >= self._slow.get(address, (0.0, 0.0))[0]
+        )
+        return addresses[_number(block) % len(addresses)] if addresses else None
+
+    async def _ask(self, address: str, store: CacheStore, backend: Backend, key: str) -> Given | None:
+        known = await self._pickled(store)
+        pace = self._pace(backend.namespace)
+        question: dict[str, Any] = {"store": known.name, "key": key, "namespace": backend.namespace}
+        began = time.perf_counter()
+        pieces: list[memoryview] = []
+        size, crc, fetching = 0, None, 0.0
+        while True:
+            told = await self._send(address, question | {"at": size})
+            if told is None:
+                self._is_slow(address)
+                pace.peer_took(time.perf_counter() - began)
+                return None
+            status = told["status"]
+            if status == "unknown" and "pickled" not in question:
+                question["pickled"] = known.pickled
+            elif status == "fetching":
+                usual = pace.usual or told["usual"] or _LONGEST
+                if time.perf_counter() - began > usual + TIMEOUT:
+                    pace.peer_took(time.perf_counter() - began)
+                    return None
+            elif status == "given" and told["key"] == key:
+                if told["missing"]:
+                    return Given(None, "", False)
+                if crc is not None and crc != told["crc"]:
+                    # the owner has another value by now
+                    return None
+                piece, crc, fetching = memoryview(told["data"]).cast("B"), told["crc"], told["fetching"]
+                pieces.append(piece)
+                size += len(piece)
+                if size >= told["size"] or not len(piece):
+                    break
+            else:
+                if status == "elsewhere":
+                    # it may have been changed since it was looked at
+                    with self._mutex:
+                        self._pickles.drop(id(store))
+                return None
+        self._slow.pop(address, None)
+        pace.peer_took(time.perf_counter() - began - fetching)
+        data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        if google_crc32c.value(bytes(data) if not data.contiguous else data) != crc:
+            logger.warning("%s gave other bytes for %s than it has: they are not used", address, key)
+            return None
+        full = backend.prefix + key
+        with self._mutex:
+            is_known = self._seen.get(full) is not None
+            self._seen.put(full, True)
+        return Given(data, told["validator"], is_known)
+
+    async def _send(self, address: str, question: dict[str, Any]) -> dict[str, Any] | None:
+        """One question and its answer; None without an answer in time."""
+
+        async def send() -> Any:
+            return await asyncio.wait_for(self._worker.rpc(address).xzcache_ask(**question), _LONGEST)
+
+        answered = asyncio.wrap_future(_start(send, self._loop))
+        try:
+            done, _ = await asyncio.wait([answered], timeout=TIMEOUT)
+            if not done:
+                return None
+            told = answered.result()
+        except Exception as error:
+            logger.debug("%s does not answer: %s", address, error)
+            return None
+        finally:
+            # the connection may still be opened, for the next question
+            answered.cancel()
+        return told if isinstance(told, dict) and "status" in told else None
+
+    async def _pickled(self, store: CacheStore) -> _Pickle:
+        seen = store._reads.freshness.seen().packed
+        known = self._pickles.get(id(store))
+        if known is None or known.store() is not store or known.seen != seen:
+            place = await pool.run(_place_of, store)
+            pickled: bytes = dumps((store, place))  # type: ignore[no-untyped-call]
+            name = blake2b(pickled, digest_size=16).hexdigest()
+            known = _Pickle(weakref.ref(store), seen, name, pickled)
+            with self._mutex:
+                self._pickles.put(id(store), known)
+        return known
+
+    def _is_slow(self, address: str) -> None:
+        pause = self._slow.get(address, (0.0, _PAUSES[0]))[1]
+        self._slow[address] = time.monotonic() + pause, min(2 * pause, _PAUSES[1])
+
+    def _pace(self, namespace: str) -> _Pace:
+        with self._mutex:
+            pace = self._paces.get(namespace)
+            if pace is None:
+                pace = _Pace()
+                self._paces.put(namespace, pace)
+        return pace
+
+    def record_fetch(self, backend: Backend, seconds: float) -> None:
+        """Record how long the source took to answer."""
+        self._pace(backend.namespace).source_took(seconds)
+
+    # -- answering: first on the worker's loop, then on Zarr's, as connections to a source belong to one loop
+
+    async def _answer(
+        self, store: str, key: str, namespace: str, at: int = 0, pickled: bytes | None = None
+    ) -> dict[str, Any]:
+        if not self._is_told:
+            return {"status": "refused"}
+        loop = await _zarr_loop()
+        return await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(self._give(store, key, namespace, at, pickled), loop)
+        )
+
+    async def _give(self, name: str, key: str, namespace: str, at: int, pickled: bytes | None) -> dict[str, Any]:
+        refused = {"status": "refused"}
+        if (store := self._stores.get(name)) is None:
+            if pickled is None:
+                return {"status": "unknown"}
+            if blake2b(pickled, digest_size=16).hexdigest() != name:
+                return refused
+            store = await pool.run(_unpickled, pickled)
+            if store is None:
+                return {"status": "elsewhere"}
+            self._stores.put(name, store)
+        backend = store._reads.backend
+        if backend.cache_id is not self._directory or store.namespace != namespace:
+            # the same path or address may lead to other data here
+            return refused
+        since = self._stale_since(backend.prefix + key)
+        if since is None:
+            return refused
+        asked: _Asked = name, key, since
+        task = self._answers.get(asked)
+        if task is None:
+            task = asyncio.ensure_future(self._read(store, key, since))
+            self._answers.put(asked, task)
+            task.add_done_callback(lambda _: self._forget_soon(asked))
+        done, _ = await asyncio.wait([task], timeout=_HOLD)
+        if not done:
+            return {"status": "fetching", "usual": self._pace(namespace).usual}
+        try:
+            answer = task.result()
+        except Exception as error:
+            # the asker gets the error from the source itself
+            logger.debug("%s was not read for another node: %s", key, error)
+            return refused
+        if answer.given is None or self._stale_since(backend.prefix + key) != since or not self._is_told:
+            return refused
+        data = answer.given.data
+        told = {"status": "given", "key": key, "missing": data is None, "fetching": answer.fetching}
+        if data is None:
+            return told
+        piece = data[at : at + _PIECE]
+        more = {"size": len(data), "crc": answer.crc, "validator": answer.given.validator}
+        return told | more | {"data": to_serialize(piece)}
+
+    def _forget_soon(self, asked: _Asked) -> None:
+        """Keep an answer for an asker that is told in several pieces, or asks again after it was told to wait."""
+        asyncio.get_running_loop().call_later(_KEPT, self._answers.drop, asked)
+
+    async def _read(self, store: CacheStore, key: str, since: Since | tuple[()]) -> _Answer:
+        reads = store._reads
+        choice = self._nodes.choice(block_of(key))
+        # a node that does not own the chunk, as it sees the cluster, does not fetch it for others
+        fetches = choice is not None and choice.first == self._node
+        if isinstance(since, Since) and not since.is_before(reads.backend.parts(key).validated()):
+            if not fetches:
+                return _Answer(None)
+            full = reads.backend.prefix + key
+            await self._directory.to_completion(self._directory.writes.invalidate, full, None, is_news=False)
+        began = time.perf_counter()
+        given = await reads.give(key, fetches=False)
+        fetching = 0.0
+        if given is None and fetches:
+            given = await reads.give(key, fetches=True)
+            fetching = time.perf_counter() - began
+        if given is None or given.data is None:
+            return _Answer(given, 0, fetching)
+        return _Answer(given, google_crc32c.value(given.data), fetching)
+
+    def _stale_since(self, full: str) -> Since | tuple[()] | None:
+        """Since when an entry is not given to others if it is older; None if it is not given at all."""
+        latest: Since | tuple[()] = ()
+        for path in _paths_above(full) if self._stale else ():
+            since = self._stale.get(path, ())
+            if since is None:
+                return None
+            latest = max(latest, since)
+        return latest
+
+    # -- writes, and what else this node learns
+
+    async def begin_write(self, backend: Backend, keys: Sequence[str], beneath: str | None = None) -> Any:
+        """Tell all nodes that paths are being written, unless they know it."""
+        if backend.cache_id is not self._directory:
+            return ()
+        names = [*keys, *([beneath] if beneath is not None and beneath not in keys else [])]
+        paths = {path for name in names for path in _paths_of(backend.prefix + name, is_prefix=name not in keys)}
+        if paths:
+            for path in paths:
+                with self._mutex:
+                    count, ended = self._writing.get(path, (0, 0.0))
+                    self._writing[path] = count + 1, ended
+            try:
+                telling = asyncio.wrap_future(_start(lambda: self._tell_written(paths), self._loop))
+                await asyncio.wait([telling], timeout=2 * LEASE)
+                if not telling.done() or telling.exception() is not None:
+                    logger.warning("the other nodes may not know that %s is being written", ", ".join(sorted(paths)))
+            except BaseException:
+                self.end_write(paths)
+                raise
+        return paths
+
+    def end_write(self, begun: Any) -> None:
+        """Record that a write has ended."""
+        for path in begun:
+            with self._mutex:
+                count, _ = self._writing.get(path, (1, 0.0))
+                self._writing[path] = count - 1, time.monotonic()
+
+    async def _tell_written(self, paths: set[str]) -> None:
+        for path in paths - self._tellings.keys():
+            self._tellings[path] = asyncio.create_task(self._tell_anew(path))
+        try:
+            await asyncio.gather(*(self._tellings[path] for path in paths))
+        except BaseException:
+            for path in paths:
+                self._tellings.pop(path, None)
+            raise
+
+    async def _tell_anew(self, path: str) -> None:
+        if (ending := self._endings.get(path)) is not None:
+            # that earlier writes have ended must not be the latest that the scheduler hears
+            await asyncio.wait([ending])
+        await self._tell(path, is_written=True)
+
+    async def _end_writes(self) -> None:
+        """Tell all nodes of paths that this process has not written for a while."""
+        now = time.monotonic()
+        with self._mutex:
+            over = [path for path, (count, ended) in self._writing.items() if not count and now - ended > _QUIET]
+            for path in over:
+                del self._writing[path]
+        for path in over:
+            # a write that begins from here on is told anew
+            self._tellings.pop(path, None)
+            ending = self._endings[path] = asyncio.create_task(self._tell(path, is_written=False))
+            await asyncio.wait([ending])
+            del self._endings[path]
+
+    def _learn(self, names: Sequence[str], state: bytes = b"") -> None:
+        """Tell all nodes what this process has found to be stale; in a thread, which waits for a moment only."""
+        try:
+            paths = {path for name in names for path in _paths_of(name.rstrip("/"), is_prefix=name.endswith("/"))}
+            told = [_start(partial(self._tell, path, is_written=None, state=state), self._loop) for path in paths]
+            deadline = time.monotonic() + TIMEOUT
+            for each in told if threading.get_ident() != self._thread else ():
+                with suppress(Exception):
+                    each.result(max(0.0, deadline - time.monotonic()))
+        except Exception as error:
+            logger.warning("the other nodes may not know what is stale: %s", error)
+
+    async def _tell(self, path: str, *, is_written: bool | None, state: bytes = b"") -> None:
+        """Have the scheduler tell all nodes that a path is being written, that its writes have ended, or is stale."""
+        await self._worker.scheduler.xzcache_stale(
+            worker=self._worker.address, path=path, is_written=is_written, state=state.hex()
+        )
+
+
+def _start(call: Callable[[], Coroutine[Any, Any, T]], loop: asyncio.AbstractEventLoop) -> Any:
+    """Run a coroutine on an event loop, to its end even if the waiter gives up."""
+
+    async def run() -> T:
+        task = asyncio.ensure_future(call())
+        # a late exception is nobody's
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    return asyncio.run_coroutine_threadsafe(run(), loop)
+
+
+def _place_of(store: CacheStore) -> str:
+    """What tells a file system apart from one that has other data under the same path; empty for other sources."""
+    if not store.source.label.startswith("/"):
+        return ""
+    try:
+        status = os.stat(store.source.label)
+    except OSError:
+        return uuid.uuid4().hex
+    return f"{status.st_ino} {status.st_ctime_ns}"
+
+
+def _unpickled(pickled: bytes) -> CacheStore | None:
+    """A copy of another node's store; None if it would read other data here."""
+    store, place = loads(pickled)  # type: ignore[no-untyped-call]
+    assert isinstance(store, CacheStore)
+    if _place_of(store) != place:
+        return None
+    reading = store._reads.reading
+    reading.asks_peers, reading.stats = False, ForPeers(process)
+    return store
+
+
+async def _loop_here() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+async def _zarr_loop() -> asyncio.AbstractEventLoop:
+    """The event loop on which Zarr reads."""
+    if not _zarr or _zarr[0].is_closed():
+        _zarr[:] = [await pool.run(lambda: sync(_loop_here()))]
+    return _zarr[0]
+
+
+_zarr: Final[list[asyncio.AbstractEventLoop]] = []
+
+
+def _number(block: str) -> int:
+    return int.from_bytes(blake2b(block.encode(), digest_size=4).digest(), "little")
+
+
+def _paths_of(full: str, *, is_prefix: bool) -> list[str]:
+    """The paths beneath which entries are stale once a key, or all beneath a prefix, was written."""
+    if is_prefix:
+        return [full]
+    namespace, _, key = full.partition("/")
+    if is_document(key):
+        # what is stored under another state of a document is compared by its reader
+        return []
+    paths = arrays_of(key) if is_chunk(key) else [key.rpartition("/")[0]]
+    return [f"{namespace}/{path}".rstrip("/") for path in paths]
+
+
+def _paths_above(full: str) -> list[str]:
+    """A key, and all paths that it lies beneath; the empty one is the whole cache."""
+    parts = full.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts) + 1)]
