@@ -88,8 +88,9 @@ def kill_one(client: Client) -> Address:
 
 
 @contextmanager
-def nodes(folder: Path, count: int, *, per_node: int = 1, **options: Any) -> Iterator[Client]:
+def nodes(folder: Path, count: int, *, per_node: int = 1, security: Any = None, **options: Any) -> Iterator[Client]:
     """A cluster of simulated nodes: each has a cache directory of its own, which its workers have in common."""
+    secure = {} if security is None else {"security": security, "protocol": "tls://"}
     workers = {
         f"{node}.{number}": {
             "cls": Nanny,
@@ -97,13 +98,14 @@ def nodes(folder: Path, count: int, *, per_node: int = 1, **options: Any) -> Ite
                 "nthreads": 1,
                 "host": "127.0.0.1",
                 "env": {"XZCACHE_DIRECTORY": str(folder / f"node{node}")},
+                **secure,
                 **options,
             },
         }
         for node in range(count)
         for number in range(per_node)
     }
-    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "host": "127.0.0.1"}}
-    with SpecCluster(workers, scheduler=scheduler) as made, Client(made) as client:
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "host": "127.0.0.1", **secure}}
+    with SpecCluster(workers, scheduler=scheduler, security=security) as made, Client(made) as client:
         client.wait_for_workers(count * per_node)
         yield client

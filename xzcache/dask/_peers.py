@@ -33,6 +33,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import google_crc32c
+import numpy as np
 from distributed.protocol import to_serialize
 from distributed.protocol.pickle import dumps, loads
 from zarr.core.sync import sync
@@ -363,7 +364,7 @@ class Neighbours:
         self._slow.pop(address, None)
         pace.peer_took(time.perf_counter() - began - fetching)
         data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-        if google_crc32c.value(bytes(data) if not data.contiguous else data) != crc:
+        if _crc_of(data) != crc:
             logger.warning("%s gave other bytes for %s than it has: they are not used", address, key)
             return None
         full = backend.prefix + key
@@ -497,7 +498,7 @@ class Neighbours:
             fetching = time.perf_counter() - began
         if given is None or given.data is None:
             return _Answer(given, 0, fetching)
-        return _Answer(given, google_crc32c.value(given.data), fetching)
+        return _Answer(given, _crc_of(given.data), fetching)
 
     def _stale_since(self, full: str) -> Since | tuple[()] | None:
         """Since when an entry is not given to others if it is older; None if it is not given at all."""
@@ -634,6 +635,10 @@ async def _zarr_loop() -> asyncio.AbstractEventLoop:
 
 
 _zarr: Final[list[asyncio.AbstractEventLoop]] = []
+
+
+def _crc_of(data: memoryview) -> int:
+    return int(google_crc32c.value(np.frombuffer(data, np.uint8))) if len(data) else 0
 
 
 def _number(block: str) -> int:

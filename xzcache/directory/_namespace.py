@@ -139,7 +139,11 @@ class SharedBackend:
         is_missing = missing_max_age != 0 and self.directory.negative_cache.knows(entry.key, missing_max_age)
         return MISSING if is_missing else None
 
-    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+    async def get_checked(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+        """Like `get`, but also checks bytes that this process has checked before."""
+        return await self.get(entry, max_age, missing_max_age, anew=True)
+
+    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0, *, anew: bool = False) -> Cached:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         directory = self.directory
         if directory.health.is_aside or not directory.may_serve:
@@ -149,7 +153,7 @@ class SharedBackend:
             if not _is_fresh(found, max_age):
                 # another file that holds it may be younger
                 reader.close(found)
-            elif (data := await self._read(found, entry)) is not None:
+            elif (data := await self._read(found._replace(known=False) if anew else found, entry)) is not None:
                 self._record_use(found.entry)
                 return data
         return MISSING if missing_max_age != 0 and await self._is_missing(entry.key, missing_max_age) else None

@@ -144,6 +144,10 @@ class Backend(Protocol):
         that was found missing in the last `missing_max_age` seconds, and not written since, is `MISSING`.
         """
 
+    async def get_checked(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+        """Like `get`, but also checks bytes that this process has checked before, because they are given away."""
+        return await self.get(entry, max_age, missing_max_age)
+
     def parts(self, key: str) -> Parts:
         """The cached parts of an object, which other processes may change at any moment."""
 

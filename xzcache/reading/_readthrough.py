@@ -376,7 +376,7 @@ class ReadThrough:
     async def _given(self, key: str, entry: Entry) -> Given | None:
         reading = self.reading
         state = self.backend.parts(key).validator(entry)
-        data = await self.backend.get(entry, reading.max_age, reading.age_of_absence(key))
+        data = await self.backend.get_checked(entry, reading.max_age, reading.age_of_absence(key))
         if data is MISSING:
             return Given(None, "", False)
         # read before and after: the file may have been replaced between state and bytes
