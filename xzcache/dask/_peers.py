@@ -30,25 +30,31 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
 from distributed.protocol import to_serialize
 from distributed.protocol.pickle import dumps, loads
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from xzcache import _threads as pool
 from xzcache.dask._affinity import Nodes
-from xzcache.model import Given, arrays_of, is_chunk, is_document, report_bug
-from xzcache.reading import ForPeers, peers, process
+from xzcache.model import END, Given, arrays_of, is_chunk, is_document, report_bug
+from xzcache.reading import ForPeers, contents, peers, process
 from xzcache.store import CacheStore
 
 if TYPE_CHECKING:
     from distributed.worker import Worker
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer
 
     from xzcache.directory import CacheDirectory
-    from xzcache.model import Backend
+    from xzcache.model import Backend, Span
+    from xzcache.reading import ReadThrough
 
 
 logger = logging.getLogger("xzcache.dask")
@@ -105,8 +111,8 @@ class Since(NamedTuple):
         return stored is not None and steps < _STEP and stored > self.wall + _STEP
 
 
-_Asked = tuple[str, str, Since | tuple[()]]
-"""The name of a store, a key, and since when older entries are stale."""
+_Asked = tuple[str, str, tuple[Span, ...], Since | tuple[()]]
+"""The name of a store, a key, spans, and since when older entries are stale."""
 
 
 class _Latest(Generic[K, V]):
@@ -187,6 +193,7 @@ class _Answer(NamedTuple):
     """What this node gives to others that ask for a chunk."""
 
     given: Given | None
+    data: memoryview = memoryview(b"")
     crc: int = 0
     fetching: float = 0.0
     """The seconds that the request to the source took; 0 for what was cached."""
@@ -212,6 +219,7 @@ class Neighbours:
         self._seen: _Latest[str, bool] = _Latest(_REMEMBERED)
         self._pickles: _Latest[int, _Pickle] = _Latest(_STORES)
         self._stores: _Latest[str, CacheStore] = _Latest(_STORES)
+        self._fresh: _Latest[tuple[str, Since], bool] = _Latest(_REMEMBERED)
         self._answers: _Latest[_Asked, asyncio.Task[_Answer]] = _Latest(_ANSWERS)
         self._writing: dict[str, tuple[int, float]] = {}
         """For a path that this process writes: the number of writes under way, and when the last one ended."""
@@ -285,13 +293,13 @@ class Neighbours:
 
     # -- on the readers' event loops: asking
 
-    async def ask(self, store: object, backend: Backend, key: str) -> Given | None:
+    async def ask(self, store: object, backend: Backend, key: str, spans: Sequence[Span]) -> Given | None:
         """Ask the owner of a chunk, on behalf of a store."""
         try:
             if (address := self._address(store, backend, key)) is None:
                 return None
             assert isinstance(store, CacheStore)
-            given = await self._ask(address, store, backend, key)
+            given = await self._ask(address, store, backend, key, spans)
         except Exception as error:
             if not isinstance(error, OSError):
                 report_bug(error, "while another node was asked")
@@ -323,10 +331,17 @@ class Neighbours:
         )
         return addresses[_number(block) % len(addresses)] if addresses else None
 
-    async def _ask(self, address: str, store: CacheStore, backend: Backend, key: str) -> Given | None:
+    async def _ask(
+        self, address: str, store: CacheStore, backend: Backend, key: str, spans: Sequence[Span]
+    ) -> Given | None:
         known = await self._pickled(store)
         pace = self._pace(backend.namespace)
-        question: dict[str, Any] = {"store": known.name, "key": key, "namespace": backend.namespace}
+        question: dict[str, Any] = {
+            "store": known.name,
+            "key": key,
+            "spans": [list(span) for span in spans],
+            "namespace": backend.namespace,
+        }
         began = time.perf_counter()
         pieces: list[memoryview] = []
         size, crc, fetching = 0, None, 0.0
@@ -346,14 +361,14 @@ class Neighbours:
                     return None
             elif status == "given" and told["key"] == key:
                 if told["missing"]:
-                    return Given(None, "", False)
+                    return Given(None)
                 if crc is not None and crc != told["crc"]:
                     # the owner has another value by now
                     return None
                 piece, crc, fetching = memoryview(told["data"]).cast("B"), told["crc"], told["fetching"]
                 pieces.append(piece)
                 size += len(piece)
-                if size >= told["size"] or not len(piece):
+                if size >= sum(told["sizes"]) or not len(piece):
                     break
             else:
                 if status == "elsewhere":
@@ -371,7 +386,9 @@ class Neighbours:
         with self._mutex:
             is_known = self._seen.get(full) is not None
             self._seen.put(full, True)
-        return Given(data, told["validator"], is_known)
+        ends = list(accumulate(told["sizes"]))
+        values = tuple(data[end - length : end] for end, length in zip(ends, told["sizes"], strict=True))
+        return Given(values, told["validator"], is_known) if len(values) == len(spans) else None
 
     async def _send(self, address: str, question: dict[str, Any]) -> dict[str, Any] | None:
         """One question and its answer; None without an answer in time."""
@@ -424,16 +441,18 @@ class Neighbours:
     # -- answering: first on the worker's loop, then on Zarr's, as connections to a source belong to one loop
 
     async def _answer(
-        self, store: str, key: str, namespace: str, at: int = 0, pickled: bytes | None = None
+        self, store: str, key: str, spans: list[Span], namespace: str, at: int = 0, pickled: bytes | None = None
     ) -> dict[str, Any]:
         if not self._is_told:
             return {"status": "refused"}
         loop = await _zarr_loop()
         return await asyncio.wrap_future(
-            asyncio.run_coroutine_threadsafe(self._give(store, key, namespace, at, pickled), loop)
+            asyncio.run_coroutine_threadsafe(self._give(store, key, spans, namespace, at, pickled), loop)
         )
 
-    async def _give(self, name: str, key: str, namespace: str, at: int, pickled: bytes | None) -> dict[str, Any]:
+    async def _give(
+        self, name: str, key: str, spans: list[Span], namespace: str, at: int, pickled: bytes | None
+    ) -> dict[str, Any]:
         refused = {"status": "refused"}
         if (store := self._stores.get(name)) is None:
             if pickled is None:
@@ -451,10 +470,11 @@ class Neighbours:
         since = self._stale_since(backend.prefix + key)
         if since is None:
             return refused
-        asked: _Asked = name, key, since
+        wanted = tuple((start, stop) for start, stop in spans)
+        asked: _Asked = name, key, wanted, since
         task = self._answers.get(asked)
         if task is None:
-            task = asyncio.ensure_future(self._read(store, key, since))
+            task = asyncio.ensure_future(self._read(store, key, wanted, since))
             self._answers.put(asked, task)
             task.add_done_callback(lambda _: self._forget_soon(asked))
         done, _ = await asyncio.wait([task], timeout=_HOLD)
@@ -468,37 +488,43 @@ class Neighbours:
             return refused
         if answer.given is None or self._stale_since(backend.prefix + key) != since or not self._is_told:
             return refused
-        data = answer.given.data
-        told = {"status": "given", "key": key, "missing": data is None, "fetching": answer.fetching}
-        if data is None:
+        values = answer.given.values
+        told = {"status": "given", "key": key, "missing": values is None, "fetching": answer.fetching}
+        if values is None:
             return told
-        piece = data[at : at + _PIECE]
-        more = {"size": len(data), "crc": answer.crc, "validator": answer.given.validator}
-        return told | more | {"data": to_serialize(piece)}
+        more = {"sizes": list(map(len, values)), "crc": answer.crc, "validator": answer.given.validator}
+        return told | more | {"data": to_serialize(answer.data[at : at + _PIECE])}
 
     def _forget_soon(self, asked: _Asked) -> None:
         """Keep an answer for an asker that is told in several pieces, or asks again after it was told to wait."""
         asyncio.get_running_loop().call_later(_KEPT, self._answers.drop, asked)
 
-    async def _read(self, store: CacheStore, key: str, since: Since | tuple[()]) -> _Answer:
-        reads = store._reads
+    async def _read(self, store: CacheStore, key: str, spans: tuple[Span, ...], since: Since | tuple[()]) -> _Answer:
+        reads, directory = store._reads, self._directory
+        full = reads.backend.prefix + key
         choice = self._nodes.choice(block_of(key))
         # a node that does not own the chunk, as it sees the cluster, does not fetch it for others
-        fetches = choice is not None and choice.first == self._node
-        if isinstance(since, Since) and not since.is_before(reads.backend.parts(key).validated()):
-            if not fetches:
+        owns = choice is not None and choice.first == self._node
+        if isinstance(since, Since) and not self._is_fresh(full, since, reads):
+            if not owns:
                 return _Answer(None)
-            full = reads.backend.prefix + key
-            await self._directory.to_completion(self._directory.writes.invalidate, full, None, is_news=False)
+            await directory.to_completion(directory.writes.invalidate, full, None, is_news=False)
+            self._fresh.put((full, since), True)
         began = time.perf_counter()
-        given = await reads.give(key, fetches=False)
+        given = await reads.give(key, spans, None)
         fetching = 0.0
-        if given is None and fetches:
-            given = await reads.give(key, fetches=True)
+        if given is None and owns:
+            given = await reads.give(key, spans, partial(_fetched, store, key, spans))
             fetching = time.perf_counter() - began
-        if given is None or given.data is None:
-            return _Answer(given, 0, fetching)
-        return _Answer(given, _crc_of(given.data), fetching)
+        if given is None or given.values is None:
+            return _Answer(given, memoryview(b""), 0, fetching)
+        data = given.values[0] if len(given.values) == 1 else memoryview(b"".join(given.values))
+        return _Answer(given, data, _crc_of(data), fetching)
+
+    def _is_fresh(self, full: str, since: Since, reads: ReadThrough) -> bool:
+        if self._fresh.get((full, since)) is not None:
+            return True
+        return since.is_before(reads.backend.parts(full[len(reads.backend.prefix) :]).validated())
 
     def _stale_since(self, full: str) -> Since | tuple[()] | None:
         """Since when an entry is not given to others if it is older; None if it is not given at all."""
@@ -621,6 +647,29 @@ def _unpickled(pickled: bytes) -> CacheStore | None:
     reading = store._reads.reading
     reading.asks_peers, reading.stats = False, ForPeers(process)
     return store
+
+
+async def _fetched(store: CacheStore, key: str, spans: tuple[Span, ...]) -> Given:
+    """Read spans as any reader does: once for all that want them."""
+    prototype = default_buffer_prototype()
+    if any(start < 0 or stop == END for start, stop in spans):
+        read = [await store.get(key, prototype, _request_of(span)) for span in spans]
+    else:
+        found: dict[int, Buffer | None] = {}
+        async for group in store.get_ranges(key, [RangeByteRequest(*span) for span in spans], prototype=prototype):
+            found.update(group)
+        read = [found[number] for number in range(len(spans))]
+    values = tuple(contents(value) for value in read if value is not None)
+    return Given(values if len(values) == len(read) else None)
+
+
+def _request_of(span: Span) -> ByteRequest | None:
+    start, stop = span
+    if span == (0, END):
+        return None
+    if start < 0:
+        return SuffixByteRequest(-start)
+    return OffsetByteRequest(start) if stop == END else RangeByteRequest(start, stop)
 
 
 async def _loop_here() -> asyncio.AbstractEventLoop:

@@ -229,21 +229,24 @@ class Backend(Protocol):
 
 
 class Given(NamedTuple):
-    """A whole object, as the cache of another node had it."""
+    """Spans of an object, as the cache of another node had them."""
 
-    data: memoryview | None
+    values: tuple[memoryview, ...] | None
     """None if the object is missing at the source."""
-    validator: str
-    """Its validator; empty if that is unknown."""
-    is_worth_storing: bool
-    """Whether this node should store the object as well."""
+    validator: str = ""
+    """The validator of the object; empty if that is unknown, for a whole object only."""
+    is_worth_storing: bool = True
+    """Whether this node should store them as well."""
 
 
 class Peers(Protocol):
     """The caches of other nodes. Safe for threads and event loops; no method raises."""
 
-    async def ask(self, store: object, backend: Backend, key: str) -> Given | None:
-        """Ask the node that owns a chunk, on behalf of a store; None if the source must be asked."""
+    async def ask(self, store: object, backend: Backend, key: str, spans: Sequence[Span]) -> Given | None:
+        """Ask the node that owns a chunk, on behalf of a store; None if the source must be asked.
+
+        The spans, as in an `Entry`, are the whole object or byte ranges of it.
+        """
 
     def record_fetch(self, backend: Backend, seconds: float) -> None:
         """Record how long the source took to answer."""

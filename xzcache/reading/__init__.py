@@ -8,7 +8,7 @@ cache a table of the fetches under way (`model.Claims`), with its lock.
 
 from xzcache.reading._freshness import SMALL, Freshness, Seen, decoded_size, is_read_for_a_write, keys_to_read
 from xzcache.reading._readthrough import NotCached, RangeReads, ReadThrough
-from xzcache.reading._request import Reading, peers
+from xzcache.reading._request import Reading, contents, peers
 from xzcache.reading._stats import ForPeers, Stats, observers, process
 from xzcache.reading._writethrough import WriteThrough
 
@@ -23,6 +23,7 @@ __all__ = [
     "Seen",
     "Stats",
     "WriteThrough",
+    "contents",
     "decoded_size",
     "is_read_for_a_write",
     "keys_to_read",

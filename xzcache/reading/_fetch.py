@@ -35,7 +35,7 @@ from xzcache.model import (
     placed,
     unplaced,
 )
-from xzcache.reading._request import contents
+from xzcache.reading._request import contents, peers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -552,20 +552,32 @@ class _Fetch:
             answer = answer._replace(value=answer.value[1:])
         return [answer]
 
+    async def _given(self, leads: list[Lead], spans: Sequence[Span], begun: float) -> list[sources.FetchResult] | None:
+        """The spans from the cache of the node that owns the object; None if the source must be asked."""
+        if self._force or any(lead.unlock is None for lead in leads) or any(span[1] >= LARGEST for span in spans):
+            return None
+        given = await self._reading.ask_peers(self._key, spans, begun, self._used | self._buffers.keys())
+        if given is None or given.values is None:
+            return None
+        make = self._prototype.buffer.from_bytes
+        return [sources.FetchResult(make(value), given.validator) for value in given.values]
+
     async def _lead(self, leads: list[Lead]) -> None:
         """Fetch the claimed spans for all waiting readers."""
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
         reading, key = self._reading, self._key
         try:
-            answers = await self._request(spans)
+            given = await self._given(leads, spans, begun) if peers else None
+            answers = await self._request(spans) if given is None else given
             there = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum([_meet(span, spans) for span in self._left.values()])
-            reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
+            if given is None:
+                reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
             # one request answers several ranges: each counts as a miss, but bytes and seconds only once
             for _ in range(misses - 1):
-                reading.stats.miss(0, 0.0)
+                (reading.stats.miss if given is None else reading.stats.peer_hit)(0, 0.0)
             if len(there) < len(answers):
                 await reading.is_certainly_missing(key)
                 for lead in leads:

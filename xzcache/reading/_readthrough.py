@@ -356,33 +356,44 @@ class ReadThrough:
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
-    async def give(self, key: str, *, fetches: bool) -> Given | None:
-        """A whole chunk for another node; None if it is not cached here, and not fetched either (`fetches`)."""
-        reading = self.reading
-        entry = reading.entry(key)
-        if entry is None or is_document(key) or self._asks_always:
+    async def give(self, key: str, spans: Sequence[Span], fetch: Callable[[], Awaitable[Given]] | None) -> Given | None:
+        """Spans of a chunk for another node; what is not cached is given only if it can be fetched."""
+        if is_document(key) or self._asks_always:
+            return None
+        entries = [self.reading.entry(key, *span) for span in spans]
+        wanted = [entry for entry in entries if entry is not None]
+        if len(wanted) < len(spans):
             return None
         await self.get_ready(key)
-        if (given := await self._given(key, entry)) is not None or not fetches:
+        if (given := await self._given(key, wanted)) is not None or fetch is None:
             return given
-        value = await self.get(key, default_buffer_prototype(), None)
-        if value is None:
-            return Given(None, "", False)
-        data = contents(value)
+        fetched = await fetch()
+        await self.backend.stored(key)
         # the state of what was fetched is known once it is stored
-        given = await self._given(key, entry)
-        return given if given is not None and given.data == data else Given(data, "", True)
+        given = await self._given(key, wanted)
+        if given is not None and given.values == fetched.values:
+            return given
+        return fetched if wanted[0].is_whole or fetched.values is None else None
 
-    async def _given(self, key: str, entry: Entry) -> Given | None:
-        reading = self.reading
-        state = self.backend.parts(key).validator(entry)
-        data = await self.backend.get_checked(entry, reading.max_age, reading.age_of_absence(key))
-        if data is MISSING:
-            return Given(None, "", False)
-        # read before and after: the file may have been replaced between state and bytes
-        if data is None or self.backend.parts(key).validator(entry) != state:
+    async def _given(self, key: str, wanted: Sequence[Entry]) -> Given | None:
+        reading, backend = self.reading, self.backend
+        is_whole = wanted[0].is_whole
+        # one validator for all, which the source gave, unless it is that of a whole object
+        states = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
+        if not is_whole and not (len(states) == 1 and all(map(is_from_source, states))):
             return None
-        return Given(data, state, True)
+        values = []
+        for entry in wanted:
+            look = backend.get_checked if is_whole else backend.get
+            data = await look(entry, reading.max_age, reading.age_of_absence(key))
+            if data is None:
+                return None
+            if data is MISSING:
+                return Given(None)
+            values.append(data)
+        # read before and after: the files may have been replaced between states and bytes
+        now = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
+        return Given(tuple(values), min(states)) if now == states else None
 
     # -- misses
 
@@ -470,13 +481,11 @@ class ReadThrough:
                 if data is None:
                     if may_divide and not is_new and self._has_parts(request):
                         raise Divided
-                    if peers and entry.is_whole and lead.unlock is not None and reading.max_age == "infinity":
-                        # a part that is cached here may be of a newer state than what another node has
-                        is_new = is_new or self.backend.parts(key).is_empty
-                        given = await reading.ask_peers(request) if is_new else None
+                    if peers and lead.unlock is not None:
+                        given = await reading.ask_peers(key, [(entry.start, entry.stop)], request.started)
                     # with an age, an old entry may still be there: a request with its validator saves the bytes
                     if given is not None:
-                        value = None if given.data is None else buffer_of(given.data, request.prototype)
+                        value = None if given.values is None else buffer_of(given.values[0], request.prototype)
                         # an absence that another node remembers is not remembered here for as long again
                         answer = FetchResult(value, given.validator, exact=value is not None)
                     elif reading.max_age == "infinity":

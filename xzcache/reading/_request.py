@@ -41,7 +41,7 @@ from xzcache.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
@@ -266,14 +266,33 @@ class Reading:
             return answer._replace(exact=False)
         return answer
 
-    async def ask_peers(self, request: Request) -> Given | None:
-        """A whole chunk from the cache of the node that owns it; None if the source must be asked."""
-        if not self.asks_peers or self.writable or (store := self.store()) is None:
+    async def ask_peers(
+        self, key: str, spans: Sequence[Span], began: float, states: Set[str] = frozenset()
+    ) -> Given | None:
+        """Spans of a chunk from the cache of the node that owns it; None if the source must be asked.
+
+        `began` is when the read began, by `time.perf_counter`; `states` are the validators of what the reader has.
+        """
+        is_whole = list(spans) == [(0, END)]
+        if not self.asks_peers or self.writable or self.max_age != "infinity" or (store := self.store()) is None:
+            return None
+        if is_whole and not self.backend.parts(key).is_empty:
             return None
         for each in peers[:1]:
-            if (given := await each.ask(store, self.backend, request.key)) is not None:
-                self.stats.peer_hit(len(given.data or b""), time.perf_counter() - request.started)
-                return given
+            if (given := await each.ask(store, self.backend, key, spans)) is None:
+                return None
+            if not is_whole and given.values is not None:
+                # parts of another state may be newer than what the other node has
+                others = (self.backend.parts(key).states | states) - {given.validator}
+                sizes = [(stop - start, len(value)) for (start, stop), value in zip(spans, given.values, strict=True)]
+                is_exact = all(size == length for size, length in sizes if size >= 0)
+                if others or not is_exact or not is_from_source(given.validator):
+                    self.stats.peer_miss()
+                    return None
+                # with the state of these bytes, the next ones are compared
+                given = given._replace(is_worth_storing=True)
+            self.stats.peer_hit(sum(map(len, given.values or ())), time.perf_counter() - began)
+            return given
         return None
 
     async def fetch_chunk(self, request: Request) -> sources.FetchResult:
