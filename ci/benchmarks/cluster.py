@@ -1,4 +1,4 @@
-"""A cluster of several nodes, each with a cache of its own: what affinity does for local hits, time and memory."""
+"""A cluster of several nodes, each with a cache of its own: what affinity and peers do for requests, time, memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import dask
 import numpy as np
 import xarray as xr
+import zarr
 from _report import Report, arguments
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -24,9 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from _s3 import S3Server, s3_server
 
+CHUNKS = 64
 STEPS = 192
 SIDE = 128
-MODES = ("none", "off", "auto")
+MODES = ("none", "off", "auto", "peers", "both")
+SETTINGS = {
+    "off": {"affinity": "off", "peers": "off"},
+    "auto": {"affinity": "auto", "peers": "off"},
+    "peers": {"affinity": "off", "peers": "on"},
+    "both": {"affinity": "auto", "peers": "on"},
+}
 
 
 class Peak(SchedulerPlugin):
@@ -49,6 +57,7 @@ class Row(NamedTuple):
 
     seconds: float
     local: float
+    peers: float
     requests: int
     peak: int
 
@@ -67,7 +76,8 @@ class Lab:
         self.peak = Peak(here)
         here.add_plugin(self.peak)
         if mode != "none":
-            self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, affinity=mode))
+            settings: dict[str, Any] = SETTINGS[mode]
+            self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, **settings))
 
     def _worker(self, node: int) -> dict[str, Any]:
         env = {"XZCACHE_DIRECTORY": str(self._folder / f"node{node}"), "OMP_NUM_THREADS": "1"}
@@ -89,13 +99,14 @@ class Lab:
         began = time.perf_counter()
         job()
         seconds = time.perf_counter() - began
-        hits, misses = (after - earlier for after, earlier in zip(self._counts(), before, strict=True))
+        counts = [after - earlier for after, earlier in zip(self._counts(), before, strict=True)]
+        hits, given = (count / max(1, sum(counts)) for count in counts[:2])
         requests = self._server.counts().only("GET", "*/c/*").requests
-        return Row(seconds, hits / max(1, hits + misses), requests, self.peak.bytes)
+        return Row(seconds, hits, given, requests, self.peak.bytes)
 
-    def _counts(self) -> tuple[int, int]:
+    def _counts(self) -> tuple[int, int, int]:
         nodes = xzcache.cluster_info(self.client)
-        return sum(node.hits for node in nodes), sum(node.misses for node in nodes)
+        return tuple(sum(getattr(node, name) for node in nodes) for name in ("hits", "peer_hits", "misses"))  # type: ignore[return-value]
 
     def close(self) -> None:
         """End it."""
@@ -150,12 +161,51 @@ def measure(server: S3Server, storage: dict[str, Any], mode: str, nodes: int) ->
     return rows
 
 
+def time_of_a_read(store: Any, keys: list[str]) -> list[float]:
+    """On a worker: the seconds that each chunk takes."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    took = []
+    for key in keys:
+        began = time.perf_counter()
+        value = sync(store.get(key, default_buffer_prototype()))
+        took.append(time.perf_counter() - began)
+        assert value is not None
+    return took
+
+
+def measure_hits(server: S3Server, storage: dict[str, Any]) -> list[list[str]]:
+    """What a chunk costs on a node that lacks it, if another node has it."""
+    rows = []
+    with lab(server, 2, "peers") as found:
+        first, second = sorted(found.client.nthreads())
+        time.sleep(2)
+        for name in ("64K", "1M"):
+            source = xzcache.CacheStore(f"s3://bucket/{name}.zarr", storage_options=storage, read_only=True)
+            keys = [f"c/{number}" for number in range(CHUNKS)]
+            options = {"pure": False}
+            cold = found.client.submit(time_of_a_read, source, keys, workers=[first], **options).result()
+            before = sum(node.peer_hits for node in xzcache.cluster_info(found.client))
+            warm = found.client.submit(time_of_a_read, source, keys, workers=[second], **options).result()
+            given = sum(node.peer_hits for node in xzcache.cluster_info(found.client)) - before
+            # half of the chunks belong to the second node, and are cached there
+            peers = sorted(warm)[-given:] if given else [float("nan")]
+            local = sorted(warm)[:-given] if given else warm
+            rows.append([name, *(f"{1e3 * float(np.median(times)):.2f}" for times in (cold, peers, local)), str(given)])
+    return rows
+
+
 def write(folder: Path) -> None:
     """Two variables on one grid, a chunk for each step."""
     rng = np.random.default_rng(1)
     shape = STEPS, SIDE, SIDE
     data = {name: (("t", "y", "x"), rng.random(shape, dtype="f4")) for name in "tu"}
     encoding = {name: {"chunks": (1, SIDE, SIDE)} for name in "tu"}
+    for name, size in (("64K", 1 << 16), ("1M", 1 << 20)):
+        place = folder / "bucket" / f"{name}.zarr"
+        array = zarr.create_array(str(place), shape=CHUNKS * size, chunks=size, dtype="u1", compressors=None)
+        array[:] = rng.integers(0, 255, array.shape, dtype="u1")
     xr.Dataset(data).to_zarr(folder / "bucket" / "x.zarr", encoding=encoding, zarr_format=3, consolidated=False)
 
 
@@ -174,19 +224,25 @@ def main() -> None:
                 "secret": server.secret_key,
                 "client_kwargs": {"endpoint_url": server.endpoint, "region_name": "us-east-1"},
             }
+            hits = measure_hits(server, storage)
             for mode in options.modes:
                 found[mode] = measure(server, storage, mode, options.nodes)
+        columns = ["a chunk of", "ms, first node", "ms, from the other node", "ms, cached here", "from the other node"]
+        report.table(f"Median times of {CHUNKS} reads, two nodes, the source {options.latency:g} s away", columns, hits)
         rows = [
             [name, *(text for mode in found for text in _cells(found[mode][name]))] for name in found[options.modes[0]]
         ]
-        columns = ["job", *(f"{mode}: {what}" for mode in found for what in ("local", "s", "requests", "peak MB"))]
+        columns = [
+            "job",
+            *(f"{mode}: {what}" for mode in found for what in ("local", "peers", "s", "requests", "peak MB")),
+        ]
         report.table(
             f"{STEPS} chunks a variable, {options.nodes} nodes, the source {options.latency:g} s away", columns, rows
         )
 
 
 def _cells(row: Row) -> list[str]:
-    return [f"{row.local:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
+    return [f"{row.local:.0%}", f"{row.peers:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import RangeByteRequest, Store
-from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.core.buffer import cpu
 
 from xzcache import sources
 from xzcache.model import (
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from xzcache.model import Absence, Array, Parts
+    from xzcache.model import Absence, Array, Parts, Span
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
