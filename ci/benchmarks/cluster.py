@@ -106,7 +106,7 @@ class Lab:
 
     def _counts(self) -> tuple[int, int, int]:
         nodes = xzcache.cluster_info(self.client)
-        return tuple(sum(getattr(node, name) for node in nodes) for name in ("hits", "peer_hits", "misses"))  # type: ignore[return-value]
+        return tuple(sum(getattr(node, name) for node in nodes) for name in ("hits", "peer_hits", "misses"))
 
     def close(self) -> None:
         """End it."""

@@ -620,6 +620,7 @@ SETTINGS: dict[str, Any] = {
     "promote_above": "2 MB",
     "fetch_timeout": 3,
     "lock_timeout": 4,
+    "peer_timeout": 6,
     "threads": 2,
 }
 PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000, "promote_above": 2_000_000, "trace": None}

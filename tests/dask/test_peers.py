@@ -31,6 +31,10 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 NODES = 4
 
 
+def plugin(**settings: Any) -> xzcache.CachePlugin:
+    return xzcache.CachePlugin(max_size="10 MB", min_free=0, peers="on", **settings)
+
+
 class Cluster:
     """Simulated nodes that ask each other, and an array whose source notes each request."""
 
@@ -81,7 +85,7 @@ def _get(store: xzcache.CacheStore, key: str) -> bytes | None:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("peers")
     with nodes(folder, NODES) as client, xzcache.config.set(directory=None):
-        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, peers="on"))
+        client.register_plugin(plugin(peer_timeout=30))
         yield Cluster(client, folder)
 
 
@@ -117,7 +121,8 @@ def test_the_cluster_requests_each_chunk_once(started: Cluster) -> None:
 def small(tmp_path: Path) -> Iterator[Cluster]:
     """Three nodes of their own, of which each has its part of the array."""
     with nodes(tmp_path, 3) as client, xzcache.config.set(directory=None):
-        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, peers="on"))
+        # a busy machine is no reason to ask the source
+        client.register_plugin(plugin(peer_timeout=30))
         cluster = Cluster(client, tmp_path, 3)
         cluster.read(cluster.workers[0]).result()
         assert cluster.requests() == [1] * cluster.dataset.chunks
@@ -141,6 +146,8 @@ def _hold_the_gil(mark: str, seconds: int) -> None:
 @pytest.mark.parametrize("trouble", ["stopped", "killed", "holds the GIL"])
 def test_an_owner_that_does_not_answer_is_replaced_by_the_source(trouble: str, small: Cluster, tmp_path: Path) -> None:
     reader, owner = small.workers[1:]
+    small.client.register_plugin(plugin(peer_timeout=0.1))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
     theirs, pid = owned(small, owner), pids(small.client)[owner]
     assert theirs
     array = small.array()
@@ -269,7 +276,7 @@ def test_encrypted_connections(tmp_path: Path) -> None:
         nodes(tmp_path, 2, security=security) as client,
         xzcache.config.set(directory=None),
     ):
-        client.register_plugin(xzcache.CachePlugin(max_size="10 MB", min_free=0, peers="on"))
+        client.register_plugin(plugin(peer_timeout=30))
         cluster = Cluster(client, tmp_path, 2)
         assert all(worker.startswith("tls://") for worker in cluster.workers)
         for worker in cluster.workers:

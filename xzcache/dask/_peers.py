@@ -19,31 +19,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import threading
 import time
 import uuid
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
-from distributed.protocol import to_serialize
 from distributed.protocol.pickle import dumps, loads
+from distributed.protocol.serialize import to_serialize
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from xzcache import _threads as pool
 from xzcache.dask._affinity import Nodes
-from xzcache.model import END, Given, arrays_of, is_chunk, is_document, report_bug
+from xzcache.model import END, Given, Span, arrays_of, is_chunk, is_document, report_bug
 from xzcache.reading import ForPeers, contents, peers, process
 from xzcache.store import CacheStore
 
@@ -52,8 +54,9 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer
 
+    from xzcache.dask._usage import Usage
     from xzcache.directory import CacheDirectory
-    from xzcache.model import Backend, Span
+    from xzcache.model import Backend
     from xzcache.reading import ReadThrough
 
 
@@ -65,12 +68,8 @@ T = TypeVar("T")
 
 Asking = Literal["off", "on"]
 
-TIMEOUT: Final = 0.1
-"""Seconds without a sign of life from a peer after which the source is asked."""
 LEASE: Final = 10.0
 """Seconds for which a node believes what the scheduler has told it last."""
-_HOLD: Final = TIMEOUT / 2
-"""Seconds after which an owner that is still fetching says so."""
 _QUIET: Final = 5.0
 """Seconds after the last write of an array after which its writes count as ended."""
 _BEAT: Final = 0.5
@@ -79,6 +78,10 @@ _LONGEST: Final = 5.0
 """Seconds after which a question that nobody waits for any more is given up; connections take time to open."""
 _PIECE: Final = 4 << 20
 """The most bytes of one answer: larger chunks come in several, each within the time-out."""
+_SOME: Final = 16
+"""The latest answers that tell whether it is worth to ask."""
+_FEW: Final = 64
+"""Up to so many workers are connected to in advance."""
 _KEPT: Final = 1.0
 """Seconds for which an answer is kept."""
 _STORES: Final = 256
@@ -139,12 +142,13 @@ class _Latest(Generic[K, V]):
 
 
 class _Pace:
-    """Whether it is worth to ask: how long the source takes, and how much longer or shorter peers take."""
+    """Whether it is worth to ask: how long the source takes, and how much longer or shorter other nodes take."""
 
     def __init__(self) -> None:
         self._source: float | None = None
         self._deviation = 0.0
-        self._peers: float | None = None
+        # the median of some, as the first answers of a process that has just started are slow
+        self._answers: deque[float] = deque(maxlen=_SOME)
         self._pause = _PAUSES[0]
         self._until = 0.0
 
@@ -156,15 +160,15 @@ class _Pace:
             self._source += (seconds - self._source) / 8
 
     def peer_took(self, seconds: float) -> None:
-        """Record what a question took beyond the owner's own request to the source."""
-        self._peers = seconds if self._peers is None else self._peers + (seconds - self._peers) / 8
-        if self._source is None:
+        """Record what an answer took beyond the owner's own request to the source."""
+        self._answers.append(seconds)
+        if self._source is None or len(self._answers) < _SOME or not self.is_worth_it:
             return
-        if self._peers > self._source:
+        if median(tuple(self._answers)) > self._source:
             self._until = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _PAUSES[1])
-            # the next answer decides
-            self._peers = None
+            # the next answers decide
+            self._answers.clear()
         else:
             self._pause = _PAUSES[0]
 
@@ -176,6 +180,16 @@ class _Pace:
     def usual(self) -> float | None:
         """The seconds within which the source usually answers."""
         return None if self._source is None else self._source + 4 * self._deviation
+
+
+class _Silence(NamedTuple):
+    """A node that does not answer."""
+
+    since: float
+    """When that was last found, by `time.monotonic`."""
+    until: float
+    """Until when it is not asked."""
+    pause: float
 
 
 class _Pickle(NamedTuple):
@@ -202,10 +216,11 @@ class _Answer(NamedTuple):
 class Neighbours:
     """The caches of the other nodes, as one worker process sees them; and what it answers to them."""
 
-    def __init__(self, worker: Worker, directory: CacheDirectory, node: str, bound: int | None) -> None:
+    def __init__(self, worker: Worker, directory: CacheDirectory, usage: Usage, timeout: float) -> None:
         self._worker = worker
         self._loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self._directory, self._node, self._bound = directory, node, bound
+        self._directory, self._node, self._bound = directory, usage.node, usage.bound
+        self._timeout = timeout
         self._nodes = Nodes()
         self._version, self._heard = -1, -LEASE
         self._cluster = ""
@@ -214,11 +229,11 @@ class Neighbours:
         self._beats: asyncio.Task[None] | None = None
         self._mutex = threading.Lock()
         self._paces: _Latest[str, _Pace] = _Latest(_STORES)
-        self._slow: dict[str, tuple[float, float]] = {}
-        """For an address that did not answer: until when it is not asked, and the pause after the next time."""
+        self._silences: dict[str, _Silence] = {}
+        """For the addresses that did not answer the last question."""
         self._seen: _Latest[str, bool] = _Latest(_REMEMBERED)
         self._pickles: _Latest[int, _Pickle] = _Latest(_STORES)
-        self._stores: _Latest[str, CacheStore] = _Latest(_STORES)
+        self._stores: _Latest[str, asyncio.Future[CacheStore | None]] = _Latest(_STORES)
         self._fresh: _Latest[tuple[str, Since], bool] = _Latest(_REMEMBERED)
         self._answers: _Latest[_Asked, asyncio.Task[_Answer]] = _Latest(_ANSWERS)
         self._writing: dict[str, tuple[int, float]] = {}
@@ -226,11 +241,14 @@ class Neighbours:
         self._tellings: dict[str, asyncio.Task[None]] = {}
         self._endings: dict[str, asyncio.Task[None]] = {}
         self._thread = threading.get_ident()
+        self._greetings: set[asyncio.Future[None]] = set()
 
     # -- on the worker's event loop: what the scheduler tells
 
     async def start(self) -> None:
         """Begin to ask and to answer."""
+        # the first answer should not wait for it
+        await _zarr_loop()
         self._worker.handlers |= {"xzcache_ask": self._answer, "xzcache_look": self._look}
         self._directory.writes.listeners.append(self._learn)
         with suppress(Exception):
@@ -286,10 +304,21 @@ class Neighbours:
             for address, (node, bound) in told["nodes"].items():
                 nodes.add(address, node, bound)
             self._nodes = nodes
+            if len(told["nodes"]) <= _FEW:
+                # it takes a moment to connect, which the first question would wait for
+                self._greetings = {
+                    asyncio.ensure_future(self._greet(address))
+                    for address, (node, _) in told["nodes"].items()
+                    if node != self._node
+                }
         # a later look may have ended before this one
         self._version = max(self._version, told["version"])
         self._heard = max(self._heard, sent)
         return self._version
+
+    async def _greet(self, address: str) -> None:
+        with suppress(Exception):
+            await asyncio.wait_for(self._worker.rpc(address).echo(data=""), _LONGEST)
 
     # -- on the readers' event loops: asking
 
@@ -327,7 +356,8 @@ class Neighbours:
         addresses = sorted(
             address
             for address in nodes.workers(choice.first)
-            if address.startswith(f"{scheme}://") and now >= self._slow.get(address, (0.0, 0.0))[0]
+            if address.startswith(f"{scheme}://")
+            and (address not in self._silences or now >= self._silences[address].until)
         )
         return addresses[_number(block) % len(addresses)] if addresses else None
 
@@ -341,22 +371,27 @@ class Neighbours:
             "key": key,
             "spans": [list(span) for span in spans],
             "namespace": backend.namespace,
+            # an owner that is still fetching says so in time
+            "hold": self._timeout / 2,
         }
         began = time.perf_counter()
         pieces: list[memoryview] = []
         size, crc, fetching = 0, None, 0.0
         while True:
+            asked = time.monotonic()
             told = await self._send(address, question | {"at": size})
             if told is None:
-                self._is_slow(address)
-                pace.peer_took(time.perf_counter() - began)
+                logger.debug("%s gives no sign of life: %s comes from the source", address, key)
+                self._is_slow(address, asked)
                 return None
             status = told["status"]
             if status == "unknown" and "pickled" not in question:
                 question["pickled"] = known.pickled
-            elif status == "fetching":
+                continue
+            question.pop("pickled", None)
+            if status == "fetching":
                 usual = pace.usual or told["usual"] or _LONGEST
-                if time.perf_counter() - began > usual + TIMEOUT:
+                if time.perf_counter() - began > usual + self._timeout:
                     pace.peer_took(time.perf_counter() - began)
                     return None
             elif status == "given" and told["key"] == key:
@@ -376,7 +411,7 @@ class Neighbours:
                     with self._mutex:
                         self._pickles.drop(id(store))
                 return None
-        self._slow.pop(address, None)
+        self._silences.pop(address, None)
         pace.peer_took(time.perf_counter() - began - fetching)
         data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         if _crc_of(data) != crc:
@@ -394,11 +429,12 @@ class Neighbours:
         """One question and its answer; None without an answer in time."""
 
         async def send() -> Any:
-            return await asyncio.wait_for(self._worker.rpc(address).xzcache_ask(**question), _LONGEST)
+            limit = max(_LONGEST, self._timeout)
+            return await asyncio.wait_for(self._worker.rpc(address).xzcache_ask(**question), limit)
 
         answered = asyncio.wrap_future(_start(send, self._loop))
         try:
-            done, _ = await asyncio.wait([answered], timeout=TIMEOUT)
+            done, _ = await asyncio.wait([answered], timeout=self._timeout)
             if not done:
                 return None
             told = answered.result()
@@ -422,9 +458,13 @@ class Neighbours:
                 self._pickles.put(id(store), known)
         return known
 
-    def _is_slow(self, address: str) -> None:
-        pause = self._slow.get(address, (0.0, _PAUSES[0]))[1]
-        self._slow[address] = time.monotonic() + pause, min(2 * pause, _PAUSES[1])
+    def _is_slow(self, address: str, began: float) -> None:
+        """Leave a node alone for a while that did not answer twice in a row; questions at the same time count once."""
+        silence = self._silences.get(address, _Silence(-math.inf, 0.0, 0.0))
+        if began > silence.since:
+            now = time.monotonic()
+            pause = min(max(4 * silence.pause, _PAUSES[0]), _PAUSES[1]) if silence.since > 0 else 0.0
+            self._silences[address] = _Silence(now, now + pause, pause)
 
     def _pace(self, namespace: str) -> _Pace:
         with self._mutex:
@@ -440,46 +480,53 @@ class Neighbours:
 
     # -- answering: first on the worker's loop, then on Zarr's, as connections to a source belong to one loop
 
-    async def _answer(
-        self, store: str, key: str, spans: list[Span], namespace: str, at: int = 0, pickled: bytes | None = None
-    ) -> dict[str, Any]:
+    async def _answer(self, **question: Any) -> dict[str, Any]:
         if not self._is_told:
             return {"status": "refused"}
-        loop = await _zarr_loop()
-        return await asyncio.wrap_future(
-            asyncio.run_coroutine_threadsafe(self._give(store, key, spans, namespace, at, pickled), loop)
-        )
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._give(**question), await _zarr_loop()))
 
     async def _give(
-        self, name: str, key: str, spans: list[Span], namespace: str, at: int, pickled: bytes | None
+        self,
+        store: str,
+        key: str,
+        spans: list[Span],
+        namespace: str,
+        hold: float,
+        at: int = 0,
+        pickled: bytes | None = None,
     ) -> dict[str, Any]:
-        refused = {"status": "refused"}
-        if (store := self._stores.get(name)) is None:
+        """A piece of the answer, from the byte `at` on, or after `hold` seconds that there is none yet."""
+        refused, wait = {"status": "refused"}, {"status": "fetching", "usual": self._pace(namespace).usual}
+        if (opening := self._stores.get(store)) is None:
             if pickled is None:
                 return {"status": "unknown"}
-            if blake2b(pickled, digest_size=16).hexdigest() != name:
+            if blake2b(pickled, digest_size=16).hexdigest() != store:
                 return refused
-            store = await pool.run(_unpickled, pickled)
-            if store is None:
-                return {"status": "elsewhere"}
-            self._stores.put(name, store)
-        backend = store._reads.backend
-        if backend.cache_id is not self._directory or store.namespace != namespace:
+            opening = asyncio.ensure_future(pool.run(_unpickled, pickled))
+            self._stores.put(store, opening)
+        await asyncio.wait([opening], timeout=hold)
+        if not opening.done():
+            return wait
+        if opening.exception() is not None or (copy := opening.result()) is None:
+            self._stores.drop(store)
+            return {"status": "elsewhere"}
+        backend = copy._reads.backend
+        if backend.cache_id is not self._directory or copy.namespace != namespace:
             # the same path or address may lead to other data here
             return refused
         since = self._stale_since(backend.prefix + key)
         if since is None:
             return refused
         wanted = tuple((start, stop) for start, stop in spans)
-        asked: _Asked = name, key, wanted, since
+        asked: _Asked = store, key, wanted, since
         task = self._answers.get(asked)
         if task is None:
-            task = asyncio.ensure_future(self._read(store, key, wanted, since))
+            task = asyncio.ensure_future(self._read(copy, key, wanted, since))
             self._answers.put(asked, task)
             task.add_done_callback(lambda _: self._forget_soon(asked))
-        done, _ = await asyncio.wait([task], timeout=_HOLD)
+        done, _ = await asyncio.wait([task], timeout=hold)
         if not done:
-            return {"status": "fetching", "usual": self._pace(namespace).usual}
+            return wait
         try:
             answer = task.result()
         except Exception as error:
@@ -493,7 +540,8 @@ class Neighbours:
         if values is None:
             return told
         more = {"sizes": list(map(len, values)), "crc": answer.crc, "validator": answer.given.validator}
-        return told | more | {"data": to_serialize(answer.data[at : at + _PIECE])}
+        piece = to_serialize(answer.data[at : at + _PIECE])  # type: ignore[no-untyped-call]
+        return told | more | {"data": piece}
 
     def _forget_soon(self, asked: _Asked) -> None:
         """Keep an answer for an asker that is told in several pieces, or asks again after it was told to wait."""
@@ -601,7 +649,7 @@ class Neighbours:
         try:
             paths = {path for name in names for path in _paths_of(name.rstrip("/"), is_prefix=name.endswith("/"))}
             told = [_start(partial(self._tell, path, is_written=None, state=state), self._loop) for path in paths]
-            deadline = time.monotonic() + TIMEOUT
+            deadline = time.monotonic() + self._timeout
             for each in told if threading.get_ident() != self._thread else ():
                 with suppress(Exception):
                     each.result(max(0.0, deadline - time.monotonic()))

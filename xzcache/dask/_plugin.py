@@ -54,6 +54,7 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "promote_above": settings.parse_size,
     "fetch_timeout": settings.parse_seconds,
     "lock_timeout": settings.parse_seconds,
+    "peer_timeout": settings.parse_seconds,
     "threads": settings.parse_threads,
 }
 _COUNTED: Final = (
@@ -192,6 +193,8 @@ class CachePlugin(WorkerPlugin):
         Bytes read in ranges of one object after which the object is fetched whole.
     fetch_timeout, lock_timeout : float, optional
         Seconds to wait for another process's fetch of the same object, and for the lock on the index.
+    peer_timeout : float, optional
+        Seconds without a sign of life from another node after which the source is asked.
     threads : int, optional
         Threads of a worker that read large entries and write new ones.
 
@@ -234,6 +237,7 @@ class CachePlugin(WorkerPlugin):
         promote_above: int | str | None = None,
         fetch_timeout: float | None = None,
         lock_timeout: float | None = None,
+        peer_timeout: float | None = None,
         threads: int | None = None,
     ) -> None:
         given: dict[str, Any] = {
@@ -249,6 +253,7 @@ class CachePlugin(WorkerPlugin):
             "promote_above": promote_above,
             "fetch_timeout": fetch_timeout,
             "lock_timeout": lock_timeout,
+            "peer_timeout": peer_timeout,
             "threads": threads,
         }
         given = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
@@ -311,7 +316,7 @@ class CachePlugin(WorkerPlugin):
         gauge = Gauge(directory, f"dask {worker.scheduler.address}")
         latest = gauge.read()
         asks = chosen.get("peers", "off") == "on" and bool(latest.node)
-        neighbours = Neighbours(worker, directory, latest.node, latest.bound) if asks else None
+        neighbours = Neighbours(worker, directory, latest, applied["peer_timeout"]) if asks else None
         setup = _Setup(place, applied, gauge, chosen.get("remove_on_close", False), neighbours)
         metering.remember(directory)
         self._setups[worker.id] = setup
