@@ -540,6 +540,8 @@ class Neighbours:
         if values is None:
             return told
         more = {"sizes": list(map(len, values)), "crc": answer.crc, "validator": answer.given.validator}
+        if at + _PIECE >= len(answer.data):
+            self._answers.drop(asked)
         piece = to_serialize(answer.data[at : at + _PIECE])  # type: ignore[no-untyped-call]
         return told | more | {"data": piece}
 
