@@ -876,6 +876,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("upstream", "curl", ValueError, '"obstore"'),
     ("fetch_timeout", 0, ValueError, "above 0"),
     ("lock_timeout", "5 s", TypeError, "above 0"),
+    ("peer_timeout", 0, ValueError, "above 0"),
     ("threads", 0, ValueError, "1 or more"),
     ("remove_on_close", "yes", TypeError, "True or False"),
 ]

@@ -149,7 +149,6 @@ CONFIGURED = [
     *cases("min_free", BAD_RESERVES, MIN_FREE),
     *cases("fetch_timeout", BAD_DURATIONS, SECONDS),
     *cases("lock_timeout", BAD_DURATIONS, SECONDS),
-    *cases("peer_timeout", BAD_DURATIONS, SECONDS),
     *cases("directory", [(7, TypeError), (["a"], TypeError), (True, TypeError)], "a path"),
 ]
 
