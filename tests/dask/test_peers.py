@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import dask.array as da
 import numpy as np
 import pytest
 import zarr
@@ -18,6 +19,7 @@ from clusters import metrics, nodes, pids, total
 from distributed import Client
 from distributed.security import Security
 from processes import Dataset, Far, until
+from servers import S3Server, s3_server, words
 from zarr.storage import LocalStore
 
 import xzcache
@@ -305,3 +307,150 @@ def test_off_unless_it_is_asked_for(tmp_path: Path) -> None:
         until(lambda: known(client) == {1})
         client.register_plugin(xzcache.CachePlugin(peers="off"))
         assert known(client) == {None}
+
+
+# -- a source with validators: byte ranges, and secrets
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, S3Server]]:
+    """Two nodes, and a server that is far away."""
+    folder = tmp_path_factory.mktemp("remote")
+    (folder / "s3" / "bucket").mkdir(parents=True)
+    with s3_server(folder / "s3", latency=0.25) as s3, nodes(folder, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        until(lambda: all(seen["peers"] == 1 for seen in metrics(client).values()))
+        yield client, s3
+
+
+def _shards(s3: S3Server, name: str, values: Any) -> Any:
+    """A sharded array on the server, opened through the cache."""
+    where = f"s3://bucket/{name}"
+    source = xzcache.CacheStore(where, storage_options=words(s3))._store
+    array = zarr.create_array(source, shape=values.shape, chunks=(64,), shards=(256,), dtype="f8", compressors=None)
+    array[:] = values
+    store = xzcache.CacheStore(where, storage_options=words(s3), read_only=True)
+    return zarr.open_array(store, mode="r", zarr_format=3)
+
+
+def _some(array: Any) -> Any:
+    """Chunks here and there: byte ranges of each shard."""
+    return np.concatenate([array[start : start + 64] for start in range(0, array.shape[0], 128)])
+
+
+def test_byte_ranges_of_shards(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    values = np.random.default_rng(1).random(4096)
+    array = _shards(s3, "shards.zarr", values)
+    expected = _some(values)
+    s3.reset()
+    first, second = sorted(client.nthreads())
+
+    def read(worker: str) -> Any:
+        return client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+
+    np.testing.assert_array_equal(read(first), expected)
+    cold = s3.counts().only("GET", "*/c/*")
+    given = total(metrics(client), "peer_hits")
+    np.testing.assert_array_equal(read(second), expected)
+    assert s3.counts().only("GET", "*/c/*").requests == cold.requests
+    assert total(metrics(client), "peer_hits") > given
+    # as many bytes as one node alone fetches: an index and two chunks of each shard
+    assert cold.bytes <= 16 * (2 * 64 * 8 + 2 * (4 * 16 + 4))
+
+
+def test_a_shard_that_was_replaced_is_never_mixed(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    first, second = sorted(client.nthreads())
+    values = np.random.default_rng(2).random(1024)
+    array = _shards(s3, "replaced.zarr", values)
+    for worker in (first, second):
+        client.submit(_index, array, workers=[worker], pure=False).result(timeout=60)
+    # by another program, unseen
+    _shards(s3, "replaced.zarr", values + 1)
+    for worker in (second, first):
+        try:
+            found = client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+        except OSError:
+            # as with one node: the object is not the one that the index belongs to
+            continue
+        assert np.array_equal(found, _some(values)) or np.array_equal(found, _some(values + 1))
+    for worker in (first, second):
+        found = client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+        for start in range(0, len(found), 128):
+            # chunks of one shard are of one state
+            shard = found[start : start + 128]
+            old = _some(values)[start : start + 128]
+            assert np.array_equal(shard, old) or np.array_equal(shard, old + 1)
+
+
+def _index(array: Any) -> Any:
+    return array[::256]
+
+
+def test_a_chunk_that_one_node_has_found_rewritten_is_given_by_none(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    first, second = sorted(client.nthreads())
+    where = "s3://bucket/rewritten.zarr"
+    source = xzcache.CacheStore(where, storage_options=words(s3))._store
+    outside = zarr.create_array(source, shape=(64,), chunks=(8,), dtype="f8", compressors=None)
+    outside[:] = np.arange(64.0)
+
+    def opened(**options: Any) -> Any:
+        store = xzcache.CacheStore(where, storage_options=words(s3), read_only=True, **options)
+        return zarr.open_array(store, mode="r", zarr_format=3)
+
+    def read(worker: str, array: Any) -> Any:
+        return client.submit(_read, array, workers=[worker], pure=False).result(timeout=60)
+
+    array, watchful = opened(), opened(revalidate=True)
+    # each of them has its own chunks, and the first has all of them
+    for worker in (first, first, second):
+        read(worker, array)
+    read(first, array)
+    outside[:] = -np.arange(64.0)
+    np.testing.assert_array_equal(read(first, watchful), -np.arange(64.0))
+    each_node(client, xzcache.clear, nodes=first)
+    # what the second node has of its own is not given away as it was
+    np.testing.assert_array_equal(read(first, array), -np.arange(64.0))
+
+
+# -- many at once
+
+
+def test_nodes_that_ask_each_other_at_the_same_time(tmp_path: Path) -> None:
+    """Two workers with several threads a node, which read the same chunks in different orders, and cross each other."""
+    with nodes(tmp_path, 2, per_node=2, nthreads=4) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        cluster = Cluster(client, tmp_path, 2)
+        array = cluster.array()
+        results = [cluster.run(worker, _read_by, array, seed) for worker in cluster.workers for seed in range(4)]
+        for result in results:
+            np.testing.assert_array_equal(result.result(timeout=120), cluster.dataset.values)
+        assert cluster.requests() == [1] * cluster.dataset.chunks
+
+
+def _read_by(array: Any, seed: int) -> Any:
+    """Chunk by chunk, in an order of its own."""
+    found = np.empty(array.shape)
+    for number in np.random.default_rng(seed).permutation(array.nchunks):
+        i, j = divmod(int(number), array.cdata_shape[1])
+        part = (slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8))
+        found[part] = array[part]
+    return found
+
+
+def test_with_affinity_the_source_is_asked_once_whatever_is_computed(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30, affinity="auto"))
+        cluster = Cluster(client, tmp_path, 3)
+        array = cluster.array()
+        lazy = da.from_array(array, chunks=array.chunks)
+        values = cluster.dataset.values
+        assert lazy.sum().compute() == values.sum()
+        np.testing.assert_allclose(lazy.std().compute(), values.std())
+        shifted = (lazy[1:] - lazy[:-1]).max().compute()
+        assert shifted == (values[1:] - values[:-1]).max()
+        # Dask's chunks are not those of the source
+        assert lazy.rechunk((16, 24)).min().compute() == 0
+        assert cluster.requests() == [1] * cluster.dataset.chunks

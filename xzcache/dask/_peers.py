@@ -44,8 +44,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from xzcache import _threads as pool
+from xzcache._fork import renew_after_fork
 from xzcache.dask._affinity import Nodes
-from xzcache.model import END, Given, Span, arrays_of, is_chunk, is_document, report_bug
+from xzcache.model import END, Given, Span, array_documents, arrays_of, is_chunk, is_document, report_bug
 from xzcache.reading import ForPeers, contents, peers, process
 from xzcache.store import CacheStore
 
@@ -232,6 +233,7 @@ class Neighbours:
         self._silences: dict[str, _Silence] = {}
         """For the addresses that did not answer the last question."""
         self._seen: _Latest[str, bool] = _Latest(_REMEMBERED)
+        self._known: _Latest[tuple[bytes, str], bool] = _Latest(_REMEMBERED)
         self._pickles: _Latest[int, _Pickle] = _Latest(_STORES)
         self._stores: _Latest[str, asyncio.Future[CacheStore | None]] = _Latest(_STORES)
         self._fresh: _Latest[tuple[str, Since], bool] = _Latest(_REMEMBERED)
@@ -242,6 +244,7 @@ class Neighbours:
         self._endings: dict[str, asyncio.Task[None]] = {}
         self._thread = threading.get_ident()
         self._greetings: set[asyncio.Future[None]] = set()
+        renew_after_fork(self)
 
     # -- on the worker's event loop: what the scheduler tells
 
@@ -256,14 +259,26 @@ class Neighbours:
         self._beats = asyncio.create_task(self._beat())
         peers.append(self)
 
+    async def leave(self) -> None:
+        """End with it, and have the scheduler tell the others not to ask this worker any more."""
+        self.stop()
+        with suppress(Exception):
+            await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
+
+    def after_fork_in_child(self) -> None:
+        """Ask no other node in a child, which has no event loop of the worker."""
+        peers.clear()
+
     def stop(self) -> None:
         """End with it; questions under way are answered by the source."""
         with suppress(ValueError):
             peers.remove(self)
         with suppress(ValueError):
             self._directory.writes.listeners.remove(self._learn)
-        for name in ("xzcache_ask", "xzcache_look"):
-            self._worker.handlers.pop(name, None)
+        for name, handler in (("xzcache_ask", self._answer), ("xzcache_look", self._look)):
+            # a plugin under another name may have taken its place
+            if self._worker.handlers.get(name) == handler:
+                del self._worker.handlers[name]
         if self._beats is not None:
             self._beats.cancel()
 
@@ -342,6 +357,9 @@ class Neighbours:
         if backend.cache_id is not self._directory or not self._is_told or not is_chunk(key):
             return None
         if not isinstance(store, CacheStore) or not store.source.lasting or store.source.fickle:
+            return None
+        if not store.source.immutable and not self._has_seen(store, key):
+            # a chunk must be of the array that the reader knows
             return None
         if self._stale and any(self._stale.get(path, ()) is None for path in _paths_above(backend.prefix + key)):
             return None
@@ -445,6 +463,18 @@ class Neighbours:
             # the connection may still be opened, for the next question
             answered.cancel()
         return told if isinstance(told, dict) and "status" in told else None
+
+    def _has_seen(self, store: CacheStore, key: str) -> bool:
+        """Whether a store has seen a document by which the owner can tell the state of a chunk's array."""
+        seen = store._reads.freshness.seen()
+        paths = arrays_of(key)
+        known = self._known.get((seen.packed, paths[0]))
+        if known is None:
+            above = {path[:end] for path in paths for end in range(len(path) + 1) if end == 0 or path[end:][:1] in "/"}
+            documents = (document for path in above for document in array_documents(path))
+            known = seen.more or any(seen.state(document) is not None for document in documents)
+            self._known.put((seen.packed, paths[0]), known)
+        return known and store.revalidate is not False
 
     async def _pickled(self, store: CacheStore) -> _Pickle:
         seen = store._reads.freshness.seen().packed
@@ -590,10 +620,10 @@ class Neighbours:
 
     async def begin_write(self, backend: Backend, keys: Sequence[str], beneath: str | None = None) -> Any:
         """Tell all nodes that paths are being written, unless they know it."""
-        if backend.cache_id is not self._directory:
-            return ()
         names = [*keys, *([beneath] if beneath is not None and beneath not in keys else [])]
-        paths = {path for name in names for path in _paths_of(backend.prefix + name, is_prefix=name not in keys)}
+        paths = {
+            path for name in names for path in _paths_of(f"{backend.namespace}/{name}", is_prefix=name not in keys)
+        }
         if paths:
             for path in paths:
                 with self._mutex:
@@ -649,7 +679,7 @@ class Neighbours:
     def _learn(self, names: Sequence[str], state: bytes = b"") -> None:
         """Tell all nodes what this process has found to be stale; in a thread, which waits for a moment only."""
         try:
-            paths = {path for name in names for path in _paths_of(name.rstrip("/"), is_prefix=name.endswith("/"))}
+            paths = {path for name in names for path in _paths_of(name, is_prefix=name.endswith("/"))}
             told = [_start(partial(self._tell, path, is_written=None, state=state), self._loop) for path in paths]
             deadline = time.monotonic() + self._timeout
             for each in told if threading.get_ident() != self._thread else ():
@@ -696,6 +726,7 @@ def _unpickled(pickled: bytes) -> CacheStore | None:
         return None
     reading = store._reads.reading
     reading.asks_peers, reading.stats = False, ForPeers(process)
+    reading.backend.count(reading.stats)
     return store
 
 
@@ -747,7 +778,7 @@ def _number(block: str) -> int:
 def _paths_of(full: str, *, is_prefix: bool) -> list[str]:
     """The paths beneath which entries are stale once a key, or all beneath a prefix, was written."""
     if is_prefix:
-        return [full]
+        return [full.rstrip("/")]
     namespace, _, key = full.partition("/")
     if is_document(key):
         # what is stored under another state of a document is compared by its reader

@@ -365,6 +365,8 @@ class CachePlugin(WorkerPlugin):
         """Leave the worker's process as it was."""
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if (setup := self._setups.pop(worker.id, None)) is not None:
+            if setup.peers is not None and not leaving:
+                await setup.peers.leave()
             self._tear_down(setup, worker, leaving=leaving)
         if leaving:
             _preloaded.pop(worker.id, None)

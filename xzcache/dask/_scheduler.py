@@ -131,10 +131,8 @@ class ClusterPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Forget a worker that has left."""
         self._nodes.remove(worker)
-        if (member := self._members.get(worker)) is not None:
-            # it may still ask others, until its lease ends
-            member.has_left = True
-            self._members_changed()
+        if worker in self._members:
+            self._leaves(worker)
             # its last write may still be on the way to the source
             written = [path for path, each in self._stale.items() if worker in each.writers]
             for path in written:
@@ -143,6 +141,12 @@ class ClusterPlugin(SchedulerPlugin):
             workers.pop(worker, None)
 
     # -- peers
+
+    def _leaves(self, worker: str) -> None:
+        if (member := self._members.get(worker)) is not None:
+            # it may still ask others, until its lease ends
+            member.has_left = True
+            self._members_changed()
 
     def _members_changed(self) -> None:
         over = time.monotonic() - LEASE
@@ -154,6 +158,9 @@ class ClusterPlugin(SchedulerPlugin):
         """The nodes that may be asked, and what is stale, as far as they have changed since the version `known`."""
         assert self._scheduler is not None
         member = self._members.get(worker)
+        if not node:
+            self._leaves(worker)
+            return {"version": self._version, "nodes": None, "stale": []}
         if member is None or member.has_left or (member.node, member.bound) != (node, bound):
             member = self._members[worker] = _Member(node, bound)
             member.has_left = worker not in self._scheduler.workers
