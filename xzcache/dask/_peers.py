@@ -27,7 +27,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
@@ -83,6 +83,8 @@ _SOME: Final = 16
 """The latest answers that tell whether it is worth to ask."""
 _FEW: Final = 64
 """Up to so many workers are connected to in advance."""
+_MOMENT: Final = 0.1
+"""Seconds for which a read waits until all nodes know what it has found to be stale."""
 _KEPT: Final = 1.0
 """Seconds for which an answer is kept."""
 _STORES: Final = 256
@@ -312,7 +314,8 @@ class Neighbours:
             if is_written:
                 self._stale[path] = None
             else:
-                await pool.run(self._directory.writes.distrust, path)
+                # the threads of this package may be waiting for this very answer
+                await asyncio.to_thread(self._directory.writes.distrust, path)
                 self._stale[path] = Since(time.time(), time.monotonic())
         if told["nodes"] is not None:
             nodes = Nodes()
@@ -625,10 +628,7 @@ class Neighbours:
             path for name in names for path in _paths_of(f"{backend.namespace}/{name}", is_prefix=name not in keys)
         }
         if paths:
-            for path in paths:
-                with self._mutex:
-                    count, ended = self._writing.get(path, (0, 0.0))
-                    self._writing[path] = count + 1, ended
+            self._note_writes(paths, 1)
             try:
                 telling = asyncio.wrap_future(_start(lambda: self._tell_written(paths), self._loop))
                 await asyncio.wait([telling], timeout=2 * LEASE)
@@ -641,10 +641,7 @@ class Neighbours:
 
     def end_write(self, begun: Any) -> None:
         """Record that a write has ended."""
-        for path in begun:
-            with self._mutex:
-                count, _ = self._writing.get(path, (1, 0.0))
-                self._writing[path] = count - 1, time.monotonic()
+        self._note_writes(begun, -1)
 
     async def _tell_written(self, paths: set[str]) -> None:
         for path in paths - self._tellings.keys():
@@ -678,15 +675,24 @@ class Neighbours:
 
     def _learn(self, names: Sequence[str], state: bytes = b"") -> None:
         """Tell all nodes what this process has found to be stale; in a thread, which waits for a moment only."""
-        try:
-            paths = {path for name in names for path in _paths_of(name, is_prefix=name.endswith("/"))}
-            told = [_start(partial(self._tell, path, is_written=None, state=state), self._loop) for path in paths]
-            deadline = time.monotonic() + self._timeout
+        with suppress(RuntimeError):
+            # chunks are often found one after the other: as if they were being written, so that it is told once
+            written = {path for name in names if not name.endswith("/") for path in _paths_of(name, is_prefix=False)}
+            self._note_writes(written, 0)
+            stale = [name.rstrip("/") for name in names if name.endswith("/")]
+            told = [_start(partial(self._tell, path, is_written=None, state=state), self._loop) for path in stale]
+            told += [_start(partial(self._tell_written, written), self._loop)] if written else []
+            deadline = time.monotonic() + _MOMENT
             for each in told if threading.get_ident() != self._thread else ():
                 with suppress(Exception):
                     each.result(max(0.0, deadline - time.monotonic()))
-        except Exception as error:
-            logger.warning("the other nodes may not know what is stale: %s", error)
+
+    def _note_writes(self, paths: Collection[str], more: int) -> None:
+        """Note that writes begin (1) or end (-1), or that there may have been some (0)."""
+        with self._mutex:
+            for path in paths:
+                count, _ = self._writing.get(path, (0, 0.0))
+                self._writing[path] = max(0, count + more), time.monotonic()
 
     async def _tell(self, path: str, *, is_written: bool | None, state: bytes = b"") -> None:
         """Have the scheduler tell all nodes that a path is being written, that its writes have ended, or is stale."""

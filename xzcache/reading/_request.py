@@ -284,8 +284,8 @@ class Reading:
             if not is_whole and given.values is not None:
                 # parts of another state may be newer than what the other node has
                 others = (self.backend.parts(key).states | states) - {given.validator}
-                sizes = [(stop - start, len(value)) for (start, stop), value in zip(spans, given.values, strict=True)]
-                is_exact = all(size == length for size, length in sizes if size >= 0)
+                pairs = zip(spans, given.values, strict=True)
+                is_exact = all(stop == END or len(value) == stop - start for (start, stop), value in pairs)
                 if others or not is_exact or not is_from_source(given.validator):
                     self.stats.peer_miss()
                     return None
