@@ -78,6 +78,14 @@ class Lab:
         if mode != "none":
             settings: dict[str, Any] = SETTINGS[mode]
             self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, **settings))
+            # until the nodes know each other
+            while settings["peers"] == "on" and not all(self._known(nodes)):
+                time.sleep(0.1)
+
+    def _known(self, nodes: int) -> list[bool]:
+        """For each worker, whether it knows all other nodes."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return [worker["metrics"].get("xzcache_peers") == nodes - 1 for worker in workers]
 
     def _worker(self, node: int) -> dict[str, Any]:
         env = {"XZCACHE_DIRECTORY": str(self._folder / f"node{node}"), "OMP_NUM_THREADS": "1"}
@@ -180,9 +188,10 @@ def measure_hits(server: S3Server, storage: dict[str, Any]) -> list[list[str]]:
     rows = []
     with lab(server, 2, "peers") as found:
         first, second = sorted(found.client.nthreads())
-        time.sleep(2)
         for name in ("64K", "1M"):
             source = xzcache.CacheStore(f"s3://bucket/{name}.zarr", storage_options=storage, read_only=True)
+            # a node asks for the chunks of arrays whose documents it has seen
+            zarr.open_array(source, mode="r", zarr_format=3)
             keys = [f"c/{number}" for number in range(CHUNKS)]
             options = {"pure": False}
             cold = found.client.submit(time_of_a_read, source, keys, workers=[first], **options).result()
