@@ -43,7 +43,7 @@ class Cluster:
     def __init__(self, client: Client, folder: Path, count: int = NODES) -> None:
         self.client = client
         self.folder = folder
-        self.dataset = Dataset(folder, side=8, chunk=8)
+        self.dataset = Dataset(folder, side=6, chunk=8)
         until(lambda: all(seen["peers"] == count - 1 for seen in metrics(client).values()))
         self.workers = sorted(client.nthreads())
 
@@ -317,7 +317,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, S
     """Two nodes, and a server that is far away."""
     folder = tmp_path_factory.mktemp("remote")
     (folder / "s3" / "bucket").mkdir(parents=True)
-    with s3_server(folder / "s3", latency=0.25) as s3, nodes(folder, 2) as client, xzcache.config.set(directory=None):
+    with s3_server(folder / "s3", latency=0.5) as s3, nodes(folder, 2) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
         until(lambda: all(seen["peers"] == 1 for seen in metrics(client).values()))
         yield client, s3

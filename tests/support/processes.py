@@ -295,7 +295,7 @@ class Far(Source):
 
     async def get(self, key: str, *args: Any, **kwargs: Any) -> Buffer | None:
         if Request(0, 0, key).is_chunk:
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(1.0)
         return await super().get(key, *args, **kwargs)
 
 

@@ -244,6 +244,7 @@ class Neighbours:
         """For a path that this process writes: the number of writes under way, and when the last one ended."""
         self._tellings: dict[str, asyncio.Task[None]] = {}
         self._endings: dict[str, asyncio.Task[None]] = {}
+        self._looking = asyncio.Lock()
         self._thread = threading.get_ident()
         self._greetings: set[asyncio.Future[None]] = set()
         renew_after_fork(self)
@@ -268,8 +269,11 @@ class Neighbours:
             await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
 
     def after_fork_in_child(self) -> None:
-        """Ask no other node in a child, which has no event loop of the worker."""
+        """Ask and tell no other node in a child, which has no event loop of the worker."""
+        self._mutex = threading.Lock()
         peers.clear()
+        with suppress(ValueError):
+            self._directory.writes.listeners.remove(self._learn)
 
     def stop(self) -> None:
         """End with it; questions under way are answered by the source."""
@@ -306,33 +310,48 @@ class Neighbours:
 
     async def _look(self) -> int:
         """Ask the scheduler what has changed; returns up to where this node knows it."""
-        sent = time.monotonic()
-        told = await self._worker.scheduler.xzcache_peers(
-            worker=self._worker.address, node=self._node, bound=self._bound, known=self._version
-        )
-        for path, is_written in told["stale"]:
-            if is_written:
-                self._stale[path] = None
-            else:
-                # the threads of this package may be waiting for this very answer
-                await asyncio.to_thread(self._directory.writes.distrust, path)
-                self._stale[path] = Since(time.time(), time.monotonic())
-        if told["nodes"] is not None:
-            nodes = Nodes()
-            for address, (node, bound) in told["nodes"].items():
-                nodes.add(address, node, bound)
-            self._nodes = nodes
-            if len(told["nodes"]) <= _FEW:
-                # it takes a moment to connect, which the first question would wait for
-                self._greetings = {
-                    asyncio.ensure_future(self._greet(address))
-                    for address, (node, _) in told["nodes"].items()
-                    if node != self._node
-                }
-        # a later look may have ended before this one
-        self._version = max(self._version, told["version"])
-        self._heard = max(self._heard, sent)
-        return self._version
+        # one after the other: what was told first must not be applied last
+        async with self._looking:
+            sent = time.monotonic()
+            ask = self._worker.scheduler.xzcache_peers(
+                worker=self._worker.address, node=self._node, bound=self._bound, known=self._version
+            )
+            told = await asyncio.wait_for(ask, LEASE)
+            if told["cluster"] != (self._cluster or told["cluster"]):
+                raise RuntimeError("another scheduler does not know what the nodes have learned")
+            stale = dict(self._stale)
+            if any(path == "" for path, _ in told["stale"]):
+                # it covers all that was told before, and whatever is being written is told with it
+                stale.clear()
+            for path, is_written in told["stale"]:
+                stale[path] = None if is_written else await self._distrusted(path)
+            self._stale = stale
+            if told["nodes"] is not None:
+                self._see(told["nodes"])
+            self._cluster, self._version, self._heard = told["cluster"], told["version"], sent
+            return self._version
+
+    async def _distrusted(self, path: str) -> Since | None:
+        """Store nothing that was requested before now; None if that fails."""
+        try:
+            # in a thread of the worker's: those of this package may be waiting for this very answer
+            await asyncio.to_thread(self._directory.writes.distrust, path)
+        except Exception as error:
+            logger.debug("nothing beneath %s is given to other nodes: %s", path, error)
+            return None
+        return Since(time.time(), time.monotonic())
+
+    def _see(self, members: dict[str, tuple[str, int | None]]) -> None:
+        """Note which nodes there are."""
+        nodes = Nodes()
+        for address, (node, bound) in members.items():
+            nodes.add(address, node, bound)
+        self._nodes = nodes
+        self._silences = {address: silence for address, silence in self._silences.items() if address in members}
+        if len(members) <= _FEW:
+            # it takes a moment to connect, which the first question would wait for
+            others = [address for address, (node, _) in members.items() if node != self._node]
+            self._greetings = {asyncio.ensure_future(self._greet(address)) for address in others}
 
     async def _greet(self, address: str) -> None:
         with suppress(Exception):
@@ -397,7 +416,7 @@ class Neighbours:
         }
         began = time.perf_counter()
         pieces: list[memoryview] = []
-        size, crc, fetching = 0, None, 0.0
+        size, crc, fetching, is_sent = 0, None, 0.0, False
         while True:
             asked = time.monotonic()
             told = await self._send(address, question | {"at": size})
@@ -406,16 +425,12 @@ class Neighbours:
                 self._is_slow(address, asked)
                 return None
             status = told["status"]
-            if status == "unknown" and "pickled" not in question:
+            if status == "unknown" and not is_sent:
                 question["pickled"] = known.pickled
+                is_sent = True
                 continue
             question.pop("pickled", None)
-            if status == "fetching":
-                usual = pace.usual or told["usual"] or _LONGEST
-                if time.perf_counter() - began > usual + self._timeout:
-                    pace.peer_took(time.perf_counter() - began)
-                    return None
-            elif status == "given" and told["key"] == key:
+            if status == "given" and told["key"] == key:
                 if told["missing"]:
                     return Given(None)
                 if crc is not None and crc != told["crc"]:
@@ -426,11 +441,15 @@ class Neighbours:
                 size += len(piece)
                 if size >= sum(told["sizes"]) or not len(piece):
                     break
-            else:
+            elif status != "fetching":
                 if status == "elsewhere":
                     # it may have been changed since it was looked at
                     with self._mutex:
                         self._pickles.drop(id(store))
+                return None
+            usual = pace.usual or told.get("usual") or _LONGEST
+            if (elapsed := time.perf_counter() - began) > usual + self._timeout:
+                pace.peer_took(elapsed)
                 return None
         self._silences.pop(address, None)
         pace.peer_took(time.perf_counter() - began - fetching)
@@ -630,10 +649,11 @@ class Neighbours:
         if paths:
             self._note_writes(paths, 1)
             try:
-                telling = asyncio.wrap_future(_start(lambda: self._tell_written(paths), self._loop))
+                telling = asyncio.wrap_future(_start(partial(self._tell_written, paths), self._loop))
                 await asyncio.wait([telling], timeout=2 * LEASE)
                 if not telling.done() or telling.exception() is not None:
                     logger.warning("the other nodes may not know that %s is being written", ", ".join(sorted(paths)))
+                telling.cancel()
             except BaseException:
                 self.end_write(paths)
                 raise
@@ -666,11 +686,12 @@ class Neighbours:
             over = [path for path, (count, ended) in self._writing.items() if not count and now - ended > _QUIET]
             for path in over:
                 del self._writing[path]
+        # without a wait in between: a write that begins from here on is told anew, and after this
         for path in over:
-            # a write that begins from here on is told anew
             self._tellings.pop(path, None)
-            ending = self._endings[path] = asyncio.create_task(self._tell(path, is_written=False))
-            await asyncio.wait([ending])
+            self._endings[path] = asyncio.create_task(self._tell(path, is_written=False))
+        for path in over:
+            await asyncio.wait([self._endings[path]])
             del self._endings[path]
 
     def _learn(self, names: Sequence[str], state: bytes = b"") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from typing import Any, Final
 
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -16,6 +17,7 @@ from xzcache.dask._peers import LEASE
 logger = logging.getLogger("xzcache.dask")
 
 
+_MOST_STALE: Final = 10_000
 _SOON: Final = 1.0
 """Seconds to wait for a node before it is asked again."""
 _LATE: Final = 60.0
@@ -67,6 +69,7 @@ class ClusterPlugin(SchedulerPlugin):
         self._members: dict[str, _Member] = {}
         self._stale: dict[str, _Stale] = {}
         self._version = self._changed = 0
+        self._id = uuid.uuid4().hex
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -160,15 +163,22 @@ class ClusterPlugin(SchedulerPlugin):
         member = self._members.get(worker)
         if not node:
             self._leaves(worker)
-            return {"version": self._version, "nodes": None, "stale": []}
+            return {}
         if member is None or member.has_left or (member.node, member.bound) != (node, bound):
             member = self._members[worker] = _Member(node, bound)
             member.has_left = worker not in self._scheduler.workers
             self._members_changed()
         member.heard, member.known = time.monotonic(), known
         nodes = {address: (each.node, each.bound) for address, each in self._members.items() if not each.has_left}
-        stale = [(path, bool(each.writers)) for path, each in self._stale.items() if each.version > known]
-        return {"version": self._version, "nodes": nodes if self._changed > known else None, "stale": stale}
+        # what makes all stale is told with whatever is being written
+        oldest = -1 if "" in self._stale and self._stale[""].version > known else known
+        stale = [(path, bool(each.writers)) for path, each in self._stale.items() if each.version > oldest]
+        return {
+            "cluster": self._id,
+            "version": self._version,
+            "nodes": nodes if self._changed > known else None,
+            "stale": stale,
+        }
 
     async def _mark_stale(self, worker: str, path: str, is_written: bool | None, state: str = "") -> None:
         """Note that what nodes have beneath a path is stale, and that a worker writes there or has ended to.
@@ -181,6 +191,7 @@ class ClusterPlugin(SchedulerPlugin):
             await self._agreed(found.version)
             return
         if found is None:
+            self._forget()
             found = self._stale[path] = _Stale()
         was_written = bool(found.writers)
         if is_written:
@@ -193,9 +204,17 @@ class ClusterPlugin(SchedulerPlugin):
             found.version, found.state = self._version, state
         await self._agreed(found.version)
 
+    def _forget(self) -> None:
+        """Replace what is stale by all, once it is too much to remember."""
+        if len(self._stale) >= _MOST_STALE:
+            self._stale = {path: each for path, each in self._stale.items() if each.writers}
+            self._version += 1
+            everything = self._stale[""] = _Stale()
+            everything.version = self._version
+
     def _end_writes(self, path: str, worker: str) -> None:
-        found = self._stale[path]
-        if worker in found.writers:
+        found = self._stale.get(path)
+        if found is not None and worker in found.writers:
             found.writers.discard(worker)
             if not found.writers:
                 self._version += 1

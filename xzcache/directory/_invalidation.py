@@ -583,7 +583,10 @@ class Writes:
     def distrust(self, prefix: str) -> None:
         """Store no result of a fetch of data beneath a prefix that is under way, because it may be stale already."""
         with self._session.section() as (process, _):
-            process.writes.increment(data_counter(prefix))
+            if prefix:
+                process.writes.increment(data_counter(prefix))
+            else:
+                process.writes.lose()
 
     def _tell(self, names: Sequence[str], state: bytes = b"") -> None:
         for listener in self.listeners:
