@@ -221,6 +221,22 @@ def test_what_one_node_has_written_no_node_gives_as_it_was(small: Cluster) -> No
     assert small.counts()["peer_hits"] == before + 1
 
 
+def test_a_node_that_could_not_be_told_of_a_write_is_silent(small: Cluster) -> None:
+    small.client.register_plugin(plugin(peer_timeout=0.1))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    key = next(iter(owned(small, owner)))
+    writer, reader = [worker for worker in small.workers if worker != owner]
+    array, pid = small.array(), pids(small.client)[owner]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # for as long as the node might still answer others, and no longer
+        small.run(writer, _write, small.store(read_only=False), [key]).result(timeout=60)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    np.testing.assert_array_equal(small.run(reader, _chunk, array, key).result(timeout=60), np.full((8, 8), -1.0))
+
+
 def test_a_changed_document_that_one_node_has_seen_bars_what_others_had(small: Cluster) -> None:
     (owner,) = [worker for worker in small.workers if "c/0/0" in owned(small, worker)]
     other, reader = [worker for worker in small.workers if worker != owner]
