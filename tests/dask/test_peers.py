@@ -337,6 +337,23 @@ def test_off_unless_it_is_asked_for(tmp_path: Path) -> None:
         assert known(client) == {None}
 
 
+def test_what_another_node_gave_is_as_old_as_it_was_there(small: Cluster) -> None:
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    (reader, *_) = [worker for worker in small.workers if worker != owner]
+    keys, array = owned(small, owner), small.array()
+    an_hour_ago = time.time() - 3600
+    for path in keys.values():
+        os.utime(path, (an_hour_ago, an_hour_ago))
+    # often enough to be stored here as well
+    for _ in range(3):
+        small.read(reader, array).result(timeout=60)
+    assert keys.keys() <= owned(small, reader).keys()
+    small.requests()
+    limited = zarr.open_array(small.store(max_age_seconds=1800), mode="r", zarr_format=3)
+    np.testing.assert_array_equal(small.read(reader, limited).result(timeout=60), small.dataset.values)
+    assert small.requests() == [1] * len(keys)
+
+
 # -- a source with validators: byte ranges, and secrets
 
 

@@ -212,6 +212,8 @@ class _Answer(NamedTuple):
     given: Given | None
     data: memoryview = memoryview(b"")
     crc: int = 0
+    at: float = 0.0
+    """When it was read, by `time.monotonic`."""
     fetching: float = 0.0
     """The seconds that the request to the source took; 0 for what was cached."""
 
@@ -463,7 +465,7 @@ class Neighbours:
             self._seen.put(full, True)
         ends = list(accumulate(told["sizes"]))
         values = tuple(data[end - length : end] for end, length in zip(ends, told["sizes"], strict=True))
-        return Given(values, told["validator"], is_known) if len(values) == len(spans) else None
+        return Given(values, told["validator"], told["age"], is_known) if len(values) == len(spans) else None
 
     async def _send(self, address: str, question: dict[str, Any]) -> dict[str, Any] | None:
         """One question and its answer; None without an answer in time."""
@@ -592,6 +594,7 @@ class Neighbours:
         if values is None:
             return told
         more = {"sizes": list(map(len, values)), "crc": answer.crc, "validator": answer.given.validator}
+        more["age"] = answer.given.age + time.monotonic() - answer.at
         if at + _PIECE >= len(answer.data):
             self._answers.drop(asked)
         piece = to_serialize(answer.data[at : at + _PIECE])  # type: ignore[no-untyped-call]
@@ -612,16 +615,16 @@ class Neighbours:
                 return _Answer(None)
             await directory.to_completion(directory.writes.invalidate, full, None, is_news=False)
             self._fresh.put((full, since), True)
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.monotonic()
         given = await reads.give(key, spans, None)
         fetching = 0.0
         if given is None and owns:
             given = await reads.give(key, spans, partial(_fetched, store, key, spans))
             fetching = time.perf_counter() - began
         if given is None or given.values is None:
-            return _Answer(given, memoryview(b""), 0, fetching)
+            return _Answer(given, fetching=fetching)
         data = given.values[0] if len(given.values) == 1 else memoryview(b"".join(given.values))
-        return _Answer(given, data, _crc_of(data), fetching)
+        return _Answer(given, data, _crc_of(data), at, fetching)
 
     def _is_fresh(self, full: str, since: Since, reads: ReadThrough) -> bool:
         if self._fresh.get((full, since)) is not None:
@@ -768,7 +771,7 @@ async def _fetched(store: CacheStore, key: str, spans: tuple[Span, ...]) -> Give
             found.update(group)
         read = [found[number] for number in range(len(spans))]
     values = tuple(contents(value) for value in read if value is not None)
-    return Given(values if len(values) == len(read) else None)
+    return Given(values if len(values) == len(read) else None, age=0.0)
 
 
 def _request_of(span: Span) -> ByteRequest | None:

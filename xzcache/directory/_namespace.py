@@ -198,14 +198,21 @@ class SharedBackend:
         return None if directory.health.is_aside else directory.fetch_locks.write_version(f"{self.prefix}{key}")
 
     async def publish(
-        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+        self,
+        entry: Entry,
+        data: Data | None,
+        version: Any,
+        validator: str = "",
+        done: Callable[[], None] = nothing,
+        *,
+        age: float = 0.0,
     ) -> None:
         """Store an entry, or its absence, in the background; the last to leave `fetching` waits for it."""
         directory = self.directory
         if version is None or directory.health.is_aside:
             done()
         elif data is not None:
-            directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
+            directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done, age=age))
         else:
             if directory.negative_cache.record_missing(entry.key, version):
                 # one job for all chunks that are recorded until it runs: each alone would cost a transaction

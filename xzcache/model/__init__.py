@@ -7,6 +7,7 @@ This room knows no other room, no file and no network. Its state: the tables of 
 from xzcache.model import metadata
 from xzcache.model.backend import (
     MISSING,
+    UNKNOWN_AGE,
     Absence,
     Array,
     Backend,
@@ -91,6 +92,7 @@ __all__ = [
     "META",
     "MISSING",
     "NEGLIGIBLE",
+    "UNKNOWN_AGE",
     "WHOLE",
     "Absence",
     "Array",

@@ -176,14 +176,22 @@ class Backend(Protocol):
         """The write version of a key, read before its fetch begins; None if nothing can be stored. Never waits."""
 
     async def publish(
-        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+        self,
+        entry: Entry,
+        data: Data | None,
+        version: Any,
+        validator: str = "",
+        done: Callable[[], None] = nothing,
+        *,
+        age: float = 0.0,
     ) -> None:
         """Store an entry, perhaps later; with None for `data`, record that the key is missing at the source.
 
         Nothing is stored if the version is None, if any process has written the key since the version was read or is
         writing it now, or if a part with an incompatible validator is cached. Readers see all of an entry or nothing.
         An absence that was found during a write is forgotten when the write ends. A whole object replaces its pieces.
-        `done` is called exactly once, when other processes can find the entry or it was dropped.
+        `age` is how long ago the source gave the bytes, in seconds. `done` is called exactly once, when other processes
+        can find the entry or it was dropped.
         """
 
     async def stored(self, key: str) -> None:
@@ -228,6 +236,10 @@ class Backend(Protocol):
         return []
 
 
+UNKNOWN_AGE: Final = 3e8
+"""Ten years: whoever limits the age of entries asks the source."""
+
+
 class Given(NamedTuple):
     """Spans of an object, as the cache of another node had them."""
 
@@ -235,6 +247,8 @@ class Given(NamedTuple):
     """None if the object is missing at the source."""
     validator: str = ""
     """The validator of the object; empty if that is unknown, for a whole object only."""
+    age: float = UNKNOWN_AGE
+    """How long ago the source gave or confirmed them, in seconds."""
     is_worth_storing: bool = True
     """Whether this node should store them as well."""
 

@@ -135,15 +135,15 @@ class Leads:
             with suppress(OSError):
                 unlock()
 
-    async def store(self, key: str, pieces: Sequence[Piece], version: Any) -> None:
-        """Store pieces; storing the last piece of a claim releases it."""
+    async def store(self, key: str, pieces: Sequence[Piece], version: Any, age: float = 0.0) -> None:
+        """Store pieces that the source gave some seconds ago; storing the last piece of a claim releases it."""
         for piece in pieces:
             piece.lead.unstored += 1
         try:
             for lead, (first, last), data, validator in pieces:
                 entry = self._reading.entry(key, first, last)
                 assert entry is not None
-                await self._backend.publish(entry, data, version, validator, partial(self._stored, lead))
+                await self._backend.publish(entry, data, version, validator, partial(self._stored, lead), age=age)
         except BaseException:
             for piece in pieces:
                 piece.lead.unstored = 0
@@ -288,6 +288,8 @@ class _Fetch:
         self._force = reading.must_ask(key)
         self._is_whole_stored = False
         self._inexact = False
+        # of what another node gave
+        self._age = 0.0
 
     async def run(self, parts: Parts) -> Found:
         deadline = time.monotonic() + self._reading.timeout
@@ -559,6 +561,7 @@ class _Fetch:
         given = await self._reading.ask_peers(self._key, spans, begun, self._used | self._buffers.keys())
         if given is None or given.values is None:
             return None
+        self._age = max(self._age, given.age)
         make = self._prototype.buffer.from_bytes
         return [sources.FetchResult(make(value), given.validator) for value in given.values]
 
@@ -631,7 +634,7 @@ class _Fetch:
                 listed = self._backend.parts(key).pieces
                 known = [_span_of(piece) for span in spans for piece in self._usable(listed.overlapping(*span))]
             boundaries = {boundary for entry in self._wanted for boundary in (entry.start, entry.stop)}
-            await self._leads.store(key, pieces_of(leads, fetched, known, boundaries), self._version)
+            await self._leads.store(key, pieces_of(leads, fetched, known, boundaries), self._version, self._age)
         except BaseException as error:
             for lead in leads:
                 lead.claim.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
@@ -653,7 +656,7 @@ class _Fetch:
 
         self._is_whole_stored = True
         # with the single validator: bytes of two states are never in one object
-        await self._backend.publish(entry, data, self._version, min(self._used), done)
+        await self._backend.publish(entry, data, self._version, min(self._used), done, age=self._age)
         return True
 
     async def _request_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:

@@ -19,6 +19,7 @@ from xzcache.model import (
     LARGEST,
     MISSING,
     NEGLIGIBLE,
+    UNKNOWN_AGE,
     WHOLE,
     Claim,
     Entry,
@@ -382,6 +383,8 @@ class ReadThrough:
         states = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
         if not is_whole and not (len(states) == 1 and all(map(is_from_source, states))):
             return None
+        stored = backend.parts(key).validated() if is_whole else None
+        age = UNKNOWN_AGE if stored is None else max(0.0, time.time() - stored)
         values = []
         for entry in wanted:
             look = backend.get_checked if is_whole else backend.get
@@ -393,7 +396,7 @@ class ReadThrough:
             values.append(data)
         # read before and after: the files may have been replaced between states and bytes
         now = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
-        return Given(tuple(values), min(states)) if now == states else None
+        return Given(tuple(values), min(states), age) if now == states else None
 
     # -- misses
 
@@ -515,7 +518,8 @@ class ReadThrough:
             claim.set_result(data, validator, exact=answer.exact)
             if data is not None and may_store:
                 publishing = True
-                await self.backend.publish(entry, data, version, validator, partial(self._leads.release, lead))
+                age = 0.0 if given is None else given.age
+                await self.backend.publish(entry, data, version, validator, partial(self._leads.release, lead), age=age)
             return answer.value
         except BaseException as error:
             claim.set_exception(LeaderCancelled() if isinstance(error, Divided) else error)
