@@ -68,6 +68,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "fetch_timeout": 30.0,
     # seconds to wait for the lock on the index before doing without the cache
     "lock_timeout": 5.0,
+    # seconds without a sign of life from another node of a cluster before the source is asked
+    "peer_timeout": 0.1,
     # threads that read large entries and write new ones
     "threads": 4,
 }

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Coroutine, Generator, Mapping
 from contextlib import closing, suppress
 from functools import partial
@@ -369,13 +370,17 @@ class CacheStats(TypedDict):
 
     hits: int
     misses: int
+    peer_hits: int
+    peer_misses: int
     revalidated: int
     evictions: int
     total_requests: int
     hit_rate: float
     bytes_from_cache: int
+    bytes_from_peers: int
     bytes_from_source: int
     seconds_from_cache: float
+    seconds_from_peers: float
     seconds_from_source: float
     cache_errors: int
 
@@ -567,6 +572,8 @@ class CacheStore(ReadableView, WritableView):
             fixed=self.source.immutable,
             label=self.source.label,
             missing_offline=self._missing_max_age(freshness, is_offline=True),
+            # weak: a cycle would keep the store until the garbage collector runs
+            store=weakref.ref(self),
         )
         self._reads = ReadThrough(reading)
         self._ranges = RangeReads(self._reads)
@@ -715,10 +722,12 @@ class CacheStore(ReadableView, WritableView):
         Returns
         -------
         CacheStats
-            A dictionary: ``hits``, ``misses``, ``revalidated`` (the answers of the source that an entry has not
-            changed, whose reads are hits), ``evictions`` (by this process, of any source), ``total_requests``,
-            ``hit_rate``; ``bytes_from_cache``, ``bytes_from_source``, ``seconds_from_cache``, ``seconds_from_source``;
-            ``cache_errors``: how often the cache failed and the source answered.
+            A dictionary: ``hits``, ``misses``, ``peer_hits`` (reads that the cache of another node of a Dask cluster
+            answered), ``peer_misses`` (such questions after which the source was asked), ``revalidated`` (the answers
+            of the source that an entry has not changed, whose reads are hits), ``evictions`` (by this process, of any
+            source), ``total_requests``, ``hit_rate``; ``bytes_from_cache``, ``bytes_from_peers``,
+            ``bytes_from_source``, and the same for seconds; ``cache_errors``: how often the cache failed and the
+            source answered.
         """
         backend = self._backend
         stats = {**self._stats.as_dict(), "evictions": backend.evictions, "cache_errors": backend.faults}

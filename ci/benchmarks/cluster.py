@@ -1,4 +1,4 @@
-"""A cluster of several nodes, each with a cache of its own: what affinity does for local hits, time and memory."""
+"""A cluster of several nodes, each with a cache of its own: what affinity and peers do for requests, time, memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 import dask
 import numpy as np
 import xarray as xr
+import zarr
 from _report import Report, arguments
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -26,9 +27,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from _s3 import S3Server, s3_server
 
+CHUNKS = 64
 STEPS = 192
 SIDE = 128
-MODES = ("none", "off", "auto")
+MODES = ("none", "off", "auto", "peers", "both")
+SETTINGS = {
+    "off": {"affinity": "off", "peers": "off"},
+    "auto": {"affinity": "auto", "peers": "off"},
+    "peers": {"affinity": "off", "peers": "on"},
+    "both": {"affinity": "auto", "peers": "on"},
+}
 
 
 class Peak(SchedulerPlugin):
@@ -82,6 +90,8 @@ class Row(NamedTuple):
     seconds: float
     reads: int
     hits: int
+    given: int
+    """The reads that other nodes answered."""
     requests: int
     peak: int
 
@@ -100,7 +110,16 @@ class Lab:
         self.peak = Peak(here)
         here.add_plugin(self.peak)
         if mode != "none":
-            self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, affinity=mode))
+            settings: dict[str, Any] = SETTINGS[mode]
+            self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, **settings))
+            # until the nodes know each other
+            while settings["peers"] == "on" and not all(self._known(nodes)):
+                time.sleep(0.1)
+
+    def _known(self, nodes: int) -> list[bool]:
+        """For each worker, whether it knows all other nodes."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return [worker["metrics"].get("xzcache_peers") == nodes - 1 for worker in workers]
 
     def _worker(self, node: int) -> dict[str, Any]:
         env = {"XZCACHE_DIRECTORY": str(self._folder / f"node{node}"), "OMP_NUM_THREADS": "1"}
@@ -122,13 +141,13 @@ class Lab:
         began = time.perf_counter()
         job()
         seconds = time.perf_counter() - began
-        hits, misses = (after - earlier for after, earlier in zip(self._counts(), before, strict=True))
+        counts = [after - earlier for after, earlier in zip(self._counts(), before, strict=True)]
         requests = self._server.counts().only("GET", "*/c/*").requests
-        return Row(seconds, hits + misses, hits, requests, self.peak.bytes)
+        return Row(seconds, sum(counts), *counts[:2], requests, self.peak.bytes)
 
-    def _counts(self) -> tuple[int, int]:
+    def _counts(self) -> tuple[int, int, int]:
         nodes = xzcache.cluster_info(self.client)
-        return sum(node.hits for node in nodes), sum(node.misses for node in nodes)
+        return tuple(sum(getattr(node, name) for node in nodes) for name in ("hits", "peer_hits", "misses"))
 
     def close(self) -> None:
         """End it."""
@@ -196,12 +215,52 @@ def measure(
     return rows
 
 
+def time_of_a_read(store: Any, keys: list[str]) -> list[float]:
+    """On a worker: the seconds that each chunk takes."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    took = []
+    for key in keys:
+        began = time.perf_counter()
+        value = sync(store.get(key, default_buffer_prototype()))
+        took.append(time.perf_counter() - began)
+        assert value is not None
+    return took
+
+
+def measure_hits(server: S3Server, storage: dict[str, Any]) -> list[list[str]]:
+    """What a chunk costs on a node that lacks it, if another node has it."""
+    rows = []
+    with lab(server, 2, "peers") as found:
+        first, second = sorted(found.client.nthreads())
+        for name in ("64K", "1M"):
+            source = xzcache.CacheStore(f"s3://bucket/{name}.zarr", storage_options=storage, read_only=True)
+            # a node asks for the chunks of arrays whose documents it has seen
+            zarr.open_array(source, mode="r", zarr_format=3)
+            keys = [f"c/{number}" for number in range(CHUNKS)]
+            options = {"pure": False}
+            cold = found.client.submit(time_of_a_read, source, keys, workers=[first], **options).result()
+            before = sum(node.peer_hits for node in xzcache.cluster_info(found.client))
+            warm = found.client.submit(time_of_a_read, source, keys, workers=[second], **options).result()
+            given = sum(node.peer_hits for node in xzcache.cluster_info(found.client)) - before
+            # half of the chunks belong to the second node, and are cached there
+            peers = sorted(warm)[-given:] if given else [float("nan")]
+            local = sorted(warm)[:-given] if given else warm
+            rows.append([name, *(f"{1e3 * float(np.median(times)):.2f}" for times in (cold, peers, local)), str(given)])
+    return rows
+
+
 def write(folder: Path) -> None:
     """Two variables on one grid, a chunk for each step."""
     rng = np.random.default_rng(1)
     shape = STEPS, SIDE, SIDE
     data = {name: (("t", "y", "x"), rng.random(shape, dtype="f4")) for name in "tu"}
     encoding = {name: {"chunks": (1, SIDE, SIDE)} for name in "tu"}
+    for name, size in (("64K", 1 << 16), ("1M", 1 << 20)):
+        place = folder / "bucket" / f"{name}.zarr"
+        array = zarr.create_array(str(place), shape=CHUNKS * size, chunks=size, dtype="u1", compressors=None)
+        array[:] = rng.integers(0, 255, array.shape, dtype="u1")
     xr.Dataset(data).to_zarr(folder / "bucket" / "x.zarr", encoding=encoding, zarr_format=3, consolidated=False)
 
 
@@ -224,21 +283,27 @@ def main() -> None:
                 "secret": server.secret_key,
                 "client_kwargs": {"endpoint_url": server.endpoint, "region_name": "us-east-1"},
             }
+            hits = measure_hits(server, storage)
             for mode in options.modes:
                 recorded = None if mode == "none" else record
                 found[mode] = measure(server, storage, mode, options.nodes, options.latency, recorded)
+        columns = ["a chunk of", "ms, first node", "ms, from the other node", "ms, cached here", "from the other node"]
+        report.table(f"Median times of {CHUNKS} reads, two nodes, the source {options.latency:g} s away", columns, hits)
         rows = [
             [name, *(text for mode in found for text in _cells(found[mode][name]))] for name in found[options.modes[0]]
         ]
-        columns = ["job", *(f"{mode}: {what}" for mode in found for what in ("local", "s", "requests", "peak MB"))]
+        columns = [
+            "job",
+            *(f"{mode}: {what}" for mode in found for what in ("local", "peers", "s", "requests", "peak MB")),
+        ]
         report.table(
             f"{STEPS} chunks a variable, {options.nodes} nodes, the source {options.latency:g} s away", columns, rows
         )
 
 
 def _cells(row: Row) -> list[str]:
-    local = row.hits / max(1, row.reads)
-    return [f"{local:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
+    local, given = (part / max(1, row.reads) for part in (row.hits, row.given))
+    return [f"{local:.0%}", f"{given:.0%}", f"{row.seconds:.2f}", str(row.requests), f"{row.peak / 1e6:.1f}"]
 
 
 if __name__ == "__main__":

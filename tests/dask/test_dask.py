@@ -628,6 +628,7 @@ SETTINGS: dict[str, Any] = {
     "promote_above": "2 MB",
     "fetch_timeout": 3,
     "lock_timeout": 4,
+    "peer_timeout": 6,
     "threads": 2,
 }
 PARSED = {**SETTINGS, "max_size": 3_000_000, "min_free": 1000, "promote_above": 2_000_000, "trace": None}
@@ -883,6 +884,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("upstream", "curl", ValueError, '"obstore"'),
     ("fetch_timeout", 0, ValueError, "above 0"),
     ("lock_timeout", "5 s", TypeError, "above 0"),
+    ("peer_timeout", 0, ValueError, "above 0"),
     ("threads", 0, ValueError, "1 or more"),
     ("remove_on_close", "yes", TypeError, "True or False"),
 ]

@@ -104,7 +104,14 @@ class MemoryCache(Backend):
         )
 
     async def publish(
-        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+        self,
+        entry: Entry,
+        data: Data | None,
+        version: Any,
+        validator: str = "",
+        done: Callable[[], None] = nothing,
+        *,
+        age: float = 0.0,
     ) -> None:
         key = entry.key
         is_written = any(name in ("/", key) or (name[-1] == "/" and key.startswith(name)) for name in +self._written)

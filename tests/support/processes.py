@@ -290,6 +290,15 @@ class Source(WrapperStore[LocalStore]):
         return super().list_dir(prefix)
 
 
+class Far(Source):
+    """As `Source`, but a chunk takes as long as from a server that is far away."""
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Buffer | None:
+        if Request(0, 0, key).is_chunk:
+            await asyncio.sleep(1.0)
+        return await super().get(key, *args, **kwargs)
+
+
 def _append(path: str, line: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:

@@ -176,7 +176,14 @@ class StoreBackend(Backend):
         return self._index.write_version(key)
 
     async def publish(
-        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+        self,
+        entry: Entry,
+        data: Data | None,
+        version: Any,
+        validator: str = "",
+        done: Callable[[], None] = nothing,
+        *,
+        age: float = 0.0,
     ) -> None:
         """Store an entry now, as a cache store has to be written by the event loop that it belongs to."""
         try:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_COLUMNS: Final = ("node", "hosts", "workers", "directory", "used", "bound", "entries", "hits", "misses", "saved")
+_PEERS: Final = "from peers"
+_COLUMNS: Final = (
+    *("node", "hosts", "workers", "directory", "used", "bound", "entries", "hits", _PEERS, "misses", "saved"),
+)
 
 
 _ANSWER: Final = 10.0
@@ -50,14 +53,17 @@ class Node(NamedTuple):
     """
     ever: Counts = Counts()
     """The reads by all processes of the node, since the cache has statistics."""
+    peer_hits: int = 0
+    """Reads of the node, by workers that are there now, that the caches of other nodes answered."""
 
-    def _cells(self) -> list[str]:
+    def _cells(self, *, shows_peers: bool) -> list[str]:
         bound = "-" if self.bound is None else shown_size(self.bound)
         # the price of a source may not be known yet, and a source on this machine may be as fast as the cache
         some_time = f", {shown_seconds(self.saved_seconds)}" if self.saved_seconds >= 0.0005 else ""
         saved = f"{shown_size(self.saved_bytes)}{some_time}"
         hosts, workers = ", ".join(self.hosts), str(len(self.workers))
-        counts = [f"{number:,}" for number in (self.entries, self.hits, self.misses)]
+        reads = (self.hits, *([self.peer_hits] if shows_peers else []), self.misses)
+        counts = [f"{number:,}" for number in (self.entries, *reads)]
         return [self.node[:8] or "-", hosts, workers, self.directory, shown_size(self.used), bound, *counts, saved]
 
 
@@ -78,17 +84,24 @@ class ClusterInfo(Sequence[Node]):
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
 
+    def _rows(self) -> list[list[str]]:
+        """The table, with its head; the column of peers only where there were any."""
+        shows_peers = any(node.peer_hits for node in self.nodes)
+        names = [name for name in _COLUMNS if shows_peers or name != _PEERS]
+        return [names, *(node._cells(shows_peers=shows_peers) for node in self.nodes)]
+
     def __repr__(self) -> str:
-        rows = [list(_COLUMNS), *(node._cells() for node in self.nodes)]
-        widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]
+        rows = self._rows()
+        widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.unanswered:
             lines.append(f"no answer: {', '.join(self.unanswered)}")
         return "\n".join([f"<xzcache: {len(self)} node{'s' * (len(self) != 1)}>", *lines])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _COLUMNS)
-        rows = ("".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in node._cells()) for node in self)
+        names, *nodes = self._rows()
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
+        rows = ("".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in cells) for cells in nodes)
         body = "".join(f"<tr>{cells}</tr>" for cells in rows)
         foot = f"<p>no answer: {escape(', '.join(self.unanswered))}</p>" if self.unanswered else ""
         return f"<table class='xzcache'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{foot}"
@@ -115,7 +128,7 @@ class ClusterInfo(Sequence[Node]):
         if ax is None:
             _, ax = plt.subplots(figsize=(7, 0.6 + 0.6 * len(self)), layout="constrained")
         names = [f"{node.node[:8]} ({', '.join(node.hosts)})" for node in self.nodes]
-        reads = [max(node.hits + node.misses, 1) for node in self.nodes]
+        reads = [max(node.hits + node.peer_hits + node.misses, 1) for node in self.nodes]
         hits = [100 * node.hits / total for node, total in zip(self.nodes, reads, strict=True)]
         fill = [100 * node.used / node.bound if node.bound else 0 for node in self.nodes]
         at = range(len(self))
@@ -329,4 +342,5 @@ def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:
         saved_bytes=sum(each.bytes_from_cache for each in counted),
         saved_seconds=sum(each.seconds_saved for each in counted),
         ever=max((seen.ever for seen in workers.values()), key=lambda ever: ever.reads),
+        peer_hits=sum(each.peer_hits for each in processes),
     )

@@ -37,8 +37,10 @@ _KEPT: Final = 3600
 """The number of points that are kept: half an hour."""
 _RATED: Final = 10
 """The points of one hit rate, because workers report only from time to time."""
-_COUNTERS: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source", "seconds_saved")
-_CACHE, _SOURCE = "#2a7f62", "#c8553d"
+_COUNTERS: Final = (
+    *("hits", "peer_hits", "misses", "bytes_from_cache", "bytes_from_peers", "bytes_from_source", "seconds_saved"),
+)
+_CACHE, _PEERS, _SOURCE = "#2a7f62", "#3b6ea8", "#c8553d"
 _MARGIN: Final = 0.05
 """The part of an axis beyond its ends, so that no line is hidden by the frame."""
 _BAR: Final = 26
@@ -52,6 +54,7 @@ class _Point(NamedTuple):
     hit_rate: float
     from_cache: float
     from_source: float
+    from_peers: float
 
 
 class _NodeBar(NamedTuple):
@@ -92,13 +95,14 @@ class History:
             return
         counted = self._counted(self.reports())
         self.sums = [before + more for before, more in zip(self.sums, counted, strict=True)]
-        hits, misses, cached, fetched, _ = counted
-        self._reads.append((hits, misses))
+        hits, given, misses, cached, passed, fetched, _ = counted
+        self._reads.append((hits, given + misses))
         from_cache, of_all = sum(h for h, _ in self._reads), sum(h + m for h, m in self._reads)
         then, self._then = self._then, time.time()
         seconds = max(self._then - then, 1e-9)
         hit_rate = 100 * from_cache / of_all if of_all else math.nan
-        self.points.append(_Point(self._then * 1e3, hit_rate, cached / seconds / 1e6, fetched / seconds / 1e6))
+        rates = [size / seconds / 1e6 for size in (cached, fetched, passed)]
+        self.points.append(_Point(self._then * 1e3, hit_rate, *rates))
         self.added += 1
 
     def _counted(self, workers: list[dict[str, Any]]) -> list[float]:
@@ -107,7 +111,8 @@ class History:
         for metrics in workers:
             # one worker of each process reports its counters, the others zeros; they do it at different times
             name, *_ = metrics["xzcache_process"]
-            reported = tuple(float(metrics[f"xzcache_{counter}"]) for counter in _COUNTERS)
+            # a worker with an older release counts no reads from peers
+            reported = tuple(float(metrics.get(f"xzcache_{counter}", 0)) for counter in _COUNTERS)
             now[name] = tuple(map(max, now.get(name, reported), reported))
         counted = [0.0] * len(_COUNTERS)
         for name, counts in now.items():
@@ -140,19 +145,20 @@ class History:
     def words(self) -> str:
         """A sentence that sums up the lines, or says why there are none."""
         workers, reports = len(self.scheduler.workers), len(self.reports())
-        hits, misses, cached, fetched, saved = self.sums
+        hits, given, misses, cached, passed, fetched, saved = self.sums
         since = time.strftime("%H:%M UTC", time.gmtime(self.since))
         if not workers:
             return "The cluster has no workers."
         if not reports:
             return "No worker reports a cache: call client.register_plugin(xzcache.CachePlugin())."
         some = f" {workers - reports} of {workers} workers report no cache." if reports < workers else ""
-        if not hits + misses:
+        if not hits + given + misses:
             return f"Since {since}, nothing was read through the cache.{some}"
+        nodes = f" and {given:,.0f} from other nodes, {shown_size(int(passed))}" if given else ""
         about = f"; about {shown_seconds(saved)} saved" if saved >= 0.0005 else ""
         return (
-            f"Since {since}: {hits:,.0f} of {hits + misses:,.0f} reads from the cache, {shown_size(int(cached))} from "
-            f"the cache and {shown_size(int(fetched))} from the source{about}.{some}"
+            f"Since {since}: {hits:,.0f} of {hits + given + misses:,.0f} reads from the cache{nodes}, "
+            f"{shown_size(int(cached))} from the cache and {shown_size(int(fetched))} from the source{about}.{some}"
         )
 
 
@@ -175,9 +181,10 @@ class Xzcache(DashboardComponent):
         self._flow = _range(1)
         flow = figure(title="MB a second", y_range=self._flow, x_range=rate.x_range, **timed)
         lines: list[tuple[str, list[Any]]] = []
-        for name, color in (("from_cache", _CACHE), ("from_source", _SOURCE)):
+        titles = {"from_cache": "from the cache", "from_source": "from the source", "from_peers": "from other nodes"}
+        for (name, title), color in zip(titles.items(), (_CACHE, _SOURCE, _PEERS), strict=True):
             line = flow.line("time", name, source=self.series, line_width=2, color=color)
-            lines.append((name.replace("_", " the "), [line]))
+            lines.append((title, [line]))
         legend = Legend(orientation="horizontal", border_line_color=None)
         legend.items = [LegendItem(label=label, renderers=renderers) for label, renderers in lines]
         # not within the frame, where it would hide lines
@@ -206,7 +213,7 @@ class Xzcache(DashboardComponent):
         if count:
             points = list(history.points)[-count:]
             self.series.stream(dict(zip(_Point._fields, map(list, zip(*points, strict=True)), strict=True)), _KEPT)
-        _set_end(self._flow, max((max(p.from_cache, p.from_source) for p in history.points), default=0.0))
+        _set_end(self._flow, max((max(p.from_cache, p.from_source, p.from_peers) for p in history.points), default=0.0))
         nodes = history.nodes()
         names = [bar.node for bar in nodes]
         if names != self._names.factors:

@@ -25,6 +25,7 @@ from xzcache._caches import default_directory
 from xzcache._config import DEFAULTS, allowed, config
 from xzcache.dask import _usage as metering
 from xzcache.dask._affinity import Mode
+from xzcache.dask._peers import Asking, Neighbours
 from xzcache.dask._scheduler import ClusterPlugin
 from xzcache.dask._usage import Gauge, Usage
 from xzcache.directory import Medium, medium_of, open_directory, private_name, temporary
@@ -55,9 +56,13 @@ _PARSERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "promote_above": settings.parse_size,
     "fetch_timeout": settings.parse_seconds,
     "lock_timeout": settings.parse_seconds,
+    "peer_timeout": settings.parse_seconds,
     "threads": settings.parse_threads,
 }
-_COUNTED: Final = ("hits", "misses", "bytes_from_cache", "bytes_from_source", "seconds_saved")
+_COUNTED: Final = (
+    *("hits", "misses", "peer_hits", "peer_misses"),
+    *("bytes_from_cache", "bytes_from_peers", "bytes_from_source", "seconds_saved"),
+)
 """The counts of a process, which one of its workers shows."""
 _SHARED: Final = ("used", "bound")
 """The sizes of a node, which one of its workers shows, so that sums over workers are right."""
@@ -73,6 +78,14 @@ def _parse_affinity(value: Any) -> Mode:
     return mode
 
 
+def _parse_peers(value: Any) -> Asking:
+    if value not in get_args(Asking):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f'peers={value!r} is not accepted: give "off" or "on"')
+    asking: Asking = value
+    return asking
+
+
 class _Setup(NamedTuple):
     """The settings that a plugin has applied to one worker."""
 
@@ -80,6 +93,7 @@ class _Setup(NamedTuple):
     settings: dict[str, Any]
     gauge: Gauge
     remove_on_close: bool
+    peers: Neighbours | None = None
 
 
 class _Process:
@@ -158,6 +172,9 @@ class CachePlugin(WorkerPlugin):
         Whether the scheduler prefers, for a task that reads a block of an array, the node that reads this block each
         time. ``"auto"``: where the scheduler's queue stays in use, so that workers hold few chunks in memory. ``"on"``:
         also where Dask queues nothing (``worker-saturation: inf``). Default is ``"off"``.
+    peers : {"off", "on"}, optional
+        Whether a node that lacks a chunk asks the node that owns it before the source, so that the cluster requests
+        each chunk once. Default is ``"off"``.
     min_free : float or str, optional
         The free space to leave on the file system of each node: ``"5%"``, a fraction below 1, or a size.
     max_age_seconds : float or "infinity", optional
@@ -178,6 +195,8 @@ class CachePlugin(WorkerPlugin):
         Bytes read in ranges of one object after which the object is fetched whole.
     fetch_timeout, lock_timeout : float, optional
         Seconds to wait for another process's fetch of the same object, and for the lock on the index.
+    peer_timeout : float, optional
+        Seconds without a sign of life from another node after which the source is asked.
     threads : int, optional
         Threads of a worker that read large entries and write new ones.
 
@@ -208,6 +227,7 @@ class CachePlugin(WorkerPlugin):
         *,
         remove_on_close: bool | None = None,
         affinity: Mode | None = None,
+        peers: Asking | None = None,
         min_free: float | str | None = None,
         max_age_seconds: Age | None = None,
         missing_max_age_seconds: Age | None = None,
@@ -219,6 +239,7 @@ class CachePlugin(WorkerPlugin):
         promote_above: int | str | None = None,
         fetch_timeout: float | None = None,
         lock_timeout: float | None = None,
+        peer_timeout: float | None = None,
         threads: int | None = None,
     ) -> None:
         given: dict[str, Any] = {
@@ -234,6 +255,7 @@ class CachePlugin(WorkerPlugin):
             "promote_above": promote_above,
             "fetch_timeout": fetch_timeout,
             "lock_timeout": lock_timeout,
+            "peer_timeout": peer_timeout,
             "threads": threads,
         }
         given = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
@@ -245,6 +267,8 @@ class CachePlugin(WorkerPlugin):
             given["remove_on_close"] = settings.parse_flag("remove_on_close", remove_on_close)
         if affinity is not None:
             given["affinity"] = _parse_affinity(affinity)
+        if peers is not None:
+            given["peers"] = _parse_peers(peers)
         # the configured directory is meant for the machines of workers, so do not check it here
         if directory is not None:
             given["directory"] = str(settings.parse_root(directory, "directory"))
@@ -294,15 +318,19 @@ class CachePlugin(WorkerPlugin):
         with config.set(_process.configured()):
             directory = self._open(place, applied, worker)
         gauge = Gauge(directory, f"dask {worker.scheduler.address}")
-        setup = _Setup(place, applied, gauge, chosen.get("remove_on_close", False))
+        latest = gauge.read()
+        asks = chosen.get("peers", "off") == "on" and bool(latest.node)
+        neighbours = Neighbours(worker, directory, latest, applied["peer_timeout"]) if asks else None
+        setup = _Setup(place, applied, gauge, chosen.get("remove_on_close", False), neighbours)
         metering.remember(directory)
         self._setups[worker.id] = setup
         _process.add(setup)
         _show(setup, worker)
-        latest = setup.gauge.read()
         facts = {name: getattr(latest, name) for name in ("node", "directory", "bound", "process")}
         facts["machine"] = _machine()
         worker.log_event("xzcache", facts)
+        if neighbours is not None:
+            await neighbours.start()
         if latest.node:
             _log.info("The cache of this node: %s (%s)", latest.directory, settings.shown_bound(latest.bound))
 
@@ -343,6 +371,8 @@ class CachePlugin(WorkerPlugin):
         """Leave the worker's process as it was."""
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if (setup := self._setups.pop(worker.id, None)) is not None:
+            if setup.peers is not None and not leaving:
+                await setup.peers.leave()
             self._tear_down(setup, worker, leaving=leaving)
         if leaving:
             _preloaded.pop(worker.id, None)
@@ -352,6 +382,8 @@ class CachePlugin(WorkerPlugin):
                 await worker.scheduler.xzcache_leave()
 
     def _tear_down(self, setup: _Setup, worker: Worker, *, leaving: bool) -> None:
+        if setup.peers is not None:
+            setup.peers.stop()
         for name in [name for name in worker.metrics if name.startswith("xzcache_")]:
             del worker.metrics[name]
         _process.shown.pop(worker.id, None)
@@ -447,6 +479,8 @@ def _show(setup: _Setup, worker: Worker) -> None:
         worker.metrics[f"xzcache_{name}"] = _metric(gauge, name, lambda: next(iter(shown)) == worker.id)
     for name in _SHARED:
         worker.metrics[f"xzcache_{name}"] = _metric(gauge, name, lambda: _leads(worker.id, gauge))
+    if (neighbours := setup.peers) is not None:
+        worker.metrics["xzcache_peers"] = lambda _: neighbours.known
     process, host = gauge.read().process, gauge.read().host
     # Dask's table shows no lists
     worker.metrics[_PROCESS] = lambda _: [process, host, gauge.directory.root]

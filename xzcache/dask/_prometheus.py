@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 _COUNTERS: Final = {
     "hits": ("xzcache_hits", "Reads that the cache answered."),
     "misses": ("xzcache_misses", "Reads that the source answered."),
+    "peer_hits": ("xzcache_peer_hits", "Reads that the cache of another node answered."),
+    "peer_misses": ("xzcache_peer_misses", "Questions to another node after which the source was asked."),
     "bytes_from_cache": ("xzcache_from_cache_bytes", "Bytes read from the cache."),
+    "bytes_from_peers": ("xzcache_from_peers_bytes", "Bytes read from the caches of other nodes."),
     "bytes_from_source": ("xzcache_from_source_bytes", "Bytes read from the source."),
     "seconds_from_cache": ("xzcache_from_cache_seconds", "Seconds that reads from the cache took, each by itself."),
+    "seconds_from_peers": ("xzcache_from_peers_seconds", "Seconds that reads from other nodes took, each by itself."),
     "seconds_from_source": ("xzcache_from_source_seconds", "Seconds that reads from the source took, each by itself."),
     "seconds_saved": ("xzcache_saved_seconds", "The part of this process in the wall-clock time that its node saved."),
     "evictions": ("xzcache_evictions", "Entries that this process evicted."),

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Any
+import time
+import uuid
+from typing import Any, Final
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Scheduler
 
 from xzcache.dask._affinity import Affinity, Mode, Nodes
+from xzcache.dask._peers import LEASE
 
 logger = logging.getLogger("xzcache.dask")
+
+
+_MOST_STALE: Final = 10_000
+_SOON: Final = 1.0
+"""Seconds to wait for a node before it is asked again."""
+_LATE: Final = 60.0
+"""Seconds for which a worker that was killed may still be writing."""
+
+
+class _Member:
+    """A worker that asks others, and answers."""
+
+    def __init__(self, node: str, bound: int | None) -> None:
+        self.node, self.bound = node, bound
+        self.has_left = False
+        self.heard = time.monotonic()
+        """When it was last told what has changed."""
+        self.known = -1
+        """The version that it has certainly been told."""
+
+    def is_late(self, version: int) -> bool:
+        """Whether it may act as before a version."""
+        return self.known < version and time.monotonic() < self.heard + LEASE
+
+
+class _Stale:
+    """What nodes have beneath a path is stale."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.state = ""
+        self.writers: set[str] = set()
 
 
 class ClusterPlugin(SchedulerPlugin):
@@ -30,6 +66,10 @@ class ClusterPlugin(SchedulerPlugin):
         self._known: dict[str, dict[str, Any]] = {}
         self._machines: dict[str, dict[str, str]] = {}
         self._warned: set[str] = set()
+        self._members: dict[str, _Member] = {}
+        self._stale: dict[str, _Stale] = {}
+        self._version = self._changed = 0
+        self._id = uuid.uuid4().hex
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -44,6 +84,8 @@ class ClusterPlugin(SchedulerPlugin):
             "xzcache_join": self._join,
             "xzcache_leave": self._leave,
             "xzcache_placed": self._placed,
+            "xzcache_peers": self._peers,
+            "xzcache_stale": self._mark_stale,
         }
 
     async def _join(
@@ -92,8 +134,111 @@ class ClusterPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Forget a worker that has left."""
         self._nodes.remove(worker)
+        if worker in self._members:
+            self._leaves(worker)
+            # its last write may still be on the way to the source
+            written = [path for path, each in self._stale.items() if worker in each.writers]
+            for path in written:
+                scheduler.loop.call_later(_LATE, self._end_writes, path, worker)
         for workers in self._machines.values():
             workers.pop(worker, None)
+
+    # -- peers
+
+    def _leaves(self, worker: str) -> None:
+        if (member := self._members.get(worker)) is not None:
+            # it may still ask others, until its lease ends
+            member.has_left = True
+            self._members_changed()
+
+    def _members_changed(self) -> None:
+        over = time.monotonic() - LEASE
+        self._members = {name: each for name, each in self._members.items() if not each.has_left or each.heard > over}
+        self._version += 1
+        self._changed = self._version
+
+    async def _peers(self, worker: str, node: str, bound: int | None, known: int) -> dict[str, Any]:
+        """The nodes that may be asked, and what is stale, as far as they have changed since the version `known`."""
+        assert self._scheduler is not None
+        member = self._members.get(worker)
+        if not node:
+            self._leaves(worker)
+            return {}
+        if member is None or member.has_left or (member.node, member.bound) != (node, bound):
+            member = self._members[worker] = _Member(node, bound)
+            member.has_left = worker not in self._scheduler.workers
+            self._members_changed()
+        member.heard, member.known = time.monotonic(), known
+        nodes = {address: (each.node, each.bound) for address, each in self._members.items() if not each.has_left}
+        # what makes all stale is told with whatever is being written
+        oldest = -1 if "" in self._stale and self._stale[""].version > known else known
+        stale = [(path, bool(each.writers)) for path, each in self._stale.items() if each.version > oldest]
+        return {
+            "cluster": self._id,
+            "version": self._version,
+            "nodes": nodes if self._changed > known else None,
+            "stale": stale,
+        }
+
+    async def _mark_stale(self, worker: str, path: str, is_written: bool | None, state: str = "") -> None:
+        """Note that what nodes have beneath a path is stale, and that a worker writes there or has ended to.
+
+        Returns once no node gives it to another one.
+        """
+        found = self._stale.get(path)
+        if is_written is None and found is not None and not found.writers and state and found.state == state:
+            # another node has found the same
+            await self._agreed(found.version)
+            return
+        if found is None:
+            self._forget()
+            found = self._stale[path] = _Stale()
+        was_written = bool(found.writers)
+        if is_written:
+            found.writers.add(worker)
+        elif is_written is False:
+            self._end_writes(path, worker)
+            return
+        if not was_written:
+            self._version += 1
+            found.version, found.state = self._version, state
+        await self._agreed(found.version)
+
+    def _forget(self) -> None:
+        """Replace what is stale by all, once it is too much to remember."""
+        if len(self._stale) >= _MOST_STALE:
+            self._stale = {path: each for path, each in self._stale.items() if each.writers}
+            self._version += 1
+            everything = self._stale[""] = _Stale()
+            everything.version = self._version
+
+    def _end_writes(self, path: str, worker: str) -> None:
+        found = self._stale.get(path)
+        if found is not None and worker in found.writers:
+            found.writers.discard(worker)
+            if not found.writers:
+                self._version += 1
+                found.version, found.state = self._version, ""
+
+    async def _agreed(self, version: int) -> None:
+        """Wait until all nodes know of a version, or have no lease."""
+        assert self._scheduler is not None
+        while late := [(address, each) for address, each in self._members.items() if each.is_late(version)]:
+            asked = [asyncio.ensure_future(self._tell(address, each)) for address, each in late if not each.has_left]
+            if asked:
+                await asyncio.wait(asked, timeout=_SOON)
+                for task in asked:
+                    task.cancel()
+            if any(each.is_late(version) for _, each in late):
+                await asyncio.sleep(_SOON / 10)
+
+    async def _tell(self, address: str, member: _Member) -> None:
+        """Have a node ask what has changed."""
+        assert self._scheduler is not None
+        try:
+            member.known = max(member.known, await self._scheduler.rpc(address).xzcache_look())
+        except Exception as error:
+            logger.debug("%s does not answer: %s", address, error)
 
     def _check(self, machine: str) -> None:
         """Warn once of a machine whose workers have several caches."""

@@ -54,9 +54,13 @@ class Usage(NamedTuple):
     entries: int
     hits: int
     misses: int
+    peer_hits: int
+    peer_misses: int
     bytes_from_cache: int
+    bytes_from_peers: int
     bytes_from_source: int
     seconds_from_cache: float
+    seconds_from_peers: float
     seconds_from_source: float
     evictions: int
     faults: int

@@ -11,7 +11,7 @@ import secrets
 import threading
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from xzcache import files
 from xzcache.directory._fetchlocks import WriteVersion, WriteVersions, current_version
@@ -19,7 +19,7 @@ from xzcache.directory._publish import MOST, MOST_BYTES, PendingEntry
 from xzcache.directory._recovery import UNDONE
 from xzcache.directory._space import HideReport
 from xzcache.files import Whose, beneath, is_plain, range_directory, relative_path
-from xzcache.index import WriteCounters, prefix_counter, write_counter
+from xzcache.index import WriteCounters, data_counter, prefix_counter, write_counter
 from xzcache.model import META, Entry, NoRoom, Unusable, namespace_of
 
 if TYPE_CHECKING:
@@ -363,6 +363,13 @@ class Deletion(NamedTuple):
         return [self.beneath] if self.itself is None else [self.beneath, self.itself]
 
 
+class Listener(Protocol):
+    """Called after this process has learned that entries are stale, except by a write through the cache."""
+
+    def __call__(self, names: Sequence[str], state: bytes = b"") -> None:
+        """`names` are keys, and prefixes with a trailing slash. `state` is the new state, where that is known."""
+
+
 class Writes:
     """Invalidates entries for every process when the source is written or changes.
 
@@ -380,6 +387,7 @@ class Writes:
         self._session = space.session
         self._space = space
         self._publisher = publisher
+        self.listeners: list[Listener] = []
 
     # -- keys
 
@@ -550,8 +558,8 @@ class Writes:
             # a row that remains belongs to no write from here on: the next recovery invalidates its key
             self._session.writing.difference_update(write.row for write in writes)
 
-    def invalidate(self, key: str, since: WriteVersion | None) -> WriteVersion | None:
-        """Invalidate a key that changed at the source.
+    def invalidate(self, key: str, since: WriteVersion | None, *, is_news: bool = True) -> WriteVersion | None:
+        """Invalidate a key that changed at the source; the listeners are called unless it is no news.
 
         Returns the version to store it with, None if it was written since.
         """
@@ -567,7 +575,22 @@ class Writes:
             self._unlink_deleted(tombstones)
             return version if alone else None
 
-        return self._must_invalidate([key], act, report, "the source has another state")
+        done = self._must_invalidate([key], act, report, "the source has another state")
+        if is_news:
+            self._tell([key])
+        return done
+
+    def distrust(self, prefix: str) -> None:
+        """Store no result of a fetch of data beneath a prefix that is under way, because it may be stale already."""
+        with self._session.section() as (process, _):
+            if prefix:
+                process.writes.increment(data_counter(prefix))
+            else:
+                process.writes.lose()
+
+    def _tell(self, names: Sequence[str], state: bytes = b"") -> None:
+        for listener in self.listeners:
+            listener(names, state)
 
     def remove(self, key: str) -> None:
         """Remove a key that has no source; raises `OSError` if it may still exist."""
@@ -645,12 +668,17 @@ class Writes:
     def drop(self, prefix: str) -> None:
         """Invalidate all entries beneath a prefix, and the fingerprints of the arrays there."""
         self._must_drop(prefix)
+        self._tell([f"{prefix}/"])
 
-    def drop_now(self, prefix: str, *, counted: bool = False) -> None:
-        """Like `drop`, but raises faults; `counted` tells that the write counter was incremented already."""
+    def drop_now(self, prefix: str, *, counted: bool = False, state: bytes = b"") -> None:
+        """Like `drop`, but raises faults; `counted` tells that the write counter was incremented already.
+
+        `state` is the new state of the array at the prefix, where that is known.
+        """
         report = HideReport()
         self._drop_now(prefix, report, counted=counted)
         self._see_to(report)
+        self._tell([f"{prefix}/"], state)
         _log([f"{prefix}/"], "its metadata document has changed" if counted else "it is cleared")
 
     def _drop_now(

@@ -202,7 +202,9 @@ class MetadataTracker:
     def _drop_array(self, namespace: str, path: str, described: metadata.Description) -> None:
         known = self._known(namespace, path)
         # the drop was counted when the change was found
-        self._writes.drop_now(_join(namespace, path), counted=True)
+        of_path = metadata.of_array(path)
+        state = b"".join((described.arrays | described.attributes).get(node, b"") for node in of_path)
+        self._writes.drop_now(_join(namespace, path), counted=True, state=state)
         digests = {node: digest for node, digest in described.arrays.items() if node == path}
         digests |= {node: digest for node, digest in described.attributes.items() if node.rpartition("/")[0] == path}
         if digests:

@@ -139,7 +139,11 @@ class SharedBackend:
         is_missing = missing_max_age != 0 and self.directory.negative_cache.knows(entry.key, missing_max_age)
         return MISSING if is_missing else None
 
-    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+    async def get_checked(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+        """Like `get`, but also checks bytes that this process has checked before."""
+        return await self.get(entry, max_age, missing_max_age, anew=True)
+
+    async def get(self, entry: Entry, max_age: Age, missing_max_age: Age = 0, *, anew: bool = False) -> Cached:
         """The bytes of an entry that is cached, no older than `max_age` seconds and sound; else None."""
         directory = self.directory
         if directory.health.is_aside or not directory.may_serve:
@@ -149,7 +153,7 @@ class SharedBackend:
             if not _is_fresh(found, max_age):
                 # another file that holds it may be younger
                 reader.close(found)
-            elif (data := await self._read(found, entry)) is not None:
+            elif (data := await self._read(found._replace(known=False) if anew else found, entry)) is not None:
                 self._record_use(found.entry)
                 return data
         return MISSING if missing_max_age != 0 and await self._is_missing(entry.key, missing_max_age) else None
@@ -194,14 +198,21 @@ class SharedBackend:
         return None if directory.health.is_aside else directory.fetch_locks.write_version(f"{self.prefix}{key}")
 
     async def publish(
-        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+        self,
+        entry: Entry,
+        data: Data | None,
+        version: Any,
+        validator: str = "",
+        done: Callable[[], None] = nothing,
+        *,
+        age: float = 0.0,
     ) -> None:
         """Store an entry, or its absence, in the background; the last to leave `fetching` waits for it."""
         directory = self.directory
         if version is None or directory.health.is_aside:
             done()
         elif data is not None:
-            directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done))
+            directory.write_behind.publish(PendingEntry(entry, data, version, validator, done=done, age=age))
         else:
             if directory.negative_cache.record_missing(entry.key, version):
                 # one job for all chunks that are recorded until it runs: each alone would cost a transaction

@@ -62,6 +62,8 @@ class PendingEntry:
         Whether to store nothing if the entry exists.
     done : callable or None
         Called when the entry is stored, or will not be.
+    age : float
+        How long ago the source gave the bytes, in seconds.
     is_stored : bool
     """
 
@@ -71,6 +73,7 @@ class PendingEntry:
     validator: str = ""
     exclusive: bool = False
     done: Callable[[], None] | None = None
+    age: float = 0.0
     is_stored: bool = False
 
     def is_current(self, process: Registration) -> bool:
@@ -400,6 +403,10 @@ class Publisher:
         item.hashed = self._check.is_hashed(item.pending.entry)
         try:
             files.write(item.temporary, item.pending.data, item.stamp_in_place)
+            if item.pending.age:
+                # the age of an entry is that of its file
+                then = time.time() - item.pending.age
+                os.utime(item.temporary, (then, then))
         except OSError as error:
             item.failure = _cause(error)
             if isinstance(item.failure, NoRoom):

@@ -653,6 +653,8 @@ class Reader:
 
     def _is_damaged(self, found: Found) -> None:
         _remember(self._damaged, found)
+        # it may have been sound when it was checked before
+        self._checked.pop(found.path, None)
         self._on_fault(Damaged(f"{found.path} is not what was stored there"))
 
     def _lies_there(self, found: Found) -> bool:

@@ -5,7 +5,21 @@ This room knows no other room, no file and no network. Its state: the tables of 
 """
 
 from xzcache.model import metadata
-from xzcache.model.backend import MISSING, Absence, Array, Backend, Cache, Cached, Parts, ReadCounters, Reads, nothing
+from xzcache.model.backend import (
+    MISSING,
+    UNKNOWN_AGE,
+    Absence,
+    Array,
+    Backend,
+    Cache,
+    Cached,
+    Given,
+    Parts,
+    Peers,
+    ReadCounters,
+    Reads,
+    nothing,
+)
 from xzcache.model.entry import (
     END,
     META,
@@ -78,6 +92,7 @@ __all__ = [
     "META",
     "MISSING",
     "NEGLIGIBLE",
+    "UNKNOWN_AGE",
     "WHOLE",
     "Absence",
     "Array",
@@ -94,11 +109,13 @@ __all__ = [
     "Extent",
     "Fetched",
     "Foreign",
+    "Given",
     "IntervalSet",
     "LeaderCancelled",
     "Listed",
     "NoRoom",
     "Parts",
+    "Peers",
     "ReadCounters",
     "Reads",
     "Replaced",

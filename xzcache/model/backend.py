@@ -144,6 +144,10 @@ class Backend(Protocol):
         that was found missing in the last `missing_max_age` seconds, and not written since, is `MISSING`.
         """
 
+    async def get_checked(self, entry: Entry, max_age: Age, missing_max_age: Age = 0) -> Cached:
+        """Like `get`, but also checks bytes that this process has checked before, because they are given away."""
+        return await self.get(entry, max_age, missing_max_age)
+
     def parts(self, key: str) -> Parts:
         """The cached parts of an object, which other processes may change at any moment."""
 
@@ -173,14 +177,22 @@ class Backend(Protocol):
         """The write version of a key, read before its fetch begins; None if nothing can be stored. Never waits."""
 
     async def publish(
-        self, entry: Entry, data: Data | None, version: Any, validator: str = "", done: Callable[[], None] = nothing
+        self,
+        entry: Entry,
+        data: Data | None,
+        version: Any,
+        validator: str = "",
+        done: Callable[[], None] = nothing,
+        *,
+        age: float = 0.0,
     ) -> None:
         """Store an entry, perhaps later; with None for `data`, record that the key is missing at the source.
 
         Nothing is stored if the version is None, if any process has written the key since the version was read or is
         writing it now, or if a part with an incompatible validator is cached. Readers see all of an entry or nothing.
         An absence that was found during a write is forgotten when the write ends. A whole object replaces its pieces.
-        `done` is called exactly once, when other processes can find the entry or it was dropped.
+        `age` is how long ago the source gave the bytes, in seconds. `done` is called exactly once, when other processes
+        can find the entry or it was dropped.
         """
 
     async def stored(self, key: str) -> None:
@@ -223,6 +235,42 @@ class Backend(Protocol):
         revalidated, and are confirmed for this process from now on.
         """
         return []
+
+
+UNKNOWN_AGE: Final = 3e8
+"""Ten years: whoever limits the age of entries asks the source."""
+
+
+class Given(NamedTuple):
+    """Spans of an object, as the cache of another node had them."""
+
+    values: tuple[memoryview, ...] | None
+    """None if the object is missing at the source."""
+    validator: str = ""
+    """The validator of the object; empty if that is unknown, for a whole object only."""
+    age: float = UNKNOWN_AGE
+    """How long ago the source gave or confirmed them, in seconds."""
+    is_worth_storing: bool = True
+    """Whether this node should store them as well."""
+
+
+class Peers(Protocol):
+    """The caches of other nodes. Safe for threads and event loops; no method raises."""
+
+    async def ask(self, store: object, backend: Backend, key: str, spans: Sequence[Span]) -> Given | None:
+        """Ask the node that owns a chunk, on behalf of a store; None if the source must be asked.
+
+        The spans, as in an `Entry`, are the whole object or byte ranges of it.
+        """
+
+    def record_fetch(self, backend: Backend, seconds: float) -> None:
+        """Record how long the source took to answer."""
+
+    async def begin_write(self, backend: Backend, keys: Sequence[str], beneath: str | None = None) -> Any:
+        """Tell all nodes that these keys, or all beneath a path, are being written: no node asks another for them."""
+
+    def end_write(self, begun: Any) -> None:
+        """Record that a write has ended, so that the nodes may be told when the last one has."""
 
 
 class Cache(Backend, Protocol):

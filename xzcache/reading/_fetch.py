@@ -35,7 +35,7 @@ from xzcache.model import (
     placed,
     unplaced,
 )
-from xzcache.reading._request import contents
+from xzcache.reading._request import contents, peers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -135,15 +135,15 @@ class Leads:
             with suppress(OSError):
                 unlock()
 
-    async def store(self, key: str, pieces: Sequence[Piece], version: Any) -> None:
-        """Store pieces; storing the last piece of a claim releases it."""
+    async def store(self, key: str, pieces: Sequence[Piece], version: Any, age: float = 0.0) -> None:
+        """Store pieces that the source gave some seconds ago; storing the last piece of a claim releases it."""
         for piece in pieces:
             piece.lead.unstored += 1
         try:
             for lead, (first, last), data, validator in pieces:
                 entry = self._reading.entry(key, first, last)
                 assert entry is not None
-                await self._backend.publish(entry, data, version, validator, partial(self._stored, lead))
+                await self._backend.publish(entry, data, version, validator, partial(self._stored, lead), age=age)
         except BaseException:
             for piece in pieces:
                 piece.lead.unstored = 0
@@ -295,6 +295,8 @@ class _Fetch:
         self._force = reading.must_ask(key)
         self._is_whole_stored = False
         self._inexact = False
+        # of what another node gave
+        self._age = 0.0
 
     async def run(self, parts: Parts) -> Found:
         deadline = time.monotonic() + self._reading.timeout
@@ -559,20 +561,33 @@ class _Fetch:
             answer = answer._replace(value=answer.value[1:])
         return [answer]
 
+    async def _given(self, leads: list[Lead], spans: Sequence[Span], begun: float) -> list[sources.FetchResult] | None:
+        """The spans from the cache of the node that owns the object; None if the source must be asked."""
+        if self._force or any(lead.unlock is None for lead in leads) or any(span[1] >= LARGEST for span in spans):
+            return None
+        given = await self._reading.ask_peers(self._key, spans, begun, self._used | self._buffers.keys())
+        if given is None or given.values is None:
+            return None
+        self._age = max(self._age, given.age)
+        make = self._prototype.buffer.from_bytes
+        return [sources.FetchResult(make(value), given.validator) for value in given.values]
+
     async def _lead(self, leads: list[Lead]) -> None:
         """Fetch the claimed spans for all waiting readers."""
         begun = time.perf_counter()
         spans = [lead.claim.span for lead in leads]
         reading, key = self._reading, self._key
         try:
-            answers = await self._request(spans)
+            given = await self._given(leads, spans, begun) if peers else None
+            answers = await self._request(spans) if given is None else given
             there = [contents(answer.value) for answer in answers if answer.value is not None]
             self._asked += spans
             misses = sum([_meet(span, spans) for span in self._left.values()])
-            reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
+            if given is None:
+                reading.miss(key, sum(map(len, there)) if there else None, begun, list(map(unplaced, spans)))
             # one request answers several ranges: each counts as a miss, but bytes and seconds only once
             for _ in range(misses - 1):
-                reading.stats.miss(0, 0.0)
+                (reading.stats.miss if given is None else reading.stats.peer_hit)(0, 0.0)
             if len(there) < len(answers):
                 await reading.is_certainly_missing(key)
                 for lead in leads:
@@ -626,7 +641,7 @@ class _Fetch:
                 listed = self._backend.parts(key).pieces
                 known = [_span_of(piece) for span in spans for piece in self._usable(listed.overlapping(*span))]
             boundaries = {boundary for entry in self._wanted for boundary in (entry.start, entry.stop)}
-            await self._leads.store(key, pieces_of(leads, fetched, known, boundaries), self._version)
+            await self._leads.store(key, pieces_of(leads, fetched, known, boundaries), self._version, self._age)
         except BaseException as error:
             for lead in leads:
                 lead.claim.set_exception(LeaderCancelled() if isinstance(error, Unclear) else error)
@@ -648,7 +663,7 @@ class _Fetch:
 
         self._is_whole_stored = True
         # with the single validator: bytes of two states are never in one object
-        await self._backend.publish(entry, data, self._version, min(self._used), done)
+        await self._backend.publish(entry, data, self._version, min(self._used), done, age=self._age)
         return True
 
     async def _request_plainly(self, answers: dict[Span, sources.FetchResult]) -> None:

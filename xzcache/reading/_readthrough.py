@@ -19,9 +19,11 @@ from xzcache.model import (
     LARGEST,
     MISSING,
     NEGLIGIBLE,
+    UNKNOWN_AGE,
     WHOLE,
     Claim,
     Entry,
+    Given,
     LeaderCancelled,
     Replaced,
     SourceUnreachable,
@@ -39,7 +41,7 @@ from xzcache.model import (
     unplaced,
 )
 from xzcache.reading._fetch import FIRST_POLL, LONGEST_POLL, Lead, Leads, RangeFetches, next_poll
-from xzcache.reading._request import Request, buffer_of, contents
+from xzcache.reading._request import Request, buffer_of, contents, peers
 from xzcache.reading._revalidation import Revalidation
 from xzcache.reading._stats import observers
 from xzcache.sources import FetchResult
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from xzcache.model import Absence, Array, Parts
+    from xzcache.model import Absence, Array, Parts, Span
     from xzcache.reading._request import Reading
 
     Outcome = list[tuple[int, Buffer | None]] | BaseException
@@ -355,6 +357,47 @@ class ReadThrough:
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
+    async def give(self, key: str, spans: Sequence[Span], fetch: Callable[[], Awaitable[Given]] | None) -> Given | None:
+        """Spans of a chunk for another node; what is not cached is given only if it can be fetched."""
+        if is_document(key) or self._asks_always:
+            return None
+        entries = [self.reading.entry(key, *span) for span in spans]
+        wanted = [entry for entry in entries if entry is not None]
+        if len(wanted) < len(spans):
+            return None
+        await self.get_ready(key)
+        if (given := await self._given(key, wanted)) is not None or fetch is None:
+            return given
+        fetched = await fetch()
+        await self.backend.stored(key)
+        # the state of what was fetched is known once it is stored
+        given = await self._given(key, wanted)
+        if given is not None and given.values == fetched.values:
+            return given
+        return fetched if wanted[0].is_whole or fetched.values is None else None
+
+    async def _given(self, key: str, wanted: Sequence[Entry]) -> Given | None:
+        reading, backend = self.reading, self.backend
+        is_whole = wanted[0].is_whole
+        # one validator for all, which the source gave, unless it is that of a whole object
+        states = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
+        if not is_whole and not (len(states) == 1 and all(map(is_from_source, states))):
+            return None
+        stored = backend.parts(key).validated() if is_whole else None
+        age = UNKNOWN_AGE if stored is None else max(0.0, time.time() - stored)
+        values = []
+        for entry in wanted:
+            look = backend.get_checked if is_whole else backend.get
+            data = await look(entry, reading.max_age, reading.age_of_absence(key))
+            if data is None:
+                return None
+            if data is MISSING:
+                return Given(None)
+            values.append(data)
+        # read before and after: the files may have been replaced between states and bytes
+        now = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
+        return Given(tuple(values), min(states), age) if now == states else None
+
     # -- misses
 
     async def fetch(self, request: Request, *, force: bool = False) -> Buffer | None:
@@ -426,6 +469,7 @@ class ReadThrough:
     ) -> Buffer | None:
         key, entry, claim, reading = request.key, request.entry, lead.claim, self.reading
         publishing = is_new = False
+        given: Given | None = None
         try:
             if force:
                 # another process may have sent its request before this read began
@@ -440,9 +484,15 @@ class ReadThrough:
                 if data is None:
                     if may_divide and not is_new and self._has_parts(request):
                         raise Divided
+                    if peers and lead.unlock is not None:
+                        given = await reading.ask_peers(key, [(entry.start, entry.stop)], request.started)
                     # with an age, an old entry may still be there: a request with its validator saves the bytes
-                    if reading.max_age == "infinity":
-                        answer = await reading.fetch(request)
+                    if given is not None:
+                        value = None if given.values is None else buffer_of(given.values[0], request.prototype)
+                        # an absence that another node remembers is not remembered here for as long again
+                        answer = FetchResult(value, given.validator, exact=value is not None)
+                    elif reading.max_age == "infinity":
+                        answer = await reading.fetch_chunk(request)
                     else:
                         answer, data = await reading.revalidate(request)
             if data is not None:
@@ -450,7 +500,9 @@ class ReadThrough:
                 return reading.hit(request, data)
             data = None if answer.value is None else contents(answer.value)
             validator, may_store = answer.validator, answer.exact and data is not None
-            if data is None and answer.exact:
+            if given is not None:
+                may_store = may_store and given.is_worth_storing
+            elif data is None and answer.exact:
                 await reading.record_missing(entry, key, version)
             elif not is_document(key):
                 reading.has_validators = is_from_source(validator)
@@ -466,7 +518,8 @@ class ReadThrough:
             claim.set_result(data, validator, exact=answer.exact)
             if data is not None and may_store:
                 publishing = True
-                await self.backend.publish(entry, data, version, validator, partial(self._leads.release, lead))
+                age = 0.0 if given is None else given.age
+                await self.backend.publish(entry, data, version, validator, partial(self._leads.release, lead), age=age)
             return answer.value
         except BaseException as error:
             claim.set_exception(LeaderCancelled() if isinstance(error, Divided) else error)

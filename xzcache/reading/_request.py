@@ -41,18 +41,21 @@ from xzcache.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
 
     from zarr.abc.store import ByteRequest, Store
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from xzcache._config import Age
-    from xzcache.model import Backend, Span
+    from xzcache.model import Backend, Given, Peers, Span
     from xzcache.reading._freshness import Freshness
     from xzcache.reading._stats import Stats
 
 
 logger = logging.getLogger("xzcache.reading")
+
+peers: Final[list[Peers]] = []
+"""The caches of other nodes: the first of these asks them before the source is asked, and tells them of writes."""
 
 _PROBE: Final = 1 << 14
 """The number of bytes that are compared to check that an object is unchanged."""
@@ -132,6 +135,10 @@ class Reading:
     missing_offline : float or "infinity", optional
         Seconds for which a missing chunk is not requested again while the source cannot be reached; default is
         `missing_max_age`.
+    store : callable
+        Returns the store that reads, for other nodes that read on its behalf; None if it must not be given away.
+    asks_peers : bool
+        Whether the caches of other nodes may be asked; not for a read that another node has asked for.
     has_validators : bool or None
         Whether the last answer had a validator of the source; None before the first one. Without, parts of different
         answers are never put together.
@@ -153,6 +160,8 @@ class Reading:
     missing_offline: Age | None = None
     claims: Claims = field(init=False, repr=False)
     reach: sources.Reach = field(init=False, repr=False)
+    store: Callable[[], object] = lambda: None
+    asks_peers: bool = True
     has_validators: bool | None = None
     _watches: dict[int, Watch] = field(default_factory=dict, repr=False)
 
@@ -255,6 +264,43 @@ class Reading:
         if answer.value is not None and is_document(request.key) and not is_json(contents(answer.value)):
             # perhaps an error page of a proxy: it invalidates no entry, and is not stored
             return answer._replace(exact=False)
+        return answer
+
+    async def ask_peers(
+        self, key: str, spans: Sequence[Span], began: float, states: Set[str] = frozenset()
+    ) -> Given | None:
+        """Spans of a chunk from the cache of the node that owns it; None if the source must be asked.
+
+        `began` is when the read began, by `time.perf_counter`; `states` are the validators of what the reader has.
+        """
+        is_whole = list(spans) == [(0, END)]
+        if not self.asks_peers or self.writable or self.max_age != "infinity" or (store := self.store()) is None:
+            return None
+        if is_whole and not self.backend.parts(key).is_empty:
+            return None
+        for each in peers[:1]:
+            if (given := await each.ask(store, self.backend, key, spans)) is None:
+                return None
+            if not is_whole and given.values is not None:
+                # parts of another state may be newer than what the other node has
+                others = (self.backend.parts(key).states | states) - {given.validator}
+                pairs = zip(spans, given.values, strict=True)
+                is_exact = all(stop == END or len(value) == stop - start for (start, stop), value in pairs)
+                if others or not is_exact or not is_from_source(given.validator):
+                    self.stats.peer_miss()
+                    return None
+                # with the state of these bytes, the next ones are compared
+                given = given._replace(is_worth_storing=True)
+            self.stats.peer_hit(sum(map(len, given.values or ())), time.perf_counter() - began)
+            return given
+        return None
+
+    async def fetch_chunk(self, request: Request) -> sources.FetchResult:
+        """Like `fetch`, for an answer whose time is compared with that of other nodes."""
+        began = time.perf_counter()
+        answer = await self.fetch(request)
+        for each in peers[:1]:
+            each.record_fetch(self.backend, time.perf_counter() - began)
         return answer
 
     # -- a source that cannot be reached

@@ -11,7 +11,7 @@ from xzcache._fork import renew_after_fork
 from xzcache.model import Reads
 
 observers: Final[list[Callable[[str, int, float], None]]] = []
-"""Called for each read with ``"cache"`` or ``"source"``, its bytes and its seconds."""
+"""Called for each read with ``"cache"``, ``"peer"`` or ``"source"``, its bytes and its seconds."""
 
 # so many hits are counted under one lock
 _MOST_UNCOUNTED: Final = 256
@@ -34,9 +34,9 @@ class Stats:
         """Count from zero."""
         self._lock = threading.Lock()
         self._uncounted: deque[tuple[Stats, int, float]] = deque()
-        self._hits = self._misses = self._revalidated = 0
-        self._bytes_from_cache = self._bytes_from_source = 0
-        self._seconds_from_cache = self._seconds_from_source = 0.0
+        self._hits = self._misses = self._revalidated = self._peer_hits = self._peer_misses = 0
+        self._bytes_from_cache = self._bytes_from_source = self._bytes_from_peers = 0
+        self._seconds_from_cache = self._seconds_from_source = self._seconds_from_peers = 0.0
 
     def hit(self, size: int, seconds: float) -> None:
         uncounted = self._root._uncounted
@@ -67,6 +67,22 @@ class Stats:
         for observe in observers:
             observe("source", size, seconds)
 
+    def peer_hit(self, size: int, seconds: float) -> None:
+        """Count a read that the cache of another node answered."""
+        with self._root._lock:
+            for counters in {self, self._root}:
+                counters._peer_hits += 1
+                counters._bytes_from_peers += size
+                counters._seconds_from_peers += seconds
+        for observe in observers:
+            observe("peer", size, seconds)
+
+    def peer_miss(self) -> None:
+        """Count a question to another node after which the source was asked; that read is a miss."""
+        with self._root._lock:
+            for counters in {self, self._root}:
+                counters._peer_misses += 1
+
     def revalidated(self) -> None:
         """Count an answer of the source that an entry has not changed; the read that serves the entry is a hit."""
         with self._root._lock:
@@ -84,18 +100,29 @@ class Stats:
         """The counters under Zarr's names, and those of xzcache; sizes in bytes, times in seconds."""
         with self._root._lock:
             self._count_hits()
-            requests = self._hits + self._misses
+            requests = self._hits + self._misses + self._peer_hits
             return {
                 "hits": self._hits,
                 "misses": self._misses,
+                "peer_hits": self._peer_hits,
+                "peer_misses": self._peer_misses,
                 "revalidated": self._revalidated,
                 "total_requests": requests,
-                "hit_rate": self._hits / requests if requests else 0.0,
+                "hit_rate": (self._hits + self._peer_hits) / requests if requests else 0.0,
                 "bytes_from_cache": self._bytes_from_cache,
+                "bytes_from_peers": self._bytes_from_peers,
                 "bytes_from_source": self._bytes_from_source,
                 "seconds_from_cache": self._seconds_from_cache,
+                "seconds_from_peers": self._seconds_from_peers,
                 "seconds_from_source": self._seconds_from_source,
             }
+
+
+class ForPeers(Stats):
+    """Counters of what a process reads for other nodes: the misses are its own, the hits are counted where they go."""
+
+    def hit(self, size: int, seconds: float) -> None:
+        pass
 
 
 process: Final = Stats()

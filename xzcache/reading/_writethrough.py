@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xzcache.model import is_cacheable, is_document, run_to_completion
-from xzcache.reading._request import contents
+from xzcache.reading._request import contents, peers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from zarr.core.buffer import Buffer
 
@@ -50,19 +50,20 @@ class WriteThrough:
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
         keys = [key for key, _ in pairs]
         with self._turns.take(keys) as turn:
-            # to the end even if cancelled: a write that has begun must be ended, or its key is not cached again
-            begun, cancelled = await run_to_completion(self._backend.begin_write(keys))
-            done = False
-            try:
-                _honour(cancelled)
-                await turn()
-                await write()
-                done = True
-            finally:
-                # after an exception the state of the source is unknown, so no value is stored
-                values = [contents(value) if keep and done else None for _, value in pairs]
-                _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
-                _honour(cancelled and done)
+            async with self._telling(keys):
+                # to the end even if cancelled: a write that has begun must be ended, or its key is not cached again
+                begun, cancelled = await run_to_completion(self._backend.begin_write(keys))
+                done = False
+                try:
+                    _honour(cancelled)
+                    await turn()
+                    await write()
+                    done = True
+                finally:
+                    # after an exception the state of the source is unknown, so no value is stored
+                    values = [contents(value) if keep and done else None for _, value in pairs]
+                    _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
+                    _honour(cancelled and done)
 
     async def _end(self, begun: Any, values: list[memoryview | None], certain: list[tuple[str, Buffer]]) -> None:
         await self._backend.end_write(begun, values)
@@ -88,15 +89,27 @@ class WriteThrough:
 
     async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
         keys = [prefix] if itself else []
-        with self._turns.take([*keys, f"{prefix}/" if prefix else ""]) as turn:
-            begun, cancelled = await run_to_completion(self._backend.begin_write(keys, beneath=prefix))
-            try:
+        names = [*keys, f"{prefix}/" if prefix else ""]
+        with self._turns.take(names) as turn:
+            async with self._telling(keys, prefix):
+                begun, cancelled = await run_to_completion(self._backend.begin_write(keys, beneath=prefix))
+                try:
+                    _honour(cancelled)
+                    await turn()
+                    await delete()
+                finally:
+                    _, cancelled = await run_to_completion(self._backend.end_write(begun))
                 _honour(cancelled)
-                await turn()
-                await delete()
-            finally:
-                _, cancelled = await run_to_completion(self._backend.end_write(begun))
-            _honour(cancelled)
+
+    @asynccontextmanager
+    async def _telling(self, keys: Sequence[str], beneath: str | None = None) -> AsyncIterator[None]:
+        """While the source is being written: before it is, the other nodes are told."""
+        told = [(each, await each.begin_write(self._backend, keys, beneath)) for each in peers[:1]]
+        try:
+            yield
+        finally:
+            for each, begun in told:
+                each.end_write(begun)
 
     def _is_cacheable(self, key: str) -> bool:
         return not self._passes and is_cacheable(self._backend.prefix + key)

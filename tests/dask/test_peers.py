@@ -1,0 +1,497 @@
+"""Peers: what one node of a cluster has cached, the others get from it; and never a wrong or a stale byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import dask.array as da
+import numpy as np
+import pytest
+import zarr
+from clusters import metrics, nodes, pids, total
+from distributed import Client
+from distributed.security import Security
+from processes import Dataset, Far, until
+from servers import S3Server, s3_server, words
+from zarr.storage import LocalStore
+
+import xzcache
+from xzcache.dask import each_node
+
+pytestmark = pytest.mark.slow
+
+# what workers are sent to do, they need not import the tests for
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NODES = 4
+
+
+def plugin(**settings: Any) -> xzcache.CachePlugin:
+    return xzcache.CachePlugin(max_size="10 MB", min_free=0, peers="on", **settings)
+
+
+class Cluster:
+    """Simulated nodes that ask each other, and an array whose source notes each request."""
+
+    def __init__(self, client: Client, folder: Path, count: int = NODES) -> None:
+        self.client = client
+        self.folder = folder
+        self.dataset = Dataset(folder, side=6, chunk=8)
+        until(lambda: all(seen["peers"] == count - 1 for seen in metrics(client).values()))
+        self.workers = sorted(client.nthreads())
+
+    def store(self, **options: Any) -> xzcache.CacheStore:
+        source = Far(LocalStore(self.dataset.place, read_only=options.get("read_only", True)), self.dataset.log)
+        return xzcache.CacheStore(source, **{"read_only": True, **options})
+
+    def array(self) -> Any:
+        return zarr.open_array(self.store(), mode="r", zarr_format=3)
+
+    def run(self, worker: str, function: Callable[..., Any], *args: Any) -> Any:
+        return self.client.submit(function, *args, workers=[worker], pure=False)
+
+    def read(self, worker: str, array: Any = None) -> Any:
+        return self.run(worker, _read, self.array() if array is None else array)
+
+    def requests(self) -> list[int]:
+        """How often each chunk was requested, most often first, since the last call."""
+        found = sorted(self.dataset.chunk_requests().values(), reverse=True)
+        self.dataset.forget_requests()
+        return found
+
+    def counts(self) -> dict[str, int]:
+        seen = metrics(self.client)
+        return {name: total(seen, name) for name in ("hits", "misses", "peer_hits", "peer_misses")}
+
+
+def _read(array: Any) -> Any:
+    return array[:]
+
+
+def _get(store: xzcache.CacheStore, key: str) -> bytes | None:
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    value = sync(store.get(key, default_buffer_prototype()))
+    return None if value is None else value.to_bytes()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("peers")
+    with nodes(folder, NODES) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        yield Cluster(client, folder)
+
+
+def test_the_cluster_requests_each_chunk_once(started: Cluster) -> None:
+    values = started.dataset.values
+    started.requests()
+    # all at once, each node all of it
+    for result in started.client.gather([started.read(worker) for worker in started.workers]):
+        np.testing.assert_array_equal(result, values)
+    assert started.requests() == [1] * started.dataset.chunks
+    counts = started.counts()
+    assert counts["misses"] - started.dataset.chunks <= 4 * NODES
+    assert counts["peer_hits"] == (NODES - 1) * started.dataset.chunks
+    # each node stores its own chunks, and the caches together hold the array once
+    kept = [node.used for node in xzcache.cluster_info(started.client)]
+    assert sum(kept) < 1.2 * values.nbytes
+    for worker in started.workers:
+        np.testing.assert_array_equal(started.read(worker).result(), values)
+    assert started.requests() == []
+    # what was asked for twice is hot: each node has all of it now
+    before = started.counts()
+    for worker in started.workers:
+        started.read(worker).result()
+    after = started.counts()
+    assert after["hits"] - before["hits"] >= NODES * started.dataset.chunks
+    assert after["peer_hits"] == before["peer_hits"]
+
+
+# -- nodes that fail
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Cluster]:
+    """Three nodes of their own, of which each has its part of the array."""
+    with nodes(tmp_path, 3) as client, xzcache.config.set(directory=None):
+        # a busy machine is no reason to ask the source
+        client.register_plugin(plugin(peer_timeout=30))
+        cluster = Cluster(client, tmp_path, 3)
+        cluster.read(cluster.workers[0]).result()
+        assert cluster.requests() == [1] * cluster.dataset.chunks
+        yield cluster
+
+
+def owned(cluster: Cluster, worker: str) -> dict[str, Path]:
+    """The chunks that a node has cached, and their files."""
+    (node,) = [node for node in xzcache.cluster_info(cluster.client) if worker in node.workers]
+    keys = cluster.dataset.keys()
+    return {key: path for key in keys for path in Path(node.directory).glob(f"*/{key}")}
+
+
+def _hold_the_gil(mark: str, seconds: int) -> None:
+    import ctypes
+
+    Path(mark).touch()
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+@pytest.mark.parametrize("trouble", ["stopped", "killed", "holds the GIL"])
+def test_an_owner_that_does_not_answer_is_replaced_by_the_source(trouble: str, small: Cluster, tmp_path: Path) -> None:
+    reader, owner = small.workers[1:]
+    small.client.register_plugin(plugin(peer_timeout=0.1))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
+    theirs, pid = owned(small, owner), pids(small.client)[owner]
+    assert theirs
+    array = small.array()
+    small.requests()
+    if trouble == "holds the GIL":
+        mark = tmp_path / "mark"
+        held = small.run(owner, _hold_the_gil, str(mark), 10)
+        until(mark.exists)
+    else:
+        os.kill(pid, signal.SIGSTOP if trouble == "stopped" else signal.SIGKILL)
+    try:
+        began = time.monotonic()
+        np.testing.assert_array_equal(small.read(reader, array).result(timeout=60), small.dataset.values)
+        assert time.monotonic() - began < 8
+    finally:
+        if trouble == "stopped":
+            os.kill(pid, signal.SIGCONT)
+    # the source gave what the owner did not, once; the third node gave the rest
+    found = small.requests()
+    if trouble == "killed":
+        # another process in its place has its cache
+        assert len(found) <= len(theirs)
+        assert max(found, default=0) <= 1
+    else:
+        assert found == [1] * len(theirs)
+    if trouble == "holds the GIL":
+        held.result(timeout=60)
+
+
+def _part(key: str) -> tuple[slice, slice]:
+    i, j = (8 * int(number) for number in key.split("/")[1:])
+    return slice(i, i + 8), slice(j, j + 8)
+
+
+def _write(store: xzcache.CacheStore, keys: list[str]) -> None:
+    array = zarr.open_array(store, mode="r+", zarr_format=3)
+    for key in keys:
+        array[_part(key)] = -1
+
+
+def _chunk(array: Any, key: str) -> Any:
+    return array[_part(key)]
+
+
+def test_what_one_node_has_written_no_node_gives_as_it_was(small: Cluster) -> None:
+    """The chunks are on the node that owns them, which is neither the writer nor the reader."""
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    one, other, *untouched = owned(small, owner)
+    writer, reader = [worker for worker in small.workers if worker != owner]
+    array = small.array()
+
+    def read(worker: str, key: str) -> Any:
+        return small.run(worker, _chunk, array, key).result(timeout=60)
+
+    small.run(writer, _write, small.store(read_only=False), [one, other]).result(timeout=60)
+    for worker in (reader, writer):
+        np.testing.assert_array_equal(read(worker, one), np.full((8, 8), -1.0))
+
+    def asks() -> bool:
+        before = small.counts()["peer_hits"]
+        read(reader, untouched.pop())
+        return small.counts()["peer_hits"] > before
+
+    # for as long as the array counts as being written, nothing of it is asked for
+    until(asks)
+    # what the owner had before, it fetches anew before it gives it away
+    before = small.counts()["peer_hits"]
+    np.testing.assert_array_equal(read(reader, other), np.full((8, 8), -1.0))
+    assert small.counts()["peer_hits"] == before + 1
+
+
+def test_a_node_that_could_not_be_told_of_a_write_is_silent(small: Cluster) -> None:
+    small.client.register_plugin(plugin(peer_timeout=0.1))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    key = next(iter(owned(small, owner)))
+    writer, reader = [worker for worker in small.workers if worker != owner]
+    array, pid = small.array(), pids(small.client)[owner]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # for as long as the node might still answer others, and no longer
+        small.run(writer, _write, small.store(read_only=False), [key]).result(timeout=60)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    np.testing.assert_array_equal(small.run(reader, _chunk, array, key).result(timeout=60), np.full((8, 8), -1.0))
+
+
+def test_a_changed_document_that_one_node_has_seen_bars_what_others_had(small: Cluster) -> None:
+    (owner,) = [worker for worker in small.workers if "c/0/0" in owned(small, worker)]
+    other, reader = [worker for worker in small.workers if worker != owner]
+    old = small.array()
+    small.read(owner, old).result(timeout=60)
+    # by another program
+    outside = zarr.open_array(LocalStore(small.dataset.place), mode="r+")
+    outside[:] = -small.dataset.values
+    outside.attrs["version"] = 2
+    np.testing.assert_array_equal(small.run(other, _open_and_read, small.store()).result(timeout=60), outside[:])
+    each_node(small.client, xzcache.clear, nodes=reader)
+    np.testing.assert_array_equal(small.read(reader, old).result(timeout=60), outside[:])
+
+
+def _open_and_read(store: xzcache.CacheStore) -> Any:
+    return zarr.open_array(store, mode="r", zarr_format=3)[:]
+
+
+@pytest.mark.parametrize("is_hidden", [False, True], ids=["seen", "time kept"])
+def test_a_damaged_file_of_the_owner_is_fetched_anew(is_hidden: bool, small: Cluster) -> None:
+    reader, owner = small.workers[1:]
+    theirs = owned(small, owner)
+    for path in theirs.values():
+        status = path.stat()
+        with open(path, "r+b") as file:
+            file.write(b"\xff" * 8)
+        if is_hidden:
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    np.testing.assert_array_equal(small.read(reader).result(timeout=60), small.dataset.values)
+    assert small.requests() == [1] * len(theirs)
+
+
+class Known(Far):
+    """A store that some nodes cannot unpickle."""
+
+    def __init__(self, store: LocalStore, log: str, refused: list[str]) -> None:
+        super().__init__(store, log)
+        self.refused = refused
+
+    def _with_store(self, store: LocalStore) -> Known:
+        return Known(store, self.log, self.refused)
+
+    def __reduce__(self) -> Any:
+        return _known, (self._store, self.log, self.refused)
+
+
+def _known(store: LocalStore, log: str, refused: list[str]) -> Known:
+    if os.environ.get("XZCACHE_DIRECTORY") in refused:
+        raise ModuleNotFoundError("not installed on this node")
+    return Known(store, log, refused)
+
+
+def test_a_node_that_cannot_read_the_source_is_not_used(small: Cluster) -> None:
+    reader, owner = small.workers[1:]
+    refused = list(small.client.run(os.getenv, "XZCACHE_DIRECTORY", workers=[owner]).values())
+    source = Known(LocalStore(small.dataset.place, read_only=True), small.dataset.log, refused)
+    array = zarr.open_array(xzcache.CacheStore(source, read_only=True), mode="r", zarr_format=3)
+    small.requests()
+    np.testing.assert_array_equal(small.read(reader, array).result(timeout=60), small.dataset.values)
+    assert small.requests() == [1] * small.dataset.chunks
+    assert small.counts()["peer_misses"] >= len(owned(small, owner))
+
+
+def test_encrypted_connections(tmp_path: Path) -> None:
+    security = Security.temporary()
+    with (
+        nodes(tmp_path, 2, security=security) as client,
+        xzcache.config.set(directory=None),
+    ):
+        client.register_plugin(plugin(peer_timeout=30))
+        cluster = Cluster(client, tmp_path, 2)
+        assert all(worker.startswith("tls://") for worker in cluster.workers)
+        for worker in cluster.workers:
+            np.testing.assert_array_equal(cluster.read(worker).result(timeout=60), cluster.dataset.values)
+        assert cluster.requests() == [1] * cluster.dataset.chunks
+        assert cluster.counts()["peer_hits"] >= cluster.dataset.chunks
+
+
+def test_other_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"peers='always' is not accepted: give \"off\" or \"on\""):
+        xzcache.CachePlugin(peers="always")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="peers=True"):
+        xzcache.CachePlugin(peers=True)  # type: ignore[arg-type]
+
+
+def test_off_unless_it_is_asked_for(tmp_path: Path) -> None:
+    def known(client: Client) -> set[Any]:
+        return {seen.get("peers") for seen in metrics(client).values()}
+
+    with nodes(tmp_path, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(xzcache.CachePlugin(max_size="1 MB", min_free=0))
+        assert known(client) == {None}
+        client.register_plugin(xzcache.CachePlugin(peers="on"))
+        until(lambda: known(client) == {1})
+        client.register_plugin(xzcache.CachePlugin(policy="lru"))
+        until(lambda: known(client) == {1})
+        client.register_plugin(xzcache.CachePlugin(peers="off"))
+        assert known(client) == {None}
+
+
+def test_what_another_node_gave_is_as_old_as_it_was_there(small: Cluster) -> None:
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    (reader, *_) = [worker for worker in small.workers if worker != owner]
+    keys, array = owned(small, owner), small.array()
+    an_hour_ago = time.time() - 3600
+    for path in keys.values():
+        os.utime(path, (an_hour_ago, an_hour_ago))
+    # often enough to be stored here as well
+    for _ in range(3):
+        small.read(reader, array).result(timeout=60)
+    assert keys.keys() <= owned(small, reader).keys()
+    small.requests()
+    limited = zarr.open_array(small.store(max_age_seconds=1800), mode="r", zarr_format=3)
+    np.testing.assert_array_equal(small.read(reader, limited).result(timeout=60), small.dataset.values)
+    assert small.requests() == [1] * len(keys)
+
+
+# -- a source with validators: byte ranges, and secrets
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, S3Server]]:
+    """Two nodes, and a server that is far away."""
+    folder = tmp_path_factory.mktemp("remote")
+    (folder / "s3" / "bucket").mkdir(parents=True)
+    with s3_server(folder / "s3", latency=0.5) as s3, nodes(folder, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        until(lambda: all(seen["peers"] == 1 for seen in metrics(client).values()))
+        yield client, s3
+
+
+def _shards(s3: S3Server, name: str, values: Any) -> Any:
+    """A sharded array on the server, opened through the cache."""
+    where = f"s3://bucket/{name}"
+    source = xzcache.CacheStore(where, storage_options=words(s3))._store
+    array = zarr.create_array(
+        source, shape=values.shape, chunks=(64,), shards=(256,), dtype="f8", compressors=None, overwrite=True
+    )
+    array[:] = values
+    store = xzcache.CacheStore(where, storage_options=words(s3), read_only=True)
+    return zarr.open_array(store, mode="r", zarr_format=3)
+
+
+def _some(array: Any) -> Any:
+    """Chunks here and there: byte ranges of each shard."""
+    return np.concatenate([array[start : start + 64] for start in range(0, array.shape[0], 128)])
+
+
+def test_byte_ranges_of_shards(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    values = np.random.default_rng(1).random(4096)
+    array = _shards(s3, "shards.zarr", values)
+    expected = _some(values)
+    s3.reset()
+    first, second = sorted(client.nthreads())
+
+    def read(worker: str) -> Any:
+        return client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+
+    np.testing.assert_array_equal(read(first), expected)
+    cold = s3.counts().only("GET", "*/c/*")
+    given = total(metrics(client), "peer_hits")
+    np.testing.assert_array_equal(read(second), expected)
+    assert s3.counts().only("GET", "*/c/*").requests == cold.requests
+    assert total(metrics(client), "peer_hits") > given
+    # as many bytes as one node alone fetches: an index and two chunks of each shard
+    assert cold.bytes <= 16 * (2 * 64 * 8 + 2 * (4 * 16 + 4))
+
+
+def test_a_shard_that_was_replaced_is_never_mixed(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    first, second = sorted(client.nthreads())
+    values = np.random.default_rng(2).random(1024)
+    array = _shards(s3, "replaced.zarr", values)
+    for worker in (first, second):
+        client.submit(_index, array, workers=[worker], pure=False).result(timeout=60)
+    # by another program, unseen
+    _shards(s3, "replaced.zarr", values + 1)
+    for worker in (second, first, second, first):
+        found = client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+        for start in range(0, len(found), 64):
+            # each of them was read by itself: it is of one state
+            chunk, old = found[start : start + 64], _some(values)[start : start + 64]
+            assert np.array_equal(chunk, old) or np.array_equal(chunk, old + 1)
+    # whichever node has seen the new state
+    np.testing.assert_array_equal(found, _some(values + 1))
+
+
+def _index(array: Any) -> Any:
+    return array[::256]
+
+
+def test_a_chunk_that_one_node_has_found_rewritten_is_given_by_none(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    first, second = sorted(client.nthreads())
+    where = "s3://bucket/rewritten.zarr"
+    source = xzcache.CacheStore(where, storage_options=words(s3))._store
+    outside = zarr.create_array(source, shape=(64,), chunks=(8,), dtype="f8", compressors=None)
+    outside[:] = np.arange(64.0)
+
+    def opened(**options: Any) -> Any:
+        store = xzcache.CacheStore(where, storage_options=words(s3), read_only=True, **options)
+        return zarr.open_array(store, mode="r", zarr_format=3)
+
+    def read(worker: str, array: Any) -> Any:
+        return client.submit(_read, array, workers=[worker], pure=False).result(timeout=60)
+
+    array, watchful = opened(), opened(revalidate=True)
+    # each of them has its own chunks, and the first has all of them
+    for worker in (first, first, second):
+        read(worker, array)
+    read(first, array)
+    outside[:] = -np.arange(64.0)
+    np.testing.assert_array_equal(read(first, watchful), -np.arange(64.0))
+    each_node(client, xzcache.clear, nodes=first)
+    # what the second node has of its own is not given away as it was
+    np.testing.assert_array_equal(read(first, array), -np.arange(64.0))
+
+
+# -- many at once
+
+
+def test_nodes_that_ask_each_other_at_the_same_time(tmp_path: Path) -> None:
+    """Two workers with several threads a node, which read the same chunks in different orders, and cross each other."""
+    with nodes(tmp_path, 2, per_node=2, nthreads=4) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        cluster = Cluster(client, tmp_path, 2)
+        array = cluster.array()
+        results = [cluster.run(worker, _read_by, array, seed) for worker in cluster.workers for seed in range(4)]
+        for result in results:
+            np.testing.assert_array_equal(result.result(timeout=120), cluster.dataset.values)
+        assert cluster.requests() == [1] * cluster.dataset.chunks
+
+
+def _read_by(array: Any, seed: int) -> Any:
+    """Chunk by chunk, in an order of its own."""
+    found = np.empty(array.shape)
+    for number in np.random.default_rng(seed).permutation(array.nchunks):
+        i, j = divmod(int(number), array.cdata_shape[1])
+        part = (slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8))
+        found[part] = array[part]
+    return found
+
+
+def test_with_affinity_the_source_is_asked_once_whatever_is_computed(tmp_path: Path) -> None:
+    with nodes(tmp_path, 3) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30, affinity="auto"))
+        cluster = Cluster(client, tmp_path, 3)
+        array = cluster.array()
+        lazy = da.from_array(array, chunks=array.chunks)
+        values = cluster.dataset.values
+        assert lazy.sum().compute() == values.sum()
+        np.testing.assert_allclose(lazy.std().compute(), values.std())
+        shifted = (lazy[1:] - lazy[:-1]).max().compute()
+        assert shifted == (values[1:] - values[:-1]).max()
+        # Dask's chunks are not those of the source
+        assert lazy.rechunk((16, 24)).min().compute() == 0
+        assert cluster.requests() == [1] * cluster.dataset.chunks
