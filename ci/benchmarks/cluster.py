@@ -143,7 +143,8 @@ class Lab:
         seconds = time.perf_counter() - began
         counts = [after - earlier for after, earlier in zip(self._counts(), before, strict=True)]
         requests = self._server.counts().only("GET", "*/c/*").requests
-        return Row(seconds, sum(counts), *counts[:2], requests, self.peak.bytes)
+        hits, given, misses = counts
+        return Row(seconds, hits + given + misses, hits, given, requests, self.peak.bytes)
 
     def _counts(self) -> tuple[int, int, int]:
         nodes = xzcache.cluster_info(self.client)

@@ -495,3 +495,28 @@ def test_with_affinity_the_source_is_asked_once_whatever_is_computed(tmp_path: P
         # Dask's chunks are not those of the source
         assert lazy.rechunk((16, 24)).min().compute() == 0
         assert cluster.requests() == [1] * cluster.dataset.chunks
+
+
+def test_a_node_that_joins_gets_its_share_from_the_nodes_that_had_it(tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        cluster = Cluster(client, tmp_path, 2)
+        for _ in range(2):
+            # asked for twice, so that each node has all
+            for worker in cluster.workers:
+                cluster.read(worker).result()
+        cluster.requests()
+        made: Any = client.cluster
+        spec = made.worker_spec["1.0"]
+        made.worker_spec["2.0"] = {
+            **spec,
+            "options": {**spec["options"], "env": {"XZCACHE_DIRECTORY": str(tmp_path / "node2")}},
+        }
+        client.sync(made._correct_state)
+        until(lambda: [seen.get("peers") for seen in metrics(client).values()] == [2] * 3)
+        (joined,) = client.nthreads().keys() - set(cluster.workers)
+        np.testing.assert_array_equal(cluster.read(joined).result(), cluster.dataset.values)
+        assert cluster.requests() == []
+        # it keeps its share at once, and what is the others' once it was asked for again
+        used = {node.workers[0]: node.used for node in xzcache.cluster_info(client)}
+        assert 0 < used[joined] < 0.7 * used[cluster.workers[0]]

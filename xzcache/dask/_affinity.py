@@ -372,7 +372,7 @@ class Affinity(SchedulerPlugin):
     def __init__(self, scheduler: Scheduler, nodes: Nodes, mode: Mode, *, has_peers: bool = False) -> None:
         self._scheduler = scheduler
         self._nodes = nodes
-        self._has_peers = has_peers
+        self.has_peers = has_peers
         self.asked: Final = mode
         self._mode: Mode = mode
         self._preferred = self._elsewhere = 0
@@ -506,7 +506,7 @@ class Affinity(SchedulerPlugin):
             self._preferred += 1
         else:
             self._elsewhere += 1
-        if not self._has_peers and (readers or node != choice.first):
+        if not self.has_peers and (readers or node != choice.first):
             others = [each for each in (*readers, choice.first) if each != node]
             self._readers[block] = (node, *others)[:_READERS]
             if len(self._readers) > _REMEMBERED:

@@ -227,6 +227,8 @@ class Neighbours:
         self._directory, self._node, self._bound = directory, usage.node, usage.bound
         self._timeout = timeout
         self._nodes = Nodes()
+        self._elders: frozenset[str] = frozenset()
+        """The nodes that joined before this one, which have what is this node's share since then."""
         self._version, self._heard = -1, -LEASE
         self._cluster = ""
         self._stale: dict[str, Since | None] = {}
@@ -349,6 +351,9 @@ class Neighbours:
         for address, (node, bound) in members.items():
             nodes.add(address, node, bound)
         self._nodes = nodes
+        # in the order in which they joined
+        names = list(dict.fromkeys(node for node, _ in members.values()))
+        self._elders = frozenset(names[: names.index(self._node)] if self._node in names else ())
         self._silences = {address: silence for address, silence in self._silences.items() if address in members}
         if len(members) <= _FEW:
             # it takes a moment to connect, which the first question would wait for
@@ -377,7 +382,7 @@ class Neighbours:
         return given
 
     def _address(self, store: object, backend: Backend, key: str) -> str | None:
-        """The worker to ask for a chunk; None for a chunk that another node does not own, or must not be asked for."""
+        """The worker to ask for a chunk; None for a chunk that no other node owns or has owned, or must be asked for."""
         if backend.cache_id is not self._directory or not self._is_told or not is_chunk(key):
             return None
         if not isinstance(store, CacheStore) or not store.source.lasting or store.source.fickle:
@@ -392,12 +397,16 @@ class Neighbours:
             return None
         nodes, block = self._nodes, block_of(key)
         choice = nodes.choice(block)
-        if choice is None or choice.first == self._node:
+        if choice is None:
+            return None
+        # a node that has just joined owns blocks that were those of their second choice until then
+        owner = choice.second if choice.first == self._node else choice.first
+        if owner == self._node or (choice.first == self._node and owner not in self._elders):
             return None
         now, scheme = time.monotonic(), self._worker.address.partition("://")[0]
         addresses = sorted(
             address
-            for address in nodes.workers(choice.first)
+            for address in nodes.workers(owner)
             if address.startswith(f"{scheme}://")
             and (address not in self._silences or now >= self._silences[address].until)
         )
@@ -461,11 +470,15 @@ class Neighbours:
             return None
         full = backend.prefix + key
         with self._mutex:
-            is_known = self._seen.get(full) is not None
+            is_known = self._owns(key) or self._seen.get(full) is not None
             self._seen.put(full, True)
         ends = list(accumulate(told["sizes"]))
         values = tuple(data[end - length : end] for end, length in zip(ends, told["sizes"], strict=True))
         return Given(values, told["validator"], told["age"], is_known) if len(values) == len(spans) else None
+
+    def _owns(self, key: str) -> bool:
+        choice = self._nodes.choice(block_of(key))
+        return choice is not None and choice.first == self._node
 
     async def _send(self, address: str, question: dict[str, Any]) -> dict[str, Any] | None:
         """One question and its answer; None without an answer in time."""
@@ -607,9 +620,8 @@ class Neighbours:
     async def _read(self, store: CacheStore, key: str, spans: tuple[Span, ...], since: Since | tuple[()]) -> _Answer:
         reads, directory = store._reads, self._directory
         full = reads.backend.prefix + key
-        choice = self._nodes.choice(block_of(key))
         # a node that does not own the chunk, as it sees the cluster, does not fetch it for others
-        owns = choice is not None and choice.first == self._node
+        owns = self._owns(key)
         if isinstance(since, Since) and not self._is_fresh(full, since, reads):
             if not owns:
                 return _Answer(None)

@@ -109,15 +109,17 @@ class ClusterPlugin(SchedulerPlugin):
 
     def _switch(self) -> None:
         """Begin or end with affinity, as the latest plugin of workers has it that gives it."""
-        modes = [known["given"]["affinity"] for known in self._known.values() if "affinity" in known["given"]]
-        mode: Mode = modes[-1] if modes else "off"
-        if self._scheduler is None or mode == ("off" if self._affinity is None else self._affinity.asked):
+        given = {name: value for known in self._known.values() for name, value in known["given"].items()}
+        mode: Mode = given.get("affinity", "off")
+        has_peers = given.get("peers", "off") == "on"
+        now = ("off", has_peers) if self._affinity is None else (self._affinity.asked, self._affinity.has_peers)
+        if self._scheduler is None or now == (mode, has_peers):
             return
         if self._affinity is not None:
             self._scheduler.remove_plugin(self._affinity.name)
             self._affinity = None
         if mode != "off":
-            self._affinity = Affinity(self._scheduler, self._nodes, mode)
+            self._affinity = Affinity(self._scheduler, self._nodes, mode, has_peers=has_peers)
             self._scheduler.add_plugin(self._affinity, name=self._affinity.name)
 
     async def _placed(self) -> dict[str, int]:
