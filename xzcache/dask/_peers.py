@@ -571,6 +571,7 @@ class Neighbours:
                 return refused
             opening = asyncio.ensure_future(pool.run(_unpickled, pickled))
             self._stores.put(store, opening)
+        until = time.monotonic() + hold
         await asyncio.wait([opening], timeout=hold)
         if not opening.done():
             return wait
@@ -591,7 +592,7 @@ class Neighbours:
             task = asyncio.ensure_future(self._read(copy, key, wanted, since))
             self._answers.put(asked, task)
             task.add_done_callback(lambda _: self._forget_soon(asked))
-        done, _ = await asyncio.wait([task], timeout=hold)
+        done, _ = await asyncio.wait([task], timeout=max(0.0, until - time.monotonic()))
         if not done:
             return wait
         try:
