@@ -382,7 +382,7 @@ class Neighbours:
         return given
 
     def _address(self, store: object, backend: Backend, key: str) -> str | None:
-        """The worker to ask for a chunk; None for a chunk that no other node owns or has owned, or must be asked for."""
+        """The worker to ask for a chunk; None if no other node owns it or has owned it, or none may be asked."""
         if backend.cache_id is not self._directory or not self._is_told or not is_chunk(key):
             return None
         if not isinstance(store, CacheStore) or not store.source.lasting or store.source.fickle:
