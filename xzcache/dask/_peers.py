@@ -106,7 +106,7 @@ def block_of(key: str) -> str:
 
 
 class Since(NamedTuple):
-    """When this node was told that entries are stale: what is older is not given to others."""
+    """When this node was told that entries are stale: older ones are not given to others."""
 
     wall: float
     steady: float
@@ -228,7 +228,7 @@ class Neighbours:
         self._timeout = timeout
         self._nodes = Nodes()
         self._elders: frozenset[str] = frozenset()
-        """The nodes that joined before this one, which have what is this node's share since then."""
+        """The nodes that joined before this one: they have cached the share that is now this node's."""
         self._version, self._heard = -1, -LEASE
         self._cluster = ""
         self._stale: dict[str, Since | None] = {}
@@ -325,7 +325,7 @@ class Neighbours:
                 raise RuntimeError("another scheduler does not know what the nodes have learned")
             stale = dict(self._stale)
             if any(path == "" for path, _ in told["stale"]):
-                # it covers all that was told before, and whatever is being written is told with it
+                # it covers all that was told before; paths that are being written are told with it
                 stale.clear()
             for path, is_written in told["stale"]:
                 stale[path] = None if is_written else await self._distrusted(path)
@@ -824,7 +824,7 @@ def _paths_of(full: str, *, is_prefix: bool) -> list[str]:
         return [full.rstrip("/")]
     namespace, _, key = full.partition("/")
     if is_document(key):
-        # what is stored under another state of a document is compared by its reader
+        # a reader compares the state of the document under which a chunk was stored
         return []
     paths = arrays_of(key) if is_chunk(key) else [key.rpartition("/")[0]]
     return [f"{namespace}/{path}".rstrip("/") for path in paths]

@@ -160,7 +160,7 @@ class ClusterPlugin(SchedulerPlugin):
         self._changed = self._version
 
     async def _peers(self, worker: str, node: str, bound: int | None, known: int) -> dict[str, Any]:
-        """The nodes that may be asked, and what is stale, as far as they have changed since the version `known`."""
+        """The nodes that may be asked and the stale paths, as far as they have changed since the version `known`."""
         assert self._scheduler is not None
         member = self._members.get(worker)
         if not node:
@@ -172,7 +172,7 @@ class ClusterPlugin(SchedulerPlugin):
             self._members_changed()
         member.heard, member.known = time.monotonic(), known
         nodes = {address: (each.node, each.bound) for address, each in self._members.items() if not each.has_left}
-        # what makes all stale is told with whatever is being written
+        # a path that makes all stale is told with those that are being written
         oldest = -1 if "" in self._stale and self._stale[""].version > known else known
         stale = [(path, bool(each.writers)) for path, each in self._stale.items() if each.version > oldest]
         return {
@@ -207,7 +207,7 @@ class ClusterPlugin(SchedulerPlugin):
         await self._agreed(found.version)
 
     def _forget(self) -> None:
-        """Replace what is stale by all, once it is too much to remember."""
+        """Replace the stale paths by the whole cache, once they are too many to remember."""
         if len(self._stale) >= _MOST_STALE:
             self._stale = {path: each for path, each in self._stale.items() if each.writers}
             self._version += 1

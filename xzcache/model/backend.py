@@ -81,7 +81,38 @@ class ReadCounters(Protocol):
         """Their values."""
 
 
-class Backend(Protocol):
+class Statistics(Protocol):
+    """What a cache counts for longer than a process."""
+
+    def count(self, counters: ReadCounters) -> None:
+        """Keep what these counters of reads of this source count, for longer than this process if possible."""
+        return
+
+    def record_fetch(self, began: float) -> None:
+        """Record that a request to the source has just ended, which began at a time of `time.perf_counter`."""
+        return
+
+
+class Documents(Protocol):
+    """What a cache knows of the metadata documents of one source."""
+
+    async def apply_document(self, key: str, document: bytes | None, version: Any, *, is_written: bool = False) -> Any:
+        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with.
+
+        `document` is None if the source has none. With `is_written`, the document was written through the cache: it is
+        remembered, and nothing is invalidated.
+        """
+
+    async def unconfirmed(self, seen: Mapping[str, bytes], asked: Collection[str] = ()) -> list[str]:
+        """The documents whose recorded state may not be the one under which the chunks were cached.
+
+        `seen` has the first bytes of the states that another machine has seen. The documents in `asked` were just
+        revalidated, and are confirmed for this process from now on.
+        """
+        return []
+
+
+class Backend(Statistics, Documents, Protocol):
     """The cached entries of one source.
 
     No method raises because the cache fails: an entry that cannot be read counts as not cached, one that cannot be
@@ -103,16 +134,6 @@ class Backend(Protocol):
 
     async def prepare(self) -> None:
         """Open the cache, if it is not open. Every other method works without, but may find and store nothing."""
-        return
-
-    # -- statistics
-
-    def count(self, counters: ReadCounters) -> None:
-        """Keep what these counters of reads of this source count, for longer than this process if possible."""
-        return
-
-    def record_fetch(self, began: float) -> None:
-        """Record that a request to the source has just ended, which began at a time of `time.perf_counter`."""
         return
 
     # -- looking up
@@ -219,26 +240,43 @@ class Backend(Protocol):
         Returns the version to publish the new value with; None if the key was written after the version `since`.
         """
 
-    # -- metadata documents
 
-    async def apply_document(self, key: str, document: bytes | None, version: Any, *, is_written: bool = False) -> Any:
-        """Invalidate the arrays that a document shows to have changed; returns the version to publish it with.
+class Cache(Backend, Protocol):
+    """A backend as the store over it needs it."""
 
-        `document` is None if the source has none. With `is_written`, the document was written through the cache: it is
-        remembered, and nothing is invalidated.
-        """
+    @property
+    def is_open(self) -> bool:
+        """Whether the cache is open, so that `info` creates nothing."""
 
-    async def unconfirmed(self, seen: Mapping[str, bytes], asked: Collection[str] = ()) -> list[str]:
-        """The documents whose recorded state may not be the one under which the chunks were cached.
+    @property
+    def bound(self) -> int | None:
+        """The bound of the cache, in bytes."""
 
-        `seen` has the first bytes of the states that another machine has seen. The documents in `asked` were just
-        revalidated, and are confirmed for this process from now on.
-        """
-        return []
+    @property
+    def evictions(self) -> int:
+        """How many entries this process evicted."""
 
+    @property
+    def faults(self) -> int:
+        """How many times the cache failed."""
+
+    def close(self) -> None:
+        """Leave the cache until the next use."""
+
+    def is_same_cache(self, other: object) -> bool:
+        """Whether another backend keeps its entries in the same place."""
+
+    def info(self, *, exact: bool = True) -> dict[str, Any]:
+        """The size and the number of entries of this source and of the whole cache; sizes in bytes."""
+
+    async def clear(self) -> None:
+        """Invalidate all entries of this source."""
+
+
+# -- other nodes
 
 UNKNOWN_AGE: Final = 3e8
-"""Ten years: whoever limits the age of entries asks the source."""
+"""Ten years: a reader with a limit for the age of entries asks the source."""
 
 
 class Given(NamedTuple):
@@ -271,35 +309,3 @@ class Peers(Protocol):
 
     def end_write(self, begun: Any) -> None:
         """Record that a write has ended, so that the nodes may be told when the last one has."""
-
-
-class Cache(Backend, Protocol):
-    """A backend as the store over it needs it."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the cache is open, so that `info` creates nothing."""
-
-    @property
-    def bound(self) -> int | None:
-        """The bound of the cache, in bytes."""
-
-    @property
-    def evictions(self) -> int:
-        """How many entries this process evicted."""
-
-    @property
-    def faults(self) -> int:
-        """How many times the cache failed."""
-
-    def close(self) -> None:
-        """Leave the cache until the next use."""
-
-    def is_same_cache(self, other: object) -> bool:
-        """Whether another backend keeps its entries in the same place."""
-
-    def info(self, *, exact: bool = True) -> dict[str, Any]:
-        """The size and the number of entries of this source and of the whole cache; sizes in bytes."""
-
-    async def clear(self) -> None:
-        """Invalidate all entries of this source."""
