@@ -167,14 +167,12 @@ def test_an_owner_that_does_not_answer_is_replaced_by_the_source(trouble: str, s
     finally:
         if trouble == "stopped":
             os.kill(pid, signal.SIGCONT)
-    # the source gave what the owner did not, once; the third node gave the rest
+    # the source gave what the owner did not, once; what the third node had before the registration, it confirmed once
     found = small.requests()
-    if trouble == "killed":
-        # another process in its place has its cache
-        assert len(found) <= len(theirs)
-        assert max(found, default=0) <= 1
-    else:
-        assert found == [1] * len(theirs)
+    assert max(found, default=0) <= 1
+    if trouble != "killed":
+        # or another process in its place has its cache
+        assert len(found) >= len(theirs)
     if trouble == "holds the GIL":
         held.result(timeout=60)
 
@@ -400,7 +398,8 @@ def test_byte_ranges_of_shards(remote: tuple[Client, S3Server]) -> None:
     cold = s3.counts().only("GET", "*/c/*")
     given = total(metrics(client), "peer_hits")
     np.testing.assert_array_equal(read(second), expected)
-    assert s3.counts().only("GET", "*/c/*").requests == cold.requests
+    # the first node may have the source confirm its own shards, whose age it does not know
+    assert s3.counts().only("GET", "*/c/*").bytes == cold.bytes
     assert total(metrics(client), "peer_hits") > given
     # as many bytes as one node alone fetches: an index and two chunks of each shard
     assert cold.bytes <= 16 * (2 * 64 * 8 + 2 * (4 * 16 + 4))

@@ -75,7 +75,9 @@ def test_arguments_by_position_are_xarrays() -> None:
 
 
 def test_the_plugin_takes_every_setting_but_those_of_one_process() -> None:
-    assert keywords(xzcache.CachePlugin) == {*xzcache.config.to_dict(), "affinity", "remove_on_close"} - {"trace"}
+    assert keywords(xzcache.CachePlugin) == {*xzcache.config.to_dict(), "affinity", "peers", "remove_on_close"} - {
+        "trace"
+    }
 
 
 def test_a_class_shows_its_own_keywords() -> None:

@@ -243,10 +243,16 @@ class Neighbours:
         self._pickles: _Latest[int, _Pickle] = _Latest(_STORES)
         self._stores: _Latest[str, asyncio.Future[CacheStore | None]] = _Latest(_STORES)
         self._fresh: _Latest[tuple[str, Since], bool] = _Latest(_REMEMBERED)
+        self._settled: _Latest[str, bytes] = _Latest(_STORES)
+        """The totals of the directory's write counters when the copy of a name last confirmed its documents."""
+        self._renewing: set[str] = set()
+        """What is being asked of the source because others may have changed it: all nodes know of that already."""
         self._answers: _Latest[_Asked, asyncio.Task[_Answer]] = _Latest(_ANSWERS)
         self._writing: dict[str, tuple[int, float]] = {}
         """For a path that this process writes: the number of writes under way, and when the last one ended."""
         self._tellings: dict[str, asyncio.Task[None]] = {}
+        self._told_at: dict[str, float] = {}
+        """When the telling of a path was begun, by `time.monotonic`."""
         self._endings: dict[str, asyncio.Task[None]] = {}
         self._looking = asyncio.Lock()
         self._thread = threading.get_ident()
@@ -589,6 +595,7 @@ class Neighbours:
         asked: _Asked = store, key, wanted, since
         task = self._answers.get(asked)
         if task is None:
+            self._settle(store, copy)
             task = asyncio.ensure_future(self._read(copy, key, wanted, since))
             self._answers.put(asked, task)
             task.add_done_callback(lambda _: self._forget_soon(asked))
@@ -606,6 +613,8 @@ class Neighbours:
         values = answer.given.values
         told = {"status": "given", "key": key, "missing": values is None, "fetching": answer.fetching}
         if values is None:
+            # another program may write the chunk at any moment
+            self._answers.drop(asked)
             return told
         more = {"sizes": list(map(len, values)), "crc": answer.crc, "validator": answer.given.validator}
         more["age"] = answer.given.age + time.monotonic() - answer.at
@@ -618,20 +627,36 @@ class Neighbours:
         """Keep an answer for an asker that is told in several pieces, or asks again after it was told to wait."""
         asyncio.get_running_loop().call_later(_KEPT, self._answers.drop, asked)
 
+    def _settle(self, name: str, copy: CacheStore) -> None:
+        """Have a copy confirm its documents again, if anything in the directory was invalidated since it did."""
+        process = self._directory.session.current
+        totals = b"" if process is None else process.writes.totals()
+        if not totals or self._settled.get(name) != totals:
+            copy._reads.distrust_documents()
+            self._settled.put(name, totals)
+
     async def _read(self, store: CacheStore, key: str, spans: tuple[Span, ...], since: Since | tuple[()]) -> _Answer:
-        reads, directory = store._reads, self._directory
+        reads = store._reads
         full = reads.backend.prefix + key
         # a node that does not own the chunk, as it sees the cluster, does not fetch it for others
         owns = self._owns(key)
-        if isinstance(since, Since) and not self._is_fresh(full, since, reads):
+        began, at = time.perf_counter(), time.monotonic()
+        fetching = 0.0
+        # what was confirmed of byte ranges holds for these only
+        what = full if spans == ((0, END),) else f"{full} {spans}"
+        if isinstance(since, Since) and not self._is_fresh(what, since, reads, key):
             if not owns:
                 return _Answer(None)
-            await directory.to_completion(directory.writes.invalidate, full, None, is_news=False)
-            self._fresh.put((full, since), True)
-        began, at = time.perf_counter(), time.monotonic()
-        given = await reads.give(key, spans, None)
-        fetching = 0.0
-        if given is None and owns:
+            self._renewing.add(full)
+            try:
+                # what this node has goes only once the source has answered
+                given = await reads.give(key, spans, partial(_renewed, store, key, spans), anew=True)
+            finally:
+                self._renewing.discard(full)
+            fetching = time.perf_counter() - began
+            if given is not None:
+                self._fresh.put((what, since), True)
+        elif (given := await reads.give(key, spans, None)) is None and owns:
             given = await reads.give(key, spans, partial(_fetched, store, key, spans))
             fetching = time.perf_counter() - began
         if given is None or given.values is None:
@@ -639,10 +664,14 @@ class Neighbours:
         data = given.values[0] if len(given.values) == 1 else memoryview(b"".join(given.values))
         return _Answer(given, data, _crc_of(data), at, fetching)
 
-    def _is_fresh(self, full: str, since: Since, reads: ReadThrough) -> bool:
-        if self._fresh.get((full, since)) is not None:
-            return True
-        return since.is_before(reads.backend.parts(full[len(reads.backend.prefix) :]).validated())
+    def _is_fresh(self, what: str, since: Since, reads: ReadThrough, key: str) -> bool:
+        """Whether nothing that this node has of a chunk is from before a time."""
+        full, parts = reads.backend.prefix + key, reads.backend.parts(key)
+        if parts.is_empty:
+            # answers to requests from before then are not stored
+            self._fresh.put((full, since), True)
+        known = self._fresh.get((full, since)) is not None or self._fresh.get((what, since)) is not None
+        return known or since.is_before(parts.validated())
 
     def _stale_since(self, full: str) -> Since | tuple[()] | None:
         """Since when an entry is not given to others if it is older; None if it is not given at all."""
@@ -666,7 +695,10 @@ class Neighbours:
             self._note_writes(paths, 1)
             try:
                 telling = asyncio.wrap_future(_start(partial(self._tell_written, paths), self._loop))
-                await asyncio.wait([telling], timeout=2 * LEASE)
+                # once that long has passed since it was begun, no node that was not told has a lease any more
+                now = time.monotonic()
+                spent = now - max(self._told_at.get(path, now) for path in paths)
+                await asyncio.wait([telling], timeout=max(_MOMENT, 2 * LEASE - spent))
                 if not telling.done() or telling.exception() is not None:
                     logger.warning("the other nodes may not know that %s is being written", ", ".join(sorted(paths)))
                 telling.cancel()
@@ -681,12 +713,14 @@ class Neighbours:
 
     async def _tell_written(self, paths: set[str]) -> None:
         for path in paths - self._tellings.keys():
+            self._told_at[path] = time.monotonic()
             self._tellings[path] = asyncio.create_task(self._tell_anew(path))
         try:
             await asyncio.gather(*(self._tellings[path] for path in paths))
         except BaseException:
             for path in paths:
                 self._tellings.pop(path, None)
+                self._told_at.pop(path, None)
             raise
 
     async def _tell_anew(self, path: str) -> None:
@@ -705,6 +739,7 @@ class Neighbours:
         # without a wait in between: a write that begins from here on is told anew, and after this
         for path in over:
             self._tellings.pop(path, None)
+            self._told_at.pop(path, None)
             self._endings[path] = asyncio.create_task(self._tell(path, is_written=False))
         for path in over:
             await asyncio.wait([self._endings[path]])
@@ -712,6 +747,7 @@ class Neighbours:
 
     def _learn(self, names: Sequence[str], state: bytes = b"") -> None:
         """Tell all nodes what this process has found to be stale; in a thread, which waits for a moment only."""
+        names = [name for name in names if name not in self._renewing]
         with suppress(RuntimeError):
             # chunks are often found one after the other: as if they were being written, so that it is told once
             written = {path for name in names if not name.endswith("/") for path in _paths_of(name, is_prefix=False)}
@@ -785,6 +821,13 @@ async def _fetched(store: CacheStore, key: str, spans: tuple[Span, ...]) -> Give
         read = [found[number] for number in range(len(spans))]
     values = tuple(contents(value) for value in read if value is not None)
     return Given(values if len(values) == len(read) else None, age=0.0)
+
+
+async def _renewed(store: CacheStore, key: str, spans: tuple[Span, ...]) -> Given:
+    """Ask the source for spans, which keeps what it confirms."""
+    read = [await store._reads.renew(key, _request_of(span)) for span in spans]
+    values = tuple(contents(value) for value in read if value is not None)
+    return Given(values if len(values) == len(read) else None)
 
 
 def _request_of(span: Span) -> ByteRequest | None:

@@ -166,6 +166,9 @@ class ClusterPlugin(SchedulerPlugin):
         if not node:
             self._leaves(worker)
             return {}
+        if not self._members:
+            # what the nodes have cached before may be older than writes that nobody was told of
+            self._distrust_everything()
         if member is None or member.has_left or (member.node, member.bound) != (node, bound):
             member = self._members[worker] = _Member(node, bound)
             member.has_left = worker not in self._scheduler.workers
@@ -209,10 +212,13 @@ class ClusterPlugin(SchedulerPlugin):
     def _forget(self) -> None:
         """Replace the stale paths by the whole cache, once they are too many to remember."""
         if len(self._stale) >= _MOST_STALE:
-            self._stale = {path: each for path, each in self._stale.items() if each.writers}
-            self._version += 1
-            everything = self._stale[""] = _Stale()
-            everything.version = self._version
+            self._distrust_everything()
+
+    def _distrust_everything(self) -> None:
+        self._stale = {path: each for path, each in self._stale.items() if each.writers}
+        self._version += 1
+        everything = self._stale[""] = _Stale()
+        everything.version = self._version
 
     def _end_writes(self, path: str, worker: str) -> None:
         found = self._stale.get(path)

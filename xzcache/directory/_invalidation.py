@@ -558,8 +558,8 @@ class Writes:
             # a row that remains belongs to no write from here on: the next recovery invalidates its key
             self._session.writing.difference_update(write.row for write in writes)
 
-    def invalidate(self, key: str, since: WriteVersion | None, *, is_news: bool = True) -> WriteVersion | None:
-        """Invalidate a key that changed at the source; the listeners are called unless it is no news.
+    def invalidate(self, key: str, since: WriteVersion | None) -> WriteVersion | None:
+        """Invalidate a key that changed at the source.
 
         Returns the version to store it with, None if it was written since.
         """
@@ -576,8 +576,7 @@ class Writes:
             return version if alone else None
 
         done = self._must_invalidate([key], act, report, "the source has another state")
-        if is_news:
-            self._tell([key])
+        self._tell([key])
         return done
 
     def distrust(self, prefix: str) -> None:

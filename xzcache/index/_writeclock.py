@@ -86,6 +86,10 @@ class WriteCounters:
         totals, counts = self._current()
         return int.from_bytes(totals[8:], "little"), counts
 
+    def totals(self) -> bytes:
+        """The two numbers behind the counters: while they are equal, no counter has changed."""
+        return os.pread(self.fd, 16, _COUNT * 8)
+
     def _current(self) -> tuple[bytes, dict[int, int]]:
         # both numbers in one read, so that they are of one moment
         totals = os.pread(self.fd, 16, _COUNT * 8).ljust(16, b"\0")

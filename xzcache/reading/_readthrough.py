@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from zarr.abc.store import RangeByteRequest, Store
-from zarr.core.buffer import cpu
+from zarr.core.buffer import cpu, default_buffer_prototype
 
 from xzcache import sources
 from xzcache.model import (
@@ -357,8 +357,10 @@ class ReadThrough:
         self.reading.miss(key, None if value is None else len(value), started)
         return value
 
-    async def give(self, key: str, spans: Sequence[Span], fetch: Callable[[], Awaitable[Given]] | None) -> Given | None:
-        """Spans of a chunk for another node; what is not cached is given only if it can be fetched."""
+    async def give(
+        self, key: str, spans: Sequence[Span], fetch: Callable[[], Awaitable[Given]] | None, *, anew: bool = False
+    ) -> Given | None:
+        """Spans of a chunk for another node, from the cache or by `fetch`; with `anew`, by `fetch` in any case."""
         if is_document(key) or self._asks_always:
             return None
         entries = [self.reading.entry(key, *span) for span in spans]
@@ -366,7 +368,8 @@ class ReadThrough:
         if len(wanted) < len(spans):
             return None
         await self.get_ready(key)
-        if (given := await self._given(key, wanted)) is not None or fetch is None:
+        given = None if anew else await self._given(key, wanted)
+        if given is not None or fetch is None:
             return given
         fetched = await fetch()
         await self.backend.stored(key)
@@ -375,6 +378,19 @@ class ReadThrough:
         if given is not None and given.values == fetched.values:
             return given
         return fetched if wanted[0].is_whole or fetched.values is None else None
+
+    async def renew(self, key: str, byte_range: ByteRequest | None) -> Buffer | None:
+        """Read from the source, and keep what is cached if the source confirms it."""
+        wanted = span(byte_range)
+        entry = None if wanted is None else self.reading.entry(key, *wanted)
+        if entry is None:
+            return await self.reading.source.get(key, default_buffer_prototype(), byte_range)
+        request = Request(key, entry, default_buffer_prototype(), byte_range, time.perf_counter())
+        return await self._revalidation.read(request)
+
+    def distrust_documents(self) -> None:
+        """Confirm the documents again that the original of this copy had seen."""
+        self._revalidation.forget_confirmed()
 
     async def _given(self, key: str, wanted: Sequence[Entry]) -> Given | None:
         reading, backend = self.reading, self.backend

@@ -185,6 +185,10 @@ class Revalidation:
         # the nodes above were confirmed with it
         return not self._freshness.unverified and key.rpartition("/")[0] in self._confirmed
 
+    def forget_confirmed(self) -> None:
+        """Have `confirm_metadata` look again, as this machine may have seen other documents since."""
+        self._confirmed.clear()
+
     async def verify(self) -> None:
         """Revalidate the documents that were served offline, once the source can be reached again.
 
