@@ -413,7 +413,7 @@ def test_a_server_that_is_down(tmp_path: Path) -> None:
         store = xzcache.CacheStore(
             "s3://bucket/data.zarr", cache_store=tmp_path, storage_options=options, upstream=upstream
         )
-        with pytest.raises(xzcache.SourceUnreachable, match="s3://bucket/data.zarr cannot be reached") as caught:
+        with pytest.raises(xzcache.SourceUnreachable, match=r"s3://bucket/data\.zarr cannot be reached") as caught:
             get(store, "a/c/0")
         assert "127.0.0.1:9" in str(caught.value.__cause__)
 
