@@ -54,7 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(400))
         # those of Dask start clusters
-        work[item.path] += 20 if item.get_closest_marker("slow") else 5 if item.path.parent.name == "dask" else 1
+        each = 20 if item.get_closest_marker("slow") else 1
+        work[item.path] += 5 * each if item.path.parent.name == "dask" else each
     items.sort(key=lambda item: -work[item.path])
 
 

@@ -167,9 +167,10 @@ def test_an_owner_that_does_not_answer_is_replaced_by_the_source(trouble: str, s
     finally:
         if trouble == "stopped":
             os.kill(pid, signal.SIGCONT)
-    # the source gave what the owner did not, once; what the third node had before the registration, it confirmed once
+    # the source gave what the owner did not; what the third node had before the registration, it confirmed, and if that
+    # took longer than the time-out on a busy machine, the reader asked the source as well
     found = small.requests()
-    assert max(found, default=0) <= 1
+    assert max(found, default=0) <= 2
     if trouble != "killed":
         # or another process in its place has its cache
         assert len(found) >= len(theirs)
