@@ -220,6 +220,31 @@ def test_what_one_node_has_written_no_node_gives_as_it_was(small: Cluster) -> No
     assert small.counts()["peer_hits"] == before + 1
 
 
+def test_a_chunk_that_the_owner_knew_to_be_missing_is_given_as_it_was_written(small: Cluster) -> None:
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    key = next(iter(owned(small, owner)))
+    writer, reader = [worker for worker in small.workers if worker != owner]
+    (Path(small.dataset.place) / key).unlink()
+    each_node(small.client, xzcache.clear)
+    store = small.store(missing_max_age_seconds="infinity")
+    array = zarr.open_array(store, mode="r", zarr_format=3)
+    small.requests()
+    for _ in range(2):
+        np.testing.assert_array_equal(small.run(owner, _chunk, array, key).result(timeout=60), np.zeros((8, 8)))
+    assert small.requests() == [1]
+    small.run(writer, _write, small.store(read_only=False), [key]).result(timeout=60)
+    keys = small.dataset.keys()
+    others = [each for each in keys if each != key]
+
+    def asks() -> bool:
+        before = small.counts()["peer_hits"]
+        small.run(reader, _chunk, array, others.pop()).result(timeout=60)
+        return small.counts()["peer_hits"] > before
+
+    until(asks)
+    np.testing.assert_array_equal(small.run(reader, _chunk, array, key).result(timeout=60), np.full((8, 8), -1.0))
+
+
 def test_a_node_that_could_not_be_told_of_a_write_is_silent(small: Cluster) -> None:
     small.client.register_plugin(plugin(peer_timeout=0.1))
     until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))

@@ -624,7 +624,7 @@ class Neighbours:
         return told | more | {"data": piece}
 
     def _forget_soon(self, asked: _Asked) -> None:
-        """Keep an answer for an asker that is told in several pieces, or asks again after it was told to wait."""
+        """Keep an answer for a second: an asker fetches it in several pieces, or asks again after a while."""
         asyncio.get_running_loop().call_later(_KEPT, self._answers.drop, asked)
 
     def _settle(self, name: str, copy: CacheStore) -> None:
@@ -736,7 +736,7 @@ class Neighbours:
             over = [path for path, (count, ended) in self._writing.items() if not count and now - ended > _QUIET]
             for path in over:
                 del self._writing[path]
-        # without a wait in between: a write that begins from here on is told anew, and after this
+        # nothing is awaited here, so a write that begins later is told anew, after the end of the earlier ones
         for path in over:
             self._tellings.pop(path, None)
             self._told_at.pop(path, None)
@@ -749,7 +749,7 @@ class Neighbours:
         """Tell all nodes what this process has found to be stale; in a thread, which waits for a moment only."""
         names = [name for name in names if name not in self._renewing]
         with suppress(RuntimeError):
-            # chunks are often found one after the other: as if they were being written, so that it is told once
+            # stale chunks are often found one after the other: the array counts as being written, which is told once
             written = {path for name in names if not name.endswith("/") for path in _paths_of(name, is_prefix=False)}
             self._note_writes(written, 0)
             stale = [name.rstrip("/") for name in names if name.endswith("/")]

@@ -175,7 +175,7 @@ class ClusterPlugin(SchedulerPlugin):
             self._members_changed()
         member.heard, member.known = time.monotonic(), known
         nodes = {address: (each.node, each.bound) for address, each in self._members.items() if not each.has_left}
-        # a path that makes all stale is told with those that are being written
+        # if everything is stale, the answer has all paths that are being written as well
         oldest = -1 if "" in self._stale and self._stale[""].version > known else known
         stale = [(path, bool(each.writers)) for path, each in self._stale.items() if each.version > oldest]
         return {

@@ -380,7 +380,7 @@ class ReadThrough:
         return fetched if wanted[0].is_whole or fetched.values is None else None
 
     async def renew(self, key: str, byte_range: ByteRequest | None) -> Buffer | None:
-        """Read from the source, and keep what is cached if the source confirms it."""
+        """Ask the source for the bytes of a request; a cached entry stays if the source confirms it."""
         wanted = span(byte_range)
         entry = None if wanted is None else self.reading.entry(key, *wanted)
         if entry is None:
