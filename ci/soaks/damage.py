@@ -204,7 +204,8 @@ def main() -> int:
             # a file that was just written may change again without another time of modification
             os.utime(path, (1e9, 1e9))
         bad += Forked(read_everything, source, cache, objects, seed).wait(600) or []
-        files = [p for p in [*cache.glob("soak/**/*"), *cache.glob(".xzcache/ranges/**/*")] if p.is_file()]
+        # sorted, for a seed to do the same again
+        files = sorted(p for p in [*cache.glob("soak/**/*"), *cache.glob(".xzcache/ranges/**/*")] if p.is_file())
         for path in files:
             kind = chance.choice(KINDS)
             other = chance.choice(files)

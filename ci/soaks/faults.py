@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -103,6 +104,9 @@ class Forked:
                 while text:
                     text = text[os.write(answer, text) :]
                 code = 0
+            except BaseException:
+                # `_exit` below would end the process without a word of it
+                traceback.print_exc()
             finally:
                 os._exit(code)
         os.close(begin)
@@ -117,7 +121,7 @@ class Forked:
         return True
 
     def wait(self, patience: float = PATIENCE) -> Any:
-        """What the function returned; None if the process was killed, its exception's text if it raised."""
+        """What the function returned; None if the process was killed, a line that says so if it raised."""
         chunks: list[bytes] = []
         end = time.monotonic() + patience
         while True:

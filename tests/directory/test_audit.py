@@ -90,6 +90,11 @@ def put_a_directory(root: Path) -> None:
     (root / "source" / KEYS[2]).mkdir()
 
 
+def put_a_link_in_a_circle(root: Path) -> None:
+    lose(root)
+    (root / "source" / KEYS[2]).symlink_to(root / "source" / KEYS[2])
+
+
 def strip_the_stamp(root: Path) -> None:
     os.removexattr(root / "source" / KEYS[0], "user.xzcache")
 
@@ -118,6 +123,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (cut, "damaged"),
     (lose, "missing"),
     (put_a_directory, "missing"),
+    (put_a_link_in_a_circle, "missing"),
     (strip_the_stamp, "damaged"),
     (exchange, "damaged"),
     (forget_a_row, "orphan"),
@@ -142,6 +148,27 @@ def test_a_fault_is_found_and_repaired(cache: Path, fault: Callable[[Path], None
     assert "repaired" in str(repaired)
     assert store.check().findings == ()
     assert (cache / "source" / "a" / "taken" / "notes").read_text() == "the user's own"
+
+
+def test_a_link_in_a_circle_is_no_file_to_anyone(cache: Path) -> None:
+    """The link lies beside the entries, as a user might leave one, and then the index is lost too."""
+    link = cache / "source" / "a" / "circle"
+    link.symlink_to(link)
+    store = xzcache.LockedLocalStore(cache)
+    assert store.check().findings == ()
+
+    async def listed() -> set[str]:
+        return {key async for key in store.list()}
+
+    assert asyncio.run(listed()) == {f"source/{key}" for key in [*KEYS, "a/taken"]} | {"source/a/taken/notes"}
+    xzcache.cleanup_resources()
+    index_of(cache).unlink()
+    store = xzcache.LockedLocalStore(cache)
+    assert store.check().findings == ()
+    assert store.check().entries == len(KEYS) + 1
+    asyncio.run(store.delete_dir("source/a"))
+    assert store.check().entries == 0
+    assert link.is_symlink()
 
 
 def test_wrong_sums_are_found_in_a_directory_that_is_in_use(cache: Path) -> None:

@@ -580,10 +580,20 @@ def walk(directory: str) -> Iterator[str]:
                     if item.is_dir(follow_symlinks=False):
                         if item.name != META or here != directory:
                             stack.append(item.path)
-                    elif item.is_file():
+                    elif _is_file(item):
                         yield item.path
         except (FileNotFoundError, NotADirectoryError):
             continue
+
+
+def _is_file(item: os.DirEntry[str]) -> bool:
+    """Whether this is a file, or a link to one; a link in a circle, or to a place that is forbidden, is none."""
+    try:
+        return item.is_file()
+    except OSError:
+        if item.is_symlink():
+            return False
+        raise
 
 
 def empty(directory: str) -> None:
