@@ -6,11 +6,11 @@ read in parts.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,19 +99,22 @@ def prepare_outside(buckets: Path, path: Path) -> dict[str, Expected]:
 
 
 class Cold:
-    """Three ways to read one array; before each turn, the cache is emptied."""
+    """Three ways to read one array; each turn has a cache of its own.
+
+    A file system may take long to create files where others were deleted a moment ago.
+    """
 
     def __init__(self, server: S3Server, case: Case, expected: Expected, cache: Path) -> None:
         self.case, self.expected = case, expected
         straight = server.store("bucket", case.prefix, read_only=True)
         self.stores = {STRAIGHT: straight, S3FS: through_s3fs(server, case.prefix)}
-        self._anew: Callable[[], xzcache.CacheStore] = lambda: xzcache.CacheStore(straight, cache_store=cache)
+        self._caches = (cache / str(number) for number in itertools.count())
         self.forget(OURS)
 
     def forget(self, name: str) -> None:
-        """A store that is new, over a cache that is empty."""
+        """A store over a cache that is empty, and in use."""
         if name == OURS:
-            self.ours = self._anew()
+            self.ours = xzcache.CacheStore(self.stores[STRAIGHT], cache_store=next(self._caches))
             sync(self.ours.clear_cache())
 
     def read(self, name: str) -> None:

@@ -137,8 +137,8 @@ def main() -> None:
     chunks = FULL if options.full else CHUNKS
     rows: list[tuple[str, ...]] = []
     with Report("write", options.out) as report, tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        server: S3Server = stack.enter_context(s3_server(os.fspath(Path(scratch) / "buckets")))
         (Path(scratch) / "buckets" / "bucket").mkdir(parents=True)
+        server: S3Server = stack.enter_context(s3_server(os.fspath(Path(scratch) / "buckets")))
         sources: dict[str, Callable[[str], Store]] = {
             "local": lambda name: LocalStore(Path(scratch) / "sources" / name),
             "S3": lambda name: server.store("bucket", name),

@@ -447,14 +447,16 @@ def test_every_command_on_a_cache_of_any_state(filled: Filled, tmp_path: Path, s
         told = (done.out + done.err).splitlines()
         assert "Traceback" not in done.out + done.err, about
         assert len(done.err.splitlines()) <= 2, about
-        # a source without a pin is bad input
-        assert done.code in ((0, 1, 2) if line == "unpin era5" else (0, 1)), about
-        if done.code == 1:
+        # a source without a pin is bad input, and so is a file for a directory
+        assert done.code in ((0, 1, 2) if line == "unpin era5" or spoil is a_file else (0, 1)), about
+        if done.code == 1 or spoil is a_file:
             assert any(str(root) in one for one in told), about
             assert all_of(root) == before, about
         if line in LOOKING or spoil in UNUSABLE:
             assert all_of(root) == before, about
-        if spoil in UNUSABLE and line != "config":
+        if spoil is a_file:
+            assert done.code == 2, about
+        elif spoil in UNUSABLE and line != "config":
             assert done.code == 1, about
         if spoil in DAMAGED and line in CHANGING[3:]:
             assert done.code == 0, about

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def cache(tmp_path: Path) -> Path:
 def test_a_cache_is_seen_sized_checked_and_cleared(cache: Path) -> None:
     found = manage.info(cache)
     assert (found.state, found.ok, found.entries) == ("ok", True, 3)
+    assert found.node == str(uuid.UUID(found.node))
     (source,) = manage.ls(directory=cache)
     assert source.entries == 3
     assert [(array.name, array.total) for array in manage.ls("x.zarr", cache)] == [("a", 2)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 import click
 
 from xzcache import manage
-from xzcache._config import parse_bound, shown_bound, shown_size
+from xzcache._config import parse_bound, parse_root, shown_bound, shown_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,6 +113,9 @@ def _one_line_errors(function: Callable[P, None]) -> Callable[P, None]:
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            if kwargs.get("directory") is not None and kwargs.get("scheduler") is None:
+                # with a scheduler, it is a path of the nodes
+                parse_root(kwargs["directory"], "--directory")
             function(*args, **kwargs)
         except (manage.UnknownSource, TypeError, ValueError) as error:
             if not isinstance(error, manage.UnknownSource | manage.TooLarge) and "accepted" not in str(error):

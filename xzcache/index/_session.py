@@ -131,15 +131,21 @@ class IndexSession:
         with process.guard:
             if self.read_note("format") != str(FORMAT):
                 self.write_note("format", str(FORMAT))
+            # without room for it on the disk, the cache is still of use
+            with suppress(OSError):
+                self._make_node_id()
         return process
 
     def node_id(self) -> str:
         """A uuid that is the same for all processes that share this directory, and for no others."""
         # under the guard, so that two processes that ask at once get the same id
         with self.guarded():
-            if not self.read_note("node"):
-                self.write_note("node", str(uuid.uuid4()))
-            return self.read_note("node") or ""
+            return self._make_node_id()
+
+    def _make_node_id(self) -> str:
+        if not (found := self.read_note("node")):
+            self.write_note("node", found := str(uuid.uuid4()))
+        return found
 
     @property
     def has_stamps(self) -> bool:

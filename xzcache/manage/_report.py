@@ -107,8 +107,12 @@ def report(path: str | os.PathLike[str], directory: str | os.PathLike[str] | Non
         The cache cannot be read; the message says why. A cache that does not exist yet has an empty report.
     OSError
         The file cannot be written.
+    ValueError
+        The path is a directory, or its directory does not exist.
     """
     target = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    if os.path.isdir(target) or not os.path.isdir(os.path.dirname(target)):
+        raise ValueError(f"path={os.fspath(path)!r} is not accepted: give a file in a directory that exists")
     root = root_of(directory)
     # also brings the index up to date with the reads of this process
     found = info(root)
