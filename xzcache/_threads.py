@@ -10,22 +10,24 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, ParamSpec, TypeVar
 
 from xzcache._config import config, parse_threads
 from xzcache._fork import renew_after_fork
 from xzcache.model import report_bug
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 logger = logging.getLogger("xzcache")
 
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
 
 _IDLE: Final = 1.0
 """Seconds after which an idle thread ends."""
@@ -170,6 +172,72 @@ def stop(timeout: float) -> None:
     """Let all threads of the package finish their work and end; the next use starts new ones."""
     for each in (_queue, _pool):
         each.stop(timeout)
+
+
+class Together(Generic[T, R]):
+    """Calls a function of several items in one thread: what comes during a call is done by the next call, at once.
+
+    Parameters
+    ----------
+    function : callable
+        Takes a list of items, and returns a result for each.
+    name : callable
+        Items of the same name are not done by one call.
+    most : int
+        The most items of one call, unless one caller brings more.
+    """
+
+    def __init__(self, function: Callable[[list[T]], Sequence[R]], name: Callable[[T], object], most: int) -> None:
+        self._function, self._name, self._most = function, name, most
+        self.after_fork_in_child()
+        renew_after_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        """Start empty: the parent finishes its own work."""
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[Sequence[T], Future[list[R]]]] = deque()
+        self._is_busy = False
+
+    def submit(self, items: Sequence[T]) -> Future[list[R]]:
+        """Queue some items, whose results come together; in the caller if no thread can be started."""
+        future: Future[list[R]] = Future()
+        with self._lock:
+            self._queue.append((items, future))
+            begins, self._is_busy = not self._is_busy, True
+        if begins:
+            spawn(self._run)
+        return future
+
+    def hurry(self) -> None:
+        """Do what waits in another thread, because the call that is under way takes long."""
+        if self._queue:
+            spawn(self._run)
+
+    def _run(self) -> None:
+        while group := self._take():
+            try:
+                results = list(self._function([item for items, _ in group for item in items]))
+            except BaseException as error:
+                for _, future in group:
+                    future.set_exception(error)
+                continue
+            for items, future in group:
+                future.set_result(results[: len(items)])
+                results = results[len(items) :]
+
+    def _take(self) -> list[tuple[Sequence[T], Future[list[R]]]]:
+        """The calls that are next."""
+        group: list[tuple[Sequence[T], Future[list[R]]]] = []
+        names: set[object] = set()
+        with self._lock:
+            while self._queue:
+                more = [self._name(item) for item in self._queue[0][0]]
+                if group and (len(names) + len(more) > self._most or not names.isdisjoint(more)):
+                    break
+                names.update(more)
+                group.append(self._queue.popleft())
+            self._is_busy = bool(group)
+        return group
 
 
 async def outcome(future: Future[T]) -> T:

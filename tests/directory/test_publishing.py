@@ -122,7 +122,7 @@ def test_what_is_written_meanwhile_is_not_stored(directory: CacheDirectory, monk
 
     monkeypatch.setattr(_files, "write", overtaken)
     assert stored(directory, batch) == [False, False, False, True]
-    directory.writes.end_write(begun, [None])
+    directory.writes.end_writes([(write, None) for write in begun])
 
 
 def test_what_somebody_writes_without_the_guard_leaves_again(

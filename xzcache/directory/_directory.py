@@ -27,7 +27,7 @@ from xzcache.directory._faults import FaultBarrier
 from xzcache.directory._fetchlocks import FetchLocks
 from xzcache.directory._invalidation import PendingInvalidations, Writes
 from xzcache.directory._metadata import MetadataTracker
-from xzcache.directory._publish import Publisher
+from xzcache.directory._publish import MOST, Publisher
 from xzcache.directory._space import Space
 from xzcache.directory._statistics import Ledger
 from xzcache.directory._writebehind import WriteBehind, departures
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache.directory")
 
 P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAILURE: Final = 10.0
@@ -131,6 +132,8 @@ class CacheDirectory:
         self.publisher = Publisher(self.barrier, self.space, folds=folds)
         self.pending = PendingInvalidations(self.barrier, self.reader)
         self.writes = Writes(self.pending, self.space, self.publisher)
+        self.begun_writes = pool.Together(self.writes.begin_write, str, MOST)
+        self.ended_writes = pool.Together(self.writes.end_writes, lambda ended: ended[0].key, MOST)
         if before.held:
             self.writes.adopt(before.held)
         self.negative_cache = NegativeCache(self.barrier)
@@ -212,13 +215,21 @@ class CacheDirectory:
 
     async def to_completion(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Like `promptly`, for work that must not be skipped: it is awaited even if the disk hangs."""
-        future = pool.submit(function, *args, **kwargs)
+        return await self._completed(pool.submit(function, *args, **kwargs))
+
+    async def completed_together(self, together: pool.Together[T, R], items: Sequence[T]) -> list[R]:
+        """Like `to_completion`, for work that many tasks bring at once: one transaction does all that waits."""
+        return await self._completed(together.submit(items), together.hurry)
+
+    async def _completed(self, future: Future[T], hurry: Callable[[], object] | None = None) -> T:
         try:
             # an invalidation that is skipped would leave an old value to be served: it may be slow, but must end
             return await asyncio.wait_for(pool.outcome(future), LONG)
         except TimeoutError:
             if not future.done():
                 self._hangs()
+                if hurry is not None:
+                    hurry()
             return await pool.outcome(future)
 
     async def prepare_promptly(self) -> None:

@@ -374,8 +374,8 @@ class Writes:
     """Invalidates entries for every process when the source is written or changes.
 
     `begin_write` invalidates the old value before the source changes and adds a row to the index: the key is being
-    written. Until `end_write`, no process stores the key. If this process dies in between, the next process to recover
-    invalidates the key. `end_write` stores the new value unless another process wrote the key at the same time. Both
+    written. Until `end_writes`, no process stores the key. If this process dies in between, the next process to recover
+    invalidates the key. `end_writes` stores the new value unless another process wrote the key at the same time. Both
     increment the write counters, so that no fetch that began before the write is published after it.
 
     If the index cannot be used, files are unlinked by their paths. If that fails as well, this process serves nothing
@@ -498,11 +498,11 @@ class Writes:
         _log(names, "it was pending")
         return not report.left
 
-    def end_write(self, writes: Sequence[Begun], values: Sequence[Data | None]) -> None:
+    def end_writes(self, writes: Sequence[tuple[Begun, Data | None]]) -> list[None]:
         """Invalidate the keys again after the source was written, and store the new values."""
         batch: list[tuple[Begun, Data | None]] = []
         size = 0
-        for write, value in zip(writes, values, strict=True):
+        for write, value in writes:
             size += len(value or b"")
             if batch and (size > MOST_BYTES or len(batch) >= MOST or write.key in {other.key for other, _ in batch}):
                 self._end(batch)
@@ -510,6 +510,7 @@ class Writes:
             batch.append((write, value))
         if batch:
             self._end(batch)
+        return [None] * len(writes)
 
     def _end(self, batch: Sequence[tuple[Begun, Data | None]]) -> None:
         writes = [write for write, _ in batch]

@@ -239,20 +239,22 @@ class SharedBackend:
 
     async def begin_write(self, keys: Sequence[str], beneath: str | None = None) -> list[Begun] | Deletion:
         """Before the source of some keys, or all keys beneath a path, are written."""
-        writes = self.directory.writes
+        directory = self.directory
         if beneath is None:
             # in a thread and to its end, even if the task is cancelled: the row of a write must not be half added
-            return await self.directory.to_completion(writes.begin_write, [f"{self.prefix}{key}" for key in keys])
+            full_keys = [f"{self.prefix}{key}" for key in keys]
+            return await directory.completed_together(directory.begun_writes, full_keys)
         full = f"{self.prefix}{beneath}".rstrip("/")
-        return await self.directory.to_completion(writes.begin_delete, full, itself=bool(keys))
+        return await directory.to_completion(directory.writes.begin_delete, full, itself=bool(keys))
 
     async def end_write(self, begun: Any, values: Sequence[Data | None] = ()) -> None:
         """After the source of these keys was written."""
-        writes = self.directory.writes
+        directory = self.directory
         if isinstance(begun, Deletion):
-            await self.directory.to_completion(writes.end_delete, begun)
+            await directory.to_completion(directory.writes.end_delete, begun)
         else:
-            await self.directory.to_completion(writes.end_write, begun, values or [None] * len(begun))
+            ended = list(zip(begun, values or [None] * len(begun), strict=True))
+            await directory.completed_together(directory.ended_writes, ended)
 
     async def invalidate(self, key: str, since: Any) -> WriteVersion | None:
         """Invalidate a key that changed at the source; returns the version to store it with."""
