@@ -7,7 +7,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -291,15 +291,18 @@ def main() -> None:
         columns = ["a chunk of", "ms, first node", "ms, from the other node", "ms, cached here", "from the other node"]
         report.table(f"Median times of {CHUNKS} reads, two nodes, the source {options.latency:g} s away", columns, hits)
         rows = [
-            [name, *(text for mode in found for text in _cells(found[mode][name]))] for name in found[options.modes[0]]
+            [f"{job}: {mode}", *_cells(found[mode][job])] for job in found[options.modes[0]] for mode in options.modes
         ]
-        columns = [
-            "job",
-            *(f"{mode}: {what}" for mode in found for what in ("local", "peers", "s", "requests", "peak MB")),
-        ]
+        rows += [[f"all of them: {mode}", *_cells(_sum(found[mode].values()))] for mode in options.modes]
+        columns = ["job: mode", "cached here", "from other nodes", "seconds", "requests", "peak MB"]
         report.table(
             f"{STEPS} chunks a variable, {options.nodes} nodes, the source {options.latency:g} s away", columns, rows
         )
+
+
+def _sum(rows: Collection[Row]) -> Row:
+    """All jobs as one."""
+    return Row(*map(sum, zip(*rows, strict=True)))._replace(peak=max(row.peak for row in rows))
 
 
 def _cells(row: Row) -> list[str]:
