@@ -118,6 +118,7 @@ class Shell:
 def settled(printed: str) -> list[str]:
     """The words and counts of objects that two runs must share, without sizes, times, digests and widths of columns."""
     for pattern, by in (
+        (r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "NODE"),
         (r"-[0-9a-f]{20}\b", "-DIGEST"),
         (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d\+00:00| UTC)", "MOMENT"),
         (r"\d+ of \d+ reads|after \d+ retries", "COUNT"),
