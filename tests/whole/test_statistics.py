@@ -23,6 +23,7 @@ from zarr.storage import LocalStore, WrapperStore
 import xzcache
 from xzcache import manage
 from xzcache.directory import Counts
+from xzcache.index._statistics import Statistics
 
 PROTOTYPE = default_buffer_prototype()
 SIZE = 1000
@@ -309,9 +310,12 @@ def test_days_and_months_add_up_and_stay_few(tmp_path: Path) -> None:
     with closing(sqlite3.connect(index_path(cache), isolation_level=None)) as index:
         (number,) = index.execute("SELECT ns FROM stat LIMIT 1").fetchone()
         index.execute("BEGIN")
+        # the first read from another node makes a table
+        Statistics(index).add(now, {number: Counts(peer_hits=1, bytes_from_peers=10)})
         for hours in range(1, 24 * 400):
             time_ = (now - now % HOUR) - hours * HOUR
             index.execute("INSERT INTO stat VALUES(0, ?, ?, 2, 1, 20, 10, 0.5, 1, 10, 1, 10)", (time_, number))
+            index.execute("INSERT INTO peer VALUES(0, ?, ?, 3, 30)", (time_, number))
         index.execute("COMMIT")
     run(read_once, source, cache)
     info = xzcache.info(cache)
@@ -320,8 +324,12 @@ def test_days_and_months_add_up_and_stay_few(tmp_path: Path) -> None:
     assert info.ever.misses == 20 + hours
     assert info.ever.seconds_saved >= 0.5 * hours
     assert 2 * 22 <= info.last_day.hits - 20 <= 2 * 24
+    assert (info.ever.peer_hits, info.ever.bytes_from_peers) == (1 + 3 * hours, 10 + 30 * hours)
+    assert info.ever.reads == info.ever.hits + info.ever.misses + info.ever.peer_hits
+    assert 3 * 22 <= info.last_day.peer_hits - 1 <= 3 * 24
     with closing(sqlite3.connect(index_path(cache))) as index:
-        assert index.execute("SELECT count(*) FROM stat").fetchone()[0] <= 49 + 92 + 14
+        for table in "stat", "peer":
+            assert index.execute(f"SELECT count(*) FROM {table}").fetchone()[0] <= 49 + 92 + 14
 
 
 def test_sources_that_nobody_reads_any_more_are_added_up(tmp_path: Path) -> None:
@@ -330,17 +338,21 @@ def test_sources_that_nobody_reads_any_more_are_added_up(tmp_path: Path) -> None
     now = int(time.time())
     with closing(sqlite3.connect(index_path(cache), isolation_level=None)) as index:
         index.execute("BEGIN")
+        Statistics(index).add(now, {0: Counts(peer_hits=1)})
         for number in range(1500):
             index.execute("INSERT INTO ns(name) VALUES(?)", (f"old-{number}",))
             index.execute(
                 "INSERT INTO stat SELECT 1, ?, id, 3, 1, 30, 10, 0.0, 0, 0, 0, 0 FROM ns WHERE name = ?",
                 (now - now % DAY - 10 * DAY - number * DAY // 100, f"old-{number}"),
             )
+        index.execute("INSERT INTO peer SELECT unit, time, ns, 2, 20 FROM stat WHERE unit = 1")
         index.execute("COMMIT")
     run(read_once, source, cache)
-    assert xzcache.info(cache).ever.hits == 20 + 3 * 1500
+    ever = xzcache.info(cache).ever
+    assert (ever.hits, ever.peer_hits) == (20 + 3 * 1500, 1 + 2 * 1500)
     with closing(sqlite3.connect(index_path(cache))) as index:
-        assert index.execute("SELECT count(DISTINCT ns) FROM stat").fetchone()[0] <= 1001
+        for table in "stat", "peer":
+            assert index.execute(f"SELECT count(DISTINCT ns) FROM {table}").fetchone()[0] <= 1001
     assert manage.metrics(cache).count("xzcache_source_hits_total{") <= 1001
 
 
