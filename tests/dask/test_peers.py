@@ -176,9 +176,7 @@ def test_reads_from_other_nodes_are_reads_that_no_source_answered(small: Cluster
     xzcache.report(tmp_path / "r.html", node.directory)
     assert "from other nodes" in (tmp_path / "r.html").read_text()
     # also for the cluster, when the process that read is gone
-    os.kill(pids(small.client)[small.workers[1]], signal.SIGKILL)
-    until(lambda: small.workers[1] not in small.client.scheduler_info(n_workers=-1)["workers"])
-    small.client.wait_for_workers(3)
+    small.client.restart_workers([small.workers[1]])
     (node,) = [each for each in xzcache.cluster_info(small.client) if each.node == node.node]
     assert (node.peer_hits, node.ever) == (given, ever)
 
