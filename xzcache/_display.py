@@ -41,11 +41,12 @@ class Display(NamedTuple):
     def _rows(self) -> dict[str, str]:
         stats = self.stats
         saved, fetched = (shown_size(stats[name]) for name in ("bytes_from_cache", "bytes_from_source"))
+        given = f" and {stats['peer_hits']:,} from other nodes" if stats["peer_hits"] else ""
         return {
             "source": self.source,
             "cache": self.cache,
             "used": self._used(),
-            "hits": f"{stats['hits']:,} ({stats['hit_rate']:.0%} of reads), {saved} saved",
+            "hits": f"{stats['hits']:,}{given} ({stats['hit_rate']:.0%} of reads), {saved} saved",
             "misses": f"{stats['misses']:,}, {fetched} from the source",
         }
 

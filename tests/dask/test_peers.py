@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from servers import S3Server, s3_server, words
 from zarr.storage import LocalStore
 
 import xzcache
+from xzcache import manage
 from xzcache.dask import each_node
 
 pytestmark = pytest.mark.slow
@@ -116,9 +118,6 @@ def test_the_cluster_requests_each_chunk_once(started: Cluster) -> None:
     assert after["peer_hits"] == before["peer_hits"]
 
 
-# -- nodes that fail
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Cluster]:
     """Three nodes of their own, of which each has its part of the array."""
@@ -143,6 +142,46 @@ def _hold_the_gil(mark: str, seconds: int) -> None:
 
     Path(mark).touch()
     ctypes.PyDLL(None).sleep(seconds)
+
+
+def _watched(array: Any) -> dict[str, Any]:
+    with xzcache.progress(display=False) as done:
+        array[:]
+    return {**done.as_dict(), "shown": repr(done)}
+
+
+def test_reads_from_other_nodes_are_reads_that_no_source_answered(small: Cluster, tmp_path: Path) -> None:
+    seen = small.run(small.workers[1], _watched, small.array()).result()
+    given = seen["peer_hits"]
+    assert given > 0
+    assert given + seen["hits"] == small.dataset.chunks
+    assert (seen["misses"], seen["bytes_from_source"], seen["hit_rate"]) == (0, 0, 1)
+    assert seen["bytes_from_peers"] > 0
+    assert re.search(rf"from other nodes +{given} reads", seen["shown"])
+    # and they last
+    nodes = each_node(small.client, xzcache.info)
+    assert sum(info.ever.peer_hits for info in nodes.values()) == small.counts()["peer_hits"]
+    (node,) = [node for node in nodes if small.workers[1] in node.workers]
+    info = xzcache.info(node.directory)
+    assert info == nodes[node]
+    ever = info.ever
+    assert (ever.peer_hits, ever.bytes_from_peers) == (given, seen["bytes_from_peers"])
+    assert ever.reads == ever.hits + given + ever.misses
+    assert ever.hit_rate == pytest.approx((ever.hits + given) / ever.reads)
+    assert info.last_day == ever
+    assert f"{ever.hits}, and {given} from other nodes, of {ever.reads} reads" in repr(info)
+    (row,) = xzcache.ls(directory=node.directory)
+    assert row.counts == ever
+    assert re.search(rf"^xzcache_source_peer_hits_total{{.*}} {given}$", manage.metrics(node.directory), re.MULTILINE)
+    xzcache.report(tmp_path / "r.html", node.directory)
+    assert "from other nodes" in (tmp_path / "r.html").read_text()
+    # also for the cluster, when the process that read is gone
+    small.client.restart_workers([small.workers[1]])
+    (node,) = [each for each in xzcache.cluster_info(small.client) if each.node == node.node]
+    assert (node.peer_hits, node.ever) == (given, ever)
+
+
+# -- nodes that fail
 
 
 @pytest.mark.parametrize("trouble", ["stopped", "killed", "holds the GIL"])

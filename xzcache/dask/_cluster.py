@@ -54,7 +54,7 @@ class Node(NamedTuple):
     ever: Counts = Counts()
     """The reads by all processes of the node, since the cache has statistics."""
     peer_hits: int = 0
-    """Reads of the node, by workers that are there now, that the caches of other nodes answered."""
+    """Reads of the same workers that the caches of other nodes answered."""
 
     def _cells(self, *, shows_peers: bool) -> list[str]:
         bound = "-" if self.bound is None else shown_size(self.bound)
@@ -342,5 +342,5 @@ def _node(name: str, workers: dict[str, Usage], hosts: dict[str, str]) -> Node:
         saved_bytes=sum(each.bytes_from_cache for each in counted),
         saved_seconds=sum(each.seconds_saved for each in counted),
         ever=max((seen.ever for seen in workers.values()), key=lambda ever: ever.reads),
-        peer_hits=sum(each.peer_hits for each in processes),
+        peer_hits=sum(each.peer_hits for each in counted),
     )

@@ -35,7 +35,9 @@ _GAUGES: Final = {
 _EVER: Final = {
     "hits": ("xzcache_node_hits", "Reads on this node that the cache answered."),
     "misses": ("xzcache_node_misses", "Reads on this node that the source answered."),
+    "peer_hits": ("xzcache_node_peer_hits", "Reads on this node that the cache of another node answered."),
     "bytes_from_cache": ("xzcache_node_from_cache_bytes", "Bytes read from the cache on this node."),
+    "bytes_from_peers": ("xzcache_node_from_peers_bytes", "Bytes read from the caches of other nodes on this node."),
     "bytes_from_source": ("xzcache_node_from_source_bytes", "Bytes read from the source on this node."),
     "seconds_saved": ("xzcache_node_saved_seconds", "Estimated wall-clock seconds that this node saved."),
     "evictions": ("xzcache_node_evictions", "Entries that were evicted on this node."),

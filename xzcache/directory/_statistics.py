@@ -374,9 +374,10 @@ class Ledger:
         reads = [(counted, counted.counters.reads()) for counted in list(self._counted.values())]
         for counted, current in reads:
             if current != counted.told:
-                hits, misses, cached, fetched, on_hits = map(sub, current, counted.told)
+                hits, misses, cached, fetched, on_hits, given, passed = map(sub, current, counted.told)
                 new = news[counted.namespace]
-                new.counts = new.counts.plus(Counts(hits, misses, cached, fetched))
+                counts = Counts(hits, misses, cached, fetched, peer_hits=given, bytes_from_peers=passed)
+                new.counts = new.counts.plus(counts)
                 new.on_hits += on_hits
         with self._lock:
             others = [(name, source, source.now()) for name, source in self._sources.items()]

@@ -16,7 +16,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 HOUR: Final = 3600
 DAY: Final = 86_400
@@ -58,16 +58,16 @@ _TABLES: Final = (
 _TABLE_OF_PROCESSES: Final = (
     "CREATE TABLE IF NOT EXISTS process(id TEXT PRIMARY KEY, at INTEGER NOT NULL, counts TEXT NOT NULL)"
 )
-_SUMS: Final = (
-    "sum(hits), sum(misses), sum(cached), sum(fetched), sum(saved), sum(evicted), sum(evicted_size), sum(again), "
-    "sum(again_size)"
-)
-_ADD: Final = (
-    "ON CONFLICT DO UPDATE SET hits = hits + excluded.hits, misses = misses + excluded.misses, "
-    "cached = cached + excluded.cached, fetched = fetched + excluded.fetched, saved = saved + excluded.saved, "
-    "evicted = evicted + excluded.evicted, evicted_size = evicted_size + excluded.evicted_size, "
-    "again = again + excluded.again, again_size = again_size + excluded.again_size"
-)
+# so has this one, made with the first read from another node
+_TABLE_OF_PEERS: Final = """CREATE TABLE IF NOT EXISTS peer(
+  unit INTEGER NOT NULL, time INTEGER NOT NULL, ns INTEGER NOT NULL, given INTEGER NOT NULL, passed INTEGER NOT NULL,
+  PRIMARY KEY(unit, time, ns)) WITHOUT ROWID"""
+_COLUMNS: Final = {
+    "stat": ("hits", "misses", "cached", "fetched", "saved", "evicted", "evicted_size", "again", "again_size"),
+    "peer": ("given", "passed"),
+}
+"""The tables that reads are counted in, with columns that together are those of `Counts`, in its order."""
+_OF_STAT: Final = len(_COLUMNS["stat"])
 
 
 class Counts(NamedTuple):
@@ -86,16 +86,18 @@ class Counts(NamedTuple):
     evicted_size: int = 0
     refetched: int = 0
     refetched_size: int = 0
+    peer_hits: int = 0
+    bytes_from_peers: int = 0
 
     @property
     def reads(self) -> int:
-        """Hits and misses."""
-        return self.hits + self.misses
+        """Hits, reads that the cache of another node answered, and misses."""
+        return self.hits + self.peer_hits + self.misses
 
     @property
     def hit_rate(self) -> float | None:
-        """The part of all reads that are hits; None without reads."""
-        return self.hits / self.reads if self.reads else None
+        """The part of all reads that a cache answered, of this node or of another one; None without reads."""
+        return (self.hits + self.peer_hits) / self.reads if self.reads else None
 
     def plus(self, other: Counts) -> Counts:
         """The sum of both."""
@@ -138,7 +140,7 @@ class Statistics:
         if self._is_made:
             return
         # `gone` is the last table of the list, so with it all are there
-        if self._do("SELECT 1 FROM sqlite_master WHERE name = 'gone'").fetchone() is None:
+        if not _has(self._do, "gone"):
             for statement in _TABLES:
                 self._do(statement)
             (entries,) = self._do("SELECT n FROM total").fetchone()
@@ -156,10 +158,13 @@ class Statistics:
     def add(self, now: int, counts: Mapping[int, Counts]) -> None:
         """Add counts of sources, by their number, at a time in seconds since the epoch."""
         hour = now - now % HOUR
-        self._do_many(
-            f"INSERT INTO stat VALUES({_OF_HOURS}, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) {_ADD}",
-            [(hour, source, *count) for source, count in counts.items()],
-        )
+        rows = {"stat": [(_OF_HOURS, hour, source, *count[:_OF_STAT]) for source, count in counts.items()]}
+        if any(count.peer_hits for count in counts.values()):
+            self._do(_TABLE_OF_PEERS)
+            rows["peer"] = [(_OF_HOURS, hour, source, *count[_OF_STAT:]) for source, count in counts.items()]
+        for table, some in rows.items():
+            marks = ", ".join("?" for _ in _COLUMNS[table])
+            self._do_many(f"INSERT INTO {table} VALUES(?, ?, ?, {marks}) {_added(table)}", some)
         # once an hour in each process is enough, and keeps the scan out of ordinary reports
         if hour != self._compacted:
             self._compacted = hour
@@ -168,39 +173,40 @@ class Statistics:
     def _compact(self, now: int) -> None:
         """Add up old hours by day, old days by month, and old sources."""
         today = now - now % DAY
+        tables = [table for table in _COLUMNS if _has(self._do, table)]
         month = "CAST(strftime('%s', time, 'unixepoch', 'start of month') AS INTEGER)"
         for unit, coarser, start, before in (
             (_OF_HOURS, _OF_DAYS, f"time - time % {DAY}", today - _HOURS_KEPT),
             (_OF_DAYS, _OF_MONTHS, month, today - _DAYS_KEPT),
         ):
             if self._do("SELECT 1 FROM stat WHERE unit = ? AND time < ? LIMIT 1", (unit, before)).fetchone():
-                self._do(
-                    f"INSERT INTO stat SELECT {coarser}, {start}, ns, {_SUMS} FROM stat WHERE unit = ? AND time < ? "
-                    f"GROUP BY 2, 3 {_ADD}",
-                    (unit, before),
-                )
-                self._do("DELETE FROM stat WHERE unit = ? AND time < ?", (unit, before))
+                for table in tables:
+                    self._do(
+                        f"INSERT INTO {table} SELECT {coarser}, {start}, ns, {_sums(table)} FROM {table} "
+                        f"WHERE unit = ? AND time < ? GROUP BY 2, 3 {_added(table)}",
+                        (unit, before),
+                    )
+                    self._do(f"DELETE FROM {table} WHERE unit = ? AND time < ?", (unit, before))
         old = self._do(
             "SELECT ns FROM stat WHERE ns != ? GROUP BY ns ORDER BY max(time) DESC LIMIT -1 OFFSET ?",
             (OTHERS, _MOST_SOURCES),
         ).fetchall()
         for (source,) in old:
-            self._do(
-                f"INSERT INTO stat SELECT unit, time, {OTHERS}, {_SUMS} FROM stat WHERE ns = ? GROUP BY 1, 2 {_ADD}",
-                (source,),
-            )
-            self._do("DELETE FROM stat WHERE ns = ?", (source,))
+            for table in tables:
+                self._do(
+                    f"INSERT INTO {table} SELECT unit, time, {OTHERS}, {_sums(table)} FROM {table} WHERE ns = ? "
+                    f"GROUP BY 1, 2 {_added(table)}",
+                    (source,),
+                )
+                self._do(f"DELETE FROM {table} WHERE ns = ?", (source,))
             self._do("DELETE FROM price WHERE ns = ?", (source,))
 
     def ever(self) -> Counts:
         """The sums of all sources, of all time."""
-        if not self._has("stat"):
+        if not _has(self._do, "stat"):
             return Counts()
-        sums = self._do(f"SELECT {_SUMS} FROM stat").fetchone()
+        sums = self._do(f"SELECT {_sums(*_COLUMNS)} FROM {_all_rows(self._do)}").fetchone()
         return Counts() if sums[0] is None else _counts(sums)
-
-    def _has(self, table: str) -> bool:
-        return self._do("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
     # -- the counts of processes
 
@@ -217,12 +223,13 @@ class Statistics:
 
     def processes(self, names: Iterable[str]) -> dict[str, Counts]:
         """The counts of processes at their last reports, by name."""
-        if not self._has("process"):
+        if not _has(self._do, "process"):
             return {}
         found = {}
         for name in names:
             numbers = _numbers(self._do("SELECT counts FROM process WHERE id = ?", (name,)).fetchone())
-            if numbers is not None and len(numbers) == len(Counts._fields):
+            # an older release counts fewer things
+            if numbers is not None and _OF_STAT <= len(numbers) <= len(Counts._fields):
                 found[name] = _counts(numbers)
         return found
 
@@ -271,6 +278,27 @@ class Statistics:
         return self._do("DELETE FROM gone WHERE key = ?", (key,)).rowcount > 0
 
 
+def _sums(*tables: str) -> str:
+    return ", ".join(f"sum({column})" for table in tables for column in _COLUMNS[table])
+
+
+def _added(table: str) -> str:
+    """The end of an INSERT that adds to a row that is there."""
+    return f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in _COLUMNS[table])}"
+
+
+def _all_rows(do: Callable[..., sqlite3.Cursor]) -> str:
+    """The rows of both tables, as one with the columns of both."""
+    given = ", ".join(_COLUMNS["peer"])
+    nothing = ", ".join("0" for _ in _COLUMNS["stat"])
+    more = f"UNION ALL SELECT unit, time, ns, {nothing}, {given} FROM peer" if _has(do, "peer") else ""
+    return f"(SELECT *, {', '.join(f'0 AS {name}' for name in _COLUMNS['peer'])} FROM stat {more}) AS stat"
+
+
+def _has(do: Callable[..., sqlite3.Cursor], table: str) -> bool:
+    return do("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
+
+
 def _numbers(row: tuple[str] | None) -> list[float] | None:
     """A list of numbers; None where there is none, or garbage."""
     if row is not None:
@@ -307,8 +335,9 @@ def by_day(index: sqlite3.Connection, now: int) -> dict[int, dict[str, Counts]]:
     found: dict[int, dict[str, Counts]] = {}
     if _is_there(index):
         query = (
-            f"SELECT time - time % {DAY}, ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns "
-            f"WHERE unit IN ({_OF_HOURS}, {_OF_DAYS}) AND time > ? GROUP BY 1, ns ORDER BY 1"
+            f"SELECT time - time % {DAY}, ns.name, {_sums(*_COLUMNS)} FROM {_all_rows(index.execute)} "
+            f"LEFT JOIN ns ON ns.id = stat.ns WHERE unit IN ({_OF_HOURS}, {_OF_DAYS}) AND time > ? "
+            "GROUP BY 1, stat.ns ORDER BY 1"
         )
         for day, name, *sums in index.execute(query, (now - _DAYS_KEPT,)):
             of_day = found.setdefault(day, {})
@@ -327,12 +356,15 @@ def sampled(index: sqlite3.Connection) -> list[UsesRow]:
 
 
 def _is_there(index: sqlite3.Connection) -> bool:
-    return index.execute("SELECT 1 FROM sqlite_master WHERE name = 'gone'").fetchone() is not None
+    return _has(index.execute, "gone")
 
 
 def _by_name(index: sqlite3.Connection, where: str) -> dict[str, Counts]:
     found: dict[str, Counts] = {}
-    query = f"SELECT ns.name, {_SUMS} FROM stat LEFT JOIN ns ON ns.id = stat.ns {where} GROUP BY stat.ns"
+    query = (
+        f"SELECT ns.name, {_sums(*_COLUMNS)} FROM {_all_rows(index.execute)} LEFT JOIN ns ON ns.id = stat.ns {where} "
+        "GROUP BY stat.ns"
+    )
     for name, *sums in index.execute(query):
         found[name or ""] = found.get(name or "", Counts()).plus(_counts(sums))
     return found
@@ -340,5 +372,6 @@ def _by_name(index: sqlite3.Connection, where: str) -> dict[str, Counts]:
 
 def _counts(sums: Iterable[float]) -> Counts:
     """Counts of sums, which are no whole numbers where garbage was added."""
-    pairs = zip(Counts._fields, sums, strict=True)
-    return Counts._make(value if field == "seconds_saved" else int(value) for field, value in pairs)
+    pairs = zip(Counts._fields, sums, strict=False)
+    values = [value if field == "seconds_saved" else int(value) for field, value in pairs]
+    return Counts._make([*values, *Counts()[len(values) :]])

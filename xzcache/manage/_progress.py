@@ -1,4 +1,4 @@
-"""Show the reads of this process from the source and from the cache while a block of code runs.
+"""Show the reads of this process from the source and from caches while a block of code runs.
 
 A thread polls the counters of `reading/`, so a read costs no more while it is watched.
 """
@@ -26,6 +26,10 @@ _WINDOW: Final = 3.0
 """Seconds over which the rates of now are averaged."""
 _shown: Final = threading.Lock()
 """Held by the block that is shown: one line has room for one."""
+_COUNTED: Final = ("hits", "misses", "peer_hits", "bytes_from_cache", "bytes_from_peers", "bytes_from_source")
+_NODES: Final = "other nodes"
+_Rates = tuple[float, float, float]
+"""Bytes a second from the cache, from other nodes, and from the source."""
 
 
 @dataclass(repr=False)
@@ -36,22 +40,23 @@ class Progress(_Shown):
     misses: int = 0
     bytes_from_cache: int = 0
     bytes_from_source: int = 0
+    peer_hits: int = 0
+    """Reads that the cache of another node of a Dask cluster answered."""
+    bytes_from_peers: int = 0
     seconds: float = 0.0
     is_done: bool = False
 
     @property
     def hit_rate(self) -> float:
-        """The part of the reads that the cache answered, from 0 to 1."""
-        return self.hits / reads if (reads := self.hits + self.misses) else 0.0
+        """The part of the reads that a cache answered, of this node or of another one, from 0 to 1."""
+        hits = self.hits + self.peer_hits
+        return hits / (hits + self.misses) if hits else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The figures for programs."""
         return {
-            "hits": self.hits,
-            "misses": self.misses,
+            **{name: getattr(self, name) for name in _COUNTED},
             "hit_rate": self.hit_rate,
-            "bytes_from_cache": self.bytes_from_cache,
-            "bytes_from_source": self.bytes_from_source,
             "seconds": round(self.seconds, 3),
         }
 
@@ -59,29 +64,34 @@ class Progress(_Shown):
         """The figures as a table, for displays."""
         return _table(self, self._average())
 
-    def _average(self) -> tuple[float, float]:
+    def _sizes(self) -> _Rates:
+        return self.bytes_from_cache, self.bytes_from_peers, self.bytes_from_source
+
+    def _average(self) -> _Rates:
         seconds = max(self.seconds, 1e-9)
-        return self.bytes_from_cache / seconds, self.bytes_from_source / seconds
+        cached, passed, fetched = self._sizes()
+        return cached / seconds, passed / seconds, fetched / seconds
 
 
-def _parts(done: Progress, rates: tuple[float, float]) -> tuple[str, str]:
-    counts = (done.hits, done.bytes_from_cache), (done.misses, done.bytes_from_source)
-    shown = [
-        f"{count:,} read{'s' * (count != 1)}, {shown_size(size)}, {shown_size(rate)}/s"
-        for (count, size), rate in zip(counts, rates, strict=True)
-    ]
-    return shown[0], shown[1]
+def _parts(done: Progress, rates: _Rates) -> dict[str, str]:
+    """What came from where; other nodes only if anything did."""
+    counts = {"cache": done.hits, _NODES: done.peer_hits, "source": done.misses}
+    return {
+        place: f"{count:,} read{'s' * (count != 1)}, {shown_size(size)}, {shown_size(rate)}/s"
+        for (place, count), size, rate in zip(counts.items(), done._sizes(), rates, strict=True)
+        if count or place != _NODES
+    }
 
 
-def _table(done: Progress, rates: tuple[float, float]) -> Table:
-    cache, source = _parts(done, rates)
-    state = "took" if done.is_done else "running for"
-    pairs = {"from the cache": cache, "from the source": source, state: f"{done.seconds:.1f} s"}
+def _table(done: Progress, rates: _Rates) -> Table:
+    parts = _parts(done, rates).items()
+    pairs = {f"from {'' if place == _NODES else 'the '}{place}": part for place, part in parts}
+    pairs["took" if done.is_done else "running for"] = f"{done.seconds:.1f} s"
     return Table("xzcache.progress", pairs=pairs, note=_note(done))
 
 
 def _note(done: Progress) -> str:
-    if not done.is_done or done.hits or done.misses:
+    if not done.is_done or done.hits or done.misses or done.peer_hits:
         return ""
     return "nothing was read in this process; xzcache.cluster_info(client) counts what the workers of a cluster read"
 
@@ -89,13 +99,13 @@ def _note(done: Progress) -> str:
 class _Face(Protocol):
     """A place where progress is shown."""
 
-    def update(self, done: Progress, rates: tuple[float, float]) -> None: ...
+    def update(self, done: Progress, rates: _Rates) -> None: ...
 
     def close(self, done: Progress) -> None: ...
 
 
 class progress:
-    """Show what comes from the source and what from the cache while a block runs, like Dask's ``ProgressBar``.
+    """Show what comes from the source and what from caches while a block runs, like Dask's ``ProgressBar``.
 
     In a terminal one line is kept up to date, in a notebook a small table; elsewhere, in a pipe or a log, one line is
     written at the end. Counted is what this process reads through any `CacheStore`, in all of its threads.
@@ -126,7 +136,7 @@ class progress:
         self._done = Progress()
         self._first = process.as_dict()
         self._began = time.monotonic()
-        self._recent: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
+        self._recent: deque[tuple[float, _Rates]] = deque([(self._began, (0, 0, 0))])
         self._ended = threading.Event()
         self._thread = None
         self._is_shown = self._display and _shown.acquire(blocking=False)
@@ -149,20 +159,21 @@ class progress:
         if self._is_shown:
             _shown.release()
 
-    def _count(self) -> tuple[float, float]:
-        """Bring the figures up to date; returns the rates of now, from the cache and from the source."""
+    def _count(self) -> _Rates:
+        """Bring the figures up to date; returns the rates of now."""
         now, done = time.monotonic(), self._done
         figures = process.as_dict()
-        for name in ("hits", "misses", "bytes_from_cache", "bytes_from_source"):
+        for name in _COUNTED:
             # never below zero: the counters begin anew in a forked child
             setattr(done, name, max(0, figures[name] - self._first[name]))
         done.seconds = now - self._began
-        self._recent.append((now, done.bytes_from_cache, done.bytes_from_source))
+        self._recent.append((now, done._sizes()))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW:
             self._recent.popleft()
-        then, cached, fetched = self._recent[0]
+        then, before = self._recent[0]
         seconds = max(now - then, 1e-9)
-        return (done.bytes_from_cache - cached) / seconds, (done.bytes_from_source - fetched) / seconds
+        cached, passed, fetched = ((size - less) / seconds for size, less in zip(done._sizes(), before, strict=True))
+        return cached, passed, fetched
 
     def _show(self) -> None:
         """Keep the display up to date; a failure here must not disturb the block."""
@@ -186,9 +197,9 @@ def _face(file: TextIO | None) -> _Face:
         return _Terminal(stream)
 
 
-def _line(done: Progress, rates: tuple[float, float]) -> str:
-    cache, source = _parts(done, rates)
-    return f"cache: {cache} | source: {source} | {done.seconds:.1f} s"
+def _line(done: Progress, rates: _Rates) -> str:
+    parts = (f"{place}: {part}" for place, part in _parts(done, rates).items())
+    return f"{' | '.join(parts)} | {done.seconds:.1f} s"
 
 
 class _Plain:
@@ -197,7 +208,7 @@ class _Plain:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def update(self, done: Progress, rates: tuple[float, float]) -> None:
+    def update(self, done: Progress, rates: _Rates) -> None:
         pass
 
     def close(self, done: Progress) -> None:
@@ -208,7 +219,7 @@ class _Plain:
 class _Terminal(_Plain):
     """A line that is written anew in its place."""
 
-    def update(self, done: Progress, rates: tuple[float, float]) -> None:
+    def update(self, done: Progress, rates: _Rates) -> None:
         width = shutil.get_terminal_size().columns - 1
         self._stream.write(f"\r{_line(done, rates)[:width].ljust(width)}")
         self._stream.flush()
@@ -228,12 +239,16 @@ class _Rich:
         self._live = Live(console=Console(file=stream), auto_refresh=False)
         self._live.start()
 
-    def update(self, done: Progress, rates: tuple[float, float]) -> None:
+    def update(self, done: Progress, rates: _Rates) -> None:
         from rich.text import Text
 
-        cache, source = _parts(done, rates)
-        parts = ("cache: ", "dim"), (cache, "green"), (" | source: ", "dim"), (source, "yellow")
-        self._live.update(Text.assemble(*parts, (f" | {done.seconds:.1f} s", "dim"), overflow="ellipsis", no_wrap=True))
+        colours = {"cache": "green", _NODES: "blue", "source": "yellow"}
+        parts = [
+            piece
+            for place, part in _parts(done, rates).items()
+            for piece in ((f"{place}: ", "dim"), (part, colours[place]), (" | ", "dim"))
+        ]
+        self._live.update(Text.assemble(*parts, (f"{done.seconds:.1f} s", "dim"), overflow="ellipsis", no_wrap=True))
         self._live.refresh()
 
     def close(self, done: Progress) -> None:
@@ -259,7 +274,7 @@ class _Notebook:
         self._html = ipython.HTML
         self._handle: Any = ipython.display(ipython.HTML(""), display_id=True)
 
-    def update(self, done: Progress, rates: tuple[float, float]) -> None:
+    def update(self, done: Progress, rates: _Rates) -> None:
         self._handle.update(self._html(_table(done, rates).html()))
 
     def close(self, done: Progress) -> None:

@@ -209,12 +209,14 @@ def _figures(found: Info) -> str:
         f"{shown_part(found.used / found.max_size)} of {shown_bound(found.max_size)}" if found.max_size else "no bound"
     )
     lately = f"{shown_part(day.hit_rate)} in the last day" if day.reads else "nothing in the last day"
+    others = f"{shown_size(ever.bytes_from_source)} from sources"
+    others += f", {shown_size(ever.bytes_from_peers)} from other nodes" if ever.peer_hits else ""
     figures = [
         ("Used", shown_size(found.used), share),
         ("Entries", f"{found.entries:,}", f"of {found.sources:,} source{'s' * (found.sources != 1)}"),
         ("Hits", shown_part(ever.hit_rate), lately),
         ("Time saved", shown_seconds(ever.seconds_saved), f"{shown_seconds(day.seconds_saved)} in the last day"),
-        ("From the cache", shown_size(ever.bytes_from_cache), f"{shown_size(ever.bytes_from_source)} from sources"),
+        ("From the cache", shown_size(ever.bytes_from_cache), others),
         ("Fetched again", f"{ever.refetched:,}", f"of {ever.evictions:,} evicted entries"),
     ]
     cards = "".join(
@@ -308,6 +310,8 @@ def _over_time(days: dict[int, Counts]) -> str:
         ("cache", "from the cache", lambda counts: counts.bytes_from_cache),
         ("source", "from sources", lambda counts: counts.bytes_from_source),
     ]
+    if any(counts.peer_hits for counts in days.values()):
+        series.insert(1, ("other", "from other nodes", lambda counts: counts.bytes_from_peers))
     rate = [("cache", "hits, part of all reads", lambda counts: counts.hit_rate or 0.0)]
     return (
         f"<section><h2>Use over time</h2>{_bars('Bytes read by day', days, series, shown_size)}"

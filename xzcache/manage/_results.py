@@ -131,7 +131,8 @@ class Info(_Shown):
         The uuid of this directory; empty if it has none.
     ever, last_day : Counts
         The reads through the cache by all processes, since there are statistics and in the last 24 hours: ``hits``,
-        ``misses``, ``hit_rate``, ``bytes_from_cache``, ``bytes_from_source``, ``seconds_saved``, ``evictions``,
+        ``misses``, ``peer_hits`` (reads that the cache of another node of a Dask cluster answered), ``hit_rate`` (of
+        both kinds of hits), ``bytes_from_cache``, ``bytes_from_source``, ``seconds_saved``, ``evictions``,
         ``refetched`` and others. The seconds estimate how much longer the reads would have taken without the cache.
         Counts of running processes may lag by some seconds.
     since : float or None
@@ -177,8 +178,9 @@ class Info(_Shown):
         saved, saved_lately = (
             f"{shown_size(counts.bytes_from_cache)} and {shown_seconds(counts.seconds_saved)}" for counts in (ever, day)
         )
+        given = f", and {ever.peer_hits:,} from other nodes," if ever.peer_hits else ""
         rows = {
-            "hits": f"{ever.hits:,} of {ever.reads:,} reads ({shown_part(ever.hit_rate)}); {lately}",
+            "hits": f"{ever.hits:,}{given} of {ever.reads:,} reads ({shown_part(ever.hit_rate)}); {lately}",
             "saved": f"{saved}; {saved_lately} in the last day",
         }
         if ever.evictions:

@@ -206,12 +206,13 @@ class Activity(_Shown):
 
     def _row(self, name: str, counts: Counts) -> tuple[str, ...]:
         seconds = self.seconds or 1.0
+        from_peers = [counts.bytes_from_peers] if self.counts.peer_hits else []
+        sizes = counts.bytes_from_cache, *from_peers, counts.bytes_from_source
         return (
             name,
             f"{counts.reads / seconds:,.1f}",
             shown_part(counts.hit_rate),
-            f"{shown_size(counts.bytes_from_cache / seconds)}/s",
-            f"{shown_size(counts.bytes_from_source / seconds)}/s",
+            *(f"{shown_size(size / seconds)}/s" for size in sizes),
             f"{counts.evictions / seconds:,.1f}",
         )
 
@@ -221,7 +222,8 @@ class Activity(_Shown):
             return Table("xzcache", note=self.trouble)
         rows = [self._row(name, counts) for name, counts in self.by_source.items()]
         rows.append(self._row("all", self.counts))
-        columns = ("source", "reads/s", "hit rate", "from cache", "from source", "evicted/s")
+        from_peers = ["from nodes"] if self.counts.peer_hits else []
+        columns = ("source", "reads/s", "hit rate", "from cache", *from_peers, "from source", "evicted/s")
         named = [f"{process.pid} {process.command}".rstrip() for process in self.processes]
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
         note = (
@@ -286,7 +288,7 @@ class Meter:
             count = count.minus(before.get(namespace, Counts()))
             if count.reads > 0 or count.evictions > 0:
                 lately[_named(namespace)] = lately.get(_named(namespace), Counts()).plus(count)
-        order = sorted(lately, key=lambda name: -(lately[name].bytes_from_cache + lately[name].bytes_from_source))
+        order = sorted(lately, key=lambda name: -_size_of_reads(lately[name]))
         return Activity(
             self._root,
             now - then,
@@ -319,6 +321,10 @@ def _named(namespace: str) -> str:
     return name_of(namespace) if namespace else OTHER_SOURCES
 
 
+def _size_of_reads(counts: Counts) -> int:
+    return counts.bytes_from_cache + counts.bytes_from_peers + counts.bytes_from_source
+
+
 def _command(pid: int) -> str:
     """The name of a process; empty if the system does not tell."""
     with suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
@@ -331,7 +337,9 @@ def _command(pid: int) -> str:
 _COUNTERS: Final = {
     "hits": ("xzcache_source_hits_total", "Reads that the cache answered."),
     "misses": ("xzcache_source_misses_total", "Reads that the source answered."),
+    "peer_hits": ("xzcache_source_peer_hits_total", "Reads that the cache of another node answered."),
     "bytes_from_cache": ("xzcache_source_from_cache_bytes_total", "Bytes read from the cache."),
+    "bytes_from_peers": ("xzcache_source_from_peers_bytes_total", "Bytes read from the caches of other nodes."),
     "bytes_from_source": ("xzcache_source_from_source_bytes_total", "Bytes read from the source."),
     "seconds_saved": ("xzcache_source_saved_seconds_total", "Estimated wall-clock seconds saved on this machine."),
     "evictions": ("xzcache_source_evictions_total", "Entries that were evicted."),

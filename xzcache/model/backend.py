@@ -72,6 +72,8 @@ class Reads(NamedTuple):
     bytes_from_cache: int = 0
     bytes_from_source: int = 0
     seconds_from_cache: float = 0.0
+    peer_hits: int = 0
+    bytes_from_peers: int = 0
 
 
 class ReadCounters(Protocol):

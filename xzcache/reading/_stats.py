@@ -94,7 +94,8 @@ class Stats:
         with self._root._lock:
             self._count_hits()
             sizes = self._bytes_from_cache, self._bytes_from_source
-            return Reads(self._hits, self._misses, *sizes, self._seconds_from_cache)
+            from_peers = self._peer_hits, self._bytes_from_peers
+            return Reads(self._hits, self._misses, *sizes, self._seconds_from_cache, *from_peers)
 
     def as_dict(self) -> dict[str, Any]:
         """The counters under Zarr's names, and those of xzcache; sizes in bytes, times in seconds."""
