@@ -49,7 +49,9 @@ _PIECE: Final = 4 << 20
 _KEPT: Final = 1.0
 """Seconds for which an answer is kept."""
 _STORES: Final = 256
-_ANSWERS: Final = 256
+_HELD: Final = 64 << 20
+"""The most bytes of all answers that are kept, but for the latest one."""
+_OVERHEAD: Final = 1 << 10
 _REMEMBERED: Final = 1 << 16
 """Chunks that were confirmed."""
 
@@ -60,13 +62,21 @@ _Asked = tuple[str, str, tuple[Span, ...], Since | tuple[()]]
 class _Answer(NamedTuple):
     """What this node gives to others that ask for a chunk."""
 
-    given: Given | None
+    told: dict[str, Any]
+    """What others are told; its status is ``"given"``, ``"refused"``, or ``"not now"``, which is no refusal."""
     data: memoryview = memoryview(b"")
-    crc: int = 0
+    age: float = 0.0
     at: float = 0.0
-    """When it was read, by `time.monotonic`."""
-    fetching: float = 0.0
-    """The seconds that the request to the source took; 0 for what was cached."""
+    """When it was that old, by `time.monotonic`."""
+
+
+_REFUSED: Final = _Answer({"status": "refused"})
+_NOT_NOW: Final = _Answer({"status": "not now"})
+
+
+async def refuse(**_: Any) -> dict[str, Any]:
+    """Answer for a worker that has left."""
+    return _REFUSED.told
 
 
 class Answers:
@@ -78,11 +88,13 @@ class Answers:
         self._fresh: Latest[tuple[str, Since], bool] = Latest(_REMEMBERED)
         self._settled: Latest[str, bytes] = Latest(_STORES)
         """The totals of the directory's write counters when the copy of a name last confirmed its documents."""
-        self._answers: Latest[_Asked, asyncio.Task[_Answer]] = Latest(_ANSWERS)
+        self._reading: dict[_Asked, asyncio.Task[_Answer]] = {}
+        self._answers: Latest[_Asked, _Answer] = Latest(_HELD, lambda answer: len(answer.data) + _OVERHEAD)
 
     async def answer(self, **question: Any) -> dict[str, Any]:
+        """Answer a question; on the worker's event loop."""
         if not self._told.is_valid:
-            return {"status": "refused"}
+            return _NOT_NOW.told
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._give(**question), await zarr_loop()))
 
     async def _give(
@@ -96,12 +108,12 @@ class Answers:
         pickled: bytes | None = None,
     ) -> dict[str, Any]:
         """A piece of the answer, from the byte `at` on, or after `hold` seconds that there is none yet."""
-        refused, wait = {"status": "refused"}, {"status": "fetching", "usual": self._worth.usual(namespace)}
+        wait = {"status": "fetching", "usual": self._worth.usual(namespace)}
         if (opening := self._stores.get(store)) is None:
             if pickled is None:
                 return {"status": "unknown"}
             if blake2b(pickled, digest_size=16).hexdigest() != store:
-                return refused
+                return _REFUSED.told
             opening = asyncio.ensure_future(pool.run(_unpickled, pickled))
             self._stores.put(store, opening)
         until = time.monotonic() + hold
@@ -114,45 +126,43 @@ class Answers:
         backend = copy._reads.backend
         if backend.cache_id is not self._directory or copy.namespace != namespace:
             # the same path or address may lead to other data here
-            return refused
+            return _REFUSED.told
         since = self._told.stale_since(backend.prefix + key)
         if since is None:
-            return refused
-        wanted = tuple((start, stop) for start, stop in spans)
-        asked: _Asked = store, key, wanted, since
-        task = self._answers.get(asked)
-        if task is None:
-            self._settle(store, copy)
-            task = asyncio.ensure_future(self._read(copy, key, wanted, since))
-            self._answers.put(asked, task)
-            task.add_done_callback(lambda _: self._forget_soon(asked))
-        done, _ = await asyncio.wait([task], timeout=max(0.0, until - time.monotonic()))
-        if not done:
-            return wait
-        try:
+            return _NOT_NOW.told
+        asked: _Asked = store, key, tuple((start, stop) for start, stop in spans), since
+        if (answer := self._answers.get(asked)) is None:
+            if (task := self._reading.get(asked)) is None:
+                self._settle(store, copy)
+                task = self._reading[asked] = asyncio.ensure_future(self._read_and_keep(copy, asked))
+            done, _ = await asyncio.wait([task], timeout=max(0.0, until - time.monotonic()))
+            if not done:
+                return wait
             answer = task.result()
+        if self._told.stale_since(backend.prefix + key) != since or not self._told.is_valid:
+            return _NOT_NOW.told
+        if at + _PIECE >= len(answer.data):
+            # another program may write a missing chunk at any moment
+            self._answers.drop(asked)
+        if not answer.data:
+            return answer.told
+        piece = to_serialize(answer.data[at : at + _PIECE])  # type: ignore[no-untyped-call]
+        return answer.told | {"age": answer.age + time.monotonic() - answer.at, "data": piece}
+
+    async def _read_and_keep(self, store: CacheStore, asked: _Asked) -> _Answer:
+        """Read, and keep the answer for a second: an asker fetches it in pieces, or asks again after a while."""
+        _, key, spans, since = asked
+        try:
+            answer = await self._read(store, key, spans, since)
         except Exception as error:
             # the asker gets the error from the source itself
             logger.debug("%s was not read for another node: %s", key, error)
-            return refused
-        if answer.given is None or self._told.stale_since(backend.prefix + key) != since or not self._told.is_valid:
-            return refused
-        values = answer.given.values
-        told = {"status": "given", "key": key, "missing": values is None, "fetching": answer.fetching}
-        if values is None:
-            # another program may write the chunk at any moment
-            self._answers.drop(asked)
-            return told
-        more = {"sizes": list(map(len, values)), "crc": answer.crc, "validator": answer.given.validator}
-        more["age"] = answer.given.age + time.monotonic() - answer.at
-        if at + _PIECE >= len(answer.data):
-            self._answers.drop(asked)
-        piece = to_serialize(answer.data[at : at + _PIECE])  # type: ignore[no-untyped-call]
-        return told | more | {"data": piece}
-
-    def _forget_soon(self, asked: _Asked) -> None:
-        """Keep an answer for a second: an asker fetches it in several pieces, or asks again after a while."""
+            answer = _REFUSED
+        finally:
+            del self._reading[asked]
+        self._answers.put(asked, answer)
         asyncio.get_running_loop().call_later(_KEPT, self._answers.drop, asked)
+        return answer
 
     def _settle(self, name: str, copy: CacheStore) -> None:
         """Have a copy confirm its documents again, if anything in the directory was invalidated since it did."""
@@ -171,9 +181,9 @@ class Answers:
         fetching = 0.0
         # what was confirmed of byte ranges holds for these only
         what = full if spans == ((0, END),) else f"{full} {spans}"
-        if isinstance(since, Since) and not self._is_fresh(what, since, reads, key):
+        if isinstance(since, Since) and not self._is_fresh(what, since, reads, key, spans):
             if not owns:
-                return _Answer(None)
+                return _NOT_NOW
             with self._writes.renewing(full):
                 # what this node has goes only once the source has answered
                 given = await reads.give(key, spans, partial(_renewed, store, key, spans), anew=True)
@@ -183,19 +193,25 @@ class Answers:
         elif (given := await reads.give(key, spans, None)) is None and owns:
             given = await reads.give(key, spans, partial(_fetched, store, key, spans))
             fetching = time.perf_counter() - began
-        if given is None or given.values is None:
-            return _Answer(given, fetching=fetching)
+        if given is None:
+            # of an object without a validator, parts are never given
+            return _REFUSED if owns else _NOT_NOW
+        told = {"status": "given", "key": key, "missing": given.values is None, "fetching": fetching}
+        if given.values is None:
+            return _Answer(told)
         data = given.values[0] if len(given.values) == 1 else memoryview(b"".join(given.values))
-        return _Answer(given, data, crc_of(data), at, fetching)
+        more = {"sizes": list(map(len, given.values)), "crc": crc_of(data), "validator": given.validator}
+        return _Answer(told | more, data, given.age, at)
 
-    def _is_fresh(self, what: str, since: Since, reads: ReadThrough, key: str) -> bool:
+    def _is_fresh(self, what: str, since: Since, reads: ReadThrough, key: str, spans: tuple[Span, ...]) -> bool:
         """Whether nothing that this node has of a chunk is from before a time."""
         full, parts = reads.backend.prefix + key, reads.backend.parts(key)
         if parts.is_empty:
             # answers to requests from before then are not stored
             self._fresh.put((full, since), True)
         known = self._fresh.get((full, since)) is not None or self._fresh.get((what, since)) is not None
-        return known or since.is_before(parts.validated())
+        entries = [reads.reading.entry(key, *span) for span in spans]
+        return known or all(entry is not None and since.is_before(parts.validated(entry)) for entry in entries)
 
 
 def _unpickled(pickled: bytes) -> CacheStore | None:

@@ -26,6 +26,7 @@ from xzcache import _threads as pool
 from xzcache._fork import renew_after_fork
 from xzcache.dask._peering import Latest, crc_of, start
 from xzcache.dask._told import block_of
+from xzcache.dask._worth import Whom
 from xzcache.model import Given, Span, array_documents, arrays_of, is_chunk, report_bug
 from xzcache.store import CacheStore
 
@@ -78,10 +79,10 @@ class Questions:
     async def ask(self, store: object, backend: Backend, key: str, spans: Sequence[Span]) -> Given | None:
         """Ask the owner of a chunk, on behalf of a store."""
         try:
-            if (address := self._address(store, backend, key)) is None:
+            if (whom := self._whom(store, backend, key)) is None:
                 return None
             assert isinstance(store, CacheStore)
-            given = await self._ask(address, store, backend, key, spans)
+            given = await self._ask(whom, store, backend, key, spans)
         except Exception as error:
             if not isinstance(error, OSError):
                 report_bug(error, "while another node was asked")
@@ -90,7 +91,7 @@ class Questions:
             store._reads.reading.stats.peer_miss()
         return given
 
-    def _address(self, store: object, backend: Backend, key: str) -> str | None:
+    def _whom(self, store: object, backend: Backend, key: str) -> Whom | None:
         """The worker to ask for a chunk; None if no other node owns it or has owned it, or none may be asked."""
         if backend.cache_id is not self._directory or not self._told.is_valid or not is_chunk(key):
             return None
@@ -99,13 +100,15 @@ class Questions:
         if not store.source.immutable and not self._has_seen(store, key):
             # a chunk must be of the array that the reader knows
             return None
-        if self._told.stale_since(backend.prefix + key) is None or not self._worth.may_ask(backend.namespace):
+        if self._told.stale_since(backend.prefix + key) is None:
             return None
-        addresses = [address for address in self._told.workers_for(key) if self._worth.may_be_asked(address)]
-        return addresses[_number(block_of(key)) % len(addresses)] if addresses else None
+        array = f"{backend.namespace}/{arrays_of(key)[0]}"
+        workers = [Whom(address, backend.namespace, array) for address in self._told.workers_for(key)]
+        workers = [whom for whom in workers if self._worth.may_ask(whom)]
+        return workers[_number(block_of(key)) % len(workers)] if workers else None
 
     async def _ask(
-        self, address: str, store: CacheStore, backend: Backend, key: str, spans: Sequence[Span]
+        self, whom: Whom, store: CacheStore, backend: Backend, key: str, spans: Sequence[Span]
     ) -> Given | None:
         known = await self._pickled(store)
         question: dict[str, Any] = {
@@ -116,29 +119,33 @@ class Questions:
             # an owner that is still fetching says so in time
             "hold": self._timeout / 2,
         }
-        began = time.perf_counter()
+        began = time.monotonic()
         pieces: list[memoryview] = []
-        size, crc, fetching, is_sent = 0, None, 0.0, False
+        size, crc, is_sent = 0, None, False
         while True:
-            asked = time.monotonic()
-            told = await self._send(address, question | {"at": size})
+            told = await self._send(whom.address, question | {"at": size})
             if told is None:
-                logger.debug("%s gives no sign of life: %s comes from the source", address, key)
-                self._worth.is_slow(address, asked)
+                logger.debug("%s gives no sign of life: %s comes from the source", whom.address, key)
+                self._worth.was_late(whom, began)
                 return None
-            status = told["status"]
+            status, took = told["status"], time.monotonic() - began
             if status == "unknown" and not is_sent:
                 question["pickled"] = known.pickled
                 is_sent = True
                 continue
             question.pop("pickled", None)
+            if status == "not now":
+                self._worth.gave(whom, took)
+                return None
             if status == "given" and told["key"] == key:
+                took -= told["fetching"]
                 if told["missing"]:
+                    self._worth.gave(whom, took)
                     return Given(None)
                 if crc is not None and crc != told["crc"]:
                     # the owner has another value by now
                     return None
-                piece, crc, fetching = memoryview(told["data"]).cast("B"), told["crc"], told["fetching"]
+                piece, crc = memoryview(told["data"]).cast("B"), told["crc"]
                 pieces.append(piece)
                 size += len(piece)
                 if size >= sum(told["sizes"]) or not len(piece):
@@ -148,17 +155,18 @@ class Questions:
                     # it may have been changed since it was looked at
                     with self._mutex:
                         self._pickles.drop(id(store))
+                self._worth.refused(whom, began)
                 return None
-            usual = self._worth.usual(backend.namespace) or told.get("usual") or _LONGEST
-            if (elapsed := time.perf_counter() - began) > usual + self._timeout:
-                self._worth.peer_took(backend.namespace, elapsed)
+            if time.monotonic() - began > self._worth.limit(backend.namespace, told.get("usual")):
+                logger.debug("%s takes too long: %s comes from the source", whom.address, key)
+                self._worth.was_late(whom, began)
                 return None
-        self._worth.answered(address)
-        self._worth.peer_took(backend.namespace, time.perf_counter() - began - fetching)
         data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         if crc_of(data) != crc:
-            logger.warning("%s gave other bytes for %s than it has: they are not used", address, key)
+            logger.warning("%s gave other bytes for %s than it has: they are not used", whom.address, key)
+            self._worth.refused(whom, began)
             return None
+        self._worth.gave(whom, took)
         full = backend.prefix + key
         with self._mutex:
             is_known = self._told.owns(key) or self._seen.get(full) is not None
@@ -192,17 +200,20 @@ class Questions:
         """Whether a store has seen a document by which the owner can tell the state of a chunk's array."""
         seen = store._reads.freshness.seen()
         paths = arrays_of(key)
-        known = self._known.get((seen.packed, paths[0]))
+        with self._mutex:
+            known = self._known.get((seen.packed, paths[0]))
         if known is None:
             above = {path[:end] for path in paths for end in range(len(path) + 1) if end == 0 or path[end:][:1] in "/"}
             documents = (document for path in above for document in array_documents(path))
             known = seen.more or any(seen.state(document) is not None for document in documents)
-            self._known.put((seen.packed, paths[0]), known)
+            with self._mutex:
+                self._known.put((seen.packed, paths[0]), known)
         return known and store.revalidate is not False
 
     async def _pickled(self, store: CacheStore) -> _Pickle:
         seen = store._reads.freshness.seen().packed
-        known = self._pickles.get(id(store))
+        with self._mutex:
+            known = self._pickles.get(id(store))
         if known is None or known.store() is not store or known.seen != seen:
             place = await pool.run(place_of, store)
             pickled: bytes = dumps((store, place))  # type: ignore[no-untyped-call]

@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Latest(Generic[K, V]):
-    """A dictionary of the latest items."""
+    """A dictionary of the latest items, whose sizes (by default 1 each) add up to `most`, or of the last one."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, size: Callable[[V], int] = lambda _: 1) -> None:
+        self._most, self._size, self._total = most, size, 0
         self._items: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K) -> V | None:
@@ -29,14 +29,23 @@ class Latest(Generic[K, V]):
             return self._items[key]
         return None
 
+    def made(self, key: K, make: Callable[[], V]) -> V:
+        """The item of a key, made if there is none."""
+        if (found := self.get(key)) is None:
+            found = make()
+            self.put(key, found)
+        return found
+
     def put(self, key: K, value: V) -> None:
+        self.drop(key)
         self._items[key] = value
-        self._items.move_to_end(key)
-        while len(self._items) > self._most:
-            self._items.popitem(last=False)
+        self._total += self._size(value)
+        while self._total > self._most and len(self._items) > 1:
+            self.drop(next(iter(self._items)))
 
     def drop(self, key: K) -> None:
-        self._items.pop(key, None)
+        with suppress(KeyError):
+            self._total -= self._size(self._items.pop(key))
 
 
 def start(call: Callable[[], Coroutine[Any, Any, T]], loop: asyncio.AbstractEventLoop) -> Any:

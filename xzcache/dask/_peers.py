@@ -16,10 +16,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from xzcache._fork import renew_after_fork
-from xzcache.dask._answering import Answers, zarr_loop
+from xzcache.dask._answering import Answers, refuse, zarr_loop
 from xzcache.dask._asking import Questions
 from xzcache.dask._telling import Writes
-from xzcache.dask._told import Told
+from xzcache.dask._told import LEASE, Told, look_no_more
 from xzcache.dask._worth import Worth
 from xzcache.reading import peers
 
@@ -41,7 +41,7 @@ class Neighbours:
 
     def __init__(self, worker: Worker, directory: CacheDirectory, usage: Usage, timeout: float) -> None:
         self._worker, self._directory = worker, directory
-        self._told, self._worth, self._writes = Told(worker, directory, usage), Worth(), Writes(worker)
+        self._told, self._worth, self._writes = Told(worker, directory, usage), Worth(timeout), Writes.of(worker)
         self._questions = Questions(worker, directory, self._told, self._worth, timeout)
         self._answers = Answers(directory, self._told, self._worth, self._writes)
         self._beats: asyncio.Task[None] | None = None
@@ -52,34 +52,48 @@ class Neighbours:
         # the first answer should not wait for it
         await zarr_loop()
         self._worker.handlers |= {"xzcache_ask": self._answers.answer, "xzcache_look": self._told.look}
-        self._directory.writes.listeners.append(self._writes.learn)
         with suppress(Exception):
             await self._told.look()
         self._beats = asyncio.create_task(self._beat())
+        # from one to the other at once, so that there is no time in which writes are not told
+        for each in [each for each in peers if isinstance(each, Neighbours) and each._worker is self._worker]:
+            each._tell_no_more()
+        self._directory.writes.listeners.append(self._writes.learn)
         peers.append(self)
 
     async def leave(self) -> None:
-        """End with it, and have the scheduler tell the others not to ask this worker any more."""
-        self.stop()
+        """Ask no more, and have the scheduler tell the others not to ask this worker any more.
+
+        They are still told of its writes for a while: if the plugin is being registered again, they go on asking each
+        other.
+        """
+        self._ask_no_more()
+        asyncio.get_running_loop().call_later(LEASE, self._tell_no_more)
         with suppress(Exception):
             await self._told.leave()
 
+    def close(self) -> None:
+        """End with it, as the worker closes; questions under way are answered by the source."""
+        self._ask_no_more()
+        self._tell_no_more()
+        self._writes.close()
+
     def after_fork_in_child(self) -> None:
         """Ask and tell no other node in a child, which has no event loop of the worker."""
+        self._tell_no_more()
         peers.clear()
-        with suppress(ValueError):
-            self._directory.writes.listeners.remove(self._writes.learn)
 
-    def stop(self) -> None:
-        """End with it; questions under way are answered by the source."""
+    def _tell_no_more(self) -> None:
+        # the next registration has the same listener
         with suppress(ValueError):
             peers.remove(self)
-        with suppress(ValueError):
             self._directory.writes.listeners.remove(self._writes.learn)
-        for name, handler in (("xzcache_ask", self._answers.answer), ("xzcache_look", self._told.look)):
-            # a plugin under another name may have taken its place
-            if self._worker.handlers.get(name) == handler:
-                del self._worker.handlers[name]
+
+    def _ask_no_more(self) -> None:
+        self._told.end()
+        # questions may be under way, but a plugin under another name may have taken its place
+        if self._worker.handlers.get("xzcache_ask") == self._answers.answer:
+            self._worker.handlers |= {"xzcache_ask": refuse, "xzcache_look": look_no_more}
         if self._beats is not None:
             self._beats.cancel()
 
@@ -93,7 +107,6 @@ class Neighbours:
             await asyncio.sleep(self._told.beat)
             try:
                 await self._told.look()
-                await self._writes.end_quiet()
             except Exception as error:
                 # without an answer, the lease ends
                 logger.debug("the scheduler does not tell of other nodes: %s", error)

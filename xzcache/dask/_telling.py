@@ -3,7 +3,8 @@
 Before a write through a cache reaches the source, all nodes are told that the array is being written, and neither ask
 nor answer for it until the writes have ended.
 
-State: the writes of this process, under a mutex, and what was told of them, on the worker's event loop only.
+State: the writes of each worker of this process, under a mutex, and what was told of them, on the worker's event loop
+only. It outlives a registration of the plugin: the scheduler remembers the worker as a writer until it is told the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+
+from distributed.core import Status
 
 from xzcache._fork import renew_after_fork
 from xzcache.dask._peering import start
@@ -32,6 +35,8 @@ logger = logging.getLogger("xzcache.dask")
 
 _QUIET: Final = 5.0
 """Seconds after the last write of an array after which its writes count as ended."""
+_LOOK: Final = 0.5
+"""Seconds between two looks whether writes have ended."""
 _MOMENT: Final = 0.1
 """Seconds for which a read waits until all nodes know what it has found to be stale."""
 
@@ -52,7 +57,21 @@ class Writes:
         self._told_at: dict[str, float] = {}
         """When the telling of a path was begun, by `time.monotonic`."""
         self._endings: dict[str, asyncio.Task[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        """Tells the end of writes, while there are any."""
         renew_after_fork(self)
+
+    @classmethod
+    def of(cls, worker: Worker) -> Writes:
+        """The writes of a worker, whichever registration asks for them; on its event loop."""
+        known = worker.extensions.setdefault("xzcache", cls(worker))
+        assert isinstance(known, cls)
+        return known
+
+    def close(self) -> None:
+        """End with a worker that closes, which the scheduler notices."""
+        if self._watch is not None:
+            self._watch.cancel()
 
     def after_fork_in_child(self) -> None:
         """Another thread may have held the mutex."""
@@ -75,6 +94,9 @@ class Writes:
         }
         if paths:
             self._note_writes(paths, 1)
+            if self._loop.is_closed():
+                # the worker is gone
+                return paths
             try:
                 telling = asyncio.wrap_future(start(partial(self._tell_written, paths), self._loop))
                 # once that long has passed since it was begun, no node that was not told has a lease any more
@@ -94,6 +116,8 @@ class Writes:
         self._note_writes(begun, -1)
 
     async def _tell_written(self, paths: set[str]) -> None:
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._end_when_quiet())
         for path in paths - self._tellings.keys():
             self._told_at[path] = time.monotonic()
             self._tellings[path] = asyncio.create_task(self._tell_anew(path))
@@ -111,7 +135,12 @@ class Writes:
             await asyncio.wait([ending])
         await self._tell(path, is_written=True)
 
-    async def end_quiet(self) -> None:
+    async def _end_when_quiet(self) -> None:
+        while self._writing and self._worker.status is not Status.closed:
+            await asyncio.sleep(_LOOK)
+            await self._end_quiet()
+
+    async def _end_quiet(self) -> None:
         """Tell all nodes of paths that this process has not written for a while."""
         now = time.monotonic()
         with self._mutex:
@@ -125,7 +154,10 @@ class Writes:
             self._endings[path] = asyncio.create_task(self._tell(path, is_written=False))
         for path in over:
             await asyncio.wait([self._endings[path]])
-            del self._endings[path]
+            if (error := self._endings.pop(path).exception()) is not None:
+                # the others would never ask for it again: the end is told once more
+                logger.debug("the scheduler was not told that writes of %s have ended: %s", path, error)
+                self._note_writes([path], 0)
 
     def learn(self, names: Sequence[str], state: bytes = b"") -> None:
         """Tell all nodes what this process has found to be stale; in a thread, which waits for a moment only."""

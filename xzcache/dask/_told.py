@@ -68,7 +68,7 @@ class Told:
         self._elders: frozenset[str] = frozenset()
         """The nodes that joined before this one: they have cached the share that is now this node's."""
         self._version, self._heard = -1, -LEASE
-        self._cluster = ""
+        self._cluster, self._has_ended = "", False
         self._stale: dict[str, Since | None] = {}
         """The paths whose entries another node has found to be stale; None while they are being written."""
         self._looking = asyncio.Lock()
@@ -77,7 +77,7 @@ class Told:
     @property
     def is_valid(self) -> bool:
         """Whether what the scheduler told last may still be believed."""
-        return time.monotonic() < self._heard + LEASE
+        return not self._has_ended and time.monotonic() < self._heard + LEASE
 
     @property
     def known(self) -> int:
@@ -117,6 +117,10 @@ class Told:
     async def leave(self) -> None:
         """Have the scheduler tell the others not to ask this worker any more."""
         await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
+
+    def end(self) -> None:
+        """Believe nothing of it any more."""
+        self._has_ended = True
 
     async def _distrusted(self, path: str) -> Since | None:
         """Store nothing that was requested before now; None if that fails."""
@@ -175,6 +179,11 @@ class Told:
                 return None
             latest = max(latest, since)
         return latest
+
+
+async def look_no_more() -> int:
+    """Answer the scheduler for a worker that has left: it knows of nothing, but its lease ends."""
+    return -1
 
 
 def _paths_above(full: str) -> list[str]:
