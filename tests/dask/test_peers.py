@@ -358,7 +358,7 @@ class Hanging(Source):
 def test_an_owner_whose_source_hangs_is_given_up_after_the_time_out_and_left_alone(small: Cluster) -> None:
     reader, owner = small.workers[1:]
     theirs = sorted(owned(small, owner))
-    small.client.register_plugin(plugin(peer_timeout=0.2))
+    small.client.register_plugin(plugin(peer_timeout=1))
     until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
     each_node(small.client, xzcache.clear)
     hanging = list(small.client.run(os.getenv, "XZCACHE_DIRECTORY", workers=[owner]).values())
