@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -19,13 +20,14 @@ import zarr
 from clusters import metrics, nodes, pids, total
 from distributed import Client
 from distributed.security import Security
-from processes import Dataset, Far, until
+from processes import Dataset, Far, Source, until
 from servers import S3Server, s3_server, words
 from zarr.storage import LocalStore
 
 import xzcache
 from xzcache import manage
 from xzcache.dask import each_node
+from xzcache.model import END
 
 pytestmark = pytest.mark.slow
 
@@ -332,6 +334,176 @@ def test_a_damaged_file_of_the_owner_is_fetched_anew(is_hidden: bool, small: Clu
     assert small.requests() == [1] * len(theirs)
 
 
+def test_the_end_of_a_write_is_told_though_the_plugin_was_registered_again(small: Cluster) -> None:
+    owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+    one, *untouched = owned(small, owner)
+    writer, reader = [worker for worker in small.workers if worker != owner]
+    array = small.array()
+    small.run(writer, _write, small.store(read_only=False), [one]).result(timeout=60)
+    small.client.register_plugin(plugin(peer_timeout=29))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
+
+    def asks() -> bool:
+        before = small.counts()["peer_hits"]
+        small.run(reader, _chunk, array, untouched.pop()).result(timeout=60)
+        return small.counts()["peer_hits"] > before
+
+    until(asks)
+
+
+# -- whom not to ask
+
+
+def _count_questions(dask_worker: Any) -> None:
+    """Count the questions to this worker, by key."""
+    answer = dask_worker.handlers["xzcache_ask"]
+    dask_worker.questions = {}
+
+    async def counted(**question: Any) -> Any:
+        key = question["key"]
+        dask_worker.questions[key] = dask_worker.questions.get(key, 0) + 1
+        return await answer(**question)
+
+    dask_worker.handlers["xzcache_ask"] = counted
+
+
+def _questions(dask_worker: Any) -> dict[str, int]:
+    return dict(dask_worker.questions)
+
+
+def _one_by_one(array: Any, parts: list[tuple[slice, ...]]) -> list[Any]:
+    return [array[part] for part in parts]
+
+
+class Hanging(Source):
+    """A store whose chunks do not arrive at some nodes."""
+
+    def __init__(self, store: LocalStore, log: str, hanging: list[str]) -> None:
+        super().__init__(store, log)
+        self.hanging = hanging
+
+    def _with_store(self, store: LocalStore) -> Hanging:
+        return Hanging(store, self.log, self.hanging)
+
+    def __reduce__(self) -> Any:
+        return Hanging, (self._store, self.log, self.hanging)
+
+    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if key.startswith("c/") and os.environ.get("XZCACHE_DIRECTORY") in self.hanging:
+            await asyncio.Event().wait()
+        return await super().get(key, *args, **kwargs)
+
+
+def test_an_owner_whose_source_hangs_is_given_up_after_the_time_out_and_left_alone(small: Cluster) -> None:
+    reader, owner = small.workers[1:]
+    theirs = sorted(owned(small, owner))
+    small.client.register_plugin(plugin(peer_timeout=1))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
+    each_node(small.client, xzcache.clear)
+    hanging = list(small.client.run(os.getenv, "XZCACHE_DIRECTORY", workers=[owner]).values())
+    source = Hanging(LocalStore(small.dataset.place, read_only=True), small.dataset.log, hanging)
+    array = zarr.open_array(xzcache.CacheStore(source, read_only=True), mode="r", zarr_format=3)
+    small.client.run(_count_questions, workers=[owner])
+    parts = [_part(key) for key in theirs]
+    found = small.run(reader, _one_by_one, array, parts).result(timeout=60)
+    for part, value in zip(parts, found, strict=True):
+        np.testing.assert_array_equal(value, small.dataset.values[part])
+    (asked,) = small.client.run(_questions, workers=[owner]).values()
+    # the store was sent, and the owner said twice that it is fetching: how long the source takes is not known yet
+    assert 1 <= asked[theirs[0]] <= 4
+    assert len(asked) <= len(theirs) / 2
+
+
+def test_what_an_owner_always_refuses_is_not_asked_for_each_time(tmp_path: Path) -> None:
+    """Byte ranges of shards without validators."""
+    with nodes(tmp_path, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        until(lambda: all(seen["peers"] == 1 for seen in metrics(client).values()))
+        values = np.random.default_rng(3).random(256 * 40)
+        place, log = tmp_path / "shards.zarr", tmp_path / "shards.log"
+        log.touch()
+        made = zarr.create_array(
+            LocalStore(place), shape=values.shape, chunks=(64,), shards=(256,), dtype="f8", compressors=None
+        )
+        made[:] = values
+        source = Source(LocalStore(place, read_only=True), str(log))
+        array = zarr.open_array(xzcache.CacheStore(source, read_only=True), mode="r", zarr_format=3)
+        reader, owner = sorted(client.nthreads())
+        client.run(_count_questions, workers=[owner])
+        parts = [(slice(start, start + 64),) for start in range(0, len(values), 256)]
+        found = client.submit(_one_by_one, array, parts, workers=[reader], pure=False).result(timeout=60)
+        np.testing.assert_array_equal(np.concatenate(found), np.concatenate([values[part] for (part,) in parts]))
+        (asked,) = client.run(_questions, workers=[owner]).values()
+        # of some twenty shards
+        assert 1 <= len(asked) <= 8
+
+
+async def _ask(dask_worker: Any, address: str, **question: Any) -> Any:
+    return dict(await dask_worker.rpc(address).xzcache_ask(**question))
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["unregistered", "switched off"])
+def test_a_node_that_has_left_refuses(is_kept: bool, tmp_path: Path) -> None:
+    with nodes(tmp_path, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin())
+        until(lambda: all(seen["peers"] == 1 for seen in metrics(client).values()))
+        if is_kept:
+            client.register_plugin(xzcache.CachePlugin(peers="off"))
+        else:
+            client.unregister_worker_plugin("xzcache")
+        one, other = sorted(client.nthreads())
+        # as if it were under way
+        question = {"store": "a", "key": "c/0", "spans": [[0, 8]], "namespace": "b", "hold": 0.1}
+        (told,) = client.run(_ask, address=other, **question, workers=[one]).values()
+        assert told == {"status": "refused"}
+        assert "No handler" not in str(client.get_worker_logs(workers=[other]))
+
+
+async def _ask_for_first_pieces(dask_worker: Any, address: str, store: Any, keys: list[str]) -> list[int]:
+    """Ask for the beginning of each chunk, and never for the rest; returns sizes."""
+    from hashlib import blake2b
+
+    from distributed.protocol.pickle import dumps
+
+    from xzcache.dask._asking import place_of
+
+    pickled = dumps((store, place_of(store)))
+    question = {"store": blake2b(pickled, digest_size=16).hexdigest(), "pickled": pickled, "spans": [[0, END]]}
+    sizes = []
+    for key in keys:
+        told = await dask_worker.rpc(address).xzcache_ask(**question, key=key, namespace=store.namespace, hold=30.0)
+        assert told["status"] == "given"
+        sizes += told["sizes"]
+    return sizes
+
+
+def _memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what memory a process has")
+def test_answers_that_nobody_fetches_are_kept_in_bounded_memory(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1, per_node=2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(xzcache.CachePlugin(max_size="2 GB", min_free=0, peers="on", peer_timeout=30))
+        place, chunk = tmp_path / "large.zarr", 2 << 20
+        made = zarr.create_array(LocalStore(place), shape=(24 * chunk,), chunks=(chunk,), dtype="f8", compressors=None)
+        made[:] = np.arange(24.0 * chunk)
+        store = xzcache.CacheStore(str(place), read_only=True)
+        array = zarr.open_array(store, mode="r", zarr_format=3)
+        one, other = sorted(client.nthreads())
+        client.submit(_ends, array, workers=[other]).result(timeout=60)
+        (before,) = client.run(_memory, workers=[other]).values()
+        keys = [f"c/{number}" for number in range(24)]
+        (sizes,) = client.run(_ask_for_first_pieces, address=other, store=store, keys=keys, workers=[one]).values()
+        (after,) = client.run(_memory, workers=[other]).values()
+        assert sum(sizes) == 24 * 16 << 20
+        assert after - before < 200 << 20
+
+
+def _ends(array: Any) -> float:
+    return sum(float(array[start]) for start in range(0, array.shape[0], array.chunks[0]))
+
+
 class Known(Far):
     """A store that some nodes cannot unpickle."""
 
@@ -487,6 +659,29 @@ def test_a_shard_that_was_replaced_is_never_mixed(remote: tuple[Client, S3Server
             assert np.array_equal(chunk, old) or np.array_equal(chunk, old + 1)
     # whichever node has seen the new state
     np.testing.assert_array_equal(found, _some(values + 1))
+
+
+def _pieces(client: Client, worker: str) -> dict[Path, float]:
+    """The files of byte ranges on a node, and their times."""
+    (node,) = [node for node in xzcache.cluster_info(client) if worker in node.workers]
+    folder = Path(node.directory, ".xzcache", "ranges")
+    return {path.relative_to(folder): path.stat().st_mtime for path in folder.rglob("*_*") if path.is_file()}
+
+
+def test_byte_ranges_of_another_node_are_as_old_as_they_were_there(remote: tuple[Client, S3Server]) -> None:
+    client, s3 = remote
+    array = _shards(s3, "aged.zarr", np.random.default_rng(4).random(4096))
+    first, second = sorted(client.nthreads())
+    began = time.time()
+    for worker in (first, second):
+        client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+    # what one node has, the other one has now, and both know how old it is
+    owners, there = _pieces(client, first), _pieces(client, second)
+    both = [path for path in owners.keys() & there.keys() if max(owners[path], there[path]) > began - 1]
+    assert len(both) >= 8
+    for path in both:
+        assert abs(owners[path] - there[path]) < 60
+        assert min(owners[path], there[path]) > began - 60
 
 
 def _index(array: Any) -> Any:

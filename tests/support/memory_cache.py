@@ -55,8 +55,8 @@ class MemoryParts:
         stored = self._stored.get(Entry(self._key))
         return None if stored is None or time.time() - stored.at >= float(max_age) else len(stored.data)
 
-    def validated(self) -> float | None:
-        stored = self._stored.get(Entry(self._key))
+    def validated(self, entry: Entry | None = None) -> float | None:
+        stored = self._stored.get(entry or Entry(self._key))
         return None if stored is None else stored.at
 
     def _of_key(self) -> list[Entry]:

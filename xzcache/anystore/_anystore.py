@@ -85,9 +85,9 @@ class StoreParts:
         may_serve = not self._is_held and self._index.may_serve(Entry(self._key), max_age)
         return self._index.size_of(Entry(self._key)) if may_serve else None
 
-    def validated(self) -> float | None:
-        """When the whole object was stored or confirmed, by this process."""
-        return self._index.inserted(Entry(self._key))
+    def validated(self, entry: Entry | None = None) -> float | None:
+        """When an entry, or the whole object, was stored or confirmed, by this process."""
+        return self._index.inserted(entry or Entry(self._key))
 
 
 class StoreBackend(Backend):

@@ -2,7 +2,7 @@
 
 State of a worker process: the settings of its plugins, which change as plugins are added and removed; the measured
 seconds of tasks, and the latest figures of its gauges, each under its own mutex; what is known of other nodes
-(`_peers`).
+(`_peers`, and the modules that it names).
 """
 
 from xzcache.dask._cluster import cluster_info, each_node

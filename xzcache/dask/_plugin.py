@@ -371,8 +371,8 @@ class CachePlugin(WorkerPlugin):
         """Leave the worker's process as it was."""
         leaving = worker.status.name in ("closing", "closing_gracefully", "closed")
         if (setup := self._setups.pop(worker.id, None)) is not None:
-            if setup.peers is not None and not leaving:
-                await setup.peers.leave()
+            if setup.peers is not None:
+                await setup.peers.leave() if not leaving else setup.peers.close()
             self._tear_down(setup, worker, leaving=leaving)
         if leaving:
             _preloaded.pop(worker.id, None)
@@ -382,8 +382,6 @@ class CachePlugin(WorkerPlugin):
                 await worker.scheduler.xzcache_leave()
 
     def _tear_down(self, setup: _Setup, worker: Worker, *, leaving: bool) -> None:
-        if setup.peers is not None:
-            setup.peers.stop()
         for name in [name for name in worker.metrics if name.startswith("xzcache_")]:
             del worker.metrics[name]
         _process.shown.pop(worker.id, None)

@@ -12,7 +12,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Scheduler
 
 from xzcache.dask._affinity import Affinity, Mode, Nodes
-from xzcache.dask._peers import LEASE
+from xzcache.dask._told import LEASE
 
 logger = logging.getLogger("xzcache.dask")
 

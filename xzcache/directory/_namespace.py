@@ -375,13 +375,15 @@ class DirectoryParts:
             return None
         return reader.size(found)
 
-    def validated(self) -> float | None:
-        """When the whole object was stored or confirmed."""
-        reader = self._reader
-        if reader is None or not self._directory.may_serve or (found := reader.open_entry(Entry(self._key))) is None:
+    def validated(self, entry: Entry | None = None) -> float | None:
+        """When the oldest file that an entry, or the whole object, is served from was stored or confirmed."""
+        reader, times = self._reader, []
+        if reader is None or not self._directory.may_serve:
             return None
-        reader.close(found)
-        return found.opened.mtime_ns / 1e9
+        for found in reader.open_covering(entry or Entry(self._key)):
+            reader.close(found)
+            times.append(found.opened.mtime_ns / 1e9)
+        return min(times, default=None)
 
 
 def _is_fresh(found: Found, max_age: Age) -> bool:

@@ -60,8 +60,11 @@ class Parts(Protocol):
     def size(self, max_age: Age) -> int | None:
         """The size of the whole object, if `get` would find it; None also if only `get` can tell."""
 
-    def validated(self) -> float | None:
-        """When the source last gave or confirmed the whole object, in seconds since the epoch; None if unknown."""
+    def validated(self, entry: Entry | None = None) -> float | None:
+        """When the source last gave or confirmed what an entry is served from, in seconds since the epoch.
+
+        By default that is the whole object. The oldest time, if it may be served from several files; None if unknown.
+        """
 
 
 class Reads(NamedTuple):

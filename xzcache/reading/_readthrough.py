@@ -399,10 +399,10 @@ class ReadThrough:
         states = {backend.parts(key).validator(wanted[0])} if is_whole else backend.parts(key).states
         if not is_whole and not (len(states) == 1 and all(map(is_from_source, states))):
             return None
-        stored = backend.parts(key).validated() if is_whole else None
-        age = UNKNOWN_AGE if stored is None else max(0.0, time.time() - stored)
-        values = []
+        age, values = 0.0, []
         for entry in wanted:
+            stored = backend.parts(key).validated(entry)
+            age = max(age, UNKNOWN_AGE if stored is None else time.time() - stored)
             look = backend.get_checked if is_whole else backend.get
             data = await look(entry, reading.max_age, reading.age_of_absence(key))
             if data is None:

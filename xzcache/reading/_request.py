@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xzcache.reading")
 
 peers: Final[list[Peers]] = []
-"""The caches of other nodes: the first of these asks them before the source is asked, and tells them of writes."""
+"""The caches of other nodes, for each worker in this process. They share its cache, so that the first one asks before
+the source is asked; each tells its own cluster of writes."""
 
 _PROBE: Final = 1 << 14
 """The number of bytes that are compared to check that an object is unchanged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xzcache.model import is_cacheable, is_document, run_to_completion
@@ -104,12 +104,10 @@ class WriteThrough:
     @asynccontextmanager
     async def _telling(self, keys: Sequence[str], beneath: str | None = None) -> AsyncIterator[None]:
         """While the source is being written: before it is, the other nodes are told."""
-        told = [(each, await each.begin_write(self._backend, keys, beneath)) for each in peers[:1]]
-        try:
+        with ExitStack() as stack:
+            for each in list(peers):
+                stack.callback(each.end_write, await each.begin_write(self._backend, keys, beneath))
             yield
-        finally:
-            for each, begun in told:
-                each.end_write(begun)
 
     def _is_cacheable(self, key: str) -> bool:
         return not self._passes and is_cacheable(self._backend.prefix + key)
