@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from distributed import Client
 from processes import Dataset, until
 
 import xzcache
-from xzcache.dask import each_node
+from xzcache.dask import _cluster, each_node
 
 # what workers are sent to do, they need not import the tests for
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -95,6 +96,40 @@ def test_one_that_fails_does_not_hide_the_others(filled: Filled) -> None:
     found = each_node(filled.client, fail_on, str(filled.folder / "node0"))
     assert sorted(map(str, found.values())) == ["done", "no such luck"]
     assert sorted(isinstance(result, OSError) for result in found.values()) == [False, True]
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_of_its_node(filled: Filled) -> None:
+    found = each_node(filled.client, threading.Lock)
+    assert len(found) == 2
+    assert all(isinstance(result, Exception) for result in found.values()), found
+
+
+def test_events_of_others_under_the_same_topic(filled: Filled) -> None:
+    filled.client.log_event("xzcache", 5)
+    filled.client.log_event("xzcache", "process")
+    assert len(xzcache.cluster_info(filled.client)) == 2
+
+
+def _no_usage(*_: object) -> None:
+    raise RuntimeError("no usage")
+
+
+def test_a_worker_that_fails_is_listed_and_hides_no_other(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, *others = sorted(filled.client.nthreads())
+    usage = _cluster._usage_here
+
+    def here(processes: list[str], dask_worker: Any = None) -> Any:
+        return _no_usage() if dask_worker.address == first else usage(processes)
+
+    monkeypatch.setattr(_cluster, "_usage_here", here)
+    info = xzcache.cluster_info(filled.client)
+    assert info.unanswered == (first,)
+    assert sorted(worker for node in info for worker in node.workers) == others
+    assert [record.getMessage() for record in caplog.records if record.name == "xzcache.dask"] == [
+        f"{first} does not tell of its cache: RuntimeError: no usage"
+    ]
 
 
 def test_a_node_that_does_not_answer(filled: Filled) -> None:

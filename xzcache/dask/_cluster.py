@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,8 @@ from xzcache.directory import Counts, open_directory
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
+logger = logging.getLogger("xzcache.dask")
 
 _PEERS: Final = "from peers"
 _COLUMNS: Final = (
@@ -149,7 +152,7 @@ def cluster_info(client: Client, timeout: float = _ANSWER) -> ClusterInfo:
         asynchronous client must be awaited.
     timeout : float, optional
         Seconds to wait for each worker; all are asked at once. A worker that does not answer in time, for example
-        because it is stopped, is listed in ``unanswered``.
+        because it is stopped, or that fails, which is logged, is listed in ``unanswered``.
 
     Returns
     -------
@@ -262,6 +265,9 @@ async def _call(
             return TimeoutError(f"{worker} does not answer{within}")
         except KeyError:
             answer = OSError(f"{worker} has left")
+        except Exception as error:
+            # such as a result that cannot be pickled
+            answer = error
         # a worker that has just left may still be known to the scheduler, but its connection is closed
         has_left = isinstance(answer, CommClosedError) or worker not in (await _workers(client))
         if not (isinstance(answer, OSError) and has_left):
@@ -285,10 +291,15 @@ async def _asked(client: Client, timeout: float) -> ClusterInfo:
     info = await _workers(client)
     # the index of a node remembers the counts of workers that have ended
     events = await scheduler.events(topic="xzcache")
-    processes = sorted({event["process"] for _, event in events if "process" in event})
+    processes = sorted({event["process"] for _, event in events if isinstance(event, dict) and "process" in event})
     answers = await asyncio.gather(*(_ask(client, address, timeout, processes) for address in info))
     hosts = {address: worker["host"] for address, worker in info.items()}
-    return _gathered(hosts, dict(zip(info, answers, strict=True)))
+    found = dict(zip(info, answers, strict=True))
+    if any(isinstance(answer, BaseException) for answer in answers):
+        # who has left, or was killed, while it was asked is no worker any more
+        there = await _workers(client)
+        found = {address: answer for address, answer in found.items() if address in there}
+    return _gathered(hosts, found)
 
 
 async def _ask(client: Client, worker: str, timeout: float, processes: list[str]) -> Usage | BaseException | None:
@@ -304,18 +315,21 @@ async def _ask(client: Client, worker: str, timeout: float, processes: list[str]
 
 def _gathered(hosts: dict[str, str], found: dict[str, Usage | BaseException | None]) -> ClusterInfo:
     by_node: dict[tuple[str, ...], dict[str, Usage]] = {}
+    silent: list[str] = []
     for address, seen in found.items():
         if seen is None:
-            continue
-        if isinstance(seen, OSError):
-            # it left, or was killed, while it was asked
+            silent.append(address)
             continue
         if isinstance(seen, BaseException):
-            raise seen
+            # the scheduler may still know a worker that has left
+            if not isinstance(seen, CommClosedError):
+                logger.warning("%s does not tell of its cache: %s: %s", address, type(seen).__name__, seen)
+                silent.append(address)
+            continue
         node = (seen.node,) if seen.node else ("", hosts.get(address, address), seen.directory)
         by_node.setdefault(node, {})[address] = seen
     nodes = tuple(_node(name, workers, hosts) for (name, *_), workers in sorted(by_node.items()))
-    return ClusterInfo(nodes, tuple(address for address, seen in found.items() if seen is None))
+    return ClusterInfo(nodes, tuple(silent))
 
 
 def _usage_here(processes: list[str]) -> Usage:
