@@ -245,6 +245,7 @@ def test_a_worker_that_goes_in_the_middle_takes_nothing_with_it(end: str, tmp_pa
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.soak
 def test_a_node_that_answers_no_more_takes_nothing_with_it(tmp_path: Path) -> None:
     """As a node does from which the network has gone: its connections stay, and nothing comes through them."""
     with (
@@ -339,6 +340,7 @@ def site(folder: Path) -> Iterator[Site]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.soak
 def test_after_the_scheduler_has_gone_and_come_again_blocks_are_where_they_were(tmp_path: Path) -> None:
     """Its run is lost, as without affinity; the next one finds what the nodes have."""
     plugin = xzcache.CachePlugin(max_size="10 MB", min_free=0, affinity="auto")

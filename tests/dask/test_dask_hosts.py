@@ -329,6 +329,7 @@ def _held(block: Any) -> Any:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.soak
 def test_a_host_that_the_network_leaves_stops_no_job(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -337,7 +338,7 @@ def test_a_host_that_the_network_leaves_stops_no_job(tmp_path: Path) -> None:
         scheduler = f"tcp://{NETWORK}.1:8786"
         dask = (sys.executable, "-m", "dask")
         serving = ("--host", f"{NETWORK}.1", "--port", "8786", "--no-dashboard")
-        hosts["head"].start(*dask, "scheduler", *serving, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="1s")
+        hosts["head"].start(*dask, "scheduler", *serving, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="8s")
         for number, name in enumerate(("alpha", "beta", "gamma"), 2):
             named = ("--name", name, "--host", f"{NETWORK}.{number}", "--no-nanny", "--nthreads", "1", "--no-dashboard")
             hosts[name].start(*dask, "worker", scheduler, *named)

@@ -202,6 +202,7 @@ def test_the_disk_never_holds_more_than_the_bound(tmp_path: Path, name: str, wha
 
 
 @pytest.mark.parametrize("what", ["whole", pytest.param("ranges", marks=by_ranges)])
+@pytest.mark.soak
 def test_the_sampler_sees_space_that_is_given_back_too_early(tmp_path: Path, what: str) -> None:
     shape = SHAPES["64KiB-in-8MiB"]
     largest = 0

@@ -335,6 +335,7 @@ def test_uses_by_others_with_least_recent_use_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_watched", [True, False])
 @pytest.mark.slow
+@pytest.mark.soak
 def test_of_a_large_cache_a_part_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_watched: bool
 ) -> None:
@@ -468,6 +469,7 @@ def test_a_directory_that_was_taken_away_is_not_told_of_uses(tmp_path: Path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_ghosts_are_bounded_and_count_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xzcache.eviction._policies._FEWEST_GHOSTS", 256)
     # they are forgotten in one of 16 rounds of learning

@@ -377,6 +377,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "adaptive"])
+@pytest.mark.soak
 def test_the_curve_is_what_a_replay_finds(many: str, policy: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     weights = 1 / np.arange(1, 601) ** 0.8

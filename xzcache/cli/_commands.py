@@ -112,10 +112,13 @@ def _one_line_errors(function: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            if kwargs.get("directory") is not None and kwargs.get("scheduler") is None:
-                # with a scheduler, it is a path of the nodes
+        if kwargs.get("directory") is not None and kwargs.get("scheduler") is None:
+            # with a scheduler, it is a path of the nodes
+            try:
                 parse_root(kwargs["directory"], "--directory")
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+        try:
             function(*args, **kwargs)
         except (manage.UnknownSource, TypeError, ValueError) as error:
             if not isinstance(error, manage.UnknownSource | manage.TooLarge) and "accepted" not in str(error):
