@@ -81,22 +81,21 @@ def main() -> None:
             ]  # fmt: skip
             environment = os.environ | {"MAPS_OPTIONS": json.dumps(options), "XZCACHE_DIRECTORY": str(folder / "cache")}
             with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as service:
-                try:
-                    assert service.stderr is not None
-                    lines = iter(service.stderr)
-                    address = next(m[1] for line in lines if (m := re.search(r"(http://127\S+)", line)))
-                    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(12) as visitors:
+                assert service.stderr is not None
+                lines = iter(service.stderr)
+                with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(12) as visitors:
+                    try:
+                        address = next(m[1] for line in lines if (m := re.search(r"(http://127\S+)", line)))
                         reader.submit(lambda: [None for _ in lines])  # a full pipe would stop the service
 
                         def visit(tile: str) -> tuple[str, bytes]:
-                            with urllib.request.urlopen(f"{address}/tiles/{tile}", timeout=30) as answer:
+                            with urllib.request.urlopen(f"{address}/tiles/{tile}", timeout=60) as answer:
                                 return answer.headers["X-Process"], answer.read()
 
                         tiles = [f"{d}/{y}/{x}" for d in range(DAYS) for y in range(TILES) for x in range(TILES)]
                         answers = list(visitors.map(visit, tiles * 3))
-                        service.terminate()
-                finally:
-                    service.terminate()
+                    finally:
+                        service.terminate()  # whatever happens: the reader waits for its end
             chunks = s3.counts().only("GET", "*/c/*").requests
         processes = len({process for process, _ in answers})
         print(f"{len(answers)} tiles served by {processes} processes; the bucket was asked for {chunks} chunks")
