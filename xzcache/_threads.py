@@ -175,7 +175,7 @@ def stop(timeout: float) -> None:
 
 
 class Together(Generic[T, R]):
-    """Calls a function of several items in one thread: what comes during a call is done by the next call, at once.
+    """Calls a function of several items in one thread. All items that come during a call are in the next call.
 
     Parameters
     ----------
@@ -201,6 +201,8 @@ class Together(Generic[T, R]):
     def submit(self, items: Sequence[T]) -> Future[list[R]]:
         """Queue some items, whose results come together; in the caller if no thread can be started."""
         future: Future[list[R]] = Future()
+        # from now on it cannot be cancelled: what is queued is done
+        future.set_running_or_notify_cancel()
         with self._lock:
             self._queue.append((items, future))
             begins, self._is_busy = not self._is_busy, True

@@ -72,6 +72,19 @@ def test_an_error_is_that_of_its_call_only() -> None:
     assert futures[2].result(PATIENCE) == ["C"]
 
 
+def test_what_is_queued_cannot_be_cancelled() -> None:
+    function = Gated()
+    together = Together(function, str, 8)
+    first = together.submit(["a"])
+    assert function.begun.wait(PATIENCE)
+    second = together.submit(["b"])
+    assert not first.cancel()
+    assert not second.cancel()
+    function.gate.set()
+    assert (first.result(PATIENCE), second.result(PATIENCE)) == (["A"], ["B"])
+    assert together.submit(["c"]).result(PATIENCE) == ["C"]
+
+
 def test_a_call_that_hangs_keeps_no_other_waiting() -> None:
     function = Gated()
     together = Together(function, str, 8)

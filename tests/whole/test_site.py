@@ -28,12 +28,12 @@ enforced:
 """
 LAYER = """
 set -e
-mkdir -p "$1/upper/xzcache" "$1/work"
+mkdir -p "$1/upper/xzcache" "$1/layer"
 cp "$1/site.yaml" "$1/upper/xzcache/"
-mount -t tmpfs none "$1/work"
-mkdir "$1/work/upper" "$1/work/work"
-cp -r "$1/upper/xzcache" "$1/work/upper/"
-mount -t overlay overlay -o "lowerdir=/etc,upperdir=$1/work/upper,workdir=$1/work/work" /etc
+mount -t tmpfs none "$1/layer"
+mkdir "$1/layer/upper" "$1/layer/work"
+cp -r "$1/upper/xzcache" "$1/layer/upper/"
+mount -t overlay overlay -o "lowerdir=/etc,upperdir=$1/layer/upper,workdir=$1/layer/work" /etc
 shift
 exec "$@"
 """

@@ -296,7 +296,7 @@ async def _asked(client: Client, timeout: float) -> ClusterInfo:
     hosts = {address: worker["host"] for address, worker in info.items()}
     found = dict(zip(info, answers, strict=True))
     if any(isinstance(answer, BaseException) for answer in answers):
-        # who has left, or was killed, while it was asked is no worker any more
+        # a worker that left meanwhile, or was killed, is no longer in the list
         there = await _workers(client)
         found = {address: answer for address, answer in found.items() if address in there}
     return _gathered(hosts, found)

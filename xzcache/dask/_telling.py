@@ -4,7 +4,8 @@ Before a write through a cache reaches the source, all nodes are told that the a
 nor answer for it until the writes have ended.
 
 State: the writes of each worker of this process, under a mutex, and what was told of them, on the worker's event loop
-only. It outlives a registration of the plugin: the scheduler remembers the worker as a writer until it is told the end.
+only. It outlives a registration of the plugin, because the scheduler keeps the worker as a writer until it hears of the
+end.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Writes:
 
     @contextmanager
     def renewing(self, full: str) -> Iterator[None]:
-        """A context in which nobody is told that an entry is stale: all nodes know of that already."""
+        """While this context lasts, the other nodes are not told that an entry is stale: they know it already."""
         self._renewing.add(full)
         try:
             yield
@@ -147,7 +148,7 @@ class Writes:
             over = [path for path, (count, ended) in self._writing.items() if not count and now - ended > _QUIET]
             for path in over:
                 del self._writing[path]
-        # nothing is awaited here, so a write that begins later is told anew, after the end of the earlier ones
+        # nothing is awaited here: a later write is told again, after the end of the earlier ones
         for path in over:
             self._tellings.pop(path, None)
             self._told_at.pop(path, None)

@@ -219,7 +219,7 @@ class CacheDirectory:
 
     async def completed_together(self, together: pool.Together[T, R], items: Sequence[T]) -> list[R]:
         """Like `to_completion`, for work that many tasks bring at once: one transaction does all that waits."""
-        return await self._completed(together.submit(items), together.hurry)
+        return await self._completed(together.submit(items), together.hurry) if items else []
 
     async def _completed(self, future: Future[T], hurry: Callable[[], object] | None = None) -> T:
         try:
