@@ -314,6 +314,25 @@ async def test_documents_that_are_read_together_are_judged_together_however_late
     assert {key for _, key in source.calls if key} == {"zarr.json", ".zgroup"}
 
 
+async def test_each_document_that_is_read_together_with_others_is_counted_once(tmp_path: Path) -> None:
+    source = local_source(tmp_path)
+    zarr.create_group(source)
+    keys = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
+    first = cached("memory", source, tmp_path)
+    await zarr.api.asynchronous.open_group(first, mode="r")
+    store = again(first, read_only=True)
+    gate = source.hold("get", "zarr.json")
+    reading = [asyncio.create_task(read(store, key)) for key in keys]
+    await gate.arrived()
+    # the reads of the others wait for that request, which decides about them
+    for _ in range(50):
+        await asyncio.sleep(0)
+    source.let_go("get", "zarr.json")
+    assert (await asyncio.gather(*reading))[1:] == [None, None, None]
+    # this source cannot confirm a document, so it is read anew
+    assert (store.cache_stats()["hits"], store.cache_stats()["misses"]) == (3, 1)
+
+
 class Late:
     """A coroutine that goes on late from where it waits first, as on a busy machine."""
 

@@ -53,7 +53,9 @@ class Revalidation:
         if is_document(request.key):
             if await self._is_overridden(request):
                 return self._reading.hit(request, None)
-            data = await self._document(request, unless_asked=True)
+            data, is_hit = await self._document(request, unless_asked=True)
+            if is_hit:
+                return self._reading.hit(request, data)
             return None if data is None else request.prototype.buffer.from_bytes(data)
         version = self._backend.write_version(request.key)
         answer, data = await self._reading.revalidate(request)
@@ -77,19 +79,20 @@ class Revalidation:
             return False
         if self._reading.must_ask(rules):
             other = Request(rules, entry, default_buffer_prototype(), None, time.perf_counter())
-            return await self._document(other, unless_asked=True) is not None
+            # no hit of its own: nobody has read that document
+            return (await self._document(other, unless_asked=True))[0] is not None
         return await self._reading.get_cached(entry, "infinity") is not None
 
     async def _is_missing(self, document: Entry) -> bool:
         max_age = self._reading.max_age
         return await self._backend.get(document, max_age, max_age) is MISSING
 
-    async def _document(self, request: Request, *, unless_asked: bool = False) -> memoryview | None:
-        """A metadata document from the source, in one request for all tasks that need it.
+    async def _document(self, request: Request, *, unless_asked: bool = False) -> tuple[memoryview | None, bool]:
+        """A metadata document from the source, in one request for all tasks that need it; and whether it is a hit.
 
-        Tasks that began before the request share it. A later task may know of a change that the answer lacks, so it
-        joins only if the policy accepts an answer of that age. With `unless_asked`, a validation by another task in the
-        meantime is enough.
+        The caller counts the hit if the document is what was read. Tasks that began before the request share it. A
+        later task may know of a change that the answer lacks, so it joins only if the policy accepts an answer of that
+        age. With `unless_asked`, a validation by another task in the meantime is enough.
         """
         key, entry = request.key, request.entry
         since = request.started - self._freshness.tolerance(writable=self._reading.writable)
@@ -112,8 +115,7 @@ class Revalidation:
             if fetched is None:
                 claim = Claim(WHOLE)
                 break
-            self._reading.hit(request, fetched.data)
-            return fetched.data
+            return fetched.data, True
         try:
             if unless_asked and not self._reading.must_ask(key):
                 # another task has validated the document between the check and the join
@@ -121,8 +123,7 @@ class Revalidation:
                 if cached is not None:
                     data = None if cached is MISSING else cached
                     claim.set_result(data)
-                    self._reading.hit(request, data)
-                    return data
+                    return data, True
             # tasks that started together with this one get a turn to join the request
             await asyncio.sleep(0)
             # read again, so that changes which these tasks found in other documents do not count as later writes
@@ -130,21 +131,20 @@ class Revalidation:
             claim.mark_sent()
             asked = time.monotonic()
             answer, data = await self._reading.revalidate(request._replace(prototype=default_buffer_prototype()))
-            if data is not None:
-                self._reading.hit(request, data)
-            elif answer.value is not None:
+            is_hit = data is not None
+            if answer.value is not None and not is_hit:
                 data = contents(answer.value)
             if not answer.exact:
                 # such an answer proves nothing about the document
                 claim.set_result(data)
-                return data
+                return data, is_hit
             if data is None or await self._reading.get_cached(entry, "infinity") != data:
                 version = await self._backend.apply_document(key, None if data is None else bytes(data), version)
             if not answer.unchanged:
                 await self._agree(request, data, version, answer)
             self._freshness.mark_validated(key, data, asked)
             claim.set_result(data)
-            return data
+            return data, is_hit
         except BaseException as error:
             claim.set_exception(error)
             if isinstance(error, FileNotFoundError):
