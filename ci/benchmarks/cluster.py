@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -99,7 +100,7 @@ class Row(NamedTuple):
 class Lab:
     """A cluster of simulated nodes, and what they ask of the source."""
 
-    def __init__(self, folder: Path, server: S3Server, nodes: int, mode: Any) -> None:
+    def __init__(self, folder: Path, server: S3Server, nodes: int, mode: Any, max_size: str) -> None:
         self._folder, self._server = folder, server
         scheduler = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
         workers: dict[Any, Any] = {node: self._worker(node) for node in range(nodes)}
@@ -111,7 +112,7 @@ class Lab:
         here.add_plugin(self.peak)
         if mode != "none":
             settings: dict[str, Any] = SETTINGS[mode]
-            self.client.register_plugin(xzcache.CachePlugin(max_size="1 GB", min_free=0, **settings))
+            self.client.register_plugin(xzcache.CachePlugin(max_size=max_size, min_free=0, **settings))
             # until the nodes know each other
             while settings["peers"] == "on" and not all(self._known(nodes)):
                 time.sleep(0.1)
@@ -157,10 +158,10 @@ class Lab:
 
 
 @contextmanager
-def lab(server: S3Server, nodes: int, mode: Any) -> Iterator[Lab]:
+def lab(server: S3Server, nodes: int, mode: Any, max_size: str = "1 GB") -> Iterator[Lab]:
     """A cluster with empty caches."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        made = Lab(Path(scratch), server, nodes, mode)
+        made = Lab(Path(scratch), server, nodes, mode, max_size)
         try:
             yield made
         finally:
@@ -190,11 +191,11 @@ def jobs(ds: xr.Dataset) -> dict[str, Callable[[], Any]]:
 
 
 def measure(
-    server: S3Server, storage: dict[str, Any], mode: str, nodes: int, latency: float, record: IO[str] | None
+    server: S3Server, storage: dict[str, Any], mode: str, options: argparse.Namespace, record: IO[str] | None
 ) -> dict[str, Row]:
     """All jobs, one after the other; then a node joins."""
     rows = {}
-    with lab(server, nodes, mode) as found:
+    with lab(server, options.nodes, mode, options.max_size) as found:
         open_zarr = xr.open_zarr if mode == "none" else xzcache.open_zarr
         ds = open_zarr("s3://bucket/x.zarr", storage_options=storage, chunks={}, consolidated=False)
         if record is not None:
@@ -205,7 +206,7 @@ def measure(
             row = rows[name] = found.run(job)
             if record is not None:
                 about = {"mode": mode, "job": name, "nodes": len(found.cluster.worker_spec), "threads": 1}
-                about |= {"latency": latency, "chunk_bytes": 4 * SIDE * SIDE}
+                about |= {"latency": options.latency, "chunk_bytes": 4 * SIDE * SIDE}
                 record.write(json.dumps(about | row._asdict()) + "\n")
 
         for name, job in jobs(ds).items():
@@ -269,6 +270,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--latency", type=float, default=0.03, help="seconds to the source")
+    parser.add_argument("--max-size", default="1 GB", help="of each node's cache; the data take some 22 MB")
     parser.add_argument("--modes", nargs="*", default=MODES)
     parser.add_argument("--record", type=Path, metavar="FILE", help="write what ran where, for cluster-sim --replay")
     options = parser.parse_args()
@@ -287,7 +289,7 @@ def main() -> None:
             hits = measure_hits(server, storage)
             for mode in options.modes:
                 recorded = None if mode == "none" else record
-                found[mode] = measure(server, storage, mode, options.nodes, options.latency, recorded)
+                found[mode] = measure(server, storage, mode, options, recorded)
         columns = ["a chunk of", "ms, first node", "ms, from the other node", "ms, cached here", "from the other node"]
         report.table(f"Median times of {CHUNKS} reads, two nodes, the source {options.latency:g} s away", columns, hits)
         rows = [
@@ -296,7 +298,10 @@ def main() -> None:
         rows += [[f"all of them: {mode}", *_cells(_sum(found[mode].values()))] for mode in options.modes]
         columns = ["job: mode", "cached here", "from other nodes", "seconds", "requests", "peak MB"]
         report.table(
-            f"{STEPS} chunks a variable, {options.nodes} nodes, the source {options.latency:g} s away", columns, rows
+            f"{STEPS} chunks a variable, {options.nodes} nodes of {options.max_size}, the source "
+            f"{options.latency:g} s away",
+            columns,
+            rows,
         )
 
 
