@@ -88,12 +88,13 @@ install() {
     shift 2
     set -- --constraint "$pins" --build-constraint ci/constraints-newest.txt "$@"
     if [[ -n $uv ]]; then
-        "$uv" venv --python "$python" "$venv" && "$uv" pip install --compile-bytecode --python "$venv/bin/python" "$@"
+        "$uv" venv --python "$python" "$venv" && "$uv" pip install --python "$venv/bin/python" "$@"
     else
         # The pip that comes with Python 3.11 knows no dependency groups.
         "$python" -m venv "$venv" &&
             "$venv/bin/python" -m pip install --upgrade --constraint ci/constraints-newest.txt pip &&
-            "$venv/bin/python" -m pip install "$@"
+            # to compile all modules would take most of the time; Python compiles those that are imported
+            "$venv/bin/python" -m pip install --no-compile "$@"
     fi
 }
 
