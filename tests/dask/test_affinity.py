@@ -282,7 +282,8 @@ def test_with_the_tls_of_the_cluster(tmp_path: Path) -> None:
         cluster = Cluster(client, tmp_path)
         lazy = cluster.lazy()
         assert lazy.sum().compute() == cluster.dataset.values.sum()
-        assert cluster.requests(lambda: lazy.std().compute()) < cluster.dataset.chunks / 4
+        # by chance alone, three of four would be elsewhere; on a busy machine, nodes that are ahead take some of others
+        assert cluster.requests(lambda: lazy.std().compute()) < cluster.dataset.chunks / 2
 
 
 # -- the scheduler itself
