@@ -88,6 +88,15 @@ def kill_one(client: Client) -> Address:
     return gone
 
 
+def give_up_after(client: Client, seconds: float) -> None:
+    """Have the scheduler remove workers that it has not heard of for so long; it looks as often as it is configured."""
+    client.run_on_scheduler(_give_up_after, seconds)
+
+
+def _give_up_after(seconds: float, dask_scheduler: Scheduler) -> None:
+    dask_scheduler.worker_ttl = seconds
+
+
 @contextmanager
 def nodes(
     folder: Path, count: int, *, per_node: int = 1, security: Security | None = None, **options: Any
