@@ -255,7 +255,7 @@ def test_a_warm_session_saves_about_what_a_cold_one_took(tmp_path: Path) -> None
     write_weather(tmp_path)
 
     def session(s3: S3Server) -> tuple[float, Any]:
-        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as made, Client(made) as client:
+        with cluster(2) as client:
             client.register_plugin(xzcache.CachePlugin(tmp_path / "cache"))
             arrays, workers = open_weather(s3), list(client.scheduler_info()["workers"])
             began = time.perf_counter()

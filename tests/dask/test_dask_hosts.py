@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from clusters import give_up_after
 from processes import PATIENCE, Dataset, Source, until
 from servers import S3Server, words
 
@@ -307,6 +308,8 @@ def drill(scheduler: str, root: str, place: str, log: str) -> None:
     from distributed import Client, Event
 
     with Client(scheduler) as client:
+        # not the other workers, which are slow to start on a busy machine
+        give_up_after(client, 3600)
         client.wait_for_workers(3)
         client.register_plugin(xzcache.CachePlugin(root, "50 MB", affinity="auto"))
         store = xzcache.CacheStore(Source(zarr.storage.LocalStore(place, read_only=True), log))
@@ -317,6 +320,7 @@ def drill(scheduler: str, root: str, place: str, log: str) -> None:
         until(lambda: all(client.processing().values()))
         print("running", flush=True)
         input()
+        give_up_after(client, 8)
         Event("gate").set()
         print(future.result(timeout=PATIENCE), lazy.min().compute(), len(client.nthreads()), flush=True)
 

@@ -18,8 +18,8 @@ import dask
 import dask.array
 import pytest
 import zarr
-from clusters import cluster, kill_one, metrics, pids, total
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, span
+from clusters import cluster, kill_one, metrics, nodes, pids, total
+from distributed import Client, LocalCluster, Scheduler, span
 from processes import PATIENCE, Dataset, audit, until, visit
 
 import xzcache
@@ -140,29 +140,22 @@ def test_two_event_loops(tmp_path: Path) -> None:
 
 def test_each_chunk_once_for_every_node_that_reads_it(tmp_path: Path) -> None:
     ds = Dataset(tmp_path, side=4)
-    nodes = {name: str(tmp_path / name) for name in ("one", "other")}
-    workers = {
-        f"{name}-{number}": {"cls": Nanny, "options": {"nthreads": 1, "env": {"XZCACHE_DIRECTORY": place}}}
-        for name, place in nodes.items()
-        for number in range(2)
-    }
-    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0"}}
-    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
-    with patient, SpecCluster(workers, scheduler=scheduler) as made, Client(made) as client:
-        client.wait_for_workers(4)
+    places = {str(tmp_path / "node0"), str(tmp_path / "node1")}
+    with nodes(tmp_path, 2, per_node=2) as client:
+        made: Any = client.cluster
         with xzcache.config.set(directory=None):
             client.register_plugin(xzcache.CachePlugin())
         lazy = dask.array.from_zarr(zarr.open_array(by_default(ds), mode="r", zarr_format=3))
         ds.forget_requests()
         assert lazy.sum().compute() == ds.values.sum()
         kill_one(client)
-        made.worker_spec["one-2"] = workers["one-0"]
+        made.worker_spec["0.2"] = made.worker_spec["0.0"]
         made.scale(5)
         client.wait_for_workers(5)
         assert (lazy - lazy.max()).min().compute() == ds.values.min() - ds.values.max()
         # and then each node reads all of it
         by_node = {node.directory: node for node in xzcache.cluster_info(client)}
-        assert set(by_node) == set(nodes.values())
+        assert set(by_node) == places
         assert sorted(len(node.workers) for node in by_node.values()) == [2, 3]
         for address in pids(client):
             client.submit(_sum, by_default(ds), workers=[address], pure=False).result()
@@ -170,7 +163,7 @@ def test_each_chunk_once_for_every_node_that_reads_it(tmp_path: Path) -> None:
         entries = [node.entries for node in xzcache.cluster_info(client)]
         assert len(entries) == 2
         assert all(ds.chunks <= count <= ds.chunks + 1 for count in entries)
-    for place in nodes.values():
+    for place in places:
         visit(place)
         assert ds.chunks <= audit(place) <= ds.chunks + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from distributed import Client
 from processes import Dataset, until
 
 import xzcache
+from xzcache.cli import main
 from xzcache.dask import _cluster, each_node
 
 # what workers are sent to do, they need not import the tests for
@@ -56,9 +59,19 @@ def filled(cluster_of_two: Filled) -> Filled:
     return cluster_of_two
 
 
-def command(filled: Filled, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "xzcache", *words, "--scheduler", filled.client.scheduler.address]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def command(filled: Filled, *words: str) -> Done:
+    """Run the command in this process, as in a pipe."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([*words, "--scheduler", filled.client.scheduler.address])
+    assert isinstance(ended.value.code, int)
+    return Done(ended.value.code, out.getvalue(), err.getvalue())
 
 
 def test_a_function_is_called_once_on_each_node(filled: Filled) -> None:
@@ -186,17 +199,17 @@ def test_bad_arguments(
 
 def test_on_the_command_line(filled: Filled) -> None:
     first, second = xzcache.cluster_info(filled.client)
-    shown = command(filled, "info")
-    assert shown.returncode == 0, shown.stderr
-    assert all(text in shown.stdout for text in ("127.0.0.1", first.node[:8], second.node[:8], first.directory))
-    rows = json.loads(command(filled, "check", "--json").stdout)
+    line = [sys.executable, "-m", "xzcache", "info", "--scheduler", filled.client.scheduler.address]
+    shown = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert all(text in shown for text in ("127.0.0.1", first.node[:8], second.node[:8], first.directory))
+    rows = json.loads(command(filled, "check", "--json").out)
     assert [(row["node"], row["result"]["entries"]) for row in rows] == [(first.node, 5), (second.node, 5)]
     refused = command(filled, "clear")
-    assert (refused.returncode, "give --yes" in refused.stderr) == (2, True)
-    assert command(filled, "clear", "--yes", "--node", first.node).returncode == 0
+    assert (refused.code, "give --yes" in refused.err) == (2, True)
+    assert command(filled, "clear", "--yes", "--node", first.node).code == 0
     assert {node.node: node.entries for node in xzcache.cluster_info(filled.client)} == {first.node: 0, second.node: 5}
-    assert command(filled, "resize", "3MB", "--yes").returncode == 0
+    assert command(filled, "resize", "3MB", "--yes").code == 0
     assert [node.bound for node in xzcache.cluster_info(filled.client)] == [3_000_000] * 2
     failed = command(filled, "clear", "no-such-source", "--yes", "--json")
-    assert failed.returncode == 1
-    assert all("no-such-source" in row["error"] for row in json.loads(failed.stdout))
+    assert failed.code == 1
+    assert all("no-such-source" in row["error"] for row in json.loads(failed.out))

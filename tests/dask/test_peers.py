@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -87,12 +88,11 @@ def _get(store: xzcache.CacheStore, key: str) -> bytes | None:
     return None if value is None else value.to_bytes()
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("peers")
-    with nodes(folder, NODES) as client, xzcache.config.set(directory=None):
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Cluster]:
+    with nodes(tmp_path, NODES) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
-        yield Cluster(client, folder)
+        yield Cluster(client, tmp_path)
 
 
 def test_the_cluster_requests_each_chunk_once(started: Cluster) -> None:
@@ -139,11 +139,12 @@ def owned(cluster: Cluster, worker: str) -> dict[str, Path]:
     return {key: path for key in keys for path in Path(node.directory).glob(f"*/{key}")}
 
 
-def _hold_the_gil(mark: str, seconds: int) -> None:
+def _hold_the_gil(mark: str) -> None:
+    """Make a file, and hold the interpreter's lock from then on until the file is gone."""
     import ctypes
 
-    Path(mark).touch()
-    ctypes.PyDLL(None).sleep(seconds)
+    script = f"touch {shlex.quote(mark)}; while [ -e {shlex.quote(mark)} ]; do sleep 0.05; done"
+    ctypes.PyDLL(None).system(script.encode())
 
 
 def _watched(array: Any) -> dict[str, Any]:
@@ -193,21 +194,20 @@ def test_an_owner_that_does_not_answer_is_replaced_by_the_source(trouble: str, s
     until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
     theirs, pid = owned(small, owner), pids(small.client)[owner]
     assert theirs
-    array = small.array()
+    array, mark = small.array(), tmp_path / "mark"
     small.requests()
     if trouble == "holds the GIL":
-        mark = tmp_path / "mark"
-        held = small.run(owner, _hold_the_gil, str(mark), 20)
+        held = small.run(owner, _hold_the_gil, str(mark))
         until(mark.exists)
     else:
         os.kill(pid, signal.SIGSTOP if trouble == "stopped" else signal.SIGKILL)
     try:
         # the others do not answer at all
         np.testing.assert_array_equal(small.read(reader, array).result(timeout=60), small.dataset.values)
-        assert trouble != "holds the GIL" or not held.done()
     finally:
         if trouble == "stopped":
             os.kill(pid, signal.SIGCONT)
+        mark.unlink(missing_ok=True)
     # the source gave what the owner did not; what the third node had before the registration, it confirmed, and if that
     # took longer than the time-out on a busy machine, the reader asked the source as well
     found = small.requests()
@@ -530,17 +530,16 @@ def test_a_node_that_cannot_read_the_source_is_not_used(small: Cluster) -> None:
     source = Known(LocalStore(small.dataset.place, read_only=True), small.dataset.log, refused)
     array = zarr.open_array(xzcache.CacheStore(source, read_only=True), mode="r", zarr_format=3)
     small.requests()
+    before = small.counts()["peer_misses"]
     np.testing.assert_array_equal(small.read(reader, array).result(timeout=60), small.dataset.values)
     assert small.requests() == [1] * small.dataset.chunks
-    assert small.counts()["peer_misses"] >= len(owned(small, owner))
+    # it was asked, and after its second refusal it was left alone
+    assert 2 <= small.counts()["peer_misses"] - before <= len(owned(small, owner))
 
 
 def test_encrypted_connections(tmp_path: Path) -> None:
-    security = Security.temporary()
-    with (
-        nodes(tmp_path, 2, security=security) as client,
-        xzcache.config.set(directory=None),
-    ):
+    pytest.importorskip("cryptography")
+    with nodes(tmp_path, 2, security=Security.temporary()) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
         cluster = Cluster(client, tmp_path, 2)
         assert all(worker.startswith("tls://") for worker in cluster.workers)
@@ -616,7 +615,13 @@ def _shards(s3: S3Server, name: str, values: Any) -> Any:
 
 
 def _some(array: Any) -> Any:
-    """Chunks here and there: byte ranges of each shard."""
+    """The first chunk of each shard, and then the third: byte ranges, of many shards at once."""
+    first = (np.arange(0, array.shape[0], 256)[:, None] + np.arange(64)).ravel()
+    return np.concatenate([array[first], array[first + 128]])
+
+
+def _apart(array: Any) -> Any:
+    """The same chunks, but each is read by itself: it is of one state."""
     return np.concatenate([array[start : start + 64] for start in range(0, array.shape[0], 128)])
 
 
@@ -645,20 +650,19 @@ def test_byte_ranges_of_shards(remote: tuple[Client, S3Server]) -> None:
 def test_a_shard_that_was_replaced_is_never_mixed(remote: tuple[Client, S3Server]) -> None:
     client, s3 = remote
     first, second = sorted(client.nthreads())
-    values = np.random.default_rng(2).random(1024)
+    values = np.random.default_rng(2).random(512)
     array = _shards(s3, "replaced.zarr", values)
     for worker in (first, second):
         client.submit(_index, array, workers=[worker], pure=False).result(timeout=60)
     # by another program, unseen
     _shards(s3, "replaced.zarr", values + 1)
     for worker in (second, first, second, first):
-        found = client.submit(_some, array, workers=[worker], pure=False).result(timeout=60)
+        found = client.submit(_apart, array, workers=[worker], pure=False).result(timeout=60)
         for start in range(0, len(found), 64):
-            # each of them was read by itself: it is of one state
-            chunk, old = found[start : start + 64], _some(values)[start : start + 64]
+            chunk, old = found[start : start + 64], _apart(values)[start : start + 64]
             assert np.array_equal(chunk, old) or np.array_equal(chunk, old + 1)
     # whichever node has seen the new state
-    np.testing.assert_array_equal(found, _some(values + 1))
+    np.testing.assert_array_equal(found, _apart(values + 1))
 
 
 def _pieces(client: Client, worker: str) -> dict[Path, float]:

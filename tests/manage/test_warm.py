@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from clusters import nodes
 from processes import PATIENCE, until
 from servers import Delayed, Web, delayed_server, needs_obstore, nobody, s3_server, web_server
 from zarr.storage import LocalStore
@@ -328,24 +328,6 @@ def test_interrupted_and_started_again(slow: Delayed, tmp_path: Path, by_module:
 
 
 # -- clusters
-
-
-@contextmanager
-def nodes(tmp_path: Path, count: int) -> Iterator[Any]:
-    """A cluster whose workers have a cache each, as on hosts of their own."""
-    from distributed import Client, Nanny, Scheduler, SpecCluster
-
-    workers = {
-        number: {
-            "cls": Nanny,
-            "options": {"nthreads": 1, "env": {"XZCACHE_DIRECTORY": str(tmp_path / f"node{number}")}},
-        }
-        for number in range(count)
-    }
-    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0"}}
-    with SpecCluster(workers=workers, scheduler=scheduler) as cluster, Client(cluster) as client:
-        client.wait_for_workers(count)
-        yield client
 
 
 @pytest.mark.slow

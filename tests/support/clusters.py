@@ -24,26 +24,27 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @contextmanager
-def cluster(workers: int, **options: Any) -> Iterator[Client]:
-    """A cluster on this machine, each worker a process of its own.
-
-    Workers come from the fork server that has imported what they need. They are started from scratch, as Dask does it
-    by default, if a test gives them another environment.
-    """
-    options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
-    forked = "env" not in options
+def _forked() -> Iterator[None]:
+    """Workers that Dask starts meanwhile come from the fork server, which has imported what they need."""
     settings = {
         # a worker that was killed is its nanny's business, and not to be given up while that restarts it
         "distributed.deploy.lost-worker-timeout": "1h",
-        "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
-        "distributed.worker.preload": ["leaving"] if forked else [],
+        "distributed.worker.multiprocessing-method": "forkserver",
+        "distributed.worker.preload": ["forked"],
     }
     with dask.config.set(settings):
         if get_mp_context() is (server := multiprocessing.get_context("forkserver")):
             # Dask has just named its own packages, once; nothing happens if the server runs already
             server.set_forkserver_preload([*PRELOADED, "distributed", "dask.array", "xarray", "xzcache.dask"])
-        with LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
-            yield client
+        yield
+
+
+@contextmanager
+def cluster(workers: int, **options: Any) -> Iterator[Client]:
+    """A cluster on this machine, each worker a process of its own."""
+    options = {"threads_per_worker": 1, "dashboard_address": ":0", **options}
+    with _forked(), LocalCluster(n_workers=workers, **options) as made, Client(made) as client:
+        yield client
 
 
 def threads(workers: int, **options: Any) -> Any:
@@ -87,6 +88,15 @@ def kill_one(client: Client) -> Address:
     return gone
 
 
+def give_up_after(client: Client, seconds: float) -> None:
+    """Have the scheduler remove workers that it has not heard of for so long; it looks as often as it is configured."""
+    client.run_on_scheduler(_give_up_after, seconds)
+
+
+def _give_up_after(seconds: float, dask_scheduler: Scheduler) -> None:
+    dask_scheduler.worker_ttl = seconds
+
+
 @contextmanager
 def nodes(
     folder: Path, count: int, *, per_node: int = 1, security: Security | None = None, **options: Any
@@ -108,6 +118,6 @@ def nodes(
         for number in range(per_node)
     }
     scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "host": "127.0.0.1", **safe}}
-    with SpecCluster(workers, scheduler=scheduler, security=security) as made, Client(made) as client:
+    with _forked(), SpecCluster(workers, scheduler=scheduler, security=security) as made, Client(made) as client:
         client.wait_for_workers(count * per_node)
         yield client
