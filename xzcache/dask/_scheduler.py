@@ -136,12 +136,9 @@ class ClusterPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Forget a worker that has left."""
         self._nodes.remove(worker)
-        if worker in self._members:
-            self._leaves(worker)
-            # its last write may still be on the way to the source
-            written = [path for path, each in self._stale.items() if worker in each.writers]
-            for path in written:
-                scheduler.loop.call_later(_LATE, self._end_writes, path, worker)
+        self._leaves(worker)
+        for path in [path for path, each in self._stale.items() if worker in each.writers]:
+            self._end_late(path, worker)
         for workers in self._machines.values():
             workers.pop(worker, None)
 
@@ -190,6 +187,7 @@ class ClusterPlugin(SchedulerPlugin):
 
         Returns once no node gives it to another one.
         """
+        assert self._scheduler is not None
         found = self._stale.get(path)
         if is_written is None and found is not None and not found.writers and state and found.state == state:
             # another node has found the same
@@ -201,7 +199,12 @@ class ClusterPlugin(SchedulerPlugin):
         was_written = bool(found.writers)
         if is_written:
             found.writers.add(worker)
+            if worker not in self._scheduler.workers:
+                # it was removed before
+                self._end_late(path, worker)
         elif is_written is False:
+            # though its begin was not heard
+            found.writers.add(worker)
             self._end_writes(path, worker)
             return
         if not was_written:
@@ -219,6 +222,11 @@ class ClusterPlugin(SchedulerPlugin):
         self._version += 1
         everything = self._stale[""] = _Stale()
         everything.version = self._version
+
+    def _end_late(self, path: str, worker: str) -> None:
+        """End the writes of a worker that has left, whose last one may still be on the way to the source."""
+        assert self._scheduler is not None
+        self._scheduler.loop.call_later(_LATE, self._end_writes, path, worker)
 
     def _end_writes(self, path: str, worker: str) -> None:
         found = self._stale.get(path)
