@@ -51,9 +51,13 @@ class Neighbours:
         """Begin to ask and to answer."""
         # the first answer should not wait for it
         await zarr_loop()
-        self._worker.handlers |= {"xzcache_ask": self._answers.answer, "xzcache_look": self._told.look}
-        with suppress(Exception):
-            await self._told.look()
+        if not self._told.has_ended:
+            self._worker.handlers |= {"xzcache_ask": self._answers.answer, "xzcache_look": self._told.look}
+            with suppress(Exception):
+                await self._told.look()
+        if self._told.has_ended:
+            # the plugin was removed meanwhile
+            return
         self._beats = asyncio.create_task(self._beat())
         # from one to the other at once, so that there is no time in which writes are not told
         for each in [each for each in peers if isinstance(each, Neighbours) and each._worker is self._worker]:

@@ -49,8 +49,9 @@ def block_of(key: str) -> str:
 class Since(NamedTuple):
     """When this node was told that entries are stale: older ones are not given to others."""
 
-    wall: float
     steady: float
+    """First, as it tells which of two was later, whatever is done to the clock."""
+    wall: float
 
     def is_before(self, stored: float | None) -> bool:
         """Whether an entry was stored after that, for certain."""
@@ -68,16 +69,18 @@ class Told:
         self._elders: frozenset[str] = frozenset()
         """The nodes that joined before this one: they have cached the share that is now this node's."""
         self._version, self._heard = -1, -LEASE
-        self._cluster, self._has_ended = "", False
+        self._cluster, self.has_ended = "", False
         self._stale: dict[str, Since | None] = {}
         """The paths whose entries another node has found to be stale; None while they are being written."""
+        self._failed: dict[str, bool] = {}
+        """Of these, the paths with which this node could not begin anew; none of them is being written."""
         self._looking = asyncio.Lock()
         self._greetings: set[asyncio.Future[None]] = set()
 
     @property
     def is_valid(self) -> bool:
         """Whether what the scheduler told last may still be believed."""
-        return not self._has_ended and time.monotonic() < self._heard + LEASE
+        return not self.has_ended and time.monotonic() < self._heard + LEASE
 
     @property
     def known(self) -> int:
@@ -102,13 +105,19 @@ class Told:
             told = await asyncio.wait_for(ask, LEASE)
             if told["cluster"] != (self._cluster or told["cluster"]):
                 raise RuntimeError("another scheduler does not know what the nodes have learned")
-            stale = dict(self._stale)
-            if any(path == "" for path, _ in told["stale"]):
+            stale, news = dict(self._stale), dict(told["stale"])
+            if "" in news:
                 # it covers all that was told before; paths that are being written are told with it
                 stale.clear()
-            for path, is_written in told["stale"]:
-                stale[path] = None if is_written else await self._distrusted(path)
-            self._stale = stale
+            else:
+                news = self._failed | news
+            failed: dict[str, bool] = {}
+            for path, is_written in news.items():
+                # after one failure, the others would wait for the index as well
+                stale[path] = None if is_written or failed else await self._distrusted(path)
+                if stale[path] is None and not is_written:
+                    failed[path] = False
+            self._stale, self._failed = stale, failed
             if told["nodes"] is not None:
                 self._see(told["nodes"])
             self._cluster, self._version, self._heard = told["cluster"], told["version"], sent
@@ -116,11 +125,13 @@ class Told:
 
     async def leave(self) -> None:
         """Have the scheduler tell the others not to ask this worker any more."""
-        await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
+        # the last that the scheduler hears
+        async with self._looking:
+            await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
 
     def end(self) -> None:
         """Believe nothing of it any more."""
-        self._has_ended = True
+        self.has_ended = True
 
     async def _distrusted(self, path: str) -> Since | None:
         """Store nothing that was requested before now; None if that fails."""
@@ -130,13 +141,15 @@ class Told:
         except Exception as error:
             logger.debug("nothing beneath %s is given to other nodes: %s", path, error)
             return None
-        return Since(time.time(), time.monotonic())
+        return Since(time.monotonic(), time.time())
 
     def _see(self, members: dict[str, tuple[str, int | None]]) -> None:
         """Note which nodes there are."""
         nodes = Nodes()
         for address, (node, bound) in members.items():
             nodes.add(address, node, bound)
+        # sorted before any thread sees it
+        nodes.choose(())
         self._nodes = nodes
         # in the order in which they joined
         names = list(dict.fromkeys(node for node, _ in members.values()))
