@@ -349,7 +349,8 @@ class CachePlugin(WorkerPlugin):
         except Exception as error:
             # such as a scheduler without xzcache, or one that accepts no plugins: clients are not told of each other
             logger.info("the scheduler keeps no settings of the cluster: %s", error)
-            known = {"given": self.given, "configured": self.configured}
+            # nor of nodes
+            known = {"given": {**self.given, "peers": "off"}, "configured": self.configured}
         return {**known["configured"], **preloaded, **known["given"]}
 
     def _open(self, place: str, applied: dict[str, Any], worker: Worker) -> CacheDirectory:
