@@ -491,6 +491,23 @@ def test_the_writes_of_a_worker_that_was_removed_before_it_told_of_them_end(
     readers.wait_until_told()
 
 
+def _bounds(dask_worker: Any) -> list[int]:
+    """The bounds of the nodes, as a worker knows them."""
+    return sorted(dask_worker.handlers["xzcache_look"].__self__._nodes._bounds.values())
+
+
+def _weights(dask_scheduler: Any) -> list[int]:
+    """The bounds of the nodes, by which tasks are sent to them."""
+    return sorted(dask_scheduler.plugins["xzcache-cluster"]._nodes._bounds.values())
+
+
+def test_a_node_whose_bound_is_changed_owns_more_or_less_from_then_on(small: Cluster) -> None:
+    each_node(small.client, xzcache.resize, "40 MB", nodes=small.workers[0])
+    new = [10_000_000, 10_000_000, 40_000_000]
+    until(lambda: all(seen == new for seen in small.client.run(_bounds).values()))
+    assert small.client.run_on_scheduler(_weights) == new
+
+
 def test_an_empty_chunk(small: Cluster) -> None:
     readers = Readers(small)
     Path(small.dataset.place, readers.key).write_bytes(b"")

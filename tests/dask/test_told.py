@@ -30,8 +30,8 @@ class Scheduler:
 def told_by(scheduler: Scheduler) -> Told:
     worker: Any = SimpleNamespace(address="tcp://one", scheduler=scheduler, rpc=lambda address: None)
     directory: Any = SimpleNamespace(writes=SimpleNamespace(distrust=lambda path: None))
-    usage: Any = SimpleNamespace(node="one", bound=10)
-    return Told(worker, directory, usage)
+    gauge: Any = SimpleNamespace(read=lambda: SimpleNamespace(node="one", bound=10))
+    return Told(worker, directory, gauge)
 
 
 def look(told: Told, scheduler: Scheduler, *stale: tuple[str, bool]) -> None:
@@ -44,12 +44,31 @@ def look(told: Told, scheduler: Scheduler, *stale: tuple[str, bool]) -> None:
     asyncio.run(once())
 
 
-def test_what_was_confirmed_before_a_write_is_not_believed_after_it_though_the_clock_was_set_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=0.0, wall=1000.0)
     clock.monotonic, clock.time = lambda: clock.now, lambda: clock.wall
     monkeypatch.setattr(_told, "time", clock)
+    return clock
+
+
+def test_what_was_told_before_the_machine_slept_is_not_believed_after_it(clock: SimpleNamespace) -> None:
+    told = told_by(scheduler := Scheduler())
+    look(told, scheduler)
+    clock.now, clock.wall = 9.0, 1009.0
+    assert told.is_valid
+    # only one of the clocks goes on
+    clock.wall = 1011.0
+    assert not told.is_valid
+    look(told, scheduler)
+    assert told.is_valid
+    clock.now, clock.wall = 20.0, 1012.0
+    assert not told.is_valid
+
+
+def test_what_was_confirmed_before_a_write_is_not_believed_after_it_though_the_clock_was_set_back(
+    clock: SimpleNamespace,
+) -> None:
     told = told_by(scheduler := Scheduler())
     look(told, scheduler, ("", False))
     before = told.stale_since("source/a/c/0")

@@ -26,7 +26,7 @@ from xzcache.reading import peers
 if TYPE_CHECKING:
     from distributed.worker import Worker
 
-    from xzcache.dask._usage import Usage
+    from xzcache.dask._usage import Gauge
     from xzcache.directory import CacheDirectory
     from xzcache.model import Backend, Given, Span
 
@@ -39,9 +39,9 @@ Asking = Literal["off", "on"]
 class Neighbours:
     """The caches of the other nodes, as one worker process sees them; and what it answers to them."""
 
-    def __init__(self, worker: Worker, directory: CacheDirectory, usage: Usage, timeout: float) -> None:
+    def __init__(self, worker: Worker, directory: CacheDirectory, gauge: Gauge, timeout: float) -> None:
         self._worker, self._directory = worker, directory
-        self._told, self._worth, self._writes = Told(worker, directory, usage), Worth(timeout), Writes.of(worker)
+        self._told, self._worth, self._writes = Told(worker, directory, gauge), Worth(timeout), Writes.of(worker)
         self._questions = Questions(worker, directory, self._told, self._worth, timeout)
         self._answers = Answers(directory, self._told, self._worth, self._writes)
         self._beats: asyncio.Task[None] | None = None

@@ -320,7 +320,7 @@ class CachePlugin(WorkerPlugin):
         gauge = Gauge(directory, f"dask {worker.scheduler.address}")
         latest = gauge.read()
         asks = chosen.get("peers", "off") == "on" and bool(latest.node)
-        neighbours = Neighbours(worker, directory, latest, applied["peer_timeout"]) if asks else None
+        neighbours = Neighbours(worker, directory, gauge, applied["peer_timeout"]) if asks else None
         setup = _Setup(place, applied, gauge, chosen.get("remove_on_close", False), neighbours)
         metering.remember(directory)
         self._setups[worker.id] = setup

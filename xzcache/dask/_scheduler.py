@@ -169,6 +169,9 @@ class ClusterPlugin(SchedulerPlugin):
         if member is None or member.has_left or (member.node, member.bound) != (node, bound):
             member = self._members[worker] = _Member(node, bound)
             member.has_left = worker not in self._scheduler.workers
+            if not member.has_left:
+                # the bound may have been changed
+                self._nodes.add(worker, node, bound)
             self._members_changed()
         member.heard, member.known = time.monotonic(), known
         nodes = {address: (each.node, each.bound) for address, each in self._members.items() if not each.has_left}

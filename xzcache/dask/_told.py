@@ -20,7 +20,7 @@ from xzcache.dask._affinity import Nodes
 if TYPE_CHECKING:
     from distributed.worker import Worker
 
-    from xzcache.dask._usage import Usage
+    from xzcache.dask._usage import Gauge
     from xzcache.directory import CacheDirectory
 
 
@@ -62,13 +62,13 @@ class Since(NamedTuple):
 class Told:
     """What one worker was told."""
 
-    def __init__(self, worker: Worker, directory: CacheDirectory, usage: Usage) -> None:
-        self._worker, self._directory = worker, directory
-        self._node, self._bound = usage.node, usage.bound
+    def __init__(self, worker: Worker, directory: CacheDirectory, gauge: Gauge) -> None:
+        self._worker, self._directory, self._gauge = worker, directory, gauge
+        self._node = gauge.read().node
         self._nodes = Nodes()
         self._elders: frozenset[str] = frozenset()
         """The nodes that joined before this one: they have cached the share that is now this node's."""
-        self._version, self._heard = -1, -LEASE
+        self._version, self._heard = -1, (-LEASE, -LEASE)
         self._cluster, self.has_ended = "", False
         self._stale: dict[str, Since | None] = {}
         """The paths whose entries another node has found to be stale; None while they are being written."""
@@ -80,7 +80,9 @@ class Told:
     @property
     def is_valid(self) -> bool:
         """Whether what the scheduler told last may still be believed."""
-        return not self.has_ended and time.monotonic() < self._heard + LEASE
+        steady, wall = self._heard
+        # one clock stands still while the machine sleeps, the other may be set
+        return not self.has_ended and time.monotonic() < steady + LEASE and time.time() < wall + LEASE
 
     @property
     def known(self) -> int:
@@ -98,9 +100,10 @@ class Told:
         """Ask the scheduler what has changed; returns up to where this node knows it."""
         # one after the other: what was told first must not be applied last
         async with self._looking:
-            sent = time.monotonic()
+            sent = time.monotonic(), time.time()
+            bound = self._gauge.read().bound
             ask = self._worker.scheduler.xzcache_peers(
-                worker=self._worker.address, node=self._node, bound=self._bound, known=self._version
+                worker=self._worker.address, node=self._node, bound=bound, known=self._version
             )
             told = await asyncio.wait_for(ask, LEASE)
             if told["cluster"] != (self._cluster or told["cluster"]):
