@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,29 @@ def test_a_node_that_could_not_be_told_of_a_write_is_silent(small: Cluster) -> N
     finally:
         os.kill(pid, signal.SIGCONT)
     np.testing.assert_array_equal(small.run(reader, _chunk, array, key).result(timeout=60), np.full((8, 8), -1.0))
+
+
+def _write_and_listen(store: xzcache.CacheStore, keys: list[str]) -> list[str]:
+    with _heard("xzcache.dask", logging.WARNING) as said:
+        _write(store, keys)
+    return said
+
+
+@pytest.mark.parametrize("how", ["retired", "unregistered"])
+def test_a_write_does_not_wait_for_a_node_that_has_ended(
+    how: str, small: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one that has not would be waited for longer than any write
+    monkeypatch.setattr(_scheduler, "LEASE", 1000.0)
+    writer, gone, _ = small.workers
+    if how == "retired":
+        small.client.retire_workers([gone])
+        until(lambda: gone not in small.client.nthreads())
+    else:
+        # they go on telling for a while
+        small.client.unregister_worker_plugin("xzcache")
+    store = small.store(read_only=False)
+    assert small.run(writer, _write_and_listen, store, small.dataset.keys()[:1]).result(timeout=60) == []
 
 
 def test_a_changed_document_that_one_node_has_seen_bars_what_others_had(small: Cluster) -> None:
@@ -703,23 +727,16 @@ def test_a_plugin_that_is_removed_while_it_begins_leaves_nothing_behind(tmp_path
 
 
 def test_a_scheduler_that_takes_no_plugins_is_not_asked_for_other_nodes(tmp_path: Path) -> None:
-    said: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    core = logging.getLogger("distributed.core")
-    core.addHandler(listener)
-    try:
-        with (
-            dask.config.set({"distributed.scheduler.blocked-handlers": ["register_scheduler_plugin"]}),
-            nodes(tmp_path, 1) as client,
-            xzcache.config.set(directory=None),
-        ):
-            client.register_plugin(plugin())
-            (seen,) = metrics(client).values()
-            assert seen["node"]
-            assert "peers" not in seen
-    finally:
-        core.removeHandler(listener)
+    with (
+        _heard("distributed.core", logging.WARNING) as said,
+        dask.config.set({"distributed.scheduler.blocked-handlers": ["register_scheduler_plugin"]}),
+        nodes(tmp_path, 1) as client,
+        xzcache.config.set(directory=None),
+    ):
+        client.register_plugin(plugin())
+        (seen,) = metrics(client).values()
+        assert seen["node"]
+        assert "peers" not in seen
     assert not [line for line in said if "No handler" in line]
 
 
@@ -733,20 +750,27 @@ class Bound(Far):
         raise TypeError("it holds a lock")
 
 
-def _read_bound(place: str, log: str, parts: list[tuple[slice, slice]]) -> tuple[Any, int, list[str]]:
+@contextmanager
+def _heard(logger: str, level: int) -> Iterator[list[str]]:
+    """What is logged meanwhile."""
     said: list[str] = []
-    listener = logging.Handler(logging.ERROR)
+    listener = logging.Handler(level)
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("xzcache").addHandler(listener)
+    logging.getLogger(logger).addHandler(listener)
     try:
+        yield said
+    finally:
+        logging.getLogger(logger).removeHandler(listener)
+
+
+def _read_bound(place: str, log: str, parts: list[tuple[slice, slice]]) -> tuple[Any, int, list[str]]:
+    with _heard("xzcache", logging.ERROR) as said:
         store = xzcache.CacheStore(Bound(LocalStore(place, read_only=True), log), read_only=True)
         array = zarr.open_array(store, mode="r", zarr_format=3)
         found = np.empty(array.shape)
         for part in parts:
             found[part] = array[part]
-        return found, Bound.attempts, said
-    finally:
-        logging.getLogger("xzcache").removeHandler(listener)
+    return found, Bound.attempts, said
 
 
 def test_a_store_that_cannot_be_sent_reads_for_itself(small: Cluster) -> None:

@@ -81,6 +81,9 @@ class Neighbours:
         self._ask_no_more()
         self._tell_no_more()
         self._writes.close()
+        with suppress(Exception):
+            # it arrives before the end of the stream
+            self._worker.log_event("xzcache", {"has_left": True})
 
     def after_fork_in_child(self) -> None:
         """Ask and tell no other node in a child, which has no event loop of the worker."""

@@ -127,8 +127,12 @@ class ClusterPlugin(SchedulerPlugin):
         return {} if self._affinity is None else self._affinity.placed()
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """Note where a worker has its cache."""
-        if topic == "xzcache" and isinstance(msg, dict) and msg.get("node") and msg.get("worker"):
+        """Note where a worker has its cache, and that it has ended."""
+        if topic != "xzcache" or not isinstance(msg, dict):
+            return
+        if msg.get("has_left"):
+            self._leaves(msg.get("worker", ""), has_ended=True)
+        if msg.get("node") and msg.get("worker"):
             self._machines.setdefault(msg.get("machine", ""), {})[msg["worker"]] = msg["node"]
             self._check(msg.get("machine", ""))
             self._nodes.add(msg["worker"], msg["node"], msg.get("bound"))
@@ -144,10 +148,12 @@ class ClusterPlugin(SchedulerPlugin):
 
     # -- peers
 
-    def _leaves(self, worker: str) -> None:
+    def _leaves(self, worker: str, *, has_ended: bool = False) -> None:
         if (member := self._members.get(worker)) is not None:
-            # it may still ask others, until its lease ends
             member.has_left = True
+            if has_ended:
+                del self._members[worker]
+            # else it may still ask others, until its lease ends
             self._members_changed()
 
     def _members_changed(self) -> None:
@@ -161,7 +167,7 @@ class ClusterPlugin(SchedulerPlugin):
         assert self._scheduler is not None
         member = self._members.get(worker)
         if not node:
-            self._leaves(worker)
+            self._leaves(worker, has_ended=True)
             return {}
         if not self._members:
             # what the nodes have cached before may be older than writes that nobody was told of
