@@ -128,8 +128,8 @@ class Told:
 
     async def leave(self) -> None:
         """Have the scheduler tell the others not to ask this worker any more."""
-        # the last that the scheduler hears
-        async with self._looking:
+        # the last that the scheduler hears; a look may wait for a disk that hangs
+        async with asyncio.timeout(LEASE), self._looking:
             await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
 
     def end(self) -> None:
