@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
+import logging
 import os
 import re
 import shlex
@@ -10,15 +13,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import dask
 import dask.array as da
 import numpy as np
 import pytest
 import zarr
 from clusters import metrics, nodes, pids, total
+from containers import needs_containers
 from distributed import Client
 from distributed.security import Security
 from processes import Dataset, Far, Source, until
@@ -27,7 +34,9 @@ from zarr.storage import LocalStore
 
 import xzcache
 from xzcache import manage
-from xzcache.dask import each_node
+from xzcache._caches import default_directory
+from xzcache.dask import _scheduler, each_node
+from xzcache.directory import open_directory
 from xzcache.model import END
 
 pytestmark = pytest.mark.slow
@@ -302,6 +311,29 @@ def test_a_node_that_could_not_be_told_of_a_write_is_silent(small: Cluster) -> N
     np.testing.assert_array_equal(small.run(reader, _chunk, array, key).result(timeout=60), np.full((8, 8), -1.0))
 
 
+def _write_and_listen(store: xzcache.CacheStore, keys: list[str]) -> list[str]:
+    with _heard("xzcache.dask", logging.WARNING) as said:
+        _write(store, keys)
+    return said
+
+
+@pytest.mark.parametrize("how", ["retired", "unregistered"])
+def test_a_write_does_not_wait_for_a_node_that_has_ended(
+    how: str, small: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one that has not would be waited for longer than any write
+    monkeypatch.setattr(_scheduler, "LEASE", 1000.0)
+    writer, gone, _ = small.workers
+    if how == "retired":
+        small.client.retire_workers([gone])
+        until(lambda: gone not in small.client.nthreads())
+    else:
+        # they go on telling for a while
+        small.client.unregister_worker_plugin("xzcache")
+    store = small.store(read_only=False)
+    assert small.run(writer, _write_and_listen, store, small.dataset.keys()[:1]).result(timeout=60) == []
+
+
 def test_a_changed_document_that_one_node_has_seen_bars_what_others_had(small: Cluster) -> None:
     (owner,) = [worker for worker in small.workers if "c/0/0" in owned(small, worker)]
     other, reader = [worker for worker in small.workers if worker != owner]
@@ -349,6 +381,205 @@ def test_the_end_of_a_write_is_told_though_the_plugin_was_registered_again(small
         return small.counts()["peer_hits"] > before
 
     until(asks)
+
+
+class Readers:
+    """One node that owns a chunk, one that writes, and one that reads what the owner has."""
+
+    def __init__(self, small: Cluster) -> None:
+        self.small, self.array = small, small.array()
+        self.owner = max(small.workers, key=lambda worker: len(owned(small, worker)))
+        self.writer, self.reader = [worker for worker in small.workers if worker != self.owner]
+        self.key, *self.untouched = owned(small, self.owner)
+
+    def write(self) -> None:
+        """Have the writer write the chunk."""
+        store = self.small.store(read_only=False)
+        self.small.run(self.writer, _write, store, [self.key]).result(timeout=60)
+
+    def given(self, key: str) -> tuple[Any, int]:
+        """A chunk as the reader finds it, and whether another node gave it."""
+        before = self.small.counts()["peer_hits"]
+        found = self.small.run(self.reader, _chunk, self.array, key).result(timeout=60)
+        return found, self.small.counts()["peer_hits"] - before
+
+    def wait_until_told(self) -> None:
+        """Wait until both have heard that all writes are over; what was not written is given then."""
+        until(lambda: self.small.client.run_on_scheduler(_have_told, workers=(self.owner, self.reader)))
+        assert self.given(self.untouched.pop())[1] == 1
+
+    def must_be_given_as_written(self) -> None:
+        """The first time, it is not stored."""
+        found, hits = self.given(self.key)
+        np.testing.assert_array_equal(found, np.full((8, 8), -1.0))
+        assert hits == 1
+
+
+def _put_aside(mark: str) -> None:
+    """Put the disk of this node aside, as if it failed, for as long as there is a mark."""
+    health = open_directory(default_directory()).health
+    probe = health._probe
+
+    def look() -> None:
+        if os.path.exists(mark):
+            raise OSError(errno.EIO, "it still fails")
+        probe()
+
+    health._probe = look
+    while not health.is_aside:
+        health.record_fault(OSError(errno.EIO, "it fails"))
+
+
+def _is_aside() -> bool:
+    return open_directory(default_directory()).health.is_aside
+
+
+def test_what_an_owner_has_on_a_disk_that_was_put_aside_is_no_newer_for_that(small: Cluster, tmp_path: Path) -> None:
+    readers = Readers(small)
+    readers.write()
+    readers.wait_until_told()
+    mark = tmp_path / "fails"
+    mark.touch()
+    small.client.run(_put_aside, str(mark), workers=[readers.owner])
+    readers.must_be_given_as_written()
+    mark.unlink()
+    until(lambda: not any(small.client.run(_is_aside, workers=[readers.owner]).values()))
+    # what the owner had before the write is there again
+    readers.must_be_given_as_written()
+
+
+def _have_told(dask_scheduler: Any, workers: tuple[str, ...]) -> bool:
+    """Whether workers have heard that all writes are over."""
+    plugin = dask_scheduler.plugins["xzcache-cluster"]
+    is_over = not any(each.writers for each in plugin._stale.values())
+    return is_over and all(plugin._members[worker].known == plugin._version for worker in workers)
+
+
+def test_an_owner_whose_index_was_held_up_when_a_write_ended_answers_again(small: Cluster) -> None:
+    small.client.register_plugin(plugin(lock_timeout=0.1))
+    until(lambda: all(seen["peers"] == 2 for seen in metrics(small.client).values()))
+    readers = Readers(small)
+    (node,) = [node for node in xzcache.cluster_info(small.client) if readers.owner in node.workers]
+    with open(Path(node.directory, ".xzcache", "lock")) as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        readers.write()
+        until(lambda: small.client.run_on_scheduler(_have_told, workers=(readers.owner,)))
+    until(lambda: readers.given(readers.untouched.pop())[1])
+    readers.must_be_given_as_written()
+
+
+def _deafen(dask_scheduler: Any) -> None:
+    """Have the scheduler hear of nothing but the end of writes."""
+    hear = dask_scheduler.handlers["xzcache_stale"]
+    dask_scheduler.ends = 0
+
+    async def heard(is_written: bool | None, **telling: Any) -> None:
+        if is_written is not False:
+            raise OSError("as if the connection were lost")
+        await hear(is_written=is_written, **telling)
+        dask_scheduler.ends += 1
+
+    dask_scheduler.handlers["xzcache_stale"] = heard
+
+
+def _ends(dask_scheduler: Any) -> int:
+    return int(dask_scheduler.ends)
+
+
+@pytest.mark.parametrize("what", ["written", "cleared"])
+def test_what_the_scheduler_did_not_hear_of_is_told_later(what: str, small: Cluster) -> None:
+    readers = Readers(small)
+    small.client.run_on_scheduler(_deafen)
+    if what == "written":
+        readers.write()
+    else:
+        # by another program, and now all nodes are to begin anew
+        zarr.open_array(LocalStore(small.dataset.place), mode="r+")[_part(readers.key)] = -1
+        each_node(small.client, xzcache.clear, nodes=readers.writer)
+    until(lambda: small.client.run_on_scheduler(_ends))
+    readers.wait_until_told()
+    readers.must_be_given_as_written()
+
+
+async def _tell_written(dask_worker: Any, worker: str, path: str) -> None:
+    await dask_worker.scheduler.xzcache_stale(worker=worker, path=path, is_written=True)
+
+
+def test_the_writes_of_a_worker_that_was_removed_before_it_told_of_them_end(
+    small: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_scheduler, "_LATE", 0.5)
+    readers = Readers(small)
+    path = readers.array.store.namespace
+    small.client.run(_tell_written, worker="tcp://127.0.0.1:9", path=path, workers=[readers.writer])
+    readers.wait_until_told()
+
+
+def _bounds(dask_worker: Any) -> list[int]:
+    """The bounds of the nodes, as a worker knows them."""
+    return sorted(dask_worker.handlers["xzcache_look"].__self__._nodes._bounds.values())
+
+
+def _weights(dask_scheduler: Any) -> list[int]:
+    """The bounds of the nodes, by which tasks are sent to them."""
+    return sorted(dask_scheduler.plugins["xzcache-cluster"]._nodes._bounds.values())
+
+
+def test_a_node_whose_bound_is_changed_owns_more_or_less_from_then_on(small: Cluster) -> None:
+    each_node(small.client, xzcache.resize, "40 MB", nodes=small.workers[0])
+    new = [10_000_000, 10_000_000, 40_000_000]
+    until(lambda: all(seen == new for seen in small.client.run(_bounds).values()))
+    assert small.client.run_on_scheduler(_weights) == new
+
+
+def test_an_empty_chunk(small: Cluster) -> None:
+    readers = Readers(small)
+    Path(small.dataset.place, readers.key).write_bytes(b"")
+    each_node(small.client, xzcache.clear)
+    before = small.counts()["peer_hits"]
+    assert small.run(readers.reader, _get, readers.array.store, readers.key).result(timeout=60) == b""
+    assert small.counts()["peer_hits"] == before + 1
+
+
+NAMESPACE = """
+import ctypes
+
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
+libc = ctypes.CDLL(None)
+assert libc.unshare(CLONE_NEWNS) == 0
+assert libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) == 0
+"""
+"""What a worker is to do first, to have mounts of its own."""
+
+
+def _hide(path: str) -> None:
+    """Hide a directory behind a mount, which looks to this node as if its own mount were gone."""
+    import ctypes
+
+    assert ctypes.CDLL(None).mount(b"none", path.encode(), b"tmpfs", 0, None) == 0
+
+
+@needs_containers
+def test_a_chunk_is_not_missing_because_its_owner_has_lost_the_mount(tmp_path: Path) -> None:
+    preload = tmp_path / "preload.py"
+    preload.write_text(NAMESPACE)
+    with nodes(tmp_path, 2, preload=[str(preload)]) as client, xzcache.config.set(directory=None):
+        client.register_plugin(plugin(peer_timeout=30))
+        cluster = Cluster(client, tmp_path, 2)
+        reader, owner = cluster.workers
+        store = xzcache.CacheStore(cluster.dataset.place, read_only=True)
+        array = zarr.open_array(store, mode="r", zarr_format=3)
+        keys = cluster.dataset.keys()
+
+        def read(keys: list[str]) -> None:
+            found = cluster.run(reader, _one_by_one, array, list(map(_part, keys))).result(timeout=60)
+            for key, value in zip(keys, found, strict=True):
+                np.testing.assert_array_equal(value, cluster.dataset.values[_part(key)])
+
+        read(keys[::2])
+        assert cluster.counts()["peer_hits"] > 0
+        client.run(_hide, cluster.dataset.place, workers=[owner])
+        read(keys[1::2])
 
 
 # -- whom not to ask
@@ -442,6 +673,116 @@ async def _ask(dask_worker: Any, address: str, **question: Any) -> Any:
     return dict(await dask_worker.rpc(address).xzcache_ask(**question))
 
 
+def _hold_looks(dask_scheduler: Any) -> None:
+    """Hold up what workers ask the scheduler."""
+    answer = dask_scheduler.handlers["xzcache_peers"]
+    dask_scheduler.held, dask_scheduler.gate = 0, asyncio.Event()
+
+    async def held(node: str, **question: Any) -> Any:
+        if node:
+            dask_scheduler.held += 1
+            await dask_scheduler.gate.wait()
+        return await answer(node=node, **question)
+
+    dask_scheduler.handlers["xzcache_peers"] = held
+
+
+def _held(dask_scheduler: Any) -> int:
+    return int(dask_scheduler.held)
+
+
+async def _let_go(dask_scheduler: Any) -> None:
+    dask_scheduler.gate.set()
+
+
+def _has_plugin(dask_worker: Any) -> bool:
+    return "xzcache" in dask_worker.plugins
+
+
+async def _tasks() -> list[str]:
+    return [str(task.get_coro()) for task in asyncio.all_tasks()]
+
+
+def _members(dask_scheduler: Any) -> list[str]:
+    members = dask_scheduler.plugins["xzcache-cluster"]._members
+    return [name for name, member in members.items() if not member.has_left]
+
+
+def test_a_plugin_that_is_removed_while_it_begins_leaves_nothing_behind(tmp_path: Path) -> None:
+    with nodes(tmp_path, 1) as client, xzcache.config.set(directory=None), ThreadPoolExecutor(2) as threads:
+        # the scheduler knows of peers
+        client.register_plugin(plugin())
+        client.unregister_worker_plugin("xzcache")
+        client.run_on_scheduler(_hold_looks)
+        coming = threads.submit(client.register_plugin, plugin())
+        until(lambda: client.run_on_scheduler(_held))
+        going = threads.submit(client.unregister_worker_plugin, "xzcache")
+        until(lambda: not any(client.run(_has_plugin).values()))
+        client.run_on_scheduler(_let_go)
+        for each in (coming, going):
+            each.result(timeout=60)
+        (tasks,) = client.run(_tasks).values()
+        assert not [task for task in tasks if "_beat" in task and "Neighbours" in task]
+        assert client.run_on_scheduler(_members) == []
+
+
+def test_a_scheduler_that_takes_no_plugins_is_not_asked_for_other_nodes(tmp_path: Path) -> None:
+    with (
+        _heard("distributed.core", logging.WARNING) as said,
+        dask.config.set({"distributed.scheduler.blocked-handlers": ["register_scheduler_plugin"]}),
+        nodes(tmp_path, 1) as client,
+        xzcache.config.set(directory=None),
+    ):
+        client.register_plugin(plugin())
+        (seen,) = metrics(client).values()
+        assert seen["node"]
+        assert "peers" not in seen
+    assert not [line for line in said if "No handler" in line]
+
+
+class Bound(Far):
+    """A store of the user's that no other process can have."""
+
+    attempts = 0
+
+    def __reduce__(self) -> Any:
+        type(self).attempts += 1
+        raise TypeError("it holds a lock")
+
+
+@contextmanager
+def _heard(logger: str, level: int) -> Iterator[list[str]]:
+    """What is logged meanwhile."""
+    said: list[str] = []
+    listener = logging.Handler(level)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(listener)
+    try:
+        yield said
+    finally:
+        logging.getLogger(logger).removeHandler(listener)
+
+
+def _read_bound(place: str, log: str, parts: list[tuple[slice, slice]]) -> tuple[Any, int, list[str]]:
+    with _heard("xzcache", logging.ERROR) as said:
+        store = xzcache.CacheStore(Bound(LocalStore(place, read_only=True), log), read_only=True)
+        array = zarr.open_array(store, mode="r", zarr_format=3)
+        found = np.empty(array.shape)
+        for part in parts:
+            found[part] = array[part]
+    return found, Bound.attempts, said
+
+
+def test_a_store_that_cannot_be_sent_reads_for_itself(small: Cluster) -> None:
+    dataset, parts = small.dataset, list(map(_part, small.dataset.keys()))
+    reads = small.run(small.workers[1], _read_bound, dataset.place, dataset.log, parts)
+    found, attempts, said = reads.result(timeout=60)
+    np.testing.assert_array_equal(found, dataset.values)
+    # Dask tries it in three ways
+    assert attempts <= 3
+    assert said == []
+
+
 @pytest.mark.parametrize("is_kept", [False, True], ids=["unregistered", "switched off"])
 def test_a_node_that_has_left_refuses(is_kept: bool, tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as client, xzcache.config.set(directory=None):
@@ -491,7 +832,7 @@ def test_answers_that_nobody_fetches_are_kept_in_bounded_memory(tmp_path: Path) 
         store = xzcache.CacheStore(str(place), read_only=True)
         array = zarr.open_array(store, mode="r", zarr_format=3)
         one, other = sorted(client.nthreads())
-        client.submit(_ends, array, workers=[other]).result(timeout=60)
+        client.submit(_ends_of, array, workers=[other]).result(timeout=60)
         (before,) = client.run(_memory, workers=[other]).values()
         keys = [f"c/{number}" for number in range(24)]
         (sizes,) = client.run(_ask_for_first_pieces, address=other, store=store, keys=keys, workers=[one]).values()
@@ -500,7 +841,7 @@ def test_answers_that_nobody_fetches_are_kept_in_bounded_memory(tmp_path: Path) 
         assert after - before < 200 << 20
 
 
-def _ends(array: Any) -> float:
+def _ends_of(array: Any) -> float:
     return sum(float(array[start]) for start in range(0, array.shape[0], array.chunks[0]))
 
 

@@ -27,7 +27,7 @@ from xzcache import _threads as pool
 from xzcache.dask._asking import place_of
 from xzcache.dask._peering import Latest, crc_of
 from xzcache.dask._told import Since
-from xzcache.model import END, Given, Span
+from xzcache.model import END, UNKNOWN_AGE, Given, Span
 from xzcache.reading import ForPeers, contents, process
 from xzcache.store import CacheStore
 
@@ -59,6 +59,14 @@ _Asked = tuple[str, str, tuple[Span, ...], Since | tuple[()]]
 """The name of a store, a key, spans, and since when older entries are stale."""
 
 
+class _Copy(NamedTuple):
+    """A copy of another node's store."""
+
+    store: CacheStore
+    place: str
+    """Where it read when it was opened, as `place_of` tells it."""
+
+
 class _Answer(NamedTuple):
     """What this node gives to others that ask for a chunk."""
 
@@ -72,6 +80,7 @@ class _Answer(NamedTuple):
 
 _REFUSED: Final = _Answer({"status": "refused"})
 _NOT_NOW: Final = _Answer({"status": "not now"})
+_ELSEWHERE: Final = _Answer({"status": "elsewhere"})
 
 
 async def refuse(**_: Any) -> dict[str, Any]:
@@ -84,7 +93,7 @@ class Answers:
 
     def __init__(self, directory: CacheDirectory, told: Told, worth: Worth, writes: Writes) -> None:
         self._directory, self._told, self._worth, self._writes = directory, told, worth, writes
-        self._stores: Latest[str, asyncio.Future[CacheStore | None]] = Latest(_STORES)
+        self._stores: Latest[str, asyncio.Future[_Copy | None]] = Latest(_STORES)
         self._fresh: Latest[tuple[str, Since], bool] = Latest(_REMEMBERED)
         self._settled: Latest[str, bytes] = Latest(_STORES)
         """The totals of the directory's write counters when the copy of a name last confirmed its documents."""
@@ -122,9 +131,9 @@ class Answers:
             return wait
         if opening.exception() is not None or (copy := opening.result()) is None:
             self._stores.drop(store)
-            return {"status": "elsewhere"}
-        backend = copy._reads.backend
-        if backend.cache_id is not self._directory or copy.namespace != namespace:
+            return _ELSEWHERE.told
+        backend = copy.store._reads.backend
+        if backend.cache_id is not self._directory or copy.store.namespace != namespace:
             # the same path or address may lead to other data here
             return _REFUSED.told
         since = self._told.stale_since(backend.prefix + key)
@@ -133,27 +142,29 @@ class Answers:
         asked: _Asked = store, key, tuple((start, stop) for start, stop in spans), since
         if (answer := self._answers.get(asked)) is None:
             if (task := self._reading.get(asked)) is None:
-                self._settle(store, copy)
+                self._settle(store, copy.store)
                 task = self._reading[asked] = asyncio.ensure_future(self._read_and_keep(copy, asked))
             done, _ = await asyncio.wait([task], timeout=max(0.0, until - time.monotonic()))
             if not done:
                 return wait
             answer = task.result()
+        if answer is _ELSEWHERE:
+            self._stores.drop(store)
         if self._told.stale_since(backend.prefix + key) != since or not self._told.is_valid:
             return _NOT_NOW.told
         if at + _PIECE >= len(answer.data):
             # another program may write a missing chunk at any moment
             self._answers.drop(asked)
+        told = answer.told | {"age": answer.age + time.monotonic() - answer.at}
         if not answer.data:
-            return answer.told
-        piece = to_serialize(answer.data[at : at + _PIECE])  # type: ignore[no-untyped-call]
-        return answer.told | {"age": answer.age + time.monotonic() - answer.at, "data": piece}
+            return told
+        return told | {"data": to_serialize(answer.data[at : at + _PIECE])}  # type: ignore[no-untyped-call]
 
-    async def _read_and_keep(self, store: CacheStore, asked: _Asked) -> _Answer:
+    async def _read_and_keep(self, copy: _Copy, asked: _Asked) -> _Answer:
         """Read, and keep the answer for a second: an asker fetches it in pieces, or asks again after a while."""
         _, key, spans, since = asked
         try:
-            answer = await self._read(store, key, spans, since)
+            answer = await self._read(copy, key, spans, since)
         except Exception as error:
             # the asker gets the error from the source itself
             logger.debug("%s was not read for another node: %s", key, error)
@@ -172,8 +183,8 @@ class Answers:
             copy._reads.distrust_documents()
             self._settled.put(name, totals)
 
-    async def _read(self, store: CacheStore, key: str, spans: tuple[Span, ...], since: Since | tuple[()]) -> _Answer:
-        reads = store._reads
+    async def _read(self, copy: _Copy, key: str, spans: tuple[Span, ...], since: Since | tuple[()]) -> _Answer:
+        store, reads = copy.store, copy.store._reads
         full = reads.backend.prefix + key
         # a node that does not own the chunk, as it sees the cluster, does not fetch it for others
         owns = self._told.owns(key)
@@ -188,11 +199,15 @@ class Answers:
                 # what this node has goes only once the source has answered
                 given = await reads.give(key, spans, partial(_renewed, store, key, spans), anew=True)
             fetching = time.perf_counter() - began
-            if given is not None:
+            if given is not None and given.age < UNKNOWN_AGE:
+                # it is what this node has now, whose disk may also have been put aside, with what it had before
                 self._fresh.put((what, since), True)
         elif (given := await reads.give(key, spans, None)) is None and owns:
             given = await reads.give(key, spans, partial(_fetched, store, key, spans))
             fetching = time.perf_counter() - began
+        if fetching and copy.place and await pool.run(place_of, store) != copy.place:
+            # the directory may have been unmounted here, which looks as if chunks were missing
+            return _ELSEWHERE
         if given is None:
             # of an object without a validator, parts are never given
             return _REFUSED if owns else _NOT_NOW
@@ -208,13 +223,13 @@ class Answers:
         full, parts = reads.backend.prefix + key, reads.backend.parts(key)
         if parts.is_empty:
             # answers to requests from before then are not stored
-            self._fresh.put((full, since), True)
+            return True
         known = self._fresh.get((full, since)) is not None or self._fresh.get((what, since)) is not None
         entries = [reads.reading.entry(key, *span) for span in spans]
         return known or all(entry is not None and since.is_before(parts.validated(entry)) for entry in entries)
 
 
-def _unpickled(pickled: bytes) -> CacheStore | None:
+def _unpickled(pickled: bytes) -> _Copy | None:
     """A copy of another node's store; None if it would read other data here."""
     store, place = loads(pickled)  # type: ignore[no-untyped-call]
     assert isinstance(store, CacheStore)
@@ -223,7 +238,7 @@ def _unpickled(pickled: bytes) -> CacheStore | None:
     reading = store._reads.reading
     reading.asks_peers, reading.stats = False, ForPeers(process)
     reading.backend.count(reading.stats)
-    return store
+    return _Copy(store, place)
 
 
 async def _fetched(store: CacheStore, key: str, spans: tuple[Span, ...]) -> Given:

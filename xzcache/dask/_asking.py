@@ -16,6 +16,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -57,6 +58,7 @@ class _Pickle(NamedTuple):
     name: str
     """Stands for the pickle, once a node has it."""
     pickled: bytes
+    """Empty for a store that cannot be sent."""
 
 
 class Questions:
@@ -82,7 +84,9 @@ class Questions:
             if (whom := self._whom(store, backend, key)) is None:
                 return None
             assert isinstance(store, CacheStore)
-            given = await self._ask(whom, store, backend, key, spans)
+            if not (known := await self._pickled(store)).pickled:
+                return None
+            given = await self._ask(whom, known, backend, key, spans)
         except Exception as error:
             if not isinstance(error, OSError):
                 report_bug(error, "while another node was asked")
@@ -107,10 +111,7 @@ class Questions:
         workers = [whom for whom in workers if self._worth.may_ask(whom)]
         return workers[_number(block_of(key)) % len(workers)] if workers else None
 
-    async def _ask(
-        self, whom: Whom, store: CacheStore, backend: Backend, key: str, spans: Sequence[Span]
-    ) -> Given | None:
-        known = await self._pickled(store)
+    async def _ask(self, whom: Whom, known: _Pickle, backend: Backend, key: str, spans: Sequence[Span]) -> Given | None:
         question: dict[str, Any] = {
             "store": known.name,
             "key": key,
@@ -145,7 +146,9 @@ class Questions:
                 if crc is not None and crc != told["crc"]:
                     # the owner has another value by now
                     return None
-                piece, crc = memoryview(told["data"]).cast("B"), told["crc"]
+                # an empty view cannot be cast
+                piece = memoryview(told["data"]).cast("B") if "data" in told else memoryview(b"")
+                crc = told["crc"]
                 pieces.append(piece)
                 size += len(piece)
                 if size >= sum(told["sizes"]) or not len(piece):
@@ -154,7 +157,7 @@ class Questions:
                 if status == "elsewhere":
                     # it may have been changed since it was looked at
                     with self._mutex:
-                        self._pickles.drop(id(store))
+                        self._pickles.drop(id(known.store()))
                 self._worth.refused(whom, began)
                 return None
             if time.monotonic() - began > self._worth.limit(backend.namespace, told.get("usual")):
@@ -216,7 +219,10 @@ class Questions:
             known = self._pickles.get(id(store))
         if known is None or known.store() is not store or known.seen != seen:
             place = await pool.run(place_of, store)
-            pickled: bytes = dumps((store, place))  # type: ignore[no-untyped-call]
+            pickled = b""
+            # a source may be a store of the user's that no other process can have
+            with suppress(Exception):
+                pickled = dumps((store, place))  # type: ignore[no-untyped-call]
             name = blake2b(pickled, digest_size=16).hexdigest()
             known = _Pickle(weakref.ref(store), seen, name, pickled)
             with self._mutex:

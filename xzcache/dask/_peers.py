@@ -26,7 +26,7 @@ from xzcache.reading import peers
 if TYPE_CHECKING:
     from distributed.worker import Worker
 
-    from xzcache.dask._usage import Usage
+    from xzcache.dask._usage import Gauge
     from xzcache.directory import CacheDirectory
     from xzcache.model import Backend, Given, Span
 
@@ -39,9 +39,9 @@ Asking = Literal["off", "on"]
 class Neighbours:
     """The caches of the other nodes, as one worker process sees them; and what it answers to them."""
 
-    def __init__(self, worker: Worker, directory: CacheDirectory, usage: Usage, timeout: float) -> None:
+    def __init__(self, worker: Worker, directory: CacheDirectory, gauge: Gauge, timeout: float) -> None:
         self._worker, self._directory = worker, directory
-        self._told, self._worth, self._writes = Told(worker, directory, usage), Worth(timeout), Writes.of(worker)
+        self._told, self._worth, self._writes = Told(worker, directory, gauge), Worth(timeout), Writes.of(worker)
         self._questions = Questions(worker, directory, self._told, self._worth, timeout)
         self._answers = Answers(directory, self._told, self._worth, self._writes)
         self._beats: asyncio.Task[None] | None = None
@@ -51,9 +51,13 @@ class Neighbours:
         """Begin to ask and to answer."""
         # the first answer should not wait for it
         await zarr_loop()
-        self._worker.handlers |= {"xzcache_ask": self._answers.answer, "xzcache_look": self._told.look}
-        with suppress(Exception):
-            await self._told.look()
+        if not self._told.has_ended:
+            self._worker.handlers |= {"xzcache_ask": self._answers.answer, "xzcache_look": self._told.look}
+            with suppress(Exception):
+                await self._told.look()
+        if self._told.has_ended:
+            # the plugin was removed meanwhile
+            return
         self._beats = asyncio.create_task(self._beat())
         # from one to the other at once, so that there is no time in which writes are not told
         for each in [each for each in peers if isinstance(each, Neighbours) and each._worker is self._worker]:
@@ -77,6 +81,9 @@ class Neighbours:
         self._ask_no_more()
         self._tell_no_more()
         self._writes.close()
+        with suppress(Exception):
+            # it arrives before the end of the stream
+            self._worker.log_event("xzcache", {"has_left": True})
 
     def after_fork_in_child(self) -> None:
         """Ask and tell no other node in a child, which has no event loop of the worker."""

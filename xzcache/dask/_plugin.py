@@ -320,7 +320,7 @@ class CachePlugin(WorkerPlugin):
         gauge = Gauge(directory, f"dask {worker.scheduler.address}")
         latest = gauge.read()
         asks = chosen.get("peers", "off") == "on" and bool(latest.node)
-        neighbours = Neighbours(worker, directory, latest, applied["peer_timeout"]) if asks else None
+        neighbours = Neighbours(worker, directory, gauge, applied["peer_timeout"]) if asks else None
         setup = _Setup(place, applied, gauge, chosen.get("remove_on_close", False), neighbours)
         metering.remember(directory)
         self._setups[worker.id] = setup
@@ -349,7 +349,8 @@ class CachePlugin(WorkerPlugin):
         except Exception as error:
             # such as a scheduler without xzcache, or one that accepts no plugins: clients are not told of each other
             logger.info("the scheduler keeps no settings of the cluster: %s", error)
-            known = {"given": self.given, "configured": self.configured}
+            # nor of nodes
+            known = {"given": {**self.given, "peers": "off"}, "configured": self.configured}
         return {**known["configured"], **preloaded, **known["given"]}
 
     def _open(self, place: str, applied: dict[str, Any], worker: Worker) -> CacheDirectory:

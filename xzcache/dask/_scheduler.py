@@ -127,8 +127,12 @@ class ClusterPlugin(SchedulerPlugin):
         return {} if self._affinity is None else self._affinity.placed()
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """Note where a worker has its cache."""
-        if topic == "xzcache" and isinstance(msg, dict) and msg.get("node") and msg.get("worker"):
+        """Note where a worker has its cache, and that it has ended."""
+        if topic != "xzcache" or not isinstance(msg, dict):
+            return
+        if msg.get("has_left"):
+            self._leaves(msg.get("worker", ""), has_ended=True)
+        if msg.get("node") and msg.get("worker"):
             self._machines.setdefault(msg.get("machine", ""), {})[msg["worker"]] = msg["node"]
             self._check(msg.get("machine", ""))
             self._nodes.add(msg["worker"], msg["node"], msg.get("bound"))
@@ -136,21 +140,20 @@ class ClusterPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
         """Forget a worker that has left."""
         self._nodes.remove(worker)
-        if worker in self._members:
-            self._leaves(worker)
-            # its last write may still be on the way to the source
-            written = [path for path, each in self._stale.items() if worker in each.writers]
-            for path in written:
-                scheduler.loop.call_later(_LATE, self._end_writes, path, worker)
+        self._leaves(worker)
+        for path in [path for path, each in self._stale.items() if worker in each.writers]:
+            self._end_late(path, worker)
         for workers in self._machines.values():
             workers.pop(worker, None)
 
     # -- peers
 
-    def _leaves(self, worker: str) -> None:
+    def _leaves(self, worker: str, *, has_ended: bool = False) -> None:
         if (member := self._members.get(worker)) is not None:
-            # it may still ask others, until its lease ends
             member.has_left = True
+            if has_ended:
+                del self._members[worker]
+            # else it may still ask others, until its lease ends
             self._members_changed()
 
     def _members_changed(self) -> None:
@@ -164,7 +167,7 @@ class ClusterPlugin(SchedulerPlugin):
         assert self._scheduler is not None
         member = self._members.get(worker)
         if not node:
-            self._leaves(worker)
+            self._leaves(worker, has_ended=True)
             return {}
         if not self._members:
             # what the nodes have cached before may be older than writes that nobody was told of
@@ -172,6 +175,9 @@ class ClusterPlugin(SchedulerPlugin):
         if member is None or member.has_left or (member.node, member.bound) != (node, bound):
             member = self._members[worker] = _Member(node, bound)
             member.has_left = worker not in self._scheduler.workers
+            if not member.has_left:
+                # the bound may have been changed
+                self._nodes.add(worker, node, bound)
             self._members_changed()
         member.heard, member.known = time.monotonic(), known
         nodes = {address: (each.node, each.bound) for address, each in self._members.items() if not each.has_left}
@@ -190,6 +196,7 @@ class ClusterPlugin(SchedulerPlugin):
 
         Returns once no node gives it to another one.
         """
+        assert self._scheduler is not None
         found = self._stale.get(path)
         if is_written is None and found is not None and not found.writers and state and found.state == state:
             # another node has found the same
@@ -201,7 +208,12 @@ class ClusterPlugin(SchedulerPlugin):
         was_written = bool(found.writers)
         if is_written:
             found.writers.add(worker)
+            if worker not in self._scheduler.workers:
+                # it was removed before
+                self._end_late(path, worker)
         elif is_written is False:
+            # though its begin was not heard
+            found.writers.add(worker)
             self._end_writes(path, worker)
             return
         if not was_written:
@@ -219,6 +231,11 @@ class ClusterPlugin(SchedulerPlugin):
         self._version += 1
         everything = self._stale[""] = _Stale()
         everything.version = self._version
+
+    def _end_late(self, path: str, worker: str) -> None:
+        """End the writes of a worker that has left, whose last one may still be on the way to the source."""
+        assert self._scheduler is not None
+        self._scheduler.loop.call_later(_LATE, self._end_writes, path, worker)
 
     def _end_writes(self, path: str, worker: str) -> None:
         found = self._stale.get(path)

@@ -117,8 +117,7 @@ class Writes:
         self._note_writes(begun, -1)
 
     async def _tell_written(self, paths: set[str]) -> None:
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._end_when_quiet())
+        self._see_to_the_end()
         for path in paths - self._tellings.keys():
             self._told_at[path] = time.monotonic()
             self._tellings[path] = asyncio.create_task(self._tell_anew(path))
@@ -135,6 +134,19 @@ class Writes:
             # that earlier writes have ended must not be the latest that the scheduler hears
             await asyncio.wait([ending])
         await self._tell(path, is_written=True)
+
+    async def _tell_stale(self, path: str, state: bytes) -> None:
+        try:
+            await self._tell(path, is_written=None, state=state)
+        except Exception:
+            # as the end of a write, it is told until the scheduler has heard it
+            self._note_writes([path], 0)
+            self._see_to_the_end()
+            raise
+
+    def _see_to_the_end(self) -> None:
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._end_when_quiet())
 
     async def _end_when_quiet(self) -> None:
         while self._writing and self._worker.status is not Status.closed:
@@ -168,7 +180,7 @@ class Writes:
             written = {path for name in names if not name.endswith("/") for path in _paths_of(name, is_prefix=False)}
             self._note_writes(written, 0)
             stale = [name.rstrip("/") for name in names if name.endswith("/")]
-            told = [start(partial(self._tell, path, is_written=None, state=state), self._loop) for path in stale]
+            told = [start(partial(self._tell_stale, path, state), self._loop) for path in stale]
             told += [start(partial(self._tell_written, written), self._loop)] if written else []
             deadline = time.monotonic() + _MOMENT
             for each in told if threading.get_ident() != self._thread else ():

@@ -20,7 +20,7 @@ from xzcache.dask._affinity import Nodes
 if TYPE_CHECKING:
     from distributed.worker import Worker
 
-    from xzcache.dask._usage import Usage
+    from xzcache.dask._usage import Gauge
     from xzcache.directory import CacheDirectory
 
 
@@ -49,8 +49,9 @@ def block_of(key: str) -> str:
 class Since(NamedTuple):
     """When this node was told that entries are stale: older ones are not given to others."""
 
-    wall: float
     steady: float
+    """First, as it tells which of two was later, whatever is done to the clock."""
+    wall: float
 
     def is_before(self, stored: float | None) -> bool:
         """Whether an entry was stored after that, for certain."""
@@ -61,23 +62,27 @@ class Since(NamedTuple):
 class Told:
     """What one worker was told."""
 
-    def __init__(self, worker: Worker, directory: CacheDirectory, usage: Usage) -> None:
-        self._worker, self._directory = worker, directory
-        self._node, self._bound = usage.node, usage.bound
+    def __init__(self, worker: Worker, directory: CacheDirectory, gauge: Gauge) -> None:
+        self._worker, self._directory, self._gauge = worker, directory, gauge
+        self._node = gauge.read().node
         self._nodes = Nodes()
         self._elders: frozenset[str] = frozenset()
         """The nodes that joined before this one: they have cached the share that is now this node's."""
-        self._version, self._heard = -1, -LEASE
-        self._cluster, self._has_ended = "", False
+        self._version, self._heard = -1, (-LEASE, -LEASE)
+        self._cluster, self.has_ended = "", False
         self._stale: dict[str, Since | None] = {}
         """The paths whose entries another node has found to be stale; None while they are being written."""
+        self._failed: dict[str, bool] = {}
+        """Of these, the paths with which this node could not begin anew; none of them is being written."""
         self._looking = asyncio.Lock()
         self._greetings: set[asyncio.Future[None]] = set()
 
     @property
     def is_valid(self) -> bool:
         """Whether what the scheduler told last may still be believed."""
-        return not self._has_ended and time.monotonic() < self._heard + LEASE
+        steady, wall = self._heard
+        # one clock stands still while the machine sleeps, the other may be set
+        return not self.has_ended and time.monotonic() < steady + LEASE and time.time() < wall + LEASE
 
     @property
     def known(self) -> int:
@@ -95,20 +100,27 @@ class Told:
         """Ask the scheduler what has changed; returns up to where this node knows it."""
         # one after the other: what was told first must not be applied last
         async with self._looking:
-            sent = time.monotonic()
+            sent = time.monotonic(), time.time()
+            bound = self._gauge.read().bound
             ask = self._worker.scheduler.xzcache_peers(
-                worker=self._worker.address, node=self._node, bound=self._bound, known=self._version
+                worker=self._worker.address, node=self._node, bound=bound, known=self._version
             )
             told = await asyncio.wait_for(ask, LEASE)
             if told["cluster"] != (self._cluster or told["cluster"]):
                 raise RuntimeError("another scheduler does not know what the nodes have learned")
-            stale = dict(self._stale)
-            if any(path == "" for path, _ in told["stale"]):
+            stale, news = dict(self._stale), dict(told["stale"])
+            if "" in news:
                 # it covers all that was told before; paths that are being written are told with it
                 stale.clear()
-            for path, is_written in told["stale"]:
-                stale[path] = None if is_written else await self._distrusted(path)
-            self._stale = stale
+            else:
+                news = self._failed | news
+            failed: dict[str, bool] = {}
+            for path, is_written in news.items():
+                # after one failure, the others would wait for the index as well
+                stale[path] = None if is_written or failed else await self._distrusted(path)
+                if stale[path] is None and not is_written:
+                    failed[path] = False
+            self._stale, self._failed = stale, failed
             if told["nodes"] is not None:
                 self._see(told["nodes"])
             self._cluster, self._version, self._heard = told["cluster"], told["version"], sent
@@ -116,11 +128,13 @@ class Told:
 
     async def leave(self) -> None:
         """Have the scheduler tell the others not to ask this worker any more."""
-        await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
+        # the last that the scheduler hears; a look may wait for a disk that hangs
+        async with asyncio.timeout(LEASE), self._looking:
+            await self._worker.scheduler.xzcache_peers(worker=self._worker.address, node="", bound=None, known=0)
 
     def end(self) -> None:
         """Believe nothing of it any more."""
-        self._has_ended = True
+        self.has_ended = True
 
     async def _distrusted(self, path: str) -> Since | None:
         """Store nothing that was requested before now; None if that fails."""
@@ -130,13 +144,15 @@ class Told:
         except Exception as error:
             logger.debug("nothing beneath %s is given to other nodes: %s", path, error)
             return None
-        return Since(time.time(), time.monotonic())
+        return Since(time.monotonic(), time.time())
 
     def _see(self, members: dict[str, tuple[str, int | None]]) -> None:
         """Note which nodes there are."""
         nodes = Nodes()
         for address, (node, bound) in members.items():
             nodes.add(address, node, bound)
+        # sorted before any thread sees it
+        nodes.choose(())
         self._nodes = nodes
         # in the order in which they joined
         names = list(dict.fromkeys(node for node, _ in members.values()))
