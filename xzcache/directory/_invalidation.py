@@ -435,7 +435,7 @@ class Writes:
             keys,
             act,
             lambda: self._pending.unlink_keys(keys),
-            lambda: self.invalidate_now(keys, HideReport(), ended),
+            lambda: self._invalidate_late(keys, ended),
         )
         self._see_to(report)
         _log(keys, why)
@@ -465,7 +465,15 @@ class Writes:
         if left := list(report.left):
             if report.error is not None:
                 self._pending.record_fault(report.error)
-            self._pending.defer(left, lambda: self.invalidate_now(left, HideReport()))
+            self._pending.defer(left, lambda: self._invalidate_late(left))
+
+    def _invalidate_late(self, keys: Sequence[str], ended: Sequence[Begun] = ()) -> bool:
+        """Retry the invalidation of some keys; those whose files are gone do not wait for the others."""
+        report = HideReport()
+        self.invalidate_now(keys, report, ended)
+        if left := list(report.left):
+            self._pending.defer(left, lambda: self._invalidate_late(left))
+        return True
 
     def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
         """Invalidate keys, raising faults; returns whether all their files are gone."""
