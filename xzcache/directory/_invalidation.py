@@ -629,8 +629,10 @@ class Writes:
     ) -> list[Tombstone]:
         """Remove keys and other entries from the index and hide their files; within a section, which is committed."""
         rows = [*(row for key in keys for row in index.of_key(key)), *others]
+        # before the commit: after it, the query would be a transaction of its own
+        unowned = index.unowned_tombstones() if keys else []
         tombstones = self._space.mark_deleted(process, index, rows, report)
-        self._space.clear_paths(index, [key for key in keys if key not in report.left], report)
+        self._space.clear_paths(index, [key for key in keys if key not in report.left], report, unowned)
         return tombstones
 
     # -- everything beneath a prefix
@@ -747,7 +749,8 @@ class Writes:
         for batch in _batches(sorted(keys - report.left)):
             with self._session.section() as (_, index):
                 # a key that has a row by now was stored after the drop
-                self._space.clear_paths(index, [key for key in batch if not index.knows(key)], report)
+                orphans = [key for key in batch if not index.knows(key)]
+                self._space.clear_paths(index, orphans, report, index.unowned_tombstones())
 
 
 def _log(names: Iterable[str], why: str) -> None:
