@@ -75,6 +75,11 @@ async def obey(link: Connection, store: Any) -> None:
 async def carry_out(store: Any, what: str, key: str, argument: Any = None) -> Any:
     if what == "get all":
         return [await carry_out(store, "get", one) for one in argument]
+    if what == "set all":
+        await asyncio.gather(*(carry_out(store, "set", one, 2) for one in argument))
+        return "done"
+    if what == "hits":
+        return store.cache_stats()["hits"]
     if what == "get":
         found = await read(store, key, argument)
         return None if found is None else (version_of(key, found, SIZE) if argument is None else found)
@@ -210,6 +215,30 @@ def test_two_pending_invalidations_end_each_by_itself(root: Path) -> None:
         until(is_made_up_for)
         for _ in over_attempts():
             assert [writer.ask("get", key) for key in ("a/c/0", "a/c/1", "a/d/0")] == [2, 1, 2]
+        folders[1].chmod(0o700)
+        writer.leave()
+    accounted(root)
+
+
+def test_writes_that_waited_together_end_each_by_itself(root: Path) -> None:
+    make_origin(root)
+    give_away(root)
+    with Team() as team:
+        writer = Worker(team, unprivileged, root, cached, revalidate=False)
+        assert [writer.ask("get", key) for key in ALL] == [1, 1, 1]
+        folders = entry(root, "a/c"), entry(root, "a/d")
+        for folder in folders:
+            folder.chmod(0o500)
+        # while the first one waits for the disk, the others come
+        writer.ask("set all", argument=("a/c/1", "a/c/0", "a/d/0"))
+        folders[0].chmod(0o700)
+
+        def is_cached_again() -> bool:
+            before = writer.ask("hits")
+            assert [writer.ask("get", key) for key in ("a/c/0", "a/d/0")] == [2, 2]
+            return bool(writer.ask("hits") > before)
+
+        until(is_cached_again)
         folders[1].chmod(0o700)
         writer.leave()
     accounted(root)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +209,63 @@ async def test_a_write_that_failed_half_way_leaves_no_old_value(cache_kind: str,
     await gate.arrived()
     # the source has it, whatever becomes of the call
     writing.cancel()
+    gate.open()
     with pytest.raises(asyncio.CancelledError):
         await writing
     await check(store, b"new")
+
+
+class InThreads(WrapperStore[Store]):
+    """Writes in a thread, as `LocalStore` does: the thread goes on after its task was cancelled."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.begun, self.gate, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def _later(self, write: Coroutine[Any, Any, None]) -> None:
+        def act() -> None:
+            self.begun.set()
+            assert self.gate.wait(PATIENCE)
+            asyncio.run(write)
+            self.ended.set()
+
+        await asyncio.to_thread(act)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await self._later(self._store.set(key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        await self._later(self._store.set_if_not_exists(key, value))
+
+    async def delete(self, key: str) -> None:
+        await self._later(self._store.delete(key))
+
+    async def delete_dir(self, prefix: str) -> None:
+        await self._later(self._store.delete_dir(prefix))
+
+    async def clear(self) -> None:
+        await self._later(self._store.clear())
+
+
+@pytest.mark.parametrize("name", ["set", "delete", "delete_dir", "clear"])
+async def test_a_cancelled_write_that_goes_on_at_the_source_leaves_no_old_value(
+    name: str, cache_kind: str, tmp_path: Path
+) -> None:
+    beneath = memory_source()
+    write, expected = await prepare(beneath, name)
+    source = InThreads(beneath)
+    store = cached(cache_kind, source, tmp_path)
+    writing = asyncio.ensure_future(write(store))
+    assert await asyncio.to_thread(source.begun.wait, PATIENCE)
+    writing.cancel()
+    # who reads meanwhile must not keep the old value, which the source still has
+    for _ in range(50):
+        assert await read(store, KEY) == b"old"
+    source.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert await asyncio.to_thread(source.ended.wait, PATIENCE)
+    assert await read(store, KEY) == await read(beneath, KEY) == expected
 
 
 @pytest.mark.parametrize("first_to_return", ["one", "two"])
@@ -250,6 +305,23 @@ async def test_writes_reach_the_source_in_the_order_in_which_they_were_begun(cac
             found = await one.get(key, default_buffer_prototype())
             assert found is not None
             assert found.to_bytes() == last.to_bytes()
+
+
+async def test_a_write_of_another_event_loop_does_not_change_the_order() -> None:
+    source, cache = MemoryStore(), memory_source()
+    store = xzcache.CacheStore(source, cache_store=cache)
+    gate = cache.hold("delete", KEY)
+    writes = [asyncio.ensure_future(store.set(KEY, buffer(b"first")))]
+    await gate.arrived()
+    cache._gates.clear()
+    await asyncio.to_thread(write_now, store, KEY, b"elsewhere")
+    writes.append(asyncio.ensure_future(store.set(KEY, buffer(b"second"))))
+    # longer than it takes, if it does not wait for the first one
+    for _ in range(100):
+        await asyncio.sleep(0)
+    gate.open()
+    await asyncio.gather(*writes)
+    assert await read(source, KEY) == b"second"
 
 
 async def test_a_writer_and_a_deleter_of_one_key(cache_kind: str, tmp_path: Path) -> None:

@@ -435,7 +435,7 @@ class Writes:
             keys,
             act,
             lambda: self._pending.unlink_keys(keys),
-            lambda: self.invalidate_now(keys, HideReport(), ended),
+            lambda: self._invalidate_late(keys, ended),
         )
         self._see_to(report)
         _log(keys, why)
@@ -465,7 +465,15 @@ class Writes:
         if left := list(report.left):
             if report.error is not None:
                 self._pending.record_fault(report.error)
-            self._pending.defer(left, lambda: self.invalidate_now(left, HideReport()))
+            self._pending.defer(left, lambda: self._invalidate_late(left))
+
+    def _invalidate_late(self, keys: Sequence[str], ended: Sequence[Begun] = ()) -> bool:
+        """Retry the invalidation of some keys; those whose files are gone do not wait for the others."""
+        report = HideReport()
+        self.invalidate_now(keys, report, ended)
+        if left := list(report.left):
+            self._pending.defer(left, lambda: self._invalidate_late(left))
+        return True
 
     def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
         """Invalidate keys, raising faults; returns whether all their files are gone."""
@@ -621,8 +629,10 @@ class Writes:
     ) -> list[Tombstone]:
         """Remove keys and other entries from the index and hide their files; within a section, which is committed."""
         rows = [*(row for key in keys for row in index.of_key(key)), *others]
+        # before the commit: after it, the query would be a transaction of its own
+        unowned = index.unowned_tombstones() if keys else []
         tombstones = self._space.mark_deleted(process, index, rows, report)
-        self._space.clear_paths(index, [key for key in keys if key not in report.left], report)
+        self._space.clear_paths(index, [key for key in keys if key not in report.left], report, unowned)
         return tombstones
 
     # -- everything beneath a prefix
@@ -739,7 +749,8 @@ class Writes:
         for batch in _batches(sorted(keys - report.left)):
             with self._session.section() as (_, index):
                 # a key that has a row by now was stored after the drop
-                self._space.clear_paths(index, [key for key in batch if not index.knows(key)], report)
+                orphans = [key for key in batch if not index.knows(key)]
+                self._space.clear_paths(index, orphans, report, index.unowned_tombstones())
 
 
 def _log(names: Iterable[str], why: str) -> None:

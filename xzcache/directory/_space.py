@@ -366,14 +366,15 @@ class Space:
             raise
         return item
 
-    def clear_paths(self, index: Index, keys: Iterable[str], report: HideReport) -> None:
-        """Unlink files of keys that have no row any more; within a section."""
-        keys = list(keys)
-        tombstones = index.unowned_tombstones() if keys else []
+    def clear_paths(self, index: Index, keys: Iterable[str], report: HideReport, unowned: Sequence[Tombstone]) -> None:
+        """Unlink files of keys that have no row any more; within a section.
+
+        `unowned` are the tombstones without an owner.
+        """
         for key in keys:
             for is_last in (False, True):
                 try:
-                    recovery.clear_paths(self.session, index, key, tombstones)
+                    recovery.clear_paths(self.session, index, key, unowned)
                     break
                 except OSError as error:
                     if is_last:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from xzcache.model import is_cacheable, is_document, run_to_completion
 from xzcache.reading._request import contents, peers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 
     from zarr.core.buffer import Buffer
 
     from xzcache.model import Backend
     from xzcache.reading._freshness import Freshness
+
+    Turn = Callable[[], Awaitable[None]]
 
 
 class WriteThrough:
@@ -49,29 +52,20 @@ class WriteThrough:
             return
         pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
         keys = [key for key, _ in pairs]
-        with self._turns.take(keys) as turn:
-            async with self._telling(keys):
-                # to the end even if cancelled: a write that has begun must be ended, or its key is not cached again
-                begun, cancelled = await run_to_completion(self._backend.begin_write(keys))
-                done = False
-                try:
-                    _honour(cancelled)
-                    await turn()
-                    await write()
-                    done = True
-                finally:
-                    # after an exception the state of the source is unknown, so no value is stored
-                    values = [contents(value) if keep and done else None for _, value in pairs]
-                    _, cancelled = await run_to_completion(self._end(begun, values, pairs if done and certain else []))
-                    _honour(cancelled and done)
 
-    async def _end(self, begun: Any, values: list[memoryview | None], certain: list[tuple[str, Buffer]]) -> None:
-        await self._backend.end_write(begun, values)
-        for key, value in certain:
-            if is_document(key):
-                document = value.to_bytes()
-                await self._backend.apply_document(key, document, None, is_written=True)
-                self._freshness.mark_validated(key, document)
+        async def whole(turn: Turn) -> None:
+            async with self._begun(keys) as values:
+                await turn()
+                await write()
+                if keep:
+                    values += [contents(value) for _, value in pairs]
+            for key, value in pairs if certain else ():
+                if is_document(key):
+                    document = value.to_bytes()
+                    await self._backend.apply_document(key, document, None, is_written=True)
+                    self._freshness.mark_validated(key, document)
+
+        await self._to_the_end(whole, keys, keys)
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete a key and everything beneath it, as a file store does."""
@@ -89,17 +83,46 @@ class WriteThrough:
 
     async def _deletion(self, prefix: str, delete: Callable[[], Awaitable[None]], *, itself: bool) -> None:
         keys = [prefix] if itself else []
-        names = [*keys, f"{prefix}/" if prefix else ""]
+
+        async def whole(turn: Turn) -> None:
+            async with self._begun(keys, prefix):
+                await turn()
+                await delete()
+
+        await self._to_the_end(whole, [*keys, f"{prefix}/" if prefix else ""], keys, prefix)
+
+    async def _to_the_end(
+        self,
+        whole: Callable[[Turn], Coroutine[Any, Any, None]],
+        names: Sequence[str],
+        keys: Sequence[str],
+        beneath: str | None = None,
+    ) -> None:
+        """Do a whole write, in its turn, even if the caller is cancelled.
+
+        A store that writes in a thread, as `LocalStore` does, goes on after its task was cancelled. Were the write
+        ended then, a reader could store the old value after it.
+        """
         with self._turns.take(names) as turn:
-            async with self._telling(keys, prefix):
-                begun, cancelled = await run_to_completion(self._backend.begin_write(keys, beneath=prefix))
-                try:
-                    _honour(cancelled)
-                    await turn()
-                    await delete()
-                finally:
-                    _, cancelled = await run_to_completion(self._backend.end_write(begun))
-                _honour(cancelled)
+            async with self._telling(keys, beneath):
+                _, cancelled = await run_to_completion(whole(turn))
+                if cancelled:
+                    raise asyncio.CancelledError
+
+    @asynccontextmanager
+    async def _begun(self, keys: Sequence[str], beneath: str | None = None) -> AsyncIterator[list[memoryview]]:
+        """While the source is being written; yields a list for the values that are to be stored."""
+        begun = await self._backend.begin_write(keys, beneath)
+        values: list[memoryview] = []
+        try:
+            yield values
+        except Exception:
+            # the state of the source is unknown, so no value is stored
+            await self._backend.end_write(begun)
+            raise
+        # Not after a cancellation, which comes only from the end of the event loop: the source may go on. The keys are
+        # not cached until this process ends
+        await self._backend.end_write(begun, values)
 
     @asynccontextmanager
     async def _telling(self, keys: Sequence[str], beneath: str | None = None) -> AsyncIterator[None]:
@@ -122,22 +145,23 @@ class _Turns:
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, asyncio.Future[None]] = {}
-        """By key, or by prefix with its trailing slash: the last write that has begun and not ended."""
+        self._of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Future[None]]]
+        self._of_loop = WeakKeyDictionary()
+        """For each loop, by key, or by prefix with its trailing slash: the last write that has begun and not ended."""
 
     @contextmanager
-    def take(self, names: Sequence[str]) -> Iterator[Callable[[], Awaitable[None]]]:
+    def take(self, names: Sequence[str]) -> Iterator[Turn]:
         """Begin a write of keys and prefixes; await the returned function before calling the source."""
         loop = asyncio.get_running_loop()
+        last = self._of_loop.setdefault(loop, {})
         mine: asyncio.Future[None] = loop.create_future()
-        overlapping = [self._last.get(above) for name in names for above in _with_prefixes(name)]
+        overlapping = [last.get(above) for name in names for above in _with_prefixes(name)]
         if prefixes := tuple(name for name in names if name[-1:] in ("", "/")):
-            overlapping += [write for name, write in list(self._last.items()) if name.startswith(prefixes)]
-        self._last.update(dict.fromkeys(names, mine))
+            overlapping += [write for name, write in last.items() if name.startswith(prefixes)]
+        last.update(dict.fromkeys(names, mine))
 
         async def turn() -> None:
-            earlier = {write for write in overlapping if write is not None and not write.done()}
-            if earlier := {write for write in earlier if write.get_loop() is loop}:
+            if earlier := {write for write in overlapping if write is not None and not write.done()}:
                 await asyncio.wait(earlier)
             mine.set_result(None)
 
@@ -147,8 +171,8 @@ class _Turns:
             if not mine.done():
                 mine.set_result(None)
             for name in names:
-                if self._last.get(name) is mine:
-                    del self._last[name]
+                if last.get(name) is mine:
+                    del last[name]
 
 
 def _with_prefixes(name: str) -> Iterator[str]:
@@ -158,8 +182,3 @@ def _with_prefixes(name: str) -> Iterator[str]:
     while (end := name.rfind("/", 0, end)) >= 0:
         yield name[: end + 1]
     yield ""
-
-
-def _honour(cancelled: bool) -> None:
-    if cancelled:
-        raise asyncio.CancelledError
