@@ -308,7 +308,7 @@ class WritableView(SourceView):
     async def set(self, key: str, value: Buffer) -> None:
         """Write a value to the source, and, where so configured, to the cache."""
         self._check_writable()
-        await self._writes.values([(key, value)], lambda: self._store.set(key, value), keep=self.cache_set_data)
+        await self._writes.value(key, value, lambda: self._store.set(key, value), keep=self.cache_set_data)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """As `set`, synchronously."""
@@ -322,14 +322,9 @@ class WritableView(SourceView):
         """Write a value unless the key has one, by the source's own means."""
         self._check_writable()
         # not kept, because only the source knows whether this value was written
-        await self._writes.values(
-            [(key, value)], lambda: self._store.set_if_not_exists(key, value), keep=False, certain=False
+        await self._writes.value(
+            key, value, lambda: self._store.set_if_not_exists(key, value), keep=False, certain=False
         )
-
-    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
-        self._check_writable()
-        pairs = list(values)
-        await self._writes.values(pairs, lambda: self._store._set_many(pairs), keep=self.cache_set_data)
 
     async def delete(self, key: str) -> None:
         """Delete a key at the source and in the cache."""

@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ WRITES: dict[str, tuple[Write, bytes | None]] = {
     "delete_dir": (lambda store: store.delete_dir("x"), None),
     "clear": (lambda store: store.clear(), None),
 }
+CALLS = {"_set_many": ("set", KEY), "delete_dir": ("delete_dir", "x"), "clear": ("clear", "")}
+"""The calls of the source, where they are not those of the write with the key."""
 ALL = pytest.mark.parametrize("name", sorted(WRITES))
 PARTS = pytest.mark.parametrize(
     ("part", "size"),
@@ -127,12 +129,12 @@ async def test_a_fill_that_began_during_a_write_does_not_outlive_it(
     store = cached(cache_kind, source, tmp_path, cache_set_data=keep)
     await prevent(source, name)
     # the source has not been told yet: readers get the old value, and must not keep it
-    at = {"_set_many": "", "delete_dir": "x", "clear": ""}.get(name, KEY)
-    gate = source.hold(name, at, after=False)
+    at = CALLS.get(name, (name, KEY))
+    gate = source.hold(*at, after=False)
     writing = asyncio.ensure_future(write(store))
     await gate.arrived()
     assert await read(store, KEY, part) == (None if name == "set_if_not_exists" else b"old"[:size])
-    source.let_go(name, at)
+    source.let_go(*at)
     await writing
     await check(store, expected)
 
@@ -172,13 +174,13 @@ async def test_a_fill_that_ends_before_a_write_does(
     fetching = asyncio.create_task(read(store, KEY, part))
     await reading.arrived()
     await prevent(source, name)
-    at = {"_set_many": "", "delete_dir": "x", "clear": ""}.get(name, KEY)
-    writing = source.hold(name, at, after=True)
+    at = CALLS.get(name, (name, KEY))
+    writing = source.hold(*at, after=True)
     task = asyncio.ensure_future(write(store))
     await writing.arrived()
     source.let_go("get", KEY)
     assert await fetching == b"old"[:size]
-    source.let_go(name, at)
+    source.let_go(*at)
     await task
     await check(store, expected)
 
@@ -232,7 +234,13 @@ class InThreads(WrapperStore[Store]):
         await asyncio.to_thread(act)
 
     async def set(self, key: str, value: Buffer) -> None:
+        if not isinstance(value, Buffer):
+            raise TypeError(f"{value} is no buffer")
         await self._later(self._store.set(key, value))
+
+    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
+        # as most stores: if one fails, the others go on
+        await Store._set_many(self, values)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         await self._later(self._store.set_if_not_exists(key, value))
@@ -305,6 +313,25 @@ async def test_writes_reach_the_source_in_the_order_in_which_they_were_begun(cac
             found = await one.get(key, default_buffer_prototype())
             assert found is not None
             assert found.to_bytes() == last.to_bytes()
+
+
+async def test_a_write_that_fails_beside_one_that_goes_on(cache_kind: str, tmp_path: Path) -> None:
+    beneath = memory_source()
+    await prepare(beneath, "set")
+    source = InThreads(beneath)
+    store = cached(cache_kind, source, tmp_path)
+    not_a_buffer: Any = None
+    with pytest.raises(TypeError):
+        await store._set_many([(KEY, buffer(b"new")), ("x/c/1", not_a_buffer)])
+    assert await asyncio.to_thread(source.begun.wait, PATIENCE)
+    # who reads meanwhile must not keep the old value, which the source still has
+    for _ in range(50):
+        assert await read(store, KEY) == b"old"
+    source.gate.set()
+    assert await asyncio.to_thread(source.ended.wait, PATIENCE)
+    async with asyncio.timeout(PATIENCE):
+        while await read(store, KEY) != b"new":
+            await asyncio.sleep(0)
 
 
 async def test_a_write_of_another_event_loop_does_not_change_the_order() -> None:
@@ -439,7 +466,7 @@ class Fatal(CountingStore):
 
     async def _through(self, method: str, key: str, act: Callable[[], Any]) -> Any:
         result = await super()._through(method, key, act)
-        if method in WRITES:
+        if method in WRITES and key != "other":
             os._exit(7)
         return result
 

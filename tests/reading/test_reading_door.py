@@ -105,7 +105,7 @@ async def test_reads_ranges_and_writes_through_a_cache_of_the_tests() -> None:
     assert await asyncio.gather(read(), read(RangeByteRequest(0, 1))) == [b"0123456789", b"0"]
     assert source.reads == 6
     value = buffer(b"9876543210")
-    await writes.values([(KEY, value)], lambda: source.set(KEY, value), keep=True)
+    await writes.value(KEY, value, lambda: source.set(KEY, value), keep=True)
     assert await read(RangeByteRequest(2, 4)) == b"76"
     await writes.deletion(KEY, lambda: source.delete(KEY))
     assert await read() is None

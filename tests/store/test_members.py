@@ -20,7 +20,7 @@ import xzcache
 CACHED = {"get", "get_partial_values", "exists", "get_ranges", "getsize"}
 
 # The source does it, and the cache says the same afterwards.
-COHERENT = {"set", "set_sync", "set_if_not_exists", "_set_many", "delete", "delete_sync", "delete_dir", "clear"}
+COHERENT = {"set", "set_sync", "set_if_not_exists", "delete", "delete_sync", "delete_dir", "clear"}
 
 # Only the source can answer or act.
 DELEGATED = {
@@ -50,6 +50,7 @@ INHERITED = {
     "_check_writable": "looks at read_only",
     "supports_partial_writes": "never",
     "_get_many": "calls get",
+    "_set_many": "calls set",
     "get_ranges_sync": "calls get_sync",
     "_read_only": "belongs to the base",
     "_is_open": "belongs to the base",
@@ -183,7 +184,6 @@ WRITES: dict[str, tuple[Use, bytes | None]] = {
     "set": (lambda store: store.set("a/c/0", buffer(b"new")), b"new"),
     "set_sync": (lambda store: asyncio.to_thread(store.set_sync, "a/c/0", buffer(b"new")), b"new"),
     "set_if_not_exists": (lambda store: store.set_if_not_exists("a/c/0", buffer(b"new")), b"new"),
-    "_set_many": (lambda store: store._set_many(iter([("a/c/0", buffer(b"new"))])), b"new"),
     "delete": (lambda store: store.delete("a/c/0"), None),
     "delete_sync": (lambda store: asyncio.to_thread(store.delete_sync, "a/c/0"), None),
     "delete_dir": (lambda store: store.delete_dir("a"), None),

@@ -34,38 +34,30 @@ class WriteThrough:
         self._passes = passes
         self._turns = _Turns()
 
-    async def values(
-        self,
-        pairs: list[tuple[str, Buffer]],
-        write: Callable[[], Awaitable[None]],
-        *,
-        keep: bool,
-        certain: bool = True,
+    async def value(
+        self, key: str, value: Buffer, write: Callable[[], Awaitable[None]], *, keep: bool, certain: bool = True
     ) -> None:
-        """Write values to the source.
+        """Write a value to the source.
 
-        `keep` stores them in the cache unless another process wrote them at the same time. `certain` tells that the
-        source has these values once `write` returns.
+        `keep` stores it in the cache unless another process wrote it at the same time. `certain` tells that the source
+        has this value once `write` returns.
         """
-        if self._passes:
+        if not self._is_cacheable(key):
             await write()
             return
-        pairs = [(key, value) for key, value in pairs if self._is_cacheable(key)]
-        keys = [key for key, _ in pairs]
 
         async def whole(turn: Turn) -> None:
-            async with self._begun(keys) as values:
+            async with self._begun([key]) as values:
                 await turn()
                 await write()
                 if keep:
-                    values += [contents(value) for _, value in pairs]
-            for key, value in pairs if certain else ():
-                if is_document(key):
-                    document = value.to_bytes()
-                    await self._backend.apply_document(key, document, None, is_written=True)
-                    self._freshness.mark_validated(key, document)
+                    values.append(contents(value))
+            if certain and is_document(key):
+                document = value.to_bytes()
+                await self._backend.apply_document(key, document, None, is_written=True)
+                self._freshness.mark_validated(key, document)
 
-        await self._to_the_end(whole, keys, keys)
+        await self._to_the_end(whole, [key], [key])
 
     async def deletion(self, key: str, delete: Callable[[], Awaitable[None]]) -> None:
         """Delete a key and everything beneath it, as a file store does."""
