@@ -20,6 +20,7 @@ import pytest
 import zarr
 from clusters import metrics, nodes, pids, total
 from distributed import Client
+from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.security import Security
 from processes import Dataset, Far, Source, until
 from servers import S3Server, s3_server, words
@@ -42,18 +43,30 @@ def plugin(**settings: Any) -> xzcache.CachePlugin:
     return xzcache.CachePlugin(max_size="10 MB", min_free=0, peers="on", **settings)
 
 
+class Unhurried(WorkerPlugin):
+    """Workers ask each other however quick the source is: a test of its own has the rules for that."""
+
+    name = "unhurried"
+
+    def setup(self, worker: Any) -> None:
+        from xzcache.dask import _worth
+
+        _worth._SOME = 10**9  # type: ignore[misc]
+
+
 class Cluster:
     """Simulated nodes that ask each other, and an array whose source notes each request."""
 
-    def __init__(self, client: Client, folder: Path, count: int = NODES) -> None:
+    def __init__(self, client: Client, folder: Path, count: int = NODES, source: type[Source] = Source) -> None:
         self.client = client
         self.folder = folder
+        self.source = source
         self.dataset = Dataset(folder, side=6, chunk=8)
         until(lambda: all(seen["peers"] == count - 1 for seen in metrics(client).values()))
         self.workers = sorted(client.nthreads())
 
     def store(self, **options: Any) -> xzcache.CacheStore:
-        source = Far(LocalStore(self.dataset.place, read_only=options.get("read_only", True)), self.dataset.log)
+        source = self.source(LocalStore(self.dataset.place, read_only=options.get("read_only", True)), self.dataset.log)
         return xzcache.CacheStore(source, **{"read_only": True, **options})
 
     def array(self) -> Any:
@@ -92,7 +105,7 @@ def _get(store: xzcache.CacheStore, key: str) -> bytes | None:
 def started(tmp_path: Path) -> Iterator[Cluster]:
     with nodes(tmp_path, NODES) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
-        yield Cluster(client, tmp_path)
+        yield Cluster(client, tmp_path, source=Far)
 
 
 def test_the_cluster_requests_each_chunk_once(started: Cluster) -> None:
@@ -125,6 +138,7 @@ def small(tmp_path: Path) -> Iterator[Cluster]:
     """Three nodes of their own, of which each has its part of the array."""
     with nodes(tmp_path, 3) as client, xzcache.config.set(directory=None):
         # a busy machine is no reason to ask the source
+        client.register_plugin(Unhurried())
         client.register_plugin(plugin(peer_timeout=30))
         cluster = Cluster(client, tmp_path, 3)
         cluster.read(cluster.workers[0]).result()
@@ -504,7 +518,7 @@ def _ends(array: Any) -> float:
     return sum(float(array[start]) for start in range(0, array.shape[0], array.chunks[0]))
 
 
-class Known(Far):
+class Known(Source):
     """A store that some nodes cannot unpickle."""
 
     def __init__(self, store: LocalStore, log: str, refused: list[str]) -> None:
@@ -540,6 +554,7 @@ def test_a_node_that_cannot_read_the_source_is_not_used(small: Cluster) -> None:
 def test_encrypted_connections(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     with nodes(tmp_path, 2, security=Security.temporary()) as client, xzcache.config.set(directory=None):
+        client.register_plugin(Unhurried())
         client.register_plugin(plugin(peer_timeout=30))
         cluster = Cluster(client, tmp_path, 2)
         assert all(worker.startswith("tls://") for worker in cluster.workers)
@@ -727,7 +742,7 @@ def test_nodes_that_ask_each_other_at_the_same_time(tmp_path: Path) -> None:
     """Two workers with several threads a node, which read the same chunks in different orders, and cross each other."""
     with nodes(tmp_path, 2, per_node=2, nthreads=4) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
-        cluster = Cluster(client, tmp_path, 2)
+        cluster = Cluster(client, tmp_path, 2, Far)
         array = cluster.array()
         results = [cluster.run(worker, _read_by, array, seed) for worker in cluster.workers for seed in range(4)]
         for result in results:
@@ -752,6 +767,7 @@ def _read_by(array: Any, seed: int) -> Any:
 @pytest.mark.soak
 def test_with_affinity_the_source_is_asked_once_whatever_is_computed(tmp_path: Path) -> None:
     with nodes(tmp_path, 3) as client, xzcache.config.set(directory=None):
+        client.register_plugin(Unhurried())
         client.register_plugin(plugin(peer_timeout=30, affinity="auto"))
         cluster = Cluster(client, tmp_path, 3)
         array = cluster.array()
@@ -769,6 +785,7 @@ def test_with_affinity_the_source_is_asked_once_whatever_is_computed(tmp_path: P
 @pytest.mark.soak
 def test_a_node_that_joins_gets_its_share_from_the_nodes_that_had_it(tmp_path: Path) -> None:
     with nodes(tmp_path, 2) as client, xzcache.config.set(directory=None):
+        client.register_plugin(Unhurried())
         client.register_plugin(plugin(peer_timeout=30))
         cluster = Cluster(client, tmp_path, 2)
         for _ in range(2):
