@@ -249,7 +249,6 @@ class Runner:
                 env={
                     **{name: value for name, value in os.environ.items() if not name.startswith(("XZCACHE_", "ZARR_"))},
                     "PYTHONPATH": str(HERE),
-                    "PYTHONDONTWRITEBYTECODE": "1",
                     "TMPDIR": scratch,
                     "HYPOTHESIS_PROFILE": "ci",
                     # no test may touch the cache of this user, nor find it turned off where a disk is nearly full
