@@ -420,7 +420,7 @@ class Readers:
     def wait_until_told(self) -> None:
         """Wait until both have heard that all writes are over; what was not written is given then."""
         until(lambda: self.small.client.run_on_scheduler(_have_told, workers=(self.owner, self.reader)))
-        assert self.given(self.untouched.pop())[1] == 1
+        until(lambda: self.given(self.untouched.pop())[1])
 
     def must_be_given_as_written(self) -> None:
         """The first time, it is not stored."""
@@ -527,6 +527,32 @@ def test_the_writes_of_a_worker_that_was_removed_before_it_told_of_them_end(
     path = readers.array.store.namespace
     small.client.run(_tell_written, worker="tcp://127.0.0.1:9", path=path, workers=[readers.writer])
     readers.wait_until_told()
+
+
+async def _write_twice(dask_scheduler: Any, path: str) -> list[bool]:
+    """Have a worker that was removed write, and another one at its address; whether it is written after each end."""
+    plugin = dask_scheduler.plugins["xzcache-cluster"]
+    due: list[tuple[Any, ...]] = []
+    call_later = dask_scheduler.loop.call_later
+
+    def noted(delay: float, call: Any, *args: Any) -> Any:
+        return due.append((call, *args)) if call == plugin._end_writes else call_later(delay, call, *args)
+
+    dask_scheduler.loop.call_later = noted
+    try:
+        for _ in range(2):
+            await dask_scheduler.handlers["xzcache_stale"](worker="tcp://127.0.0.1:9", path=path, is_written=True)
+    finally:
+        del dask_scheduler.loop.call_later
+    found = []
+    for call, *args in due:
+        call(*args)
+        found.append(bool(plugin._stale[path].writers))
+    return found
+
+
+def test_the_writes_of_a_worker_do_not_end_with_those_of_an_earlier_one_at_its_address(started: Cluster) -> None:
+    assert started.client.run_on_scheduler(_write_twice, path="another source") == [True, False]
 
 
 def _bounds(dask_worker: Any) -> list[int]:

@@ -46,7 +46,8 @@ class _Stale:
     def __init__(self) -> None:
         self.version = 0
         self.state = ""
-        self.writers: set[str] = set()
+        self.writers: dict[str, object] = {}
+        """Each with a mark of when it last told of a begin: a worker that is restarted may have the same address."""
 
 
 class ClusterPlugin(SchedulerPlugin):
@@ -207,14 +208,14 @@ class ClusterPlugin(SchedulerPlugin):
             found = self._stale[path] = _Stale()
         was_written = bool(found.writers)
         if is_written:
-            found.writers.add(worker)
+            found.writers[worker] = object()
             if worker not in self._scheduler.workers:
                 # it was removed before
                 self._end_late(path, worker)
         elif is_written is False:
             # though its begin was not heard
-            found.writers.add(worker)
-            self._end_writes(path, worker)
+            mark = found.writers[worker] = object()
+            self._end_writes(path, worker, mark)
             return
         if not was_written:
             self._version += 1
@@ -235,12 +236,13 @@ class ClusterPlugin(SchedulerPlugin):
     def _end_late(self, path: str, worker: str) -> None:
         """End the writes of a worker that has left, whose last one may still be on the way to the source."""
         assert self._scheduler is not None
-        self._scheduler.loop.call_later(_LATE, self._end_writes, path, worker)
+        mark = self._stale[path].writers[worker]
+        self._scheduler.loop.call_later(_LATE, self._end_writes, path, worker, mark)
 
-    def _end_writes(self, path: str, worker: str) -> None:
+    def _end_writes(self, path: str, worker: str, mark: object) -> None:
         found = self._stale.get(path)
-        if found is not None and worker in found.writers:
-            found.writers.discard(worker)
+        if found is not None and found.writers.get(worker) is mark:
+            del found.writers[worker]
             if not found.writers:
                 self._version += 1
                 found.version, found.state = self._version, ""
