@@ -53,7 +53,7 @@ def plugin(**settings: Any) -> xzcache.CachePlugin:
 
 
 class Unhurried(WorkerPlugin):
-    """Workers ask each other however quick the source is: a test of its own has the rules for that."""
+    """Workers ask each other however long that takes: a test of its own has the rules for it."""
 
     name = "unhurried"
 
@@ -66,17 +66,16 @@ class Unhurried(WorkerPlugin):
 class Cluster:
     """Simulated nodes that ask each other, and an array whose source notes each request."""
 
-    def __init__(self, client: Client, folder: Path, count: int = NODES, source: type[Source] = Source) -> None:
+    def __init__(self, client: Client, folder: Path, count: int = NODES) -> None:
         self.client = client
         self.folder = folder
-        self.source = source
         self.dataset = Dataset(folder, side=6, chunk=8)
         client.register_plugin(Unhurried())
         until(lambda: all(seen["peers"] == count - 1 for seen in metrics(client).values()))
         self.workers = sorted(client.nthreads())
 
     def store(self, **options: Any) -> xzcache.CacheStore:
-        source = self.source(LocalStore(self.dataset.place, read_only=options.get("read_only", True)), self.dataset.log)
+        source = Far(LocalStore(self.dataset.place, read_only=options.get("read_only", True)), self.dataset.log)
         return xzcache.CacheStore(source, **{"read_only": True, **options})
 
     def array(self) -> Any:
@@ -115,7 +114,7 @@ def _get(store: xzcache.CacheStore, key: str) -> bytes | None:
 def started(tmp_path: Path) -> Iterator[Cluster]:
     with nodes(tmp_path, NODES) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
-        yield Cluster(client, tmp_path, source=Far)
+        yield Cluster(client, tmp_path)
 
 
 def test_the_cluster_requests_each_chunk_once(started: Cluster) -> None:
@@ -885,7 +884,7 @@ def _ends_of(array: Any) -> float:
     return sum(float(array[start]) for start in range(0, array.shape[0], array.chunks[0]))
 
 
-class Known(Source):
+class Known(Far):
     """A store that some nodes cannot unpickle."""
 
     def __init__(self, store: LocalStore, log: str, refused: list[str]) -> None:
@@ -1108,7 +1107,7 @@ def test_nodes_that_ask_each_other_at_the_same_time(tmp_path: Path) -> None:
     """Two workers with several threads a node, which read the same chunks in different orders, and cross each other."""
     with nodes(tmp_path, 2, per_node=2, nthreads=4) as client, xzcache.config.set(directory=None):
         client.register_plugin(plugin(peer_timeout=30))
-        cluster = Cluster(client, tmp_path, 2, Far)
+        cluster = Cluster(client, tmp_path, 2)
         array = cluster.array()
         results = [cluster.run(worker, _read_by, array, seed) for worker in cluster.workers for seed in range(4)]
         for result in results:
