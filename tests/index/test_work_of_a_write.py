@@ -96,8 +96,8 @@ def test_few_transactions_are_made(calls: dict[str, list[str]], work: str, most:
 
 def test_misses_at_once_are_stored_together(calls: dict[str, list[str]]) -> None:
     # a commit ends the journal; a recovery, which may be due, changes nothing. On a busy machine, the first to arrive
-    # may be stored before the others are here
-    assert 1 <= round(count(calls["together"], "pwrite64(", ".db-journal>", ", 28, 0)") * TIMES) <= 2
+    # may be stored before the others are here, and some of these before the last
+    assert 1 <= round(count(calls["together"], "pwrite64(", ".db-journal>", ", 28, 0)") * TIMES) <= TIMES / 5
 
 
 def test_an_object_that_is_not_cached_is_looked_for_few_times(calls: dict[str, list[str]]) -> None:

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import cloudpickle
 import dask
@@ -23,6 +23,9 @@ Address = str
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+_PRELOAD: Final = ["forked"]
+
+
 @contextmanager
 def _forked() -> Iterator[None]:
     """Workers that Dask starts meanwhile come from the fork server, which has imported what they need."""
@@ -30,7 +33,7 @@ def _forked() -> Iterator[None]:
         # a worker that was killed is its nanny's business, and not to be given up while that restarts it
         "distributed.deploy.lost-worker-timeout": "1h",
         "distributed.worker.multiprocessing-method": "forkserver",
-        "distributed.worker.preload": ["forked"],
+        "distributed.worker.preload": _PRELOAD,
     }
     with dask.config.set(settings):
         if get_mp_context() is (server := multiprocessing.get_context("forkserver")):
@@ -99,7 +102,13 @@ def _give_up_after(seconds: float, dask_scheduler: Scheduler) -> None:
 
 @contextmanager
 def nodes(
-    folder: Path, count: int, *, per_node: int = 1, security: Security | None = None, **options: Any
+    folder: Path,
+    count: int,
+    *,
+    per_node: int = 1,
+    security: Security | None = None,
+    preload: Sequence[str] = (),
+    **options: Any,
 ) -> Iterator[Client]:
     """A cluster of simulated nodes: each has a cache directory of its own, which its workers have in common."""
     safe = {} if security is None else {"security": security, "protocol": "tls://"}
@@ -110,6 +119,7 @@ def nodes(
                 "nthreads": 1,
                 "host": "127.0.0.1",
                 "env": {"XZCACHE_DIRECTORY": str(folder / f"node{node}")},
+                "preload": [*_PRELOAD, *preload],
                 **safe,
                 **options,
             },
