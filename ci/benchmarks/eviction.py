@@ -7,7 +7,12 @@ memory, so that the time of a miss is the cache's.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import sqlite3
 import tempfile
+import time
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -45,6 +50,54 @@ class Everything(dict[str, Buffer]):
 
 
 _VALUE: Final = _PROTOTYPE.buffer.from_bytes(bytes(BYTES))
+
+
+class ByHand:
+    """What storing takes at least: one entry comes and the oldest leaves in one transaction, under a lock of processes.
+
+    The index knows a path, a size, a checksum and the last use of each entry. A file is named once it is recorded.
+    """
+
+    def __init__(self, root: Path, entries: int) -> None:
+        self._root, self._new = root, count()
+        for name in ("tmp", "data"):
+            (root / name).mkdir(parents=True)
+        self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT)
+        self._index = sqlite3.connect(root / "index.db", isolation_level=None)
+        self._index.executescript(
+            "PRAGMA synchronous=OFF; PRAGMA journal_mode=PERSIST;"
+            "CREATE TABLE entry(id INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, crc INTEGER, used INTEGER);"
+            "CREATE INDEX by_use ON entry(used);"
+            "CREATE TABLE total(n INTEGER, bytes INTEGER); INSERT INTO total VALUES(0, 0);"
+        )
+        self._index.execute("BEGIN")
+        for number in range(entries):
+            (root / f"data/old{number}").touch()
+            self._add(f"data/old{number}")
+        self._index.execute("COMMIT")
+
+    def _add(self, path: str) -> None:
+        row = path, BYTES, zlib.crc32(_VALUE.as_numpy_array()), time.time_ns()
+        self._index.execute("INSERT INTO entry(path, size, crc, used) VALUES(?, ?, ?, ?)", row)
+        self._index.execute("UPDATE total SET n = n + 1, bytes = bytes + ?", (BYTES,))
+
+    def put(self, number: int = CALLS) -> None:
+        """Store one after another."""
+        for _ in range(number):
+            name = f"data/{next(self._new)}"
+            file = os.open(self._root / "tmp/new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.write(file, _VALUE.as_numpy_array())
+            os.close(file)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._index.execute("BEGIN IMMEDIATE")
+            self._add(name)
+            oldest, path = self._index.execute("SELECT id, path FROM entry ORDER BY used LIMIT 1").fetchone()
+            self._index.execute("DELETE FROM entry WHERE id = ?", (oldest,))
+            self._index.execute("UPDATE total SET n = n - 1, bytes = bytes - ?", (BYTES,))
+            self._index.execute("COMMIT")
+            os.rename(self._root / "tmp/new", self._root / name)
+            os.unlink(self._root / path)
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
 
 
 class Cache:
@@ -112,18 +165,26 @@ def main() -> None:
         caches: dict[str, Cache] = {
             policy: Cache(Path(scratch) / policy, policy, options.entries) for policy in POLICIES
         }
+        by_hand = ByHand(Path(scratch) / "by hand", options.entries)
         for cache in caches.values():
             cache.fill(options.entries * 5 // 4)
         rows = []
         for act, calls in {"miss": CALLS, "put": CALLS, "hit": CALLS, "mix": CALLS * 4 // 3}.items():
             contestants = {policy: partial(getattr(cache, act)) for policy, cache in caches.items()}
+            if act == "put":
+                contestants["by hand"] = partial(by_hand.put)
             taken = alternate(
-                contestants, calls=calls, least=9, most=60, budget=options.budget, before=lambda n: caches[n].choose()
+                contestants,
+                calls=calls,
+                least=9,
+                most=60,
+                budget=options.budget,
+                before=lambda n: caches[n].choose() if n in caches else None,
             )
-            first, *others = taken.values()
-            times = [f"{samples.median * 1e6:.0f}" for samples in taken.values()]
-            rows.append((act, *times, *(str(samples.over(first)) for samples in others)))
-        columns = ["microseconds each", *POLICIES, *(f"{policy} / {POLICIES[0]}" for policy in POLICIES[1:])]
+            lru, adaptive = (taken[policy] for policy in POLICIES)
+            times = [f"{taken[name].median * 1e6:.0f}" if name in taken else "-" for name in (*POLICIES, "by hand")]
+            rows.append((act, *times, str(adaptive.over(lru))))
+        columns = ["microseconds each", *POLICIES, "by hand", "adaptive / lru"]
         report.table(f"{options.entries} entries of {BYTES} bytes", columns, rows)
 
 
