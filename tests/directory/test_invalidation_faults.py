@@ -195,15 +195,21 @@ def test_a_folder_that_may_not_be_written(root: Path, write: str) -> None:
     assert anew(root, "get", "a/c/0") == expected[0]
 
 
-def test_two_pending_invalidations_end_each_by_itself(root: Path) -> None:
+def _unremovable(team: Team, root: Path) -> tuple[Worker, tuple[Path, Path]]:
+    """A process that has cached all keys, and the folders of the files, which it cannot remove."""
     make_origin(root)
     give_away(root)
+    writer = Worker(team, unprivileged, root, cached, revalidate=False)
+    assert [writer.ask("get", key) for key in ALL] == [1, 1, 1]
+    folders = entry(root, "a/c"), entry(root, "a/d")
+    for folder in folders:
+        folder.chmod(0o500)
+    return writer, folders
+
+
+def test_two_pending_invalidations_end_each_by_itself(root: Path) -> None:
     with Team() as team:
-        writer = Worker(team, unprivileged, root, cached, revalidate=False)
-        assert [writer.ask("get", key) for key in ALL] == [1, 1, 1]
-        folders = entry(root, "a/c"), entry(root, "a/d")
-        for folder in folders:
-            folder.chmod(0o500)
+        writer, folders = _unremovable(team, root)
         for key in ("a/c/0", "a/d/0"):
             writer.ask("set", key, 2)
         folders[0].chmod(0o700)
@@ -221,14 +227,8 @@ def test_two_pending_invalidations_end_each_by_itself(root: Path) -> None:
 
 
 def test_writes_that_waited_together_end_each_by_itself(root: Path) -> None:
-    make_origin(root)
-    give_away(root)
     with Team() as team:
-        writer = Worker(team, unprivileged, root, cached, revalidate=False)
-        assert [writer.ask("get", key) for key in ALL] == [1, 1, 1]
-        folders = entry(root, "a/c"), entry(root, "a/d")
-        for folder in folders:
-            folder.chmod(0o500)
+        writer, folders = _unremovable(team, root)
         # while the first one waits for the disk, the others come
         writer.ask("set all", argument=("a/c/1", "a/c/0", "a/d/0"))
         folders[0].chmod(0o700)

@@ -139,7 +139,7 @@ class Writes:
         try:
             await self._tell(path, is_written=None, state=state)
         except Exception:
-            # as the end of a write, it is told until the scheduler has heard it
+            # the end of a write is sent again until the scheduler has heard of it, and this goes with it
             self._note_writes([path], 0)
             self._see_to_the_end()
             raise
@@ -160,7 +160,7 @@ class Writes:
             over = [path for path, (count, ended) in self._writing.items() if not count and now - ended > _QUIET]
             for path in over:
                 del self._writing[path]
-        # nothing is awaited here: a later write is told again, after the end of the earlier ones
+        # nothing is awaited here, so that a later write is announced after the end of the earlier ones
         for path in over:
             self._tellings.pop(path, None)
             self._told_at.pop(path, None)
