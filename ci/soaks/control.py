@@ -61,13 +61,13 @@ CONTROLS = {
         (
             (
                 "directory/_publish.py",
-                "        index.commit()\n        for item, path in moves:\n",
-                "        for item, path in moves:\n",
+                "        index.commit()\n        for item in items:\n            try:\n",
+                "        for item in items:\n            try:\n",
             ),
             (
                 "directory/_publish.py",
-                "                item.failure = error\n\n    def _undo",
-                "                item.failure = error\n        index.commit()\n\n    def _undo",
+                "                item.failure = _cause(error)\n\n    def _undo",
+                "                item.failure = _cause(error)\n        index.commit()\n\n    def _undo",
             ),
         ),
         ("faults --scenario evicting --what KILL --call pwrite64 --positions 40",),
@@ -101,8 +101,8 @@ CONTROLS = {
         (
             (
                 "directory/_space.py",
-                "        room = totals.room\n        if room",
-                "        room = None\n        if room",
+                "        room = totals.room\n        # some more",
+                "        room = None\n        # some more",
             ),
         ),
         ("storm --seconds 20 --seed 3 --steady --snapshots 10",),
