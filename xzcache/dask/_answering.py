@@ -46,6 +46,8 @@ logger = logging.getLogger("xzcache.dask")
 
 _PIECE: Final = 4 << 20
 """The most bytes of one answer: larger chunks come in several, each within the time-out."""
+_INLINE: Final = 128 << 10
+"""The most bytes that are sent within the message: a copy of so few takes less time than a frame of their own."""
 _KEPT: Final = 1.0
 """Seconds for which an answer is kept."""
 _STORES: Final = 256
@@ -126,8 +128,7 @@ class Answers:
             opening = asyncio.ensure_future(pool.run(_unpickled, pickled))
             self._stores.put(store, opening)
         until = time.monotonic() + hold
-        await asyncio.wait([opening], timeout=hold)
-        if not opening.done():
+        if not await _is_done(opening, hold):
             return wait
         if opening.exception() is not None or (copy := opening.result()) is None:
             self._stores.drop(store)
@@ -144,8 +145,7 @@ class Answers:
             if (task := self._reading.get(asked)) is None:
                 self._settle(store, copy.store)
                 task = self._reading[asked] = asyncio.ensure_future(self._read_and_keep(copy, asked))
-            done, _ = await asyncio.wait([task], timeout=max(0.0, until - time.monotonic()))
-            if not done:
+            if not await _is_done(task, until - time.monotonic()):
                 return wait
             answer = task.result()
         if answer is _ELSEWHERE:
@@ -158,7 +158,8 @@ class Answers:
         told = answer.told | {"age": answer.age + time.monotonic() - answer.at}
         if not answer.data:
             return told
-        return told | {"data": to_serialize(answer.data[at : at + _PIECE])}  # type: ignore[no-untyped-call]
+        data = answer.data[at : at + _PIECE]
+        return told | {"data": bytes(data) if len(data) <= _INLINE else to_serialize(data)}  # type: ignore[no-untyped-call]
 
     async def _read_and_keep(self, copy: _Copy, asked: _Asked) -> _Answer:
         """Read, and keep the answer for a second: an asker fetches it in pieces, or asks again after a while."""
@@ -269,6 +270,14 @@ def _request_of(span: Span) -> ByteRequest | None:
     if start < 0:
         return SuffixByteRequest(-start)
     return OffsetByteRequest(start) if stop == END else RangeByteRequest(start, stop)
+
+
+async def _is_done(future: asyncio.Future[Any], seconds: float) -> bool:
+    """Wait for a future, for a while; returns whether it is done."""
+    if not future.done():
+        # `asyncio.wait` takes a turn of the loop and a timer even for what is done
+        await asyncio.wait([future], timeout=max(0.0, seconds))
+    return future.done()
 
 
 async def _loop_here() -> asyncio.AbstractEventLoop:

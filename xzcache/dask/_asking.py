@@ -25,7 +25,7 @@ from distributed.protocol.pickle import dumps
 
 from xzcache import _threads as pool
 from xzcache._fork import renew_after_fork
-from xzcache.dask._peering import Latest, crc_of, start
+from xzcache.dask._peering import Latest, crc_of
 from xzcache.dask._told import block_of
 from xzcache.dask._worth import Whom
 from xzcache.model import Given, Span, array_documents, arrays_of, is_chunk, report_bug
@@ -185,18 +185,13 @@ class Questions:
             limit = max(_LONGEST, self._timeout)
             return await asyncio.wait_for(self._worker.rpc(address).xzcache_ask(**question), limit)
 
-        answered = asyncio.wrap_future(start(send, self._loop))
         try:
-            done, _ = await asyncio.wait([answered], timeout=self._timeout)
-            if not done:
-                return None
-            told = answered.result()
+            async with asyncio.timeout(self._timeout):
+                # it goes on after that: the connection may still be opened, for the next question
+                told = await pool.outcome(asyncio.run_coroutine_threadsafe(send(), self._loop))
         except Exception as error:
-            logger.debug("%s does not answer: %s", address, error)
+            logger.debug("%s does not answer: %s", address, str(error) or "no answer in time")
             return None
-        finally:
-            # the connection may still be opened, for the next question
-            answered.cancel()
         return told if isinstance(told, dict) and "status" in told else None
 
     def _has_seen(self, store: CacheStore, key: str) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import google_crc32c
 import numpy as np
 
 K = TypeVar("K")
 V = TypeVar("V")
-T = TypeVar("T")
 
 
 class Latest(Generic[K, V]):
@@ -46,18 +44,6 @@ class Latest(Generic[K, V]):
     def drop(self, key: K) -> None:
         with suppress(KeyError):
             self._total -= self._size(self._items.pop(key))
-
-
-def start(call: Callable[[], Coroutine[Any, Any, T]], loop: asyncio.AbstractEventLoop) -> Any:
-    """Run a coroutine on an event loop, to its end even if the waiter gives up."""
-
-    async def run() -> T:
-        task = asyncio.ensure_future(call())
-        # a late exception is nobody's
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task)
-
-    return asyncio.run_coroutine_threadsafe(run(), loop)
 
 
 def crc_of(data: memoryview) -> int:

@@ -16,13 +16,12 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from distributed.core import Status
 
+from xzcache import _threads as pool
 from xzcache._fork import renew_after_fork
-from xzcache.dask._peering import start
 from xzcache.dask._told import LEASE
 from xzcache.model import arrays_of, is_chunk, is_document
 
@@ -99,14 +98,16 @@ class Writes:
                 # the worker is gone
                 return paths
             try:
-                telling = asyncio.wrap_future(start(partial(self._tell_written, paths), self._loop))
+                telling = asyncio.run_coroutine_threadsafe(self._tell_written(paths), self._loop)
                 # once that long has passed since it was begun, no node that was not told has a lease any more
                 now = time.monotonic()
                 spent = now - max(self._told_at.get(path, now) for path in paths)
-                await asyncio.wait([telling], timeout=max(_MOMENT, 2 * LEASE - spent))
-                if not telling.done() or telling.exception() is not None:
+                try:
+                    async with asyncio.timeout(max(_MOMENT, 2 * LEASE - spent)):
+                        # it goes on after that
+                        await pool.outcome(telling)
+                except Exception:
                     logger.warning("the other nodes may not know that %s is being written", ", ".join(sorted(paths)))
-                telling.cancel()
             except BaseException:
                 self.end(paths)
                 raise
@@ -180,8 +181,8 @@ class Writes:
             written = {path for name in names if not name.endswith("/") for path in _paths_of(name, is_prefix=False)}
             self._note_writes(written, 0)
             stale = [name.rstrip("/") for name in names if name.endswith("/")]
-            told = [start(partial(self._tell_stale, path, state), self._loop) for path in stale]
-            told += [start(partial(self._tell_written, written), self._loop)] if written else []
+            told = [asyncio.run_coroutine_threadsafe(self._tell_stale(path, state), self._loop) for path in stale]
+            told += [asyncio.run_coroutine_threadsafe(self._tell_written(written), self._loop)] if written else []
             deadline = time.monotonic() + _MOMENT
             for each in told if threading.get_ident() != self._thread else ():
                 with suppress(Exception):
