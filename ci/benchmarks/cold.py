@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
+from _by_hand import Files, Keeping
 from _contestants import SIZES, Kind, make, outside
 from _measure import Samples, alternate
 from _report import Report, arguments
@@ -32,7 +33,7 @@ from _s3 import S3Server, s3_server
 
 CHUNKS = 128
 KIND = Kind("64 KiB", "zstd")
-STRAIGHT, S3FS, OURS = "obstore", "s3fs", "xzcache over obstore"
+STRAIGHT, S3FS, FLOOR, OURS = "obstore", "s3fs", "a cache by hand over obstore", "xzcache over obstore"
 
 
 class Case(NamedTuple):
@@ -99,7 +100,7 @@ def prepare_outside(buckets: Path, path: Path) -> dict[str, Expected]:
 
 
 class Cold:
-    """Three ways to read one array; each turn has a cache of its own.
+    """Ways to read one array; each turn has a cache of its own.
 
     A file system may take long to create files where others were deleted a moment ago.
     """
@@ -107,13 +108,17 @@ class Cold:
     def __init__(self, server: S3Server, case: Case, expected: Expected, cache: Path) -> None:
         self.case, self.expected = case, expected
         straight = server.store("bucket", case.prefix, read_only=True)
-        self.stores = {STRAIGHT: straight, S3FS: through_s3fs(server, case.prefix)}
+        self.stores: dict[str, Store] = {STRAIGHT: straight, S3FS: through_s3fs(server, case.prefix)}
         self._caches = (cache / str(number) for number in itertools.count())
-        self.forget(OURS)
+        # by hand, no parts of objects are kept
+        for name in (OURS,) if case.sharded else (FLOOR, OURS):
+            self.forget(name)
 
     def forget(self, name: str) -> None:
         """A store over a cache that is empty, and in use."""
-        if name == OURS:
+        if name == FLOOR:
+            self.stores[FLOOR] = Keeping(self.stores[STRAIGHT], Files(Path(next(self._caches))))
+        elif name == OURS:
             self.ours = xzcache.CacheStore(self.stores[STRAIGHT], cache_store=next(self._caches))
             sync(self.ours.clear_cache())
 

@@ -7,12 +7,7 @@ memory, so that the time of a miss is the cache's.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
-import sqlite3
 import tempfile
-import time
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -20,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
+from _by_hand import Files
 from _measure import alternate
 from _report import Report, arguments
 from rich.progress import track
@@ -53,51 +49,21 @@ _VALUE: Final = _PROTOTYPE.buffer.from_bytes(bytes(BYTES))
 
 
 class ByHand:
-    """What storing takes at least: one entry comes and the oldest leaves in one transaction, under a lock of processes.
-
-    The index knows a path, a size, a checksum and the last use of each entry. A file is named once it is recorded.
-    """
+    """As many files by hand, one of which goes for each that comes."""
 
     def __init__(self, root: Path, entries: int) -> None:
-        self._root, self._new = root, count()
-        for name in ("tmp", "data"):
-            (root / name).mkdir(parents=True)
-        self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT)
-        self._index = sqlite3.connect(root / "index.db", isolation_level=None)
-        self._index.executescript(
-            "PRAGMA synchronous=OFF; PRAGMA journal_mode=PERSIST;"
-            "CREATE TABLE entry(id INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, crc INTEGER, used INTEGER);"
-            "CREATE INDEX by_use ON entry(used);"
-            "CREATE TABLE total(n INTEGER, bytes INTEGER); INSERT INTO total VALUES(0, 0);"
-        )
-        self._index.execute("BEGIN")
+        self._files, self._new = Files(root), count()
+        self._data = _VALUE.as_numpy_array()
+        self._files.index.execute("BEGIN")
         for number in range(entries):
             (root / f"data/old{number}").touch()
-            self._add(f"data/old{number}")
-        self._index.execute("COMMIT")
-
-    def _add(self, path: str) -> None:
-        row = path, BYTES, zlib.crc32(_VALUE.as_numpy_array()), time.time_ns()
-        self._index.execute("INSERT INTO entry(path, size, crc, used) VALUES(?, ?, ?, ?)", row)
-        self._index.execute("UPDATE total SET n = n + 1, bytes = bytes + ?", (BYTES,))
+            self._files.add(f"data/old{number}", self._data)
+        self._files.index.execute("COMMIT")
 
     def put(self, number: int = CALLS) -> None:
         """Store one after another."""
         for _ in range(number):
-            name = f"data/{next(self._new)}"
-            file = os.open(self._root / "tmp/new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, _VALUE.as_numpy_array())
-            os.close(file)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._index.execute("BEGIN IMMEDIATE")
-            self._add(name)
-            oldest, path = self._index.execute("SELECT id, path FROM entry ORDER BY used LIMIT 1").fetchone()
-            self._index.execute("DELETE FROM entry WHERE id = ?", (oldest,))
-            self._index.execute("UPDATE total SET n = n - 1, bytes = bytes - ?", (BYTES,))
-            self._index.execute("COMMIT")
-            os.rename(self._root / "tmp/new", self._root / name)
-            os.unlink(self._root / path)
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._files.put(f"data/{next(self._new)}", self._data, evict=True)
 
 
 class Cache:

@@ -2,12 +2,13 @@
 
 The node of a block is found by weighted rendezvous hashing: every scheduler finds the same one, and a node that joins
 or leaves moves only its share. Dask keeps the first tasks of large graphs in a queue on the scheduler, so that workers
-hold little in memory, and restricted tasks lose that. So no task is restricted for longer than one transition: when a
-worker has room, the first queued task that prefers its node is sent there, before Dask sends the first one of all.
+hold little in memory, and restricted tasks lose that. So neither a task is restricted nor are the idle workers narrowed
+down for longer than one transition: when a worker has room, the first queued task that prefers its node is sent there,
+before Dask sends the first one of all.
 
-Only what a plugin of the scheduler may do is used: its hooks, `Scheduler.transitions`, and the restrictions of tasks.
-All of it runs on the scheduler's event loop, so there are no locks. At the first exception, the plugin leaves all
-decisions to Dask.
+Only what a plugin of the scheduler may do is used: its hooks, `Scheduler.transitions`, the restrictions of tasks, and
+the set of idle workers. All of it runs on the scheduler's event loop, so there are no locks. At the first exception,
+the plugin leaves all decisions to Dask.
 """
 
 from __future__ import annotations
@@ -634,8 +635,17 @@ class Affinity(SchedulerPlugin):
     def _send(self, task: TaskState, worker: WorkerState, stimulus: str) -> None:
         """Have Dask send a ready or queued task to a worker, or anywhere if that is not possible."""
         scheduler = self._scheduler
-        if task.state == "queued" and scheduler.idle_task_count == {worker}:
-            scheduler.transitions({task.key: "processing"}, stimulus)
+        idle = scheduler.idle_task_count
+        if task.state == "queued" and worker in idle:
+            # Dask sends a queued task to the least busy of these. With one to choose from, it takes one transition, as
+            # always; a task that is restricted has to leave the queue first, which takes three
+            scheduler.idle_task_count = {worker}
+            try:
+                scheduler.transitions({task.key: "processing"}, stimulus)
+            finally:
+                if worker not in scheduler.idle_task_count:
+                    idle.discard(worker)
+                scheduler.idle_task_count = idle
             return
         before = task.worker_restrictions, task.loose_restrictions
         task.worker_restrictions, task.loose_restrictions = {worker.address}, True
