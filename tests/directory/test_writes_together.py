@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 import xzcache
 from xzcache._threads import Together
-from xzcache.directory._invalidation import Begun, Writes
+from xzcache.directory._invalidation import Begun, Deletion, Writes
 from xzcache.index import IndexSession
 
 PATIENCE = 30
@@ -131,3 +131,62 @@ def test_writes_that_wait_share_a_transaction(tmp_path: Path, monkeypatch: pytes
     assert len(begun) <= 2
     assert store.cache_stats()["misses"] == 0
     assert len(source._store_dict) == 21
+
+
+def test_deletions_that_wait_share_a_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    begin = Writes.begin_deletes
+
+    def counted(writes: Writes, wanted: Sequence[tuple[str, bool]]) -> list[Deletion]:
+        begun.append(len(wanted))
+        return begin(writes, wanted)
+
+    monkeypatch.setattr(Writes, "begin_deletes", counted)
+    source = MemoryStore()
+    store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", namespace="n")
+    value, prototype = cpu.Buffer.from_bytes(b"x" * 100), default_buffer_prototype()
+
+    async def write_and_delete() -> None:
+        for number in range(14):
+            await store.set(f"a/c/{number}", value)
+            # as a file store does, a deletion takes what lies beneath as well
+            await store.set(f"a/c/{number}/beneath", value)
+        waiting = store._cache.directory.begun_deletes._queue  # type: ignore[union-attr]
+        guarded = IndexSession(str(tmp_path / "cache"), 30.0, lambda: None).guarded()
+        with guarded:
+            deletions = [asyncio.ensure_future(store.delete(f"a/c/{number}")) for number in range(12)]
+            while not begun or begun[0] + len(waiting) < 12:
+                await asyncio.sleep(0.001)
+        await asyncio.gather(*deletions)
+        assert [await store.get(f"a/c/{number}", prototype) is None for number in range(14)] == [True] * 12 + [
+            False
+        ] * 2
+
+    asyncio.run(write_and_delete())
+    assert sum(begun) == 12
+    assert len(begun) <= 2
+    assert store.cache_stats()["misses"] == 12
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_deletions_of_one_transaction_may_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A key may lie beneath a prefix that is deleted with it, in as many sections as it takes: no byte counts twice."""
+    store = xzcache.LockedLocalStore(tmp_path, max_size="1 MB")
+    for key in ("n/a/b/c", "n/a/b/d", "n/a/e", "n/other"):
+        store.set_sync(key, cpu.Buffer.from_bytes(b"x" * 100))
+    directory = store._directory
+    monkeypatch.setattr(directory.space.pace, "count", most)
+    drops = directory.writes.begin_deletes([("n/a", True), ("n/a/b", True), ("n/a/b/c", True)])
+    assert not (tmp_path / "n" / "a").exists()
+    with directory.session.section() as (_, index):
+        written = index.tables.writings()
+    assert written.keys == {"n/a", "n/a/b", "n/a/b/c"}
+    assert set(written.prefixes) == {"n/a/", "n/a/b/", "n/a/b/c/"}
+    directory.writes.end_deletes(drops)
+    with directory.session.section() as (_, index):
+        written, totals = index.tables.writings(), index.totals()
+    assert (written.keys, written.prefixes) == (set(), [])
+    assert (totals.entries, totals.size, totals.tombstones) == (1, 100, 0)
+    # no file was looked for twice
+    assert directory.reader.quarantine.suspected == []
+    assert store.check().findings == ()

@@ -65,6 +65,8 @@ _users: Final = itertools.count()
 _WINDOW: Final = 512
 """The entries that one section of `evict_unused` looks at."""
 _PINNED_AT_ONCE: Final = 128
+_DELETED_AT_ONCE: Final = 16
+"""Keys that are deleted at the source at once: each takes longer than one that is written."""
 
 _PAUSE_WHILE_IN_DOUBT: Final = 1.0
 """Seconds between retries of pending invalidations."""
@@ -134,6 +136,8 @@ class CacheDirectory:
         self.writes = Writes(self.pending, self.space, self.publisher)
         self.begun_writes = pool.Together(self.writes.begin_write, str, MOST)
         self.ended_writes = pool.Together(self.writes.end_writes, lambda ended: ended[0].key, MOST)
+        self.begun_deletes = pool.Together(self.writes.begin_deletes, lambda wanted: wanted[0], _DELETED_AT_ONCE)
+        self.ended_deletes = pool.Together(self.writes.end_deletes, lambda ended: ended.beneath.key, _DELETED_AT_ONCE)
         if before.held:
             self.writes.adopt(before.held)
         self.negative_cache = NegativeCache(self.barrier)

@@ -500,9 +500,8 @@ class Writes:
     def _again(self, names: Sequence[str]) -> bool:
         report = HideReport()
         self.invalidate_now([name for name in names if not name.endswith("/")], report)
-        for name in names:
-            if name.endswith("/"):
-                self._drop_now(name.rstrip("/"), report)
+        if prefixes := [name.rstrip("/") for name in names if name.endswith("/")]:
+            self._drop_now(prefixes, report)
         _log(names, "it was pending")
         return not report.left
 
@@ -613,7 +612,9 @@ class Writes:
         """Like `remove`, for everything beneath a prefix."""
         report = HideReport()
         self._record_written([f"{prefix}/"] if prefix else [""])
-        self._pending.must_remove(lambda: self._drop_now(prefix, report), lambda: self._pending.unlink_beneath(prefix))
+        self._pending.must_remove(
+            lambda: self._drop_now([prefix], report), lambda: self._pending.unlink_beneath(prefix)
+        )
         if report.error is not None:
             raise report.error
         _log([f"{prefix}/"], "it was deleted")
@@ -628,7 +629,8 @@ class Writes:
         self, process: Registration, index: Index, keys: Sequence[str], report: HideReport, others: Sequence[Row] = ()
     ) -> list[Tombstone]:
         """Remove keys and other entries from the index and hide their files; within a section, which is committed."""
-        rows = [*(row for key in keys for row in index.of_key(key)), *others]
+        # a key may lie beneath a prefix, and a prefix beneath another one: no file has two tombstones
+        rows = {row.id: row for row in (*(row for key in keys for row in index.of_key(key)), *others)}.values()
         # before the commit: after it, the query would be a transaction of its own
         unowned = index.unowned_tombstones() if keys else []
         tombstones = self._space.mark_deleted(process, index, rows, report)
@@ -637,47 +639,52 @@ class Writes:
 
     # -- everything beneath a prefix
 
-    def begin_delete(self, prefix: str, *, itself: bool = False) -> Deletion:
-        """Invalidate everything beneath a prefix before it is deleted at the source, and record the write.
+    def begin_deletes(self, wanted: Sequence[tuple[str, bool]]) -> list[Deletion]:
+        """Invalidate everything beneath some prefixes before it is deleted at the source, and record the writes.
 
-        With `itself`, the prefix is a key as well and is deleted too.
+        Of each prefix, `wanted` tells whether it is a key as well and is deleted too.
         """
-        drop = Deletion(self._started(prefix), self._started(prefix) if itself else None)
-        self._must_drop(prefix, drop, begins=True)
-        return drop
+        drops = [
+            Deletion(self._started(prefix), self._started(prefix) if itself else None) for prefix, itself in wanted
+        ]
+        self._must_drop([prefix for prefix, _ in wanted], drops, begins=True)
+        return drops
 
-    def end_delete(self, drop: Deletion) -> None:
-        """Invalidate everything beneath the prefix again, after it was deleted at the source."""
+    def end_deletes(self, drops: Sequence[Deletion]) -> list[None]:
+        """Invalidate everything beneath the prefixes again, after it was deleted at the source."""
         try:
-            self._must_drop(drop.beneath.key, drop)
+            self._must_drop([drop.beneath.key for drop in drops], drops)
         finally:
-            self._session.writing.difference_update(write.row for write in drop.writes)
+            self._session.writing.difference_update(write.row for drop in drops for write in drop.writes)
+        return [None] * len(drops)
 
-    def _must_drop(self, prefix: str, drop: Deletion | None = None, *, begins: bool = False) -> None:
-        self._record_written([f"{prefix}/"] if prefix else [""])
-        keys = [] if drop is None else drop.keys
-        ended = None if begins else drop
+    def _must_drop(self, prefixes: Sequence[str], drops: Sequence[Deletion] = (), *, begins: bool = False) -> None:
+        places = [f"{prefix}/" if prefix else "" for prefix in prefixes]
+        self._record_written(places)
+        keys = [key for drop in drops for key in drop.keys]
+        begun, ended = (drops, ()) if begins else ((), drops)
 
         def act() -> None:
             report = HideReport()
-            self._drop_now(prefix, report, keys=keys, begun=drop if begins else None, ended=ended)
+            self._drop_now(prefixes, report, keys=keys, begun=begun, ended=ended)
             self._see_to(report)
 
         def by_hand() -> None:
             if keys:
                 self._pending.unlink_keys(keys)
-            self._pending.unlink_beneath(prefix)
+            for prefix in prefixes:
+                self._pending.unlink_beneath(prefix)
 
         def again() -> bool:
-            return self._drop_now(prefix, HideReport(), keys=keys, ended=ended)
+            return self._drop_now(prefixes, HideReport(), keys=keys, ended=ended)
 
-        self._pending.must_invalidate([beneath(prefix), *keys], act, by_hand, again)
-        why = "it is cleared" if drop is None else "a deletion begins" if begins else "a deletion has ended"
-        _log([f"{prefix}/", *keys], why)
+        self._pending.must_invalidate([*map(beneath, prefixes), *keys], act, by_hand, again)
+        why = "it is cleared" if not drops else "a deletion begins" if begins else "a deletion has ended"
+        _log([*places, *keys], why)
 
     def drop(self, prefix: str) -> None:
         """Invalidate all entries beneath a prefix, and the fingerprints of the arrays there."""
-        self._must_drop(prefix)
+        self._must_drop([prefix])
         self._tell([f"{prefix}/"])
 
     def drop_now(self, prefix: str, *, counted: bool = False, state: bytes = b"") -> None:
@@ -686,66 +693,73 @@ class Writes:
         `state` is the new state of the array at the prefix, where that is known.
         """
         report = HideReport()
-        self._drop_now(prefix, report, counted=counted)
+        self._drop_now([prefix], report, counted=counted)
         self._see_to(report)
         self._tell([f"{prefix}/"], state)
         _log([f"{prefix}/"], "its metadata document has changed" if counted else "it is cleared")
 
     def _drop_now(
         self,
-        prefix: str,
+        prefixes: Sequence[str],
         report: HideReport,
         *,
         counted: bool = False,
         keys: Sequence[str] = (),
-        begun: Deletion | None = None,
-        ended: Deletion | None = None,
+        begun: Sequence[Deletion] = (),
+        ended: Sequence[Deletion] = (),
     ) -> bool:
-        """Like `drop_now`, with some keys as well; returns whether all files are gone."""
+        """Like `drop_now`, for some prefixes and keys; returns whether all files are gone."""
         leftover: set[str] = set()
         is_first, is_last = True, False
         while not is_last:
             with self._session.section() as (process, index):
                 if is_first:
-                    if begun is not None:
-                        self._record_written([f"{prefix}/"], process)
-                        for write in begun.writes:
-                            is_beneath = write is begun.beneath
+                    if begun:
+                        self._record_written([f"{prefix}/" for prefix in prefixes], process)
+                    for drop in begun:
+                        for write in drop.writes:
+                            is_beneath = write is drop.beneath
                             index.tables.add_writing(write.row, write.key, process.owner, beneath=is_beneath)
                     for key in keys:
                         self._count(process, index, key)
-                    if not counted:
-                        process.writes.increment(prefix_counter(prefix))
-                    index.tables.drop_nodes(prefix, documents=not counted)
-                    index.tables.drop_absent_beneath(prefix)
+                    for prefix in prefixes:
+                        if not counted:
+                            process.writes.increment(prefix_counter(prefix))
+                        index.tables.drop_nodes(prefix, documents=not counted)
+                        index.tables.drop_absent_beneath(prefix)
                     # tombstones that earlier failures left: this call reports its own
                     leftover = {
-                        key for item in index.unowned_tombstones() if _is_beneath(key := item.entry.key, prefix)
+                        key
+                        for item in index.unowned_tombstones()
+                        if any(_is_beneath(key := item.entry.key, prefix) for prefix in prefixes)
                     }
                 # in batches, so that other processes get the guard in between; the counters already
                 # refuse what was fetched before
                 count = self._space.pace.count
-                rows = index.beneath(prefix, count)
+                rows: list[Row] = []
+                for prefix in prefixes:
+                    rows += index.beneath(prefix, count - len(rows))
                 is_last = len(rows) < count
-                # only with the last rows: until then, the row of the write keeps entries
-                # beneath it from being published
-                if ended is not None and is_last:
-                    index.tables.drop_writings(write.row for write in ended.writes)
+                # only with the last rows: until then, the rows of the writes keep entries
+                # beneath them from being published
+                if is_last:
+                    index.tables.drop_writings(write.row for drop in ended for write in drop.writes)
                 tombstones = self._mark_keys_deleted(process, index, keys if is_first else (), report, rows)
-            self._unlink_deleted(tombstones, soon=begun is not None)
+            self._unlink_deleted(tombstones, soon=bool(begun))
             is_first = False
-        self._drop_orphans(prefix, leftover, report)
+        self._drop_orphans(prefixes, leftover, report)
         return not report.left
 
-    def _drop_orphans(self, prefix: str, leftover: set[str], report: HideReport) -> None:
-        """Remove entry files beneath a prefix that have no row: leftovers of a failure or a crash."""
+    def _drop_orphans(self, prefixes: Sequence[str], leftover: set[str], report: HideReport) -> None:
+        """Remove entry files beneath some prefixes that have no row: leftovers of a failure or a crash."""
         keys = set(leftover)
-        try:
-            if not prefix or (is_plain(prefix) and files.exists(f"{self._session.root}/{prefix}/.")):
-                for path in files.walk(files.inside(self._session.root, f"{prefix}/").rstrip("/")):
-                    keys.add(os.path.relpath(path, self._session.root).replace(os.sep, "/"))
-        except OSError as error:
-            report.add(beneath(prefix), error)
+        for prefix in prefixes:
+            try:
+                if not prefix or (is_plain(prefix) and files.exists(f"{self._session.root}/{prefix}/.")):
+                    for path in files.walk(files.inside(self._session.root, f"{prefix}/").rstrip("/")):
+                        keys.add(os.path.relpath(path, self._session.root).replace(os.sep, "/"))
+            except OSError as error:
+                report.add(beneath(prefix), error)
         for batch in _batches(sorted(keys - report.left)):
             with self._session.section() as (_, index):
                 # a key that has a row by now was stored after the drop

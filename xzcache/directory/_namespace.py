@@ -245,13 +245,21 @@ class SharedBackend:
             full_keys = [f"{self.prefix}{key}" for key in keys]
             return await directory.completed_together(directory.begun_writes, full_keys)
         full = f"{self.prefix}{beneath}".rstrip("/")
-        return await directory.to_completion(directory.writes.begin_delete, full, itself=bool(keys))
+        if keys:
+            (deletion,) = await directory.completed_together(directory.begun_deletes, [(full, True)])
+        else:
+            # apart: what lies beneath a path may be much, for which those of single keys would wait
+            (deletion,) = await directory.to_completion(directory.writes.begin_deletes, [(full, False)])
+        return deletion
 
     async def end_write(self, begun: Any, values: Sequence[Data | None] = ()) -> None:
         """After the source of these keys was written."""
         directory = self.directory
         if isinstance(begun, Deletion):
-            await directory.to_completion(directory.writes.end_delete, begun)
+            if begun.keys:
+                await directory.completed_together(directory.ended_deletes, [begun])
+            else:
+                await directory.to_completion(directory.writes.end_deletes, [begun])
         else:
             ended = list(zip(begun, values or [None] * len(begun), strict=True))
             await directory.completed_together(directory.ended_writes, ended)
