@@ -99,3 +99,17 @@ def test_threads_that_ask_at_the_same_time_ask_the_same_node(monkeypatch: pytest
         finally:
             gate.set()
     assert second == first.result()
+
+
+def test_a_worker_leaves_though_a_look_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_told, "LEASE", 0.1)
+    told = told_by(Scheduler())
+
+    async def leave() -> None:
+        # as a look does that waits for a disk
+        async with told._looking, asyncio.timeout(30) as patience:
+            with pytest.raises(TimeoutError):
+                await told.leave()
+        assert not patience.expired()
+
+    asyncio.run(leave())
