@@ -276,6 +276,33 @@ async def test_a_cancelled_write_that_goes_on_at_the_source_leaves_no_old_value(
     assert await read(store, KEY) == await read(beneath, KEY) == expected
 
 
+class GivesUp(WrapperStore[Store]):
+    """Cancels its own work after it has written, as a client may whose connection is closed."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await self._store.set(key, value)
+        raise asyncio.CancelledError
+
+    async def delete(self, key: str) -> None:
+        await self._store.delete(key)
+        raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("name", ["set", "delete"])
+async def test_a_write_that_the_source_itself_cancels_has_ended(name: str, cache_kind: str, tmp_path: Path) -> None:
+    """Its state is unknown, as after any other failure; the key is cached again from then on."""
+    beneath = memory_source()
+    write, _ = await prepare(beneath, name)
+    store = cached(cache_kind, GivesUp(beneath), tmp_path, missing_max_age_seconds="infinity")
+    with pytest.raises(asyncio.CancelledError):
+        await write(store)
+    expected = await read(beneath, KEY)
+    misses = store.cache_stats()["misses"]
+    for _ in range(3):
+        assert await read(store, KEY) == expected
+    assert store.cache_stats()["misses"] == misses + 1
+
+
 @pytest.mark.parametrize("first_to_return", ["one", "two"])
 async def test_two_writers_of_one_key(first_to_return: str, cache_kind: str, tmp_path: Path) -> None:
     source = memory_source()

@@ -108,12 +108,13 @@ class WriteThrough:
         values: list[memoryview] = []
         try:
             yield values
-        except Exception:
-            # the state of the source is unknown, so no value is stored
-            await self._backend.end_write(begun)
+        except BaseException as error:
+            # After a cancellation at the end of the event loop, the source may go on: the keys are not cached until
+            # this process ends
+            if isinstance(error, Exception) or _is_from_source(error):
+                # the state of the source is unknown, so no value is stored
+                await self._backend.end_write(begun)
             raise
-        # Not after a cancellation, which comes only from the end of the event loop: the source may go on. The keys are
-        # not cached until this process ends
         await self._backend.end_write(begun, values)
 
     @asynccontextmanager
@@ -126,6 +127,12 @@ class WriteThrough:
 
     def _is_cacheable(self, key: str) -> bool:
         return not self._passes and is_cacheable(self._backend.prefix + key)
+
+
+def _is_from_source(error: BaseException) -> bool:
+    """Whether a source has cancelled its own work, which ends this task no more than another error of it does."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
 
 
 class _Turns:
