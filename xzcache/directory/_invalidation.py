@@ -414,20 +414,17 @@ class Writes:
             self._unlink_deleted(tombstones, soon=True)
             return counted
 
-        return self._must_invalidate(keys, act, report, "a write begins") or begun
+        return self._must_invalidate(keys, act, report, "a write begins", begun) or begun
 
-    def _started(self, key: str) -> Begun:
-        # no number is drawn twice, so that a row is never taken for that of another write
-        begun = Begun(key, secrets.randbits(62))
-        self._session.writing.add(begun.row)
-        return begun
+    def _started(self, key: str, *, beneath: bool = False) -> Begun:
+        return Begun(key, self._session.begin_write(key, beneath=beneath))
 
     def _must_invalidate(
-        self, keys: Sequence[str], act: Callable[[], T], report: HideReport, why: str, ended: Sequence[Begun] = ()
+        self, keys: Sequence[str], act: Callable[[], T], report: HideReport, why: str, writes: Sequence[Begun] = ()
     ) -> T | None:
         """Invalidate keys, and quarantine those whose files may remain.
 
-        After an invalidation without the index, the retry through the index also deletes the rows of the ended writes.
+        After an invalidation without the index, the retry through the index also updates the rows of the writes.
         """
         # before the first change, and outside of the guard: the note waits for the disk
         self._record_written(keys)
@@ -435,7 +432,7 @@ class Writes:
             keys,
             act,
             lambda: self._pending.unlink_keys(keys),
-            lambda: self._invalidate_late(keys, ended),
+            lambda: self._invalidate_late(keys, writes),
         )
         self._see_to(report)
         _log(keys, why)
@@ -467,24 +464,31 @@ class Writes:
                 self._pending.record_fault(report.error)
             self._pending.defer(left, lambda: self._invalidate_late(left))
 
-    def _invalidate_late(self, keys: Sequence[str], ended: Sequence[Begun] = ()) -> bool:
+    def _invalidate_late(self, keys: Sequence[str], writes: Sequence[Begun] = ()) -> bool:
         """Retry the invalidation of some keys; those whose files are gone do not wait for the others."""
         report = HideReport()
-        self.invalidate_now(keys, report, ended)
+        self.invalidate_now(keys, report, writes)
         if left := list(report.left):
             self._pending.defer(left, lambda: self._invalidate_late(left))
         return True
 
-    def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
+    def invalidate_now(self, keys: Sequence[str], report: HideReport, writes: Sequence[Begun] = ()) -> bool:
         """Invalidate keys, raising faults; returns whether all their files are gone."""
         for batch in _batches(keys):
             with self._session.section() as (process, index):
                 for key in batch:
                     self._count(process, index, key)
-                index.tables.drop_writings(write.row for write in ended)
+                self._update_rows(process, index, writes)
                 tombstones = self._mark_keys_deleted(process, index, batch, report)
             self._unlink_deleted(tombstones)
         return not report.left
+
+    def _update_rows(self, process: Registration, index: Index, writes: Sequence[Begun]) -> None:
+        """Record the writes that are still under way, and delete the rows of those that have ended."""
+        for write in writes:
+            if (found := self._session.writing.get(write.row)) is not None:
+                index.tables.add_writing(write.row, write.key, process.owner, beneath=found[1])
+        index.tables.drop_writings(write.row for write in writes if write.row not in self._session.writing)
 
     def adopt(self, names: Sequence[str]) -> None:
         """Quarantine the leftovers of other processes until their files are gone."""
@@ -565,7 +569,7 @@ class Writes:
             self._must_invalidate(keys, act, report, "a write has ended", writes)
         finally:
             # a row that remains belongs to no write from here on: the next recovery invalidates its key
-            self._session.writing.difference_update(write.row for write in writes)
+            self._session.end_writes(write.row for write in writes)
 
     def invalidate(self, key: str, since: WriteVersion | None) -> WriteVersion | None:
         """Invalidate a key that changed at the source.
@@ -642,7 +646,7 @@ class Writes:
 
         With `itself`, the prefix is a key as well and is deleted too.
         """
-        drop = Deletion(self._started(prefix), self._started(prefix) if itself else None)
+        drop = Deletion(self._started(prefix, beneath=True), self._started(prefix) if itself else None)
         self._must_drop(prefix, drop, begins=True)
         return drop
 
@@ -651,7 +655,7 @@ class Writes:
         try:
             self._must_drop(drop.beneath.key, drop)
         finally:
-            self._session.writing.difference_update(write.row for write in drop.writes)
+            self._session.end_writes(write.row for write in drop.writes)
 
     def _must_drop(self, prefix: str, drop: Deletion | None = None, *, begins: bool = False) -> None:
         self._record_written([f"{prefix}/"] if prefix else [""])
@@ -669,7 +673,7 @@ class Writes:
             self._pending.unlink_beneath(prefix)
 
         def again() -> bool:
-            return self._drop_now(prefix, HideReport(), keys=keys, ended=ended)
+            return self._drop_now(prefix, HideReport(), keys=keys, begun=drop if begins else None, ended=ended)
 
         self._pending.must_invalidate([beneath(prefix), *keys], act, by_hand, again)
         why = "it is cleared" if drop is None else "a deletion begins" if begins else "a deletion has ended"
@@ -709,9 +713,7 @@ class Writes:
                 if is_first:
                     if begun is not None:
                         self._record_written([f"{prefix}/"], process)
-                        for write in begun.writes:
-                            is_beneath = write is begun.beneath
-                            index.tables.add_writing(write.row, write.key, process.owner, beneath=is_beneath)
+                        self._update_rows(process, index, begun.writes)
                     for key in keys:
                         self._count(process, index, key)
                     if not counted:
