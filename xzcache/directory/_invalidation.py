@@ -19,7 +19,7 @@ from xzcache.directory._publish import MOST, MOST_BYTES, PendingEntry
 from xzcache.directory._recovery import UNDONE
 from xzcache.directory._space import HideReport
 from xzcache.files import Whose, beneath, is_plain, range_directory, relative_path
-from xzcache.index import WriteCounters, data_counter, prefix_counter, write_counter
+from xzcache.index import WriteCounters, data_counter, write_counter
 from xzcache.model import META, Entry, NoRoom, Unusable, namespace_of
 
 if TYPE_CHECKING:
@@ -717,7 +717,7 @@ class Writes:
                     for key in keys:
                         self._count(process, index, key)
                     if not counted:
-                        process.writes.increment(prefix_counter(prefix))
+                        process.writes.increment_beneath(prefix)
                     index.tables.drop_nodes(prefix, documents=not counted)
                     index.tables.drop_absent_beneath(prefix)
                     # tombstones that earlier failures left: this call reports its own

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import files
 from xzcache.files import Whose, is_plain, range_directory, relative_path
-from xzcache.index import Index, Row, prefix_counter, salvaged, write_counter, written_notes
+from xzcache.index import Index, Row, salvaged, write_counter, written_notes
 from xzcache.model import END, META, Busy, CacheFault, Entry, is_expected_fault
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _drop_namespace(session: IndexSession, namespace: str) -> None:
     logger.info("invalidating all entries of %s, which was written when the power failed", namespace or "any source")
     with session.section() as (process, index):
         # before the rows go: what another process fetched before must not be stored after them
-        process.writes.increment(prefix_counter(namespace))
+        process.writes.increment_beneath(namespace)
         index.tables.drop_nodes(namespace)
         index.tables.drop_absent_beneath(namespace)
     is_last = False
@@ -257,7 +257,10 @@ def _invalidate_written(session: IndexSession, process: Registration, index: Ind
 def _invalidate(session: IndexSession, process: Registration, index: Index, key: str, *, beneath: bool) -> None:
     """Forget a key, or all keys beneath it: rows first, then names, then bytes."""
     logger.debug("invalidated %s%s: its writer died or could not finish", key, "/" if beneath else "")
-    process.writes.increment(prefix_counter(key) if beneath else write_counter(key))
+    if beneath:
+        process.writes.increment_beneath(key)
+    else:
+        process.writes.increment(write_counter(key))
     tombstones = []
     for row in index.beneath(key, _EVERYTHING) if beneath else index.of_key(key):
         index.remove(row.id)
