@@ -209,6 +209,35 @@ def test_what_is_being_written_is_known_to_all_and_ends_with_its_writer(
         assert not index.tables.is_written("s/a/0")
 
 
+def test_writes_whose_rows_were_lost_are_seen_until_they_end_or_the_next_index_has_them(
+    session: IndexSession, other: IndexSession
+) -> None:
+    in_section(session, lambda index: None)
+    idle = session.process()
+    process = other.process()
+    assert not process.has_unknown_writes(8)
+    write = session.begin_write("s/a", beneath=True)
+    assert [each.has_unknown_writes(8) for each in (idle, process)] == [True, True]
+    assert not process.has_unknown_writes(7)
+    begin(other, 8)
+    begin(other, 9)
+    assert process.has_unknown_writes(9)
+    # the first section of the writer records its write
+    in_section(session, lambda index: None)
+    assert not process.has_unknown_writes(9)
+    assert in_section(other, lambda index: index.tables.is_written("s/a/0"))
+    assert process.has_unknown_writes(10)
+    session.end_writes([write])
+    assert not process.has_unknown_writes(10)
+    # any key, until it is known which
+    with other.section() as (_, index):
+        index.tables.add_unknown_writes()
+        assert index.tables.is_written("t/b/0")
+        assert index.tables.writings_of_nobody() == []
+        index.tables.drop_unknown_writes()
+        assert not index.tables.is_written("t/b/0")
+
+
 # -- leases, owners, and who is alive
 
 
@@ -342,19 +371,22 @@ def test_a_write_is_seen_by_all_that_it_concerns(tmp_path: Path) -> None:
             keys = {"s/a/c/0": True, "s/a/c/1": True, "s/a/zarr.json": False, "s/b/c/0": True, "t/a/c/0": True}
             return {key: theirs.before(door.counters_of(key, data=data)) for key, data in keys.items()}
 
-        def raised(counter: int) -> list[str]:
+        def raised(counter: int | str) -> list[str]:
             before = versions()
-            mine.increment(counter)
+            if isinstance(counter, int):
+                mine.increment(counter)
+            else:
+                mine.increment_beneath(counter)
             return [key for key, version in versions().items() if version != before[key]]
 
         assert raised(door.write_counter("s/a/c/0")) == ["s/a/c/0"]
-        assert raised(door.prefix_counter("s/a")) == ["s/a/c/0", "s/a/c/1", "s/a/zarr.json"]
+        assert raised("s/a") == ["s/a/c/0", "s/a/c/1", "s/a/zarr.json"]
         # a document says that its chunks are others, not that it is
         assert raised(door.data_counter("s/a")) == ["s/a/c/0", "s/a/c/1"]
-        assert raised(door.prefix_counter("s")) == ["s/a/c/0", "s/a/c/1", "s/a/zarr.json", "s/b/c/0"]
+        assert raised("s") == ["s/a/c/0", "s/a/c/1", "s/a/zarr.json", "s/b/c/0"]
         assert raised(door.missing_counter("s/a")) == []
         assert theirs.current()[0] == 0
-        mine.lose()
+        assert raised("") == list(versions())
         assert theirs.current()[0] != 0
 
 

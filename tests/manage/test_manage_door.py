@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from sources import fill, local_source, read
 from zarr.storage import LocalStore
 
 import xzcache
@@ -38,6 +40,22 @@ def test_a_cache_is_seen_sized_checked_and_cleared(cache: Path) -> None:
     assert manage.clear(older_than="1d", directory=cache).entries == 0
     assert manage.clear(directory=cache).entries == 3
     assert manage.info(cache).entries == 0
+
+
+@pytest.mark.parametrize("source", [None, "n"])
+async def test_what_is_fetched_while_the_cache_is_cleared_is_not_stored(tmp_path: Path, source: str | None) -> None:
+    origin = local_source(tmp_path)
+    store = xzcache.CacheStore(origin, cache_store=tmp_path / "cache", namespace="n", revalidate=False)
+    await fill(origin, a__c__0=b"old", a__c__1=b"old")
+    await read(store, "a/c/1")
+    gate = origin.hold("get", "a/c/0")
+    reading = asyncio.create_task(read(store, "a/c/0"))
+    await gate.arrived()
+    await fill(origin, a__c__0=b"new")
+    await asyncio.to_thread(manage.clear, source, directory=tmp_path / "cache")
+    origin.let_go("get", "a/c/0")
+    assert await reading == b"old"
+    assert [await read(store, "a/c/0") for _ in range(3)] == [b"new"] * 3
 
 
 def test_what_is_not_there_is_not_made(tmp_path: Path) -> None:

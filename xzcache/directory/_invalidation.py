@@ -19,7 +19,7 @@ from xzcache.directory._publish import MOST, MOST_BYTES, PendingEntry
 from xzcache.directory._recovery import UNDONE
 from xzcache.directory._space import HideReport
 from xzcache.files import Whose, beneath, is_plain, range_directory, relative_path
-from xzcache.index import WriteCounters, data_counter, prefix_counter, write_counter
+from xzcache.index import WriteCounters, data_counter, write_counter
 from xzcache.model import META, Entry, NoRoom, Unusable, namespace_of
 
 if TYPE_CHECKING:
@@ -414,20 +414,17 @@ class Writes:
             self._unlink_deleted(tombstones, soon=True)
             return counted
 
-        return self._must_invalidate(keys, act, report, "a write begins") or begun
+        return self._must_invalidate(keys, act, report, "a write begins", begun) or begun
 
-    def _started(self, key: str) -> Begun:
-        # no number is drawn twice, so that a row is never taken for that of another write
-        begun = Begun(key, secrets.randbits(62))
-        self._session.writing.add(begun.row)
-        return begun
+    def _started(self, key: str, *, beneath: bool = False) -> Begun:
+        return Begun(key, self._session.begin_write(key, beneath=beneath))
 
     def _must_invalidate(
-        self, keys: Sequence[str], act: Callable[[], T], report: HideReport, why: str, ended: Sequence[Begun] = ()
+        self, keys: Sequence[str], act: Callable[[], T], report: HideReport, why: str, writes: Sequence[Begun] = ()
     ) -> T | None:
         """Invalidate keys, and quarantine those whose files may remain.
 
-        After an invalidation without the index, the retry through the index also deletes the rows of the ended writes.
+        After an invalidation without the index, the retry through the index also updates the rows of the writes.
         """
         # before the first change, and outside of the guard: the note waits for the disk
         self._record_written(keys)
@@ -435,7 +432,7 @@ class Writes:
             keys,
             act,
             lambda: self._pending.unlink_keys(keys),
-            lambda: self._invalidate_late(keys, ended),
+            lambda: self._invalidate_late(keys, writes),
         )
         self._see_to(report)
         _log(keys, why)
@@ -467,24 +464,31 @@ class Writes:
                 self._pending.record_fault(report.error)
             self._pending.defer(left, lambda: self._invalidate_late(left))
 
-    def _invalidate_late(self, keys: Sequence[str], ended: Sequence[Begun] = ()) -> bool:
+    def _invalidate_late(self, keys: Sequence[str], writes: Sequence[Begun] = ()) -> bool:
         """Retry the invalidation of some keys; those whose files are gone do not wait for the others."""
         report = HideReport()
-        self.invalidate_now(keys, report, ended)
+        self.invalidate_now(keys, report, writes)
         if left := list(report.left):
             self._pending.defer(left, lambda: self._invalidate_late(left))
         return True
 
-    def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
+    def invalidate_now(self, keys: Sequence[str], report: HideReport, writes: Sequence[Begun] = ()) -> bool:
         """Invalidate keys, raising faults; returns whether all their files are gone."""
         for batch in _batches(keys):
             with self._session.section() as (process, index):
                 for key in batch:
                     self._count(process, index, key)
-                index.tables.drop_writings(write.row for write in ended)
+                self._update_rows(process, index, writes)
                 tombstones = self._mark_keys_deleted(process, index, batch, report)
             self._unlink_deleted(tombstones)
         return not report.left
+
+    def _update_rows(self, process: Registration, index: Index, writes: Sequence[Begun]) -> None:
+        """Record the writes that are still under way, and delete the rows of those that have ended."""
+        for write in writes:
+            if (found := self._session.writing.get(write.row)) is not None:
+                index.tables.add_writing(write.row, write.key, process.owner, beneath=found[1])
+        index.tables.drop_writings(write.row for write in writes if write.row not in self._session.writing)
 
     def adopt(self, names: Sequence[str]) -> None:
         """Quarantine the leftovers of other processes until their files are gone."""
@@ -564,7 +568,7 @@ class Writes:
             self._must_invalidate(keys, act, report, "a write has ended", writes)
         finally:
             # a row that remains belongs to no write from here on: the next recovery invalidates its key
-            self._session.writing.difference_update(write.row for write in writes)
+            self._session.end_writes(write.row for write in writes)
 
     def invalidate(self, key: str, since: WriteVersion | None) -> WriteVersion | None:
         """Invalidate a key that changed at the source.
@@ -645,7 +649,8 @@ class Writes:
         Of each prefix, `wanted` tells whether it is a key as well and is deleted too.
         """
         drops = [
-            Deletion(self._started(prefix), self._started(prefix) if itself else None) for prefix, itself in wanted
+            Deletion(self._started(prefix, beneath=True), self._started(prefix) if itself else None)
+            for prefix, itself in wanted
         ]
         self._must_drop([prefix for prefix, _ in wanted], drops, begins=True)
         return drops
@@ -655,7 +660,7 @@ class Writes:
         try:
             self._must_drop([drop.beneath.key for drop in drops], drops)
         finally:
-            self._session.writing.difference_update(write.row for drop in drops for write in drop.writes)
+            self._session.end_writes(write.row for drop in drops for write in drop.writes)
         return [None] * len(drops)
 
     def _must_drop(self, prefixes: Sequence[str], drops: Sequence[Deletion] = (), *, begins: bool = False) -> None:
@@ -676,7 +681,7 @@ class Writes:
                 self._pending.unlink_beneath(prefix)
 
         def again() -> bool:
-            return self._drop_now(prefixes, HideReport(), keys=keys, ended=ended)
+            return self._drop_now(prefixes, HideReport(), keys=keys, begun=begun, ended=ended)
 
         self._pending.must_invalidate([*map(beneath, prefixes), *keys], act, by_hand, again)
         why = "it is cleared" if not drops else "a deletion begins" if begins else "a deletion has ended"
@@ -716,15 +721,12 @@ class Writes:
                 if is_first:
                     if begun:
                         self._record_written([f"{prefix}/" for prefix in prefixes], process)
-                    for drop in begun:
-                        for write in drop.writes:
-                            is_beneath = write is drop.beneath
-                            index.tables.add_writing(write.row, write.key, process.owner, beneath=is_beneath)
+                    self._update_rows(process, index, [write for drop in begun for write in drop.writes])
                     for key in keys:
                         self._count(process, index, key)
                     for prefix in prefixes:
                         if not counted:
-                            process.writes.increment(prefix_counter(prefix))
+                            process.writes.increment_beneath(prefix)
                         index.tables.drop_nodes(prefix, documents=not counted)
                         index.tables.drop_absent_beneath(prefix)
                     # tombstones that earlier failures left: this call reports its own

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from xzcache._config import is_fresh
 from xzcache.directory._fetchlocks import WriteVersion, current_version
 from xzcache.files import beneath
-from xzcache.index import data_counter, prefix_counter
+from xzcache.index import data_counter
 from xzcache.model import Entry, metadata
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class MetadataTracker:
                 index.tables.set_node(_join(namespace, attributes), digest)
             # counted here, in the section that found the change; the entries are deleted afterwards, in batches
             for path in changed:
-                process.writes.increment(prefix_counter(_join(namespace, path)))
+                process.writes.increment_beneath(_join(namespace, path))
             for path in recorded:
                 process.writes.increment(data_counter(_join(namespace, path)))
             now = current_version(process, full)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from xzcache import files
 from xzcache.files import Whose, is_plain, range_directory, relative_path
-from xzcache.index import Index, Row, prefix_counter, salvaged, write_counter, written_notes
+from xzcache.index import Index, Row, salvaged, write_counter, written_notes
 from xzcache.model import END, META, Busy, CacheFault, Entry, is_expected_fault
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ def recover(session: IndexSession) -> list[str]:
                 finally:
                     process.owners.unlock(owner)
         _invalidate_written(session, process, index, process.owner)
+        if index.tables.has_unknown_writes() and not process.has_unknown_writes(process.generation):
+            # nothing was stored meanwhile, and what was fetched meanwhile must not be stored from here on
+            process.writes.lose()
+            index.tables.drop_unknown_writes()
         finish(session, index, index.orphaned_tombstones())
         # a few of them only, and drawn at random, so that files that cannot be removed do not hold up each recovery
         finish(session, index, index.unowned_tombstones(_AT_ONCE))
@@ -115,7 +119,7 @@ def _drop_namespace(session: IndexSession, namespace: str) -> None:
     logger.info("invalidating all entries of %s, which was written when the power failed", namespace or "any source")
     with session.section() as (process, index):
         # before the rows go: what another process fetched before must not be stored after them
-        process.writes.increment(prefix_counter(namespace))
+        process.writes.increment_beneath(namespace)
         index.tables.drop_nodes(namespace)
         index.tables.drop_absent_beneath(namespace)
     is_last = False
@@ -253,7 +257,10 @@ def _invalidate_written(session: IndexSession, process: Registration, index: Ind
 def _invalidate(session: IndexSession, process: Registration, index: Index, key: str, *, beneath: bool) -> None:
     """Forget a key, or all keys beneath it: rows first, then names, then bytes."""
     logger.debug("invalidated %s%s: its writer died or could not finish", key, "/" if beneath else "")
-    process.writes.increment(prefix_counter(key) if beneath else write_counter(key))
+    if beneath:
+        process.writes.increment_beneath(key)
+    else:
+        process.writes.increment(write_counter(key))
     tombstones = []
     for row in index.beneath(key, _EVERYTHING) if beneath else index.of_key(key):
         index.remove(row.id)
@@ -525,6 +532,9 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
         # a process that has not seen the new index may still free tombstones of the old one
         index.number_from("dying", secrets.randbits(40))
         index.set_max_size(max_size)
+        if process.has_unknown_writes(generation):
+            # until each writer has recorded its writes in this index, or has died
+            index.tables.add_unknown_writes()
         for name in _listed(session, "tmp"):
             # a note of pending invalidations does not depend on the lost index
             if not name.startswith(UNDONE):

@@ -19,7 +19,6 @@ from xzcache.index._writeclock import (
     counters_of,
     data_counter,
     missing_counter,
-    prefix_counter,
     write_counter,
 )
 
@@ -52,7 +51,6 @@ __all__ = [
     "is_whole",
     "lot_of",
     "missing_counter",
-    "prefix_counter",
     "salvaged",
     "write_counter",
     "written_notes",

@@ -92,6 +92,16 @@ def locked_range(fd: int, offset: int, length: int) -> tuple[int, int] | None:
     return None if kind == fcntl.F_UNLCK else (start, start + size)
 
 
+def is_range_locked(fd: int, offset: int, length: int) -> bool:
+    """Whether another process has a lock on any of some bytes."""
+    if hasattr(fcntl, "F_OFD_GETLK"):
+        return locked_range(fd, offset, length) is not None
+    if not lock_range(fd, fcntl.F_WRLCK, offset, length):
+        return True
+    lock_range(fd, fcntl.F_UNLCK, offset, length)
+    return False
+
+
 def is_unlocked(path: str) -> bool:
     """Whether no process has a lock on any byte of a file; True where there is no file."""
     try:

@@ -15,13 +15,22 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from xzcache import files
-from xzcache.index._locks import ByteLocks, Guard, StoringLock, is_unlocked, open_lock_file, try_flock
+from xzcache.index._locks import (
+    ByteLocks,
+    Guard,
+    StoringLock,
+    is_range_locked,
+    is_unlocked,
+    lock_range,
+    open_lock_file,
+    try_flock,
+)
 from xzcache.index._sql import Index, is_locked
 from xzcache.index._writeclock import WriteCounters
 from xzcache.model import Busy, Damaged, Unusable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 
 T = TypeVar("T")
@@ -42,6 +51,10 @@ _WRITTEN: Final = "written"
 _NOTE: Final = re.compile(r"([0-9a-f]{16})-(\d+)-\d+")
 _NOTES: Final = 1 << 60
 """The first byte of the lock file that stands for the notes of one process; the owners' bytes lie far below."""
+_WRITERS: Final = 1 << 61
+"""The byte of the lock file that all processes share whose writes under way an index has: this plus its number."""
+_INDEXES: Final = 1 << 48
+"""More than the largest number of an index."""
 # each note costs several syncs of the disk; beyond this, one note stands for all namespaces
 _MOST_NOTES: Final = 16
 _LONGEST_SYNC: Final = 5.0
@@ -99,10 +112,14 @@ class Registration:
         Bytes that are leased and not yet spent; guarded by `lease_lock`.
     is_writing : bool
         Whether this process was writing at the source when it signed off.
+    writing : mapping of int to (str, bool)
+        The writes of this process at the source that are under way: by id, the key, and whether it is everything
+        beneath it.
     """
 
-    def __init__(self, meta: str, timeout: float) -> None:
+    def __init__(self, meta: str, timeout: float, writing: Mapping[int, tuple[str, bool]]) -> None:
         self.meta = meta
+        self.writing = writing
         self.guard = Guard(f"{meta}/lock", timeout)
         try:
             self.writes = WriteCounters(f"{meta}/writes")
@@ -129,6 +146,9 @@ class Registration:
         self._recording = threading.Lock()
         self._recorded: dict[str, str] = {}
         self._note_number = 0
+        self._sharing = threading.Lock()
+        self._informed = 0
+        self._shared = 0
         self.is_writing = False
         self.identity = self.guard.identity
         """Distinguishes this directory from another one at the same path."""
@@ -171,6 +191,36 @@ class Registration:
     def was_restarted(self) -> bool:
         """Whether the machine rebooted since the index was found sound: some writes may not have reached the disk."""
         return bool(boot := _boot()) and self._read(3) != boot
+
+    # -- the writes under way
+
+    def share_writers_byte(self) -> None:
+        """While writes are under way, share the byte of the index that has their rows; call this after each change.
+
+        It shows a rebuild that there are writes whose rows were lost. The kernel unlocks it if this process dies.
+        """
+        with self._sharing:
+            byte = _writers_byte(self._informed) if self.writing else 0
+            if byte != self._shared:
+                # before the other one is unlocked: at each moment there is one
+                if byte and not lock_range(self.guard.fd, fcntl.F_RDLCK, byte):
+                    return
+                if self._shared:
+                    lock_range(self.guard.fd, fcntl.F_UNLCK, self._shared)
+                self._shared = byte
+
+    def has_unknown_writes(self, generation: int) -> bool:
+        """Whether writes are under way, in any process, that the index of a generation has no rows of; under the guard.
+
+        Idle processes do not count, so that nothing waits for them.
+        """
+        byte = _writers_byte(generation)
+        with self._sharing:
+            # the locks of this process are not seen below
+            if self._shared not in (0, byte):
+                return True
+        spans = (_WRITERS, byte), (byte + 1, _WRITERS + _INDEXES)
+        return any(is_range_locked(self.guard.fd, first, end - first) for first, end in spans if first < end)
 
     # -- the notes that namespaces are being written
 
@@ -320,8 +370,13 @@ class Registration:
             # after a loss of power, files of an owner may exist whose row was lost and whose number is free again
             files.remove_tree(f"{self.meta}/tmp/{owner}")
             os.makedirs(f"{self.meta}/tmp/{owner}", mode=0o700)
+            # the writes that began under a lost index, or without one
+            for id_, (key, beneath) in dict(self.writing).items():
+                index.tables.add_writing(id_, key, owner, beneath=beneath)
             # after the directory exists: temporary files of an owner lie there from its first entry on
             index.commit()
+            self._informed = self.generation
+            self.share_writers_byte()
         except BaseException:
             self.owners.unlock(owner)
             raise
@@ -389,6 +444,10 @@ class Registration:
         if hasattr(self, "_closed"):
             self.close_descriptors()
             self.disconnect()
+
+
+def _writers_byte(generation: int) -> int:
+    return _WRITERS + generation % _INDEXES
 
 
 def take_over(meta: str, timeout: float) -> None:

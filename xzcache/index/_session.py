@@ -7,6 +7,7 @@ directory was removed or that the index was rebuilt.
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -21,7 +22,7 @@ from xzcache.index._sql import Index, is_locked
 from xzcache.model import META, Busy, CacheFault, Damaged, Foreign, Unusable, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 FORMAT: Final = 1
@@ -78,8 +79,8 @@ class IndexSession:
         self.when_used: Callable[[], None] = _nothing
         self.lost: set[tuple[int, int]] = set()
         """The directories that were at the path before, were moved away, and may come back."""
-        self.writing: set[int] = set()
-        """Ids of the writes that this process has begun at the source and not ended."""
+        self.writing: dict[int, tuple[str, bool]] = {}
+        """The writes that this process has begun at the source and not ended; see `Registration`."""
         self._used = 0.0
 
     @property
@@ -105,6 +106,8 @@ class IndexSession:
                     raise
                 except OSError as error:
                     raise Unusable(f"the cache directory {self.root} cannot be used: {error}") from error
+                # for writes that began before
+                self._share_writers_byte()
                 self.when_joined()
                 self._joined()
             return process
@@ -127,7 +130,7 @@ class IndexSession:
             if (why := files.unsafe(place)) is not None:
                 raise Foreign(why)
         take_over(self.meta, self.timeout)
-        process = Registration(self.meta, self.timeout)
+        process = Registration(self.meta, self.timeout, self.writing)
         with process.guard:
             if self.read_note("format") != str(FORMAT):
                 self.write_note("format", str(FORMAT))
@@ -313,6 +316,29 @@ class IndexSession:
             process.take_notes_back()
         return True
 
+    def begin_write(self, key: str, *, beneath: bool) -> int:
+        """Begin a write of a key at the source, or of all beneath it; returns its id.
+
+        The caller records it in the index. After a rebuild, the next section records it in the new index.
+        """
+        # no number is drawn twice, so that a row is never taken for that of another write
+        id_ = secrets.randbits(62)
+        self.writing[id_] = key, beneath
+        self._share_writers_byte()
+        return id_
+
+    def end_writes(self, ids: Iterable[int]) -> None:
+        """End writes at the source."""
+        for id_ in ids:
+            self.writing.pop(id_, None)
+        self._share_writers_byte()
+
+    def _share_writers_byte(self) -> None:
+        if (process := self.current) is not None:
+            # a write does not fail for want of this lock, which matters only if the index is rebuilt meanwhile
+            with suppress(OSError):
+                process.share_writers_byte()
+
     def record_written(self, namespace: str) -> None:
         """Write the note of a namespace unless it exists; see `Registration.record_written`."""
         process = self.current
@@ -395,7 +421,7 @@ class IndexSession:
         self.current = self._forking = None
         self._opening = threading.Lock()
         self._inside = threading.local()
-        self.writing = set()
+        self.writing = {}
 
 
 def _nothing() -> None:

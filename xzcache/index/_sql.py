@@ -148,6 +148,11 @@ class Tombstone(NamedTuple):
 # -- The small tables of the index: metadata fingerprints, writes under way and the negative cache.
 
 
+_UNKNOWN: Final = 0
+"""Id and owner of the row for writes whose own rows were lost; no other write and no process has this number."""
+_OF_NOBODY: Final = f" WHERE owner != {_UNKNOWN} AND owner NOT IN (SELECT id FROM owner)"
+
+
 class Writings(NamedTuple):
     """Keys that are being written, and prefixes of keys."""
 
@@ -212,7 +217,8 @@ class Tables:
         """The writes under way in all processes."""
         rows = self._do("SELECT key, beneath FROM writing").fetchall()
         # all rows, since there are few of them: the writes of this moment
-        return Writings({key for key, beneath in rows if not beneath}, [f"{key}/" for key, beneath in rows if beneath])
+        prefixes = [f"{key}/" if key else "" for key, beneath in rows if beneath]
+        return Writings({key for key, beneath in rows if not beneath}, prefixes)
 
     def is_written(self, key: str) -> bool:
         """Whether a key, or a prefix of it, is being written."""
@@ -225,11 +231,20 @@ class Tables:
 
     def writings_of_nobody(self) -> list[str]:
         """Keys and prefixes whose writer has left."""
-        rows = self._do("SELECT key FROM writing WHERE owner NOT IN (SELECT id FROM owner)").fetchall()
-        return [key for (key,) in rows]
+        return [key for (key,) in self._do(f"SELECT key FROM writing{_OF_NOBODY}")]
 
     def drop_writings_of_nobody(self) -> None:
-        self._do("DELETE FROM writing WHERE owner NOT IN (SELECT id FROM owner)")
+        self._do(f"DELETE FROM writing{_OF_NOBODY}")
+
+    def add_unknown_writes(self) -> None:
+        """Record that any key may be being written, because the rows of writes under way were lost."""
+        self.add_writing(_UNKNOWN, "", _UNKNOWN, beneath=True)
+
+    def has_unknown_writes(self) -> bool:
+        return bool(self.writing_of(_UNKNOWN))
+
+    def drop_unknown_writes(self) -> None:
+        self.drop_writings([_UNKNOWN])
 
     # -- the negative cache
 

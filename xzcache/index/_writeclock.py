@@ -140,6 +140,14 @@ class WriteCounters:
             counts[counter] = count
             self._seen = total + totals[8:], counts
 
+    def increment_beneath(self, prefix: str) -> None:
+        """Count one write to everything beneath a prefix, or to all keys if it is empty; otherwise as `increment`."""
+        # no key looks at a counter of the empty prefix
+        if prefix:
+            self.increment(prefix_counter(prefix))
+        else:
+            self.lose()
+
     def lose(self) -> None:
         """Count one write, perhaps to any key; needs no guard, since concurrent ones cannot be mistaken for none."""
         # a random number, because without the guard two processes could both add one to the same number
