@@ -435,7 +435,7 @@ class Writes:
             keys,
             act,
             lambda: self._pending.unlink_keys(keys),
-            lambda: self._invalidate_late(keys, ended),
+            lambda: self._invalidate_late(keys, ended=ended),
         )
         self._see_to(report)
         _log(keys, why)
@@ -462,17 +462,22 @@ class Writes:
     def _see_to(self, report: HideReport) -> None:
         """Quarantine the keys whose files may remain."""
         self._pending.suspect(report.missing)
-        if left := list(report.left):
-            if report.error is not None:
-                self._pending.record_fault(report.error)
-            self._pending.defer(left, lambda: self._invalidate_late(left))
+        if report.left and report.error is not None:
+            self._pending.record_fault(report.error)
+        self._defer(report.left)
 
-    def _invalidate_late(self, keys: Sequence[str], ended: Sequence[Begun] = ()) -> bool:
-        """Retry the invalidation of some keys; those whose files are gone do not wait for the others."""
+    def _defer(self, names: Iterable[str]) -> None:
+        """Quarantine names, if any, until their files are gone."""
+        if left := list(names):
+            self._pending.defer(left, lambda: self._again(left))
+
+    def _invalidate_late(self, keys: Sequence[str], prefixes: Sequence[str] = (), ended: Sequence[Begun] = ()) -> bool:
+        """Retry the invalidation of some keys and prefixes; those whose files are gone do not wait for the others."""
         report = HideReport()
         self.invalidate_now(keys, report, ended)
-        if left := list(report.left):
-            self._pending.defer(left, lambda: self._invalidate_late(left))
+        for batch in _batches(prefixes):
+            self._drop_now(batch, report)
+        self._defer(report.left)
         return True
 
     def invalidate_now(self, keys: Sequence[str], report: HideReport, ended: Sequence[Begun] = ()) -> bool:
@@ -492,18 +497,14 @@ class Writes:
 
     def invalidate_returned(self) -> None:
         """Invalidate the names that were written while the current directory was missing from its path."""
-        names = self._pending.has_returned()
-        if names and not self._again(names):
-            self._pending.defer(names, lambda: self._again(names))
+        self._again(self._pending.has_returned())
         self._pending.forget_returned()
 
     def _again(self, names: Sequence[str]) -> bool:
-        report = HideReport()
-        self.invalidate_now([name for name in names if not name.endswith("/")], report)
-        if prefixes := [name.rstrip("/") for name in names if name.endswith("/")]:
-            self._drop_now(prefixes, report)
+        keys = [name for name in names if not name.endswith("/")]
+        prefixes = [name.rstrip("/") for name in names if name.endswith("/")]
         _log(names, "it was pending")
-        return not report.left
+        return self._invalidate_late(keys, prefixes)
 
     def end_writes(self, writes: Sequence[tuple[Begun, Data | None]]) -> list[None]:
         """Invalidate the keys again after the source was written, and store the new values."""
@@ -676,7 +677,10 @@ class Writes:
                 self._pending.unlink_beneath(prefix)
 
         def again() -> bool:
-            return self._drop_now(prefixes, HideReport(), keys=keys, ended=ended)
+            report = HideReport()
+            self._drop_now(prefixes, report, keys=keys, ended=ended)
+            self._defer(report.left)
+            return True
 
         self._pending.must_invalidate([*map(beneath, prefixes), *keys], act, by_hand, again)
         why = "it is cleared" if not drops else "a deletion begins" if begins else "a deletion has ended"
@@ -707,8 +711,8 @@ class Writes:
         keys: Sequence[str] = (),
         begun: Sequence[Deletion] = (),
         ended: Sequence[Deletion] = (),
-    ) -> bool:
-        """Like `drop_now`, for some prefixes and keys; returns whether all files are gone."""
+    ) -> None:
+        """Like `drop_now`, for some prefixes and keys."""
         leftover: set[str] = set()
         is_first, is_last = True, False
         while not is_last:
@@ -748,7 +752,6 @@ class Writes:
             self._unlink_deleted(tombstones, soon=bool(begun))
             is_first = False
         self._drop_orphans(prefixes, leftover, report)
-        return not report.left
 
     def _drop_orphans(self, prefixes: Sequence[str], leftover: set[str], report: HideReport) -> None:
         """Remove entry files beneath some prefixes that have no row: leftovers of a failure or a crash."""
