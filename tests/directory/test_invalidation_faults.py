@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ async def obey(link: Connection, store: Any) -> None:
 async def carry_out(store: Any, what: str, key: str, argument: Any = None) -> Any:
     if what == "get all":
         return [await carry_out(store, "get", one) for one in argument]
-    if what == "set all":
-        await asyncio.gather(*(carry_out(store, "set", one, 2) for one in argument))
+    if what in ("set all", "delete all"):
+        await asyncio.gather(*(carry_out(store, what.partition(" ")[0], one, 2) for one in argument))
         return "done"
     if what == "hits":
         return store.cache_stats()["hits"]
@@ -195,16 +196,40 @@ def test_a_folder_that_may_not_be_written(root: Path, write: str) -> None:
     assert anew(root, "get", "a/c/0") == expected[0]
 
 
-def _unremovable(team: Team, root: Path) -> tuple[Worker, tuple[Path, Path]]:
+def _unremovable(team: Team, root: Path, **options: Any) -> tuple[Worker, tuple[Path, Path]]:
     """A process that has cached all keys, and the folders of the files, which it cannot remove."""
     make_origin(root)
     give_away(root)
-    writer = Worker(team, unprivileged, root, cached, revalidate=False)
+    writer = Worker(team, unprivileged, root, cached, revalidate=False, **options)
     assert [writer.ask("get", key) for key in ALL] == [1, 1, 1]
     folders = entry(root, "a/c"), entry(root, "a/d")
     for folder in folders:
         folder.chmod(0o500)
     return writer, folders
+
+
+def test_a_folder_in_which_nothing_can_be_looked_for(root: Path) -> None:
+    """A file that the index has lost is not served after a deletion that could not find it."""
+    make_origin(root)
+    give_away(root)
+    with Team() as team:
+        reader = Worker(team, unprivileged, root, cached, revalidate=False)
+        assert [reader.ask("get", key) for key in ALL] == [1, 1, 1]
+        reader.leave()
+        (index,) = (root / "cache/.xzcache").glob("index-*.db")
+        with closing(sqlite3.connect(index)) as connection, connection:
+            connection.execute("DELETE FROM entry WHERE key = ?", [f"{NAMESPACE}/a/c/0"])
+        writer = Worker(team, unprivileged, root, cached, revalidate=False)
+        folder = entry(root, "a/c")
+        folder.chmod(0o300)
+        writer.ask("delete_dir", "a")
+        for _ in over_attempts():
+            assert [writer.ask("get", key) for key in ALL] == [None] * 3
+        folder.chmod(0o700)
+        until(lambda: writer.ask("get", "a/c/0") or not folder.exists())
+        assert [writer.ask("get", key) for key in ALL] == [None] * 3
+        writer.leave()
+    accounted(root)
 
 
 def test_two_pending_invalidations_end_each_by_itself(root: Path) -> None:
@@ -356,6 +381,28 @@ def test_a_write_whose_end_the_index_was_not_told_is_over(root: Path, write: str
     until(is_cached)
     stores.clear()
     until(lambda: not os.listdir(root / "cache/.xzcache/tmp"))
+    accounted(root)
+
+
+def test_deletions_that_waited_together_end_each_by_itself(root: Path) -> None:
+    """Neither the index nor the files of two keys can be reached: one that can be made up for does not wait."""
+    with Team() as team:
+        writer, folders = _unremovable(team, root, settings={"lock_timeout": 0.3})
+        with index_locked(root):
+            # while the first one waits for the lock, the others come
+            writer.ask("delete all", argument=("a/c/1", "a/c/0", "a/d/0"))
+        make_origin(root)
+        give_away(root / "origin")
+        folders[0].chmod(0o700)
+
+        def is_cached_again() -> bool:
+            before = writer.ask("hits")
+            assert [writer.ask("get", key) for key in ("a/c/0", "a/c/0", "a/d/0")] == [1, 1, 1]
+            return bool(writer.ask("hits") > before)
+
+        until(is_cached_again)
+        folders[1].chmod(0o700)
+        writer.leave()
     accounted(root)
 
 

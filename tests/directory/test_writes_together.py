@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
@@ -190,3 +191,23 @@ def test_deletions_of_one_transaction_may_overlap(tmp_path: Path, monkeypatch: p
     # no file was looked for twice
     assert directory.reader.quarantine.suspected == []
     assert store.check().findings == ()
+
+
+def test_deletions_that_a_dead_process_left_take_many_short_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[int] = []
+    drop = Writes._drop_now
+
+    def counted(writes: Writes, prefixes: Sequence[str], *args: Any, **options: Any) -> None:
+        dropped.append(len(prefixes))
+        drop(writes, prefixes, *args, **options)
+
+    monkeypatch.setattr(Writes, "_drop_now", counted)
+    directory = xzcache.LockedLocalStore(tmp_path)._directory
+    assert directory.prepare()
+    directory.writes.adopt([f"n/a/{number}/" for number in range(300)])
+    directory.pending.retry_pending()
+    assert not directory.pending.has_pending
+    assert sum(dropped) == 300
+    assert max(dropped) <= 64

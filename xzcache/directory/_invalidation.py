@@ -432,7 +432,7 @@ class Writes:
             keys,
             act,
             lambda: self._pending.unlink_keys(keys),
-            lambda: self._invalidate_late(keys, writes),
+            lambda: self._invalidate_late(keys, writes=writes),
         )
         self._see_to(report)
         _log(keys, why)
@@ -459,17 +459,22 @@ class Writes:
     def _see_to(self, report: HideReport) -> None:
         """Quarantine the keys whose files may remain."""
         self._pending.suspect(report.missing)
-        if left := list(report.left):
-            if report.error is not None:
-                self._pending.record_fault(report.error)
-            self._pending.defer(left, lambda: self._invalidate_late(left))
+        if report.left and report.error is not None:
+            self._pending.record_fault(report.error)
+        self._defer(report.left)
 
-    def _invalidate_late(self, keys: Sequence[str], writes: Sequence[Begun] = ()) -> bool:
-        """Retry the invalidation of some keys; those whose files are gone do not wait for the others."""
+    def _defer(self, names: Iterable[str]) -> None:
+        """Quarantine names, if any, until their files are gone."""
+        if left := list(names):
+            self._pending.defer(left, lambda: self._again(left))
+
+    def _invalidate_late(self, keys: Sequence[str], prefixes: Sequence[str] = (), writes: Sequence[Begun] = ()) -> bool:
+        """Retry the invalidation of some keys and prefixes; those whose files are gone do not wait for the others."""
         report = HideReport()
         self.invalidate_now(keys, report, writes)
-        if left := list(report.left):
-            self._pending.defer(left, lambda: self._invalidate_late(left))
+        for batch in _batches(prefixes):
+            self._drop_now(batch, report)
+        self._defer(report.left)
         return True
 
     def invalidate_now(self, keys: Sequence[str], report: HideReport, writes: Sequence[Begun] = ()) -> bool:
@@ -496,18 +501,14 @@ class Writes:
 
     def invalidate_returned(self) -> None:
         """Invalidate the names that were written while the current directory was missing from its path."""
-        names = self._pending.has_returned()
-        if names and not self._again(names):
-            self._pending.defer(names, lambda: self._again(names))
+        self._again(self._pending.has_returned())
         self._pending.forget_returned()
 
     def _again(self, names: Sequence[str]) -> bool:
-        report = HideReport()
-        self.invalidate_now([name for name in names if not name.endswith("/")], report)
-        if prefixes := [name.rstrip("/") for name in names if name.endswith("/")]:
-            self._drop_now(prefixes, report)
+        keys = [name for name in names if not name.endswith("/")]
+        prefixes = [name.rstrip("/") for name in names if name.endswith("/")]
         _log(names, "it was pending")
-        return not report.left
+        return self._invalidate_late(keys, prefixes)
 
     def end_writes(self, writes: Sequence[tuple[Begun, Data | None]]) -> list[None]:
         """Invalidate the keys again after the source was written, and store the new values."""
@@ -681,7 +682,10 @@ class Writes:
                 self._pending.unlink_beneath(prefix)
 
         def again() -> bool:
-            return self._drop_now(prefixes, HideReport(), keys=keys, begun=begun, ended=ended)
+            report = HideReport()
+            self._drop_now(prefixes, report, keys=keys, begun=begun, ended=ended)
+            self._defer(report.left)
+            return True
 
         self._pending.must_invalidate([*map(beneath, prefixes), *keys], act, by_hand, again)
         why = "it is cleared" if not drops else "a deletion begins" if begins else "a deletion has ended"
@@ -712,8 +716,8 @@ class Writes:
         keys: Sequence[str] = (),
         begun: Sequence[Deletion] = (),
         ended: Sequence[Deletion] = (),
-    ) -> bool:
-        """Like `drop_now`, for some prefixes and keys; returns whether all files are gone."""
+    ) -> None:
+        """Like `drop_now`, for some prefixes and keys."""
         leftover: set[str] = set()
         is_first, is_last = True, False
         while not is_last:
@@ -750,7 +754,6 @@ class Writes:
             self._unlink_deleted(tombstones, soon=bool(begun))
             is_first = False
         self._drop_orphans(prefixes, leftover, report)
-        return not report.left
 
     def _drop_orphans(self, prefixes: Sequence[str], leftover: set[str], report: HideReport) -> None:
         """Remove entry files beneath some prefixes that have no row: leftovers of a failure or a crash."""
