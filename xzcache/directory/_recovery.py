@@ -74,10 +74,7 @@ def recover(session: IndexSession) -> list[str]:
                 finally:
                     process.owners.unlock(owner)
         _invalidate_written(session, process, index, process.owner)
-        if index.tables.has_unknown_writes() and not process.has_unknown_writes(process.generation):
-            # nothing was stored meanwhile, and what was fetched meanwhile must not be stored from here on
-            process.writes.lose()
-            index.tables.drop_unknown_writes()
+        process.end_unknown_writes(index)
         finish(session, index, index.orphaned_tombstones())
         # a few of them only, and drawn at random, so that files that cannot be removed do not hold up each recovery
         finish(session, index, index.unowned_tombstones(_AT_ONCE))
@@ -532,8 +529,8 @@ def _build(session: IndexSession, process: Registration, generation: int, max_si
         # a process that has not seen the new index may still free tombstones of the old one
         index.number_from("dying", secrets.randbits(40))
         index.set_max_size(max_size)
-        if process.has_unknown_writes(generation):
-            # until each writer has recorded its writes in this index, or has died
+        if process.writing or process.has_unknown_writes(generation):
+            # until each of these processes has recorded its writes in this index, or has died
             index.tables.add_unknown_writes()
         for name in _listed(session, "tmp"):
             # a note of pending invalidations does not depend on the lost index

@@ -210,17 +210,20 @@ class Registration:
                 self._shared = byte
 
     def has_unknown_writes(self, generation: int) -> bool:
-        """Whether writes are under way, in any process, that the index of a generation has no rows of; under the guard.
+        """Whether writes of other processes are under way of which an index has no rows; under the guard.
 
         Idle processes do not count, so that nothing waits for them.
         """
         byte = _writers_byte(generation)
-        with self._sharing:
-            # the locks of this process are not seen below
-            if self._shared not in (0, byte):
-                return True
         spans = (_WRITERS, byte), (byte + 1, _WRITERS + _INDEXES)
         return any(is_range_locked(self.guard.fd, first, end - first) for first, end in spans if first < end)
+
+    def end_unknown_writes(self, index: Index) -> None:
+        """Let keys be stored again if no such writes are under way any more; within a section."""
+        if index.tables.has_unknown_writes() and not self.has_unknown_writes(self.generation):
+            # nothing was stored meanwhile, and what was fetched meanwhile must not be stored from here on
+            self.writes.lose()
+            index.tables.drop_unknown_writes()
 
     # -- the notes that namespaces are being written
 
@@ -373,6 +376,7 @@ class Registration:
             # the writes that began under a lost index, or without one
             for id_, (key, beneath) in dict(self.writing).items():
                 index.tables.add_writing(id_, key, owner, beneath=beneath)
+            self.end_unknown_writes(index)
             # after the directory exists: temporary files of an owner lie there from its first entry on
             index.commit()
             self._informed = self.generation
