@@ -214,10 +214,11 @@ def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 def run_program(text: str, *arguments: object) -> tuple[str, str]:
     """Run the text of a program in a process of its own, to its end: what it wrote to its standard streams."""
-    return run(_execute, text, [str(argument) for argument in arguments])
+    return run(execute, text, [str(argument) for argument in arguments])
 
 
-def _execute(link: Connection, text: str, arguments: list[str]) -> tuple[str, str]:
+def execute(link: Connection, text: str, arguments: list[str]) -> tuple[str, str]:
+    """In a child: run the text of a program; what it wrote."""
     sys.argv[1:] = arguments
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         exec(compile(text, "<program>", "exec"), {"__name__": "__main__"})
