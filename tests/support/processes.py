@@ -17,6 +17,7 @@ import signal
 import sqlite3
 import struct
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from hashlib import blake2b
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -225,6 +227,41 @@ def execute(link: Connection, text: str, arguments: list[str]) -> tuple[str, str
         # while what is said is still heard
         xzcache.cleanup_resources()
     return out.getvalue(), err.getvalue()
+
+
+class Ended(NamedTuple):
+    """A command that has run to its end."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_command(*words: object) -> Ended:
+    """Run the command ``xzcache`` in a process of its own, which has imported the package already, as in a pipe."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        code = run(_command, [str(word) for word in words], DupFd(out.fileno()), DupFd(err.fileno()))
+        for file in (out, err):
+            file.seek(0)
+        return Ended(code, out.read(), err.read())
+
+
+def _command(link: Connection, words: list[str], out: Any, err: Any) -> int:
+    from xzcache.cli import main
+
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out.detach(), 1)
+    os.dup2(err.detach(), 2)
+    # that of the tests' own process
+    xzcache.config.refresh()
+    try:
+        main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        xzcache.cleanup_resources()
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 # -- sources
