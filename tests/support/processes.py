@@ -43,7 +43,7 @@ from xzcache.model.entry import META, Entry
 from xzcache.model.spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
-PRELOADED = ["pytest", "xzcache", "google_crc32c", "zarr"]
+PRELOADED = ["pytest", "xzcache", "google_crc32c", "zarr", "xarray", "obstore.store", "s3fs", "aiohttp"]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 PATIENCE = 60.0
