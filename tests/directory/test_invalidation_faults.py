@@ -21,6 +21,7 @@ import pytest
 from damage import Unsupported, enter_private_mounts, in_process
 from processes import PATIENCE, Child, Team, findings, made, until, version_of
 from sources import buffer, read
+from sweeps import sweep
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
@@ -629,14 +630,15 @@ def places(root: Path) -> list[Path]:
 
 
 @needs_strace
+@sweep(3)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.slow
-def test_one_call_that_fails(root: Path, call: str) -> None:
+def test_one_call_that_fails(root: Path, call: str, every: int) -> None:
     """Whichever it is: nothing old is read, by nobody, and the next process finds disk and index in agreement."""
     number, fired = 0, True
     while fired:
         # one after the other at first; of many, some
-        number += 1 if number < 12 else 7
+        number += every * (1 if number < 12 else 7)
         here = root / str(number)
         make_origin(here, [key for key in EXPECTED if not key.startswith("a/d/")])
         (here / "origin/a/c/0").write_bytes(value("a/c/0", 2))
