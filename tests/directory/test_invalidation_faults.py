@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from damage import Unsupported, enter_private_mounts, in_process
-from processes import PATIENCE, Child, Team, findings, made, until, version_of
+from processes import PATIENCE, Child, Team, findings, made, traced, until, version_of
 from sources import buffer, read
 from sweeps import sweep
 from zarr.abc.store import RangeByteRequest
@@ -384,27 +384,6 @@ def test_a_write_that_the_index_was_not_told_of_ends_an_absence(root: Path) -> N
 
 
 # -- processes that stall
-
-
-@contextmanager
-def traced(child: Child, log: Path, *options: str) -> Iterator[None]:
-    """Have strace meddle with a process."""
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-o", log, "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert tracer.stderr is not None
-        if "attached" not in (said := tracer.stderr.readline()):
-            pytest.skip(f"strace may not trace here: {said}")
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        try:
-            tracer.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            # it waits in vain for a process that was killed while it was held up
-            tracer.kill()
-            tracer.communicate()
 
 
 def injected(log: Path, word: str = "INJECTED") -> int:

@@ -16,6 +16,7 @@ import select
 import signal
 import sqlite3
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
+import pytest
 import zarr
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -212,6 +214,27 @@ def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Run one process to its end."""
     with Team() as team:
         return team.start(target, *args, **options).result()
+
+
+@contextmanager
+def traced(child: Child, log: Path | str, *options: str) -> Iterator[None]:
+    """Have strace meddle with a process."""
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-o", log, "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert tracer.stderr is not None
+        if "attached" not in (said := tracer.stderr.readline()):
+            pytest.skip(f"strace may not trace here: {said}")
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        try:
+            tracer.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            # it waits in vain for a process that was killed while it was held up
+            tracer.kill()
+            tracer.communicate()
 
 
 def run_program(text: str, *arguments: object) -> tuple[str, str]:
