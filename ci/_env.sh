@@ -17,8 +17,9 @@ unset XZCACHE_PYTHON XZCACHE_VENVS XZCACHE_CONSTRAINTS PYTHONHOME PYTHONPATH
 unset PYTHONDONTWRITEBYTECODE
 
 # A pyenv shim is found on PATH even where it cannot run: only an answer counts, here and for Python.
-uv=$(command -v uv || true)
-"${uv:-false}" --version >/dev/null 2>&1 || uv=''
+for uv in "$(command -v uv || true)" "$venvs/uv/bin/uv" ''; do
+    ! "${uv:-false}" --version >/dev/null 2>&1 || break
+done
 
 die() {
     printf 'ci/%s: %s\n' "${0##*/}" "$*" >&2
@@ -83,19 +84,35 @@ stamp() {
     "$venv/bin/python" -VV && printf '%s\n' "$PWD" "$*" && cat pyproject.toml ci/constraints-*.txt
 }
 
+# An environment takes uv some seconds and pip half a minute: uv is fetched once where it is not here.
+fetch_uv() {
+    local wanted=$venvs/uv/bin/uv
+    if command -v flock >/dev/null; then
+        exec 8>"$venvs/uv.lock"
+        flock 8
+    fi
+    [[ -x $wanted ]] || {
+        "$1" -m venv "$venvs/uv" &&
+            "$venvs/uv/bin/python" -m pip install --only-binary :all: --constraint ci/constraints-newest.txt uv
+    } || true
+    exec 8>&-
+    [[ ! -x $wanted ]] || uv=$wanted
+}
+
 install() {
     local python=$1 pins=ci/constraints-$2.txt
     shift 2
     set -- --constraint "$pins" --build-constraint ci/constraints-newest.txt "$@"
+    [[ -n $uv ]] || fetch_uv "$python"
     if [[ -n $uv ]]; then
-        "$uv" venv --python "$python" "$venv" && "$uv" pip install --python "$venv/bin/python" "$@"
-    else
-        # The pip that comes with Python 3.11 knows no dependency groups.
-        "$python" -m venv "$venv" &&
-            "$venv/bin/python" -m pip install --upgrade --constraint ci/constraints-newest.txt pip &&
-            # to compile all modules would take most of the time; Python compiles those that are imported
-            "$venv/bin/python" -m pip install --no-compile "$@"
+        "$uv" venv --python "$python" "$venv" && "$uv" pip install --python "$venv/bin/python" "$@" && return
+        rm -rf "$venv" # only pip may know of the index that can be reached
     fi
+    # The pip that comes with Python 3.11 knows no dependency groups.
+    "$python" -m venv "$venv" &&
+        "$venv/bin/python" -m pip install --upgrade --constraint ci/constraints-newest.txt pip &&
+        # to compile all modules would take most of the time; Python compiles those that are imported
+        "$venv/bin/python" -m pip install --no-compile "$@"
 }
 
 # enter NAME VERSION|PATH|'' SET ARGUMENT...: enters the environment NAME, making it anew by
@@ -110,7 +127,7 @@ enter() {
     if [[ ! -f $venv/stamp || $(stamp "$@" 2>&1) != "$(<"$venv/stamp")" ]]; then
         rm -rf "$venv"
         python=$(find_python "$asked")
-        printf 'ci/%s: making %s with %s and %s, once\n' "${0##*/}" "$venv" "$python" "${uv:-pip}" >&2
+        printf 'ci/%s: making %s with %s, once\n' "${0##*/}" "$venv" "$python" >&2
         if ! install "$python" "${@:3}" >"$log" 2>&1 </dev/null; then
             why='the packages could not be installed'
             grep -qiE 'connection|\(connect\)|dns error|timed out' "$log" && why='no package index can be reached'

@@ -15,7 +15,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from browser import browser, needs_browser
-from processes import Team, barrier, opened_index
+from processes import Team, barrier, opened_index, run_command
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
@@ -48,10 +48,6 @@ def command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "xzcache", *map(str, words)]
 
 
-def run(*words: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, check=False)
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     for _ in range(2):
@@ -61,14 +57,14 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_a_report_is_written_and_named(cache: Path, tmp_path: Path) -> None:
-    done = run("report", "-o", tmp_path / "r.html", "-d", cache)
+    done = run_command("report", "-o", tmp_path / "r.html", "-d", cache)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path}/r.html: a report of {cache}, 1 source" in done.stdout
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
-    done = run("report", "-o", tmp_path / "r.html", "-d", cache, "--json")
+    done = run_command("report", "-o", tmp_path / "r.html", "-d", cache, "--json")
     assert json.loads(done.stdout)["sources"] == 1
     for place in (tmp_path / "none" / "r.html", tmp_path):
-        done = run("report", "-o", place, "-d", cache)
+        done = run_command("report", "-o", place, "-d", cache)
         assert done.returncode == 2
         # the file that was asked for, and not a temporary one
         expected = f"path={str(place)!r} is not accepted: give a file in a directory that exists"
@@ -80,14 +76,14 @@ def test_a_report_says_without_its_page_what_other_sizes_would_give(tmp_path: Pa
     for _ in range(3):
         read(store, 300)
     xzcache.cleanup_resources()
-    done = run("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache")
+    done = run_command("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("misses: ")]
     said, _, since = line.partition("; of the reads since ")
     assert since.endswith(" UTC")
     assert [part.partition("% with ")[2] for part in said.removeprefix("misses: ").split(", ")] == [
         *("500 kB", "1 MB", "2 MB (now)", "4 MB", "8 MB")
     ]
-    done = run("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache", "--json")
+    done = run_command("report", "-o", tmp_path / "r.html", "-d", tmp_path / "cache", "--json")
     first, *_ = json.loads(done.stdout)["curves"]
     table = dict(zip(first["bounds"], first["miss_ratios"], strict=True))
     # everything fits, so that only the first reads are misses
@@ -97,15 +93,15 @@ def test_a_report_says_without_its_page_what_other_sizes_would_give(tmp_path: Pa
 
 def test_one_sample_in_a_pipe(cache: Path) -> None:
     for words in (("top",), ("top", "--once")):
-        done = run(*words, "--seconds", "0.2", "-d", cache)
+        done = run_command(*words, "--seconds", "0.2", "-d", cache)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.split()[:2] == ["source", "reads/s"]
         assert "\x1b" not in done.stdout
-    assert json.loads(run("top", "--seconds", "0.2", "-d", cache, "--json").stdout)["state"] == "ok"
-    none = run("top", "-d", cache / "none")
+    assert json.loads(run_command("top", "--seconds", "0.2", "-d", cache, "--json").stdout)["state"] == "ok"
+    none = run_command("top", "-d", cache / "none")
     assert none.returncode == 0
     assert "there is no cache" in none.stdout
-    bad = run("top", "--seconds", "-1", "-d", cache)
+    bad = run_command("top", "--seconds", "-1", "-d", cache)
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
 
 
@@ -125,20 +121,20 @@ def test_metrics_are_served_on_this_machine_until_interrupted(cache: Path) -> No
             assert 'xzcache_source_hits_total{node="' in text
             assert 'source="era5"} 20\n' in text
             port = url.rpartition(":")[2].partition("/")[0]
-            taken = run("serve-metrics", "--port", port, "-d", cache)
+            taken = run_command("serve-metrics", "--port", port, "-d", cache)
             assert (taken.returncode, taken.stderr.count("\n")) == (1, 1)
             assert port in taken.stderr
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    assert run("serve-metrics", "--port", "65536", "-d", cache).returncode == 2
+    assert run_command("serve-metrics", "--port", "65536", "-d", cache).returncode == 2
 
 
 def test_hits_are_listed(cache: Path) -> None:
-    lines = run("ls", "-d", cache).stdout.splitlines()
+    lines = run_command("ls", "-d", cache).stdout.splitlines()
     assert lines[0].split()[-3:] == ["hits", "hit", "rate"]
     assert lines[1].split()[-2:] == ["20", "50%"]
-    info = json.loads(run("info", "-d", cache, "--json").stdout)
+    info = json.loads(run_command("info", "-d", cache, "--json").stdout)
     assert info["ever"]["hits"] == info["last_day"]["hits"] == 20
     assert info["ever"]["hit_rate"] == 0.5
 
@@ -155,7 +151,7 @@ def test_trouble_is_one_line(cache: Path, words: list[str], damage: str, tmp_pat
     else:
         cache = tmp_path / "nothing"
     output = ["-o", str(tmp_path / "r.html")] if words == ["report"] else []
-    done = run(*words, *output, "-d", cache)
+    done = run_command(*words, *output, "-d", cache)
     assert done.returncode == (0 if damage == "absent" else 1)
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") <= 1
@@ -196,7 +192,7 @@ def test_every_command_while_others_read_and_write(tmp_path: Path) -> None:
             ["resize", "90kB", "--yes"],
             ["config"],
         ):
-            done = run(*words, "-d", cache)
+            done = run_command(*words, "-d", cache)
             # a full cache is more than pins may take, and this bound is small
             code, lines = {("pin", "s"): (2, 1), ("resize", "90kB", "--yes"): (0, 1)}.get(tuple(words), (0, 0))
             assert (done.returncode, done.stderr.count("\n")) == (code, lines), (words, done)
@@ -230,14 +226,14 @@ def test_a_million_entries_take_no_longer_than_two_seconds(tmp_path: Path) -> No
         taken = []
         for _ in range(3):
             before = os.times()
-            done = run(*words, "-d", cache)
+            done = subprocess.run(command(*words, "-d", cache), capture_output=True, check=False)
             after = os.times()
             # the processor's time, which other work on this machine does not lengthen
             taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
             assert done.returncode == 0
-        imports = run("--version")
-        assert imports.returncode == 0
-        assert min(taken) <= 2.0, words
+            if taken[-1] <= 2.0:
+                break
+        assert taken[-1] <= 2.0, (words, taken)
 
 
 # -- in a browser

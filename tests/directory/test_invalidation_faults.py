@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 from damage import Unsupported, enter_private_mounts, in_process
-from processes import PATIENCE, Child, Team, findings, made, until, version_of
+from processes import PATIENCE, Child, Team, findings, made, traced, until, version_of
 from sources import buffer, read
+from sweeps import sweep
 from zarr.abc.store import RangeByteRequest
 from zarr.storage import LocalStore, MemoryStore
 
@@ -432,27 +433,6 @@ def test_a_write_that_the_index_was_not_told_of_ends_an_absence(root: Path) -> N
 # -- processes that stall
 
 
-@contextmanager
-def traced(child: Child, log: Path, *options: str) -> Iterator[None]:
-    """Have strace meddle with a process."""
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-o", log, "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert tracer.stderr is not None
-        if "attached" not in (said := tracer.stderr.readline()):
-            pytest.skip(f"strace may not trace here: {said}")
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        try:
-            tracer.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            # it waits in vain for a process that was killed while it was held up
-            tracer.kill()
-            tracer.communicate()
-
-
 def injected(log: Path, word: str = "INJECTED") -> int:
     """How often strace has meddled so far."""
     with suppress(FileNotFoundError):
@@ -676,14 +656,15 @@ def places(root: Path) -> list[Path]:
 
 
 @needs_strace
+@sweep(3)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.slow
-def test_one_call_that_fails(root: Path, call: str) -> None:
+def test_one_call_that_fails(root: Path, call: str, every: int) -> None:
     """Whichever it is: nothing old is read, by nobody, and the next process finds disk and index in agreement."""
     number, fired = 0, True
     while fired:
         # one after the other at first; of many, some
-        number += 1 if number < 12 else 7
+        number += every * (1 if number < 12 else 7)
         here = root / str(number)
         make_origin(here, [key for key in EXPECTED if not key.startswith("a/d/")])
         (here / "origin/a/c/0").write_bytes(value("a/c/0", 2))

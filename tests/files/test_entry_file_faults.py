@@ -10,10 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Team, barrier, execute, traced
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +98,6 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import zarr
 
     folder = tmp_path_factory.mktemp("filled")
-    (folder / "read.py").write_text(READER)
     for name, codecs in (("raw", None), ("packed", "auto")):
         array: Any = zarr.create_array(
             str(folder / "source" / name), shape=(2, 3000), chunks=(1, 3000), dtype="i4", compressors=codecs
@@ -113,13 +115,18 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reading(folder: Path, rounds: int, *strace: str) -> dict[str, Any]:
-    trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", os.devnull, *strace] if strace else []
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "XZCACHE_MIN_FREE": "0"}
-    line = [*trace, sys.executable, str(folder / "read.py"), str(folder), str(rounds)]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    with Team() as team:
+        child = team.start(_reading, str(folder), rounds)
+        child.hear("ready")
+        with traced(child, os.devnull, *strace) if strace else nullcontext():
+            child.send("go")
+            found: dict[str, Any] = json.loads(child.result())
     return found
+
+
+def _reading(link: Connection, folder: str, rounds: int) -> str:
+    barrier(link)
+    return execute(link, READER, [folder, str(rounds)])[0]
 
 
 def entries(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ import pytest
 import xarray as xr
 import zarr
 from clusters import nodes
-from processes import PATIENCE, until
+from processes import PATIENCE, run_command, until
 from servers import Delayed, Web, delayed_server, needs_obstore, nobody, s3_server, web_server
 from zarr.storage import LocalStore
 
@@ -423,9 +423,9 @@ def test_commands_with_bad_input(web: Web, tmp_path: Path) -> None:
         ["--for", "7d"],
         ["-o", secret],
     ):
-        with command(url if "-o" not in words else web.url, tmp_path, *words) as process:
-            out, err = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, out) == (2, ""), (words, err)
+        place = url if "-o" not in words else web.url
+        code, out, err = run_command("warm", f"{place}/era5.zarr", "--directory", tmp_path / "cache", *words)
+        assert (code, out) == (2, ""), (words, err)
         assert err.count("\n") == 1, err
         assert secret not in err or words[0] == "-o", err
     with command(f"{url}/nowhere", tmp_path) as process:

@@ -205,9 +205,14 @@ def follow(where: Place, zarr_format: int, consolidated: bool, cache: Path) -> N
         before = now
 
 
-@formats
-@consolidation
-@kinds
+# each two of the three together
+@pytest.mark.parametrize(
+    ("kind", "consolidated", "zarr_format"),
+    [
+        *(("obstore", True, 3), ("obstore", False, 2), ("s3fs", True, 2), ("s3fs", False, 3)),
+        *(("local", True, 3), ("local", False, 2)),
+    ],
+)
 def test_each_opening_shows_the_truth(
     s3: S3Server, kind: str, consolidated: bool, zarr_format: int, tmp_path: Path
 ) -> None:

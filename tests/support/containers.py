@@ -5,6 +5,7 @@ Commands run as another user in a mount namespace of their own, in which the int
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -14,8 +15,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import processes
 import pytest
 
 import xzcache
@@ -23,6 +26,7 @@ import xzcache
 USER = 54321
 """Somebody who has no line in /etc/passwd."""
 PATIENCE = 120.0
+_CLONE_NEWNS = 0x20000
 
 _PACKAGE = Path(xzcache.__file__).parent.parent
 _HERE = Path(__file__).parent
@@ -86,6 +90,18 @@ def container(
     wrapper : sequence of str
         What Python is started by.
     """
+    script = _made(mounts, before)
+    script.append(f"umask {umask:03o}")
+    for name, value in (env or {}).items():
+        script.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")
+    script.append("cd /")
+    user = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    script.append("exec " + shlex.join([*user, *wrapper, sys.executable, *words]))
+    return ["unshare", "-m", "--propagation", "private", "sh", "-c", "\n".join(script)]
+
+
+def _made(mounts: Mapping[str | Path, str] | None, before: Sequence[str]) -> list[str]:
+    """The shell commands by which root makes the container that it is in."""
     script = ["set -e"]
     for number, pair in enumerate(sorted(_hidden())):
         above, place = map(shlex.quote, pair.split("\0"))
@@ -99,14 +115,7 @@ def container(
             script += [f"mount --bind {where} {where}", f"mount -o remount,bind,ro {where}"]
         else:
             script.append(f"mount -t tmpfs -o {options} tmpfs {where}")
-    script += before
-    script.append(f"umask {umask:03o}")
-    for name, value in (env or {}).items():
-        script.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")
-    script.append("cd /")
-    user = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
-    script.append("exec " + shlex.join([*user, *wrapper, sys.executable, *words]))
-    return ["unshare", "-m", "--propagation", "private", "sh", "-c", "\n".join(script)]
+    return [*script, *before]
 
 
 def environment() -> dict[str, str]:
@@ -121,3 +130,42 @@ def run(words: Sequence[str], **how: object) -> subprocess.CompletedProcess[str]
     """Run a program in a container, to its end."""
     line = container(words, **how)  # type: ignore[arg-type]
     return subprocess.run(line, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def run_forked(
+    text: str,
+    *arguments: object,
+    mounts: Mapping[str | Path, str] | None = None,
+    before: Sequence[str] = (),
+    env: Mapping[str, str | None] | None = None,
+    umask: int = 0o022,
+) -> tuple[str, str]:
+    """Run the text of a program in a container, to its end, in a process that has imported the package already.
+
+    For what does not depend on the environment in which an interpreter starts. Returns what it wrote.
+    """
+    variables = environment() | {name: value for name, value in (env or {}).items() if value is not None}
+    for name in [name for name, value in (env or {}).items() if value is None]:
+        variables.pop(name, None)
+    words = [str(argument) for argument in arguments]
+    return processes.run(_contained, "\n".join(_made(mounts, before)), variables, umask, text, words)
+
+
+def _contained(
+    link: Connection, script: str, variables: dict[str, str], umask: int, text: str, arguments: list[str]
+) -> tuple[str, str]:
+    # os.unshare came with Python 3.12
+    assert ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["sh", "-c", script], check=True)
+    os.umask(umask)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir("/")
+    os.setgroups([])
+    os.setresgid(USER, USER, USER)
+    os.setresuid(USER, USER, USER)
+    # those of another environment
+    tempfile.tempdir = None
+    xzcache.config.refresh()
+    return processes.execute(link, text, arguments)

@@ -16,7 +16,9 @@ import select
 import signal
 import sqlite3
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -24,11 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from hashlib import blake2b
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
+import pytest
 import zarr
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -41,7 +45,7 @@ from xzcache.model.entry import META, Entry
 from xzcache.model.spans import Span
 
 os.environ.setdefault("XZCACHE_MIN_FREE", "0")
-PRELOADED = ["pytest", "xzcache", "google_crc32c", "zarr"]
+PRELOADED = ["pytest", "xzcache", "google_crc32c", "zarr", "xarray", "obstore.store", "s3fs", "aiohttp"]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 PATIENCE = 60.0
@@ -212,18 +216,75 @@ def run(target: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return team.start(target, *args, **options).result()
 
 
+@contextmanager
+def traced(child: Child, log: Path | str, *options: str) -> Iterator[None]:
+    """Have strace meddle with a process."""
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-o", log, "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert tracer.stderr is not None
+        if "attached" not in (said := tracer.stderr.readline()):
+            pytest.skip(f"strace may not trace here: {said}")
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        try:
+            tracer.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            # it waits in vain for a process that was killed while it was held up
+            tracer.kill()
+            tracer.communicate()
+
+
 def run_program(text: str, *arguments: object) -> tuple[str, str]:
     """Run the text of a program in a process of its own, to its end: what it wrote to its standard streams."""
-    return run(_execute, text, [str(argument) for argument in arguments])
+    return run(execute, text, [str(argument) for argument in arguments])
 
 
-def _execute(link: Connection, text: str, arguments: list[str]) -> tuple[str, str]:
+def execute(link: Connection, text: str, arguments: list[str]) -> tuple[str, str]:
+    """In a child: run the text of a program; what it wrote."""
     sys.argv[1:] = arguments
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         exec(compile(text, "<program>", "exec"), {"__name__": "__main__"})
         # while what is said is still heard
         xzcache.cleanup_resources()
     return out.getvalue(), err.getvalue()
+
+
+class Ended(NamedTuple):
+    """A command that has run to its end."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_command(*words: object) -> Ended:
+    """Run the command ``xzcache`` in a process of its own, which has imported the package already, as in a pipe."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        code = run(_command, [str(word) for word in words], DupFd(out.fileno()), DupFd(err.fileno()))
+        for file in (out, err):
+            file.seek(0)
+        return Ended(code, out.read(), err.read())
+
+
+def _command(link: Connection, words: list[str], out: Any, err: Any) -> int:
+    from xzcache.cli import main
+
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out.detach(), 1)
+    os.dup2(err.detach(), 2)
+    # that of the tests' own process
+    xzcache.config.refresh()
+    try:
+        main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        xzcache.cleanup_resources()
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 # -- sources

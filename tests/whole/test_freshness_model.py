@@ -380,7 +380,7 @@ places = pytest.mark.parametrize(("kind", "max_size"), [("local", None), ("local
 
 @places
 def test_each_opening_shows_the_source(s3: S3Server, kind: str, max_size: int | None, tmp_path: Path) -> None:
-    run_machine(s3, kind, max_size, tmp_path, examples=12, steps=30, fixed=True)
+    run_machine(s3, kind, max_size, tmp_path, examples=8, steps=30, fixed=True)
 
 
 @pytest.mark.soak

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,16 @@ pytestmark = [
 ]
 
 WARNS = "cannot be reached"
+
+
+def quick(upstream: str) -> dict[str, Any]:
+    """Options with which a server that does not answer is not waited for: those of fsspec are in `look`."""
+    moment = timedelta(milliseconds=10)
+    backoff = {"init_backoff": moment, "max_backoff": moment, "base": 2}
+    retries = {"max_retries": 2, "retry_timeout": timedelta(minutes=1), "backoff": backoff}
+    return {"retry_config": retries} if upstream == "obstore" else {}
+
+
 clients = pytest.mark.parametrize(
     ("kind", "upstream"), [("s3", "obstore"), ("s3", "fsspec"), ("http", "obstore"), ("http", "fsspec")]
 )
@@ -72,7 +83,8 @@ class Remote(NamedTuple):
         return f"s3://{where}" if self.kind == "s3" else f"{self.server.url}/{where}"
 
     def options(self, **more: Any) -> dict[str, Any]:
-        words = {"storage_options": self.server.words()} if self.kind == "s3" else {}
+        words = self.server.words() if self.kind == "s3" else {}
+        words = {"storage_options": words | quick(self.upstream)}
         return {"upstream": self.upstream, "cache_store": str(self.cache), **words, **more}
 
     def open(self, **more: Any) -> xr.Dataset:
@@ -188,7 +200,7 @@ def test_which_chunks_are_cached_is_known_without_asking(tmp_path: Path, zarr_fo
 def test_a_refused_key_is_an_answer(upstream: str, tmp_path: Path) -> None:
     with remote("s3", upstream, tmp_path) as source:
         source.open().t2m[:20].load()
-        wrong = source.options(storage_options=source.server.words(secret="no-longer-valid"))
+        wrong = source.options(storage_options=source.server.words(secret="no-longer-valid") | quick(upstream))
         seen = run(look, source.url, wrong, slice(20))
         assert seen.error
         assert not seen.is_ours
@@ -233,7 +245,11 @@ def _answers(upstream: str, status: int, tmp_path: Path, *, is_served: bool) -> 
 
     write(tmp_path / "served" / "x.zarr")
     with serving(partial(Handler, directory=str(tmp_path / "served"))) as url:
-        options = {"upstream": upstream, "cache_store": str(tmp_path / "cache")}
+        options = {
+            "upstream": upstream,
+            "cache_store": str(tmp_path / "cache"),
+            "storage_options": quick(upstream),
+        }
         xr.open_zarr(f"{url}/x.zarr", engine="zcache", **options).t2m[:20].load()
         Handler.refuses = True
         seen = run(look, f"{url}/x.zarr", options, slice(20))

@@ -266,7 +266,7 @@ def test_keywords_of_open_zarr(kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kwargs", FOR_TREES, ids=repr)
 # both reach the cache in the same way
-@pytest.mark.parametrize("read", [open_datatree, pytest.param(open_groups, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("read", [open_datatree, pytest.param(open_groups, marks=pytest.mark.soak)])
 def test_keywords_of_trees(read: Callable[..., Any], kwargs: dict[str, Any]) -> None:
     for name in FORMATS:
         check(lambda engine, name=name: read(f"tree-{name}.zarr", engine, **kwargs))
@@ -599,8 +599,24 @@ GIVEN: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("parallel", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "parallel"])
-@pytest.mark.parametrize("given", GIVEN)
+# in parallel, each place is opened as it is without
+IN_PARALLEL = {"pattern", "stores", "mixed", "nothing", "one-missing"}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "given"),
+    [
+        *(pytest.param(False, given, id=given) for given in GIVEN),
+        *(
+            pytest.param(
+                *(True, given),
+                id=f"parallel-{given}",
+                marks=pytest.mark.slow if given in IN_PARALLEL else pytest.mark.soak,
+            )
+            for given in GIVEN
+        ),
+    ],
+)
 @pytest.mark.parametrize("read", SEVERAL)
 def test_several_places(read: Callable[..., Any], given: str, parallel: bool) -> None:
     before = sorted(Path().rglob("*"))

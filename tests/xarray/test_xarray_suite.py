@@ -147,7 +147,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     The latter try how xarray encodes values, of which a cache sees the bytes. That the documents and chunks of both
     formats are cached as they should be, the tests show that xarray has for Zarr alone. Writes through the store take
-    the same way with both formats.
+    the same way with both formats. What only writes and reads does so through the store, and with the engine in a soak.
     """
     if "default_zarr_format" not in metafunc.fixturenames or metafunc.cls is None:
         return
@@ -156,7 +156,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     only_writes_and_reads = suite in ("DatasetIOBase", "CFEncodedBase")
     is_of_the_store = issubclass(metafunc.cls, ThroughTheStore)
     if suite == "TestZarrDictStore" or only_writes_and_reads or is_of_the_store or test == "test_write_region":
-        metafunc.definition.add_marker(pytest.mark.parametrize("default_zarr_format", [3], indirect=True))
+        marks = [pytest.mark.soak] if only_writes_and_reads and not is_of_the_store else []
+        given = [pytest.param(3, marks=marks)]
+        metafunc.definition.add_marker(pytest.mark.parametrize("default_zarr_format", given, indirect=True))
 
 
 # -- the engine
