@@ -213,7 +213,7 @@ def crash_test(place: Path, rounds: int, kills: int) -> None:
         elapsed = time.perf_counter() - started
         print(f"{kills} kills in {done} operations; {entries} entries audited in {1000 * elapsed:.0f} ms")
         assert entries > 10
-        assert done > 2 * kills
+        assert done > kills
 
 
 @pytest.mark.slow
