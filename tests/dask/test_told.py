@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from xzcache.dask import _affinity, _told
+from xzcache.dask._telling import Writes
 from xzcache.dask._told import Told
 
 
@@ -113,3 +116,21 @@ def test_a_worker_leaves_though_a_look_hangs(monkeypatch: pytest.MonkeyPatch) ->
         assert not patience.expired()
 
     asyncio.run(leave())
+
+
+def test_a_write_goes_on_though_the_loop_of_the_worker_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def made() -> Writes:
+        worker: Any = SimpleNamespace(address="tcp://one", scheduler=Scheduler())
+        return Writes(worker)
+
+    writes = asyncio.run(made())
+    # as if it were closed just after it was looked at
+    monkeypatch.setattr(writes._loop, "is_closed", lambda: False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        backend: Any = SimpleNamespace(namespace="n")
+        writes.end(asyncio.run(writes.begin(backend, ["a/c/0"])))
+        writes.learn(["n/a/", "n/a/c/0"])
+        gc.collect()
+    # as of coroutines that nothing awaits
+    assert [each for each in said if each.category is RuntimeWarning] == []

@@ -25,7 +25,7 @@ from distributed.protocol.pickle import dumps
 
 from xzcache import _threads as pool
 from xzcache._fork import renew_after_fork
-from xzcache.dask._peering import Latest, crc_of
+from xzcache.dask._peering import Latest, crc_of, start
 from xzcache.dask._told import block_of
 from xzcache.dask._worth import Whom
 from xzcache.model import Given, Span, array_documents, arrays_of, is_chunk, report_bug
@@ -188,7 +188,7 @@ class Questions:
         try:
             async with asyncio.timeout(self._timeout):
                 # it goes on after that: the connection may still be opened, for the next question
-                told = await pool.outcome(asyncio.run_coroutine_threadsafe(send(), self._loop))
+                told = await pool.outcome(start(send(), self._loop))
         except Exception as error:
             logger.debug("%s does not answer: %s", address, str(error) or "no answer in time")
             return None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import google_crc32c
 import numpy as np
 
 K = TypeVar("K")
 V = TypeVar("V")
+T = TypeVar("T")
 
 
 class Latest(Generic[K, V]):
@@ -44,6 +47,16 @@ class Latest(Generic[K, V]):
     def drop(self, key: K) -> None:
         with suppress(KeyError):
             self._total -= self._size(self._items.pop(key))
+
+
+def start(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Future[T]:
+    """Run a coroutine on another thread's event loop; raises `RuntimeError` if that is closed."""
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError:
+        # Python warns of coroutines that nothing awaits
+        coroutine.close()
+        raise
 
 
 def crc_of(data: memoryview) -> int:

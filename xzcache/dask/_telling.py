@@ -22,6 +22,7 @@ from distributed.core import Status
 
 from xzcache import _threads as pool
 from xzcache._fork import renew_after_fork
+from xzcache.dask._peering import start
 from xzcache.dask._told import LEASE
 from xzcache.model import arrays_of, is_chunk, is_document
 
@@ -98,14 +99,13 @@ class Writes:
                 # the worker is gone
                 return paths
             try:
-                telling = asyncio.run_coroutine_threadsafe(self._tell_written(paths), self._loop)
                 # once that long has passed since it was begun, no node that was not told has a lease any more
                 now = time.monotonic()
                 spent = now - max(self._told_at.get(path, now) for path in paths)
                 try:
                     async with asyncio.timeout(max(_MOMENT, 2 * LEASE - spent)):
                         # it goes on after that
-                        await pool.outcome(telling)
+                        await pool.outcome(start(self._tell_written(paths), self._loop))
                 except Exception:
                     logger.warning("the other nodes may not know that %s is being written", ", ".join(sorted(paths)))
             except BaseException:
@@ -181,8 +181,8 @@ class Writes:
             written = {path for name in names if not name.endswith("/") for path in _paths_of(name, is_prefix=False)}
             self._note_writes(written, 0)
             stale = [name.rstrip("/") for name in names if name.endswith("/")]
-            told = [asyncio.run_coroutine_threadsafe(self._tell_stale(path, state), self._loop) for path in stale]
-            told += [asyncio.run_coroutine_threadsafe(self._tell_written(written), self._loop)] if written else []
+            told = [start(self._tell_stale(path, state), self._loop) for path in stale]
+            told += [start(self._tell_written(written), self._loop)] if written else []
             deadline = time.monotonic() + _MOMENT
             for each in told if threading.get_ident() != self._thread else ():
                 with suppress(Exception):
