@@ -584,13 +584,17 @@ def test_there_are_enough_rows() -> None:
 
 
 def test_groups_that_are_not_at_the_root_are_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[str]:
+        # asyncio logs at any moment what earlier tests have left to the garbage collector
+        return [record.getMessage() for record in caplog.records if record.name.partition(".")[0] == "xzcache"]
+
     for read in (opened, engine):
         caplog.clear()
         assert not read(world / "deep.zarr").variables
-        assert caplog.messages == [f"{world / 'deep.zarr'} has no arrays at its root: give group=, it has 'surface'"]
+        assert said() == [f"{world / 'deep.zarr'} has no arrays at its root: give group=, it has 'surface'"]
         caplog.clear()
         assert read(world / "deep.zarr", group="surface/era5").variables
-        assert caplog.messages == []
+        assert said() == []
 
 
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:
