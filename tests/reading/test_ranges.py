@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import random
 import time
@@ -114,6 +115,8 @@ def checked(store: xzcache.CacheStore) -> None:
 
 
 def leave(root: str) -> None:
+    # stores that only the garbage collector finds use the directory still, and join it again
+    gc.collect()
     xzcache.LockedLocalStore(root).directory.close()
 
 

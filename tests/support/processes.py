@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import io
 import multiprocessing
 import os
@@ -604,6 +605,8 @@ def opened_index(root: str) -> Iterator[sqlite3.Connection]:
 
 def _becomes_free(path: str) -> bool:
     """Whether no process keeps a lock; a neighbour may hold it for a moment, as it tells its last uses."""
+    # a store of this process that only the garbage collector finds is still in use
+    gc.collect()
     with suppress(AssertionError):
         return until(lambda: _is_free(path), 10)
     return False
