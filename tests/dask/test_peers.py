@@ -577,12 +577,15 @@ def test_a_node_whose_bound_is_changed_owns_more_or_less_from_then_on(small: Clu
     assert small.client.run_on_scheduler(_weights) == new
 
 
-def test_an_empty_chunk(small: Cluster) -> None:
+# around the most bytes that are sent within a message, and the most of one message
+@pytest.mark.parametrize("size", [0, 1, 128 << 10, (128 << 10) + 1, 4 << 20, (8 << 20) + 1])
+def test_a_chunk_of_any_size_comes_as_it_is(size: int, small: Cluster) -> None:
     readers = Readers(small)
-    Path(small.dataset.place, readers.key).write_bytes(b"")
+    value = np.random.default_rng(size).bytes(size)
+    Path(small.dataset.place, readers.key).write_bytes(value)
     each_node(small.client, xzcache.clear)
     before = small.counts()["peer_hits"]
-    assert small.run(readers.reader, _get, readers.array.store, readers.key).result(timeout=60) == b""
+    assert small.run(readers.reader, _get, readers.array.store, readers.key).result(timeout=60) == value
     assert small.counts()["peer_hits"] == before + 1
 
 
