@@ -1,4 +1,4 @@
-"""Which node a block prefers: the same one for every process, by the bounds, and for as long as that node is there."""
+"""Which node a block prefers, the same for every process and for as long as it is there; and how a task gets there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 
 import xzcache
-from xzcache.dask._affinity import Choice, Nodes, source_of
+from xzcache.dask._affinity import Affinity, Choice, Nodes, source_of
 
 BLOCKS = [f"{number}.{number % 7}" for number in range(20_000)]
 
@@ -156,3 +158,38 @@ def test_variables_on_one_grid_have_the_same_blocks(tmp_path: Path) -> None:
     # what is read without the cache is none of affinity's business
     assert source_of(root["t"]) is None
     assert source_of(np.zeros((8, 6))) is None
+
+
+class Narrowed:
+    """A scheduler that sees a worker fill up, or fails, during the one transition of a queued task."""
+
+    def __init__(self, *, fills: bool = False, fails: bool = False) -> None:
+        self.idle_task_count = {"first", "second"}
+        self.seen: list[tuple[dict[str, str], set[str]]] = []
+        self._fills, self._fails = fills, fails
+
+    def transitions(self, wanted: dict[str, str], _: str) -> None:
+        self.seen.append((wanted, set(self.idle_task_count)))
+        if self._fails:
+            raise RuntimeError("no")
+        if self._fills:
+            self.idle_task_count.discard("second")
+
+
+@pytest.mark.parametrize("fills", [False, True])
+def test_a_queued_task_goes_to_the_chosen_one_of_the_idle_workers_in_one_transition(fills: bool) -> None:
+    scheduler: Any = Narrowed(fills=fills)
+    idle = scheduler.idle_task_count
+    task: Any = SimpleNamespace(state="queued", key="t")
+    Affinity(scheduler, Nodes(), "auto")._send(task, "second", "here")  # type: ignore[arg-type]
+    assert scheduler.seen == [({"t": "processing"}, {"second"})]
+    assert scheduler.idle_task_count is idle
+    assert idle == ({"first"} if fills else {"first", "second"})
+
+
+def test_no_worker_is_forgotten_if_the_transition_fails() -> None:
+    scheduler: Any = Narrowed(fails=True)
+    task: Any = SimpleNamespace(state="queued", key="t")
+    with pytest.raises(RuntimeError, match="no"):
+        Affinity(scheduler, Nodes(), "auto")._send(task, "second", "here")  # type: ignore[arg-type]
+    assert scheduler.idle_task_count == {"first", "second"}

@@ -25,8 +25,9 @@ from xzcache.directory import _recovery as recovery
 from xzcache.directory._absent import NegativeCache
 from xzcache.directory._faults import FaultBarrier
 from xzcache.directory._fetchlocks import FetchLocks
-from xzcache.directory._invalidation import PendingInvalidations, Writes
+from xzcache.directory._invalidation import Writes
 from xzcache.directory._metadata import MetadataTracker
+from xzcache.directory._pending import PendingInvalidations
 from xzcache.directory._publish import MOST, Publisher
 from xzcache.directory._space import Space
 from xzcache.directory._statistics import Ledger

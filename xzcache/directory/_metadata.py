@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from xzcache._config import Age
     from xzcache.directory._faults import FaultBarrier
-    from xzcache.directory._invalidation import PendingInvalidations, Writes
+    from xzcache.directory._invalidation import Writes
+    from xzcache.directory._pending import PendingInvalidations
 
 
 # differs from each recorded state, and from None, which stands for no state
