@@ -605,6 +605,8 @@ def opened_index(root: str) -> Iterator[sqlite3.Connection]:
 
 def _becomes_free(path: str) -> bool:
     """Whether no process keeps a lock; a neighbour may hold it for a moment, as it tells its last uses."""
+    if _is_free(path):
+        return True
     # a store of this process that only the garbage collector finds is still in use
     gc.collect()
     with suppress(AssertionError):
