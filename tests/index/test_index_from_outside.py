@@ -687,6 +687,45 @@ def test_a_directory_of_an_older_version_is_taken_over_with_all_that_it_holds(tm
 
 
 @linux
+@pytest.mark.parametrize("old", [False, True], ids=["new", "of-0.1.0"])
+def test_two_processes_that_open_a_directory_at_once_both_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    make_source(tmp_path, 2)
+    if old:
+        ran(tmp_path, "asyncio.run(read(0, 1))")
+        as_of_old(tmp_path)
+    others = 0
+
+    def other_is_faster(path: str) -> None:
+        nonlocal others
+        if os.path.basename(path) == "guard.lock" and not os.path.exists(path):
+            os.mkdir(path)
+            others += 1
+
+    def open_late(path: Any, *arguments: Any, **options: Any) -> int:
+        if isinstance(path, str):
+            other_is_faster(path)
+        return real_open(path, *arguments, **options)
+
+    def unlink_early(path: Any, **options: Any) -> None:
+        real_unlink(path, **options)
+        other_is_faster(path)
+
+    real_open, real_unlink = os.open, os.unlink
+    monkeypatch.setattr(os, "open", open_late)
+    monkeypatch.setattr(os, "unlink", unlink_early)
+    store = opened(tmp_path)
+    read_all(store, 2)
+    assert others == 1
+    assert store.cache_stats()["cache_errors"] == 0
+    assert store.cache_info()["cached_keys"] == 2
+    del store
+    xzcache.cleanup_resources()
+    audit(str(tmp_path / "cache"))
+
+
+@linux
 def test_a_directory_that_an_older_version_uses_is_read_and_not_changed(tmp_path: Path) -> None:
     make_source(tmp_path, 40)
     ran(tmp_path, "asyncio.run(read(0, 20))")

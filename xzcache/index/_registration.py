@@ -473,6 +473,8 @@ def take_over(meta: str, timeout: float) -> None:
             with suppress(FileExistsError):
                 os.mkdir(path, 0o700)
             continue
+        except IsADirectoryError:  # another process was faster
+            continue
         try:
             deadline = time.monotonic() + timeout
             while not try_flock(old, fcntl.LOCK_EX):
@@ -499,7 +501,8 @@ def _convert(meta: str, old: int) -> None:
     finally:
         os.close(new)
     os.unlink(f"{meta}/{_GUARD_OF_OLD}")
-    os.mkdir(f"{meta}/{_GUARD_OF_OLD}", 0o700)
+    with suppress(FileExistsError):  # a process that came in between has made it
+        os.mkdir(f"{meta}/{_GUARD_OF_OLD}", 0o700)
     for name in _LOCKS_OF_OLD:
         with suppress(FileNotFoundError):
             os.unlink(f"{meta}/{name}")
