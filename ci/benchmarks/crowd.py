@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -110,12 +111,17 @@ def opened(root: Path, bound: int, policy: Literal["lru", "adaptive"] = "adaptiv
 
 
 class Watch:
-    """Times each wait for the guard and each time under it, by the function that asked for it."""
+    """Times each wait for the guard and each time under it, by the function that asked for it.
+
+    Python's garbage collector may run at any time, under the guard as well: what it takes there is told apart.
+    """
 
     def __init__(self) -> None:
         self.holds: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
         self.waits: list[float] = []
         self.on_loops = 0
+        self.collected: list[float] = []
+        collecting: dict[str, float] = {}
         acquire, leave = Guard._acquire, Guard.__exit__
         began: dict[Guard, tuple[str, float, float]] = {}
 
@@ -129,13 +135,20 @@ class Watch:
 
         def timed_leave(guard: Guard, *error: Any) -> None:
             leave(guard, *error)
-            name, wall, processor = began[guard]
+            name, wall, processor = began.pop(guard)
             self.holds[name].append((time.perf_counter() - wall, time.thread_time() - processor))
 
+        def collect(phase: str, _: Any) -> None:
+            if phase == "start":
+                collecting["began"] = time.thread_time()
+            elif began:
+                self.collected.append(time.thread_time() - collecting["began"])
+
         Guard._acquire, Guard.__exit__ = timed_acquire, timed_leave  # type: ignore[method-assign, assignment]
+        gc.callbacks.append(collect)
 
     def told(self) -> dict[str, Any]:
-        return {"holds": self.holds, "waits": self.waits, "on_loops": self.on_loops}
+        return {"holds": self.holds, "waits": self.waits, "on_loops": self.on_loops, "collected": self.collected}
 
 
 def _caller(frame: FrameType | None) -> str:
@@ -320,9 +333,11 @@ def show_guard(report: Report, title: str, found: Sequence[Any]) -> None:
     rows.append(("all", str(len(every)), *spread(walls), *spread(processors)[1:]))
     names = ["under the guard, ms", "times", "median", "99 %", "longest", "99 % of the processor", "longest"]
     report.table(title, names, rows)
+    collected = joined(found, "collected")
     report.say(
         f"The guard was taken {len(every)} times, on an event loop {sum(each.get('on_loops', 0) for each in found)} "
-        f"times. Longest wait for it: {max(joined(found, 'waits')) * 1e3:.1f} ms."
+        f"times. Longest wait for it: {max(joined(found, 'waits')) * 1e3:.1f} ms. Meanwhile the garbage collector ran "
+        f"{len(collected)} times, for {max(collected, default=0) * 1e3:.1f} ms of the processor at most."
     )
 
 

@@ -70,7 +70,7 @@ def write_regions(data: xr.Dataset, store: Store) -> None:
         process.start()
     for process in processes:
         process.join()
-    assert not any(process.exitcode for process in processes)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
 def write_region(part: xr.Dataset, store: Store, begin: int) -> None:

@@ -240,6 +240,14 @@ def test_uses_are_told_sooner_while_entries_of_others_leave(index: Index) -> Non
     assert [told_after(recency, index) for _ in range(4)] == [16, 32, 64, 64]
 
 
+def test_fewer_uses_of_a_large_cache_are_told_at_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    recency = Recency(Told(), longest=1e9)
+    assert [told_after(recency, index) for _ in range(2)] == [128, 128]
+    monkeypatch.setattr(index, "turnover", lambda: (1_000_000, 20, 0))
+    told_after(recency, index)
+    assert told_after(recency, index) == 64
+
+
 def test_memory_is_bounded_while_the_index_cannot_be_told(index: Index) -> None:
     recency = Recency(told := Told(), most=4, longest=1e9)
     due = sum(recency.record_use(Entry(f"s/{number}")) for number in range(10_000))

@@ -34,6 +34,8 @@ class Tell(Protocol):
 # with 256 uses in each of four processes, a cache of 600 entries lost 0.10 of its hit ratio with `"lru"`
 _SHARE: Final = 32
 """While one process evicts, the others together keep at most the uses of 1/32 of the entries to themselves."""
+_MANY: Final = 500_000
+"""Of so many entries, each use is a search in pages that are not at hand: half as many are written at once."""
 _FEW: Final = 32
 _FEWEST: Final = 8
 """Fewer uses are not worth a transaction."""
@@ -42,9 +44,9 @@ _FEWEST: Final = 8
 class Recency:
     """Uses of entries that are not in the index yet: a hit costs a dictionary store, not a transaction.
 
-    A process that evicts flushes its own uses first. Other processes flush after 128 uses, or `longest` seconds;
-    earlier if the cache is small and entries were evicted since their last flush, because a use that is not in the
-    index saves no entry.
+    A process that evicts flushes its own uses first. Other processes flush after 128 uses (64 if the cache is large),
+    or `longest` seconds; earlier if the cache is small and entries were evicted since their last flush, because a use
+    that is not in the index saves no entry.
 
     A hit stores its use without a call: ``uses[key, start, stop] = time.monotonic()``. It calls `is_due` only if there
     are `most` uses, or it is later than `due_at`.
@@ -114,12 +116,13 @@ class Recency:
     def _set_pace(self, index: Index) -> None:
         """Set after how many uses to flush: few while entries of a small cache are evicted by other processes."""
         entries, owners, removals = index.turnover()
+        largest = self._largest // 2 if entries > _MANY else self._largest
         # uses of a single process are never late, and without evictions no use can save an entry
         if owners < 2 or self._removals in (None, removals):
             # slowly, since evictions come and go
-            self.most = min(self._largest, 2 * self.most)
+            self.most = min(largest, 2 * self.most)
         else:
-            self.most = min(self._largest, max(_FEWEST, entries // (_SHARE * (owners - 1))))
+            self.most = min(largest, max(_FEWEST, entries // (_SHARE * (owners - 1))))
         self._removals = removals
 
     def _no_uses(self) -> dict[Extent, float]:
