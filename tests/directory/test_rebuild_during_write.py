@@ -70,6 +70,9 @@ async def _serve(link: Connection, root: str) -> None:
             source.words[what].put_nowait(word)
         elif what == "read":
             link.send({key: await read(store, key) for key in KEYS})
+        elif what == "cleanup":
+            await asyncio.to_thread(xzcache.cleanup_resources)
+            link.send("cleaned")
         elif what == "hits":
             link.send(store.cache_stats()["hits"])
         else:
@@ -120,6 +123,10 @@ class Worker:
         self.child.send(("hits", ""))
         return bool(self.child.hear() - before >= expected)
 
+    def cleanup(self) -> None:
+        self.child.send(("cleanup", ""))
+        self.child.hear("cleaned")
+
     def leave(self) -> None:
         self.child.send(None)
         self.child.result()
@@ -165,6 +172,26 @@ def check(root: Path, expected: dict[str, bytes | None], *workers: Worker) -> No
             worker.leave()
     visit(str(root / "cache"))
     audit(str(root / "cache"))
+
+
+@pytest.mark.parametrize("end", ["kill", "success", "failure"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_process_that_cleans_up_during_a_write_is_not_taken_for_dead(root: Path, write: str, end: str) -> None:
+    with Team() as team:
+        reader, writer = Worker(team, root), Worker(team, root)
+        assert reader.reads() == writer.reads() == OLD
+        writer.begin(write)
+        writer.cleanup()
+        visit(str(root / "cache"))
+        for _ in range(3):
+            assert reader.reads() == OLD
+        writer.write(write)
+        writer.end(write, end)
+        if end == "kill":
+            visit(str(root / "cache"))
+            check(root, WRITES[write][1], reader)
+        else:
+            check(root, WRITES[write][1], reader, writer)
 
 
 @pytest.mark.parametrize("end", ["kill", "success", "failure"])

@@ -312,10 +312,10 @@ def test_who_leaves_gives_all_back(session: IndexSession, other: IndexSession) -
     # who is writing at the source stays
     with session.section() as (process, index):
         index.tables.add_writing(1, "s/a/0", process.owner, beneath=False)
-    assert not session.close(unless_writing=True)
+    assert not session.close()
     assert session.current is process
     in_section(session, lambda index: index.tables.drop_writings([1]))
-    assert session.close(unless_writing=True)
+    assert session.close()
     assert session.current is None
 
 

@@ -289,11 +289,7 @@ class CacheDirectory:
             return False
         if self.pending.has_pending:
             self.pending.retry_pending()
-        left = self._close(unless_writing=True)
-        if not left and not self.session.writing:
-            # the index still has rows of writes that have ended
-            self.barrier.try_or(lambda: recovery.recover(self.session), None)
-        return left
+        return self._close()
 
     def _publish_all(self, batch: Sequence[PendingEntry]) -> None:
         self.publisher.publish_all(batch)
@@ -612,7 +608,10 @@ class CacheDirectory:
             return index.hashed_keys(prefix)
 
     def close(self) -> None:
-        """Finish pending publishes, write the latest uses and return the lease; the next use joins again."""
+        """Finish pending publishes, write the latest uses and return the lease; the next use joins again.
+
+        A process that is writing at the source stays: others would take it for dead, and what they fetch for current.
+        """
         if not self.health.comes_back(LONG):
             # the next process to recover treats this one as dead
             self.health.rest()
@@ -622,13 +621,17 @@ class CacheDirectory:
             # suspected files must be removed now: later processes would serve them
             self.writes.adopt(self._quarantine.suspected)
             self.pending.retry_pending()
-        self._close()
-        self.pending.leave_note()
+        if self._close():
+            self.pending.leave_note()
 
-    def _close(self, *, unless_writing: bool = False) -> bool:
+    def _close(self) -> bool:
         # with everything, because what this process has counted is lost when it ends
         last_words = partial(self.recency.flush_to, everything=True)
-        left = self.session.close(last_words, unless_writing=unless_writing, has_pending=self.pending.has_pending)
+        left = self.session.close(last_words, has_pending=self.pending.has_pending)
+        if not left and not self.session.writing:
+            # the index still has rows of writes that have ended
+            self.barrier.try_or(lambda: recovery.recover(self.session), None)
+            left = self.session.close(last_words, has_pending=self.pending.has_pending)
         # a thread may have joined again meanwhile: its registration stays prepared
         if (prepared := self._prepared) is not None and prepared[0] is not self.session.current:
             self._prepared = None
@@ -649,7 +652,7 @@ class CacheDirectory:
         self.writes.drop_now("")
         # work that still runs in this process must not create the directory again
         self.session.is_retired = True
-        self.session.close()
+        self.session.close(for_good=True)
         self._prepared = None
         with suppress(OSError):
             shutil.rmtree(files.inside(self.root, META))

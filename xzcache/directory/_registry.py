@@ -89,7 +89,8 @@ def _forget_removed() -> None:
 def cleanup_resources(timeout: float = 30.0) -> None:
     """Leave all cache directories and end all threads of this package; the next use opens them again.
 
-    For programs that count descriptors or threads, as test suites do. The end of the process does the same.
+    For programs that count descriptors or threads, as test suites do. The end of the process does the same. A directory
+    through which this process is writing to a source stays open: other processes would take the write for ended.
 
     Parameters
     ----------

@@ -288,14 +288,14 @@ class IndexSession:
         self,
         last_words: Callable[[Index], None] | None = None,
         *,
-        unless_writing: bool = False,
+        for_good: bool = False,
         has_pending: bool = False,
     ) -> bool:
         """Return the lease and sign off once nothing is being stored; the next use joins again.
 
-        `last_words` writes pending uses to the index. With `unless_writing`, a process that is writing at the source
-        stays. With `has_pending`, the notes stay because invalidations are pending. Returns whether this process has
-        left.
+        `last_words` writes pending uses to the index. A process that is writing at the source stays, unless the
+        directory goes `for_good`. With `has_pending`, the notes stay because invalidations are pending. Returns whether
+        this process has left.
         """
         process = self.current
         if process is None:
@@ -304,7 +304,7 @@ class IndexSession:
         # first the threads that are about to spend the lease, because signing off gives it back
         with process.storing.kept_out(self.timeout) as alone:
             with suppress(CacheFault, OSError):
-                if alone and not self._sign_off(process, last_words, unless_writing=unless_writing):
+                if alone and not self._sign_off(process, last_words, for_good=for_good):
                     return False
                 is_done = alone and not process.is_writing
             # a process that could not sign off counts as dead: the next recovery finishes its work
@@ -353,9 +353,7 @@ class IndexSession:
                 process = joined
         return process
 
-    def _sign_off(
-        self, process: Registration, last_words: Callable[[Index], None] | None, *, unless_writing: bool
-    ) -> bool:
+    def _sign_off(self, process: Registration, last_words: Callable[[Index], None] | None, *, for_good: bool) -> bool:
         with process.guard:
             stays = False
             try:
@@ -363,7 +361,7 @@ class IndexSession:
                 # one; and a removed directory must not be created again
                 if process.owner and process.guard.is_current():
                     self._give_number_back(process, last_words)
-                    stays = process.is_writing and unless_writing
+                    stays = process.is_writing and not for_good
             except sqlite3.Error as error:
                 raise translated(error) from error
             finally:
