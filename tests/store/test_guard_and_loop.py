@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import queue
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,6 +17,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 import xzcache
+from xzcache.directory import _directory
+from xzcache.directory._directory import CacheDirectory
 
 PROTOTYPE = default_buffer_prototype()
 VALUE = PROTOTYPE.buffer.from_bytes(bytes(range(200)))
@@ -76,3 +79,40 @@ def test_a_loop_goes_on_while_another_process_holds_the_guard(tmp_path: Path, ac
             assert asyncio.run(beside()) < TIMEOUT / 2
         finally:
             os.close(guard)
+
+
+def test_a_process_that_joins_waits_longer_for_others_than_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: queue.Queue[bool] = queue.Queue()
+
+    def hangs(directory: CacheDirectory, waited: bool = True) -> bool:
+        answer = real(directory, waited)
+        waits.put(answer)
+        return answer
+
+    real = CacheDirectory._hangs
+    monkeypatch.setattr(CacheDirectory, "_hangs", hangs)
+    monkeypatch.setattr(_directory, "LONG", 0.05)
+    with xzcache.config.set({"lock_timeout": TIMEOUT}):
+        store = xzcache.CacheStore(MemoryStore({"a/c/0": VALUE}), cache_store=tmp_path, namespace="n")
+
+    async def read() -> None:
+        task = asyncio.create_task(store.get("a/c/0", PROTOTYPE))
+        # it has waited for too long, if it was for the disk, again and again
+        for _ in range(3):
+            while not await asyncio.to_thread(waits.get, timeout=TIMEOUT):
+                pass
+        assert not task.done()
+        fcntl.flock(guard, fcntl.LOCK_UN)
+        await task
+
+    (tmp_path / ".xzcache").mkdir(mode=0o700)
+    guard = os.open(tmp_path / ".xzcache" / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        asyncio.run(read())
+    finally:
+        os.close(guard)
+    assert store.cache_info()["cached_keys"] == 1
+    assert store.cache_stats()["cache_errors"] == 0

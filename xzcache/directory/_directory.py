@@ -189,8 +189,7 @@ class CacheDirectory:
             return False
         # a lock that another process holds explains the wait: then the read goes on without
         # the cache, but the disk is fine
-        process = self.session.current
-        if process is None or not process.waits_for_others(LONG):
+        if not self.session.waits_for_others(LONG):
             self.health.record_slow("its disk has not answered for a second")
         return True
 
@@ -206,7 +205,11 @@ class CacheDirectory:
         finally:
             self.health.record_progress()
 
-    async def _unless_it_hangs(self, otherwise: T, future: Future[T], patience: float = LONG) -> T:
+    async def _unless_it_hangs(
+        self, otherwise: T, future: Future[T], patience: float = LONG, longest: float = 0.0
+    ) -> T:
+        """The result of a future; `otherwise` if the disk hangs, or others keep a lock for longer than `longest`."""
+        end = time.monotonic() + longest
         while True:
             try:
                 return await asyncio.wait_for(pool.outcome(future), patience)
@@ -214,7 +217,7 @@ class CacheDirectory:
                 if future.done():
                     # the function itself raised it: since Python 3.11 both exceptions are of one class
                     return await pool.outcome(future)
-                if self._hangs():
+                if self._hangs() and (self.health.is_aside or time.monotonic() >= end):
                     return otherwise
                 patience = LONG
 
@@ -245,7 +248,8 @@ class CacheDirectory:
         # one thread for all callers: if each waited in its own, a hanging disk would use up the pool
         if (future := self._under_way) is None or future.done():
             future = self._under_way = pool.submit(self.prepare)
-        await self._unless_it_hangs(False, future)
+        # where many processes join at once, each waits for the others, and what is read without the cache is not stored
+        await self._unless_it_hangs(False, future, longest=self.session.timeout)
 
     # -- users
 

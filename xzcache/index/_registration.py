@@ -154,7 +154,7 @@ class Registration:
         """Distinguishes this directory from another one at the same path."""
 
     def waits_for_others(self, seconds: float) -> bool:
-        """Whether a lock was found held by another process within the last seconds, which is no fault of the disk."""
+        """Whether a lock was found held by another process within the last seconds."""
         return time.monotonic() - max(self.guard.refused_at, self.storing.refused_at) <= seconds
 
     def is_deleted(self) -> bool:

@@ -73,6 +73,7 @@ class IndexSession:
         self.when_joined: Callable[[], None] = _nothing
         self._opening = threading.Lock()
         self.current: Registration | None = None
+        self._joining: Registration | None = None
         self._forking: Registration | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
@@ -130,14 +131,22 @@ class IndexSession:
             if (why := files.unsafe(place)) is not None:
                 raise Foreign(why)
         take_over(self.meta, self.timeout)
-        process = Registration(self.meta, self.timeout, self.writing)
-        with process.guard:
-            if self.read_note("format") != str(FORMAT):
-                self.write_note("format", str(FORMAT))
-            # without room for it on the disk, the cache is still of use
-            with suppress(OSError):
-                self._make_node_id()
+        process = self._joining = Registration(self.meta, self.timeout, self.writing)
+        try:
+            with process.guard:
+                if self.read_note("format") != str(FORMAT):
+                    self.write_note("format", str(FORMAT))
+                # without room for it on the disk, the cache is still of use
+                with suppress(OSError):
+                    self._make_node_id()
+        finally:
+            self._joining = None
         return process
+
+    def waits_for_others(self, seconds: float) -> bool:
+        """Whether a lock was found held by another process within the last seconds, which is no fault of the disk."""
+        process = self.current or self._joining
+        return process is not None and process.waits_for_others(seconds)
 
     def node_id(self) -> str:
         """A uuid that is the same for all processes that share this directory, and for no others."""
