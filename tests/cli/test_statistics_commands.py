@@ -206,12 +206,27 @@ def test_every_command_while_others_read_and_write(tmp_path: Path) -> None:
     assert xzcache.check(cache).ok
 
 
+def processor_time(words: list[str], cache: Path) -> float:
+    """Seconds that a command takes, at best."""
+    taken = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run(command(*words, "-d", cache), capture_output=True, check=False)
+        after = os.times()
+        assert done.returncode == 0
+        taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(taken)
+
+
 @pytest.mark.slow
-def test_a_million_entries_take_no_longer_than_two_seconds(tmp_path: Path) -> None:
+def test_a_million_entries_cost_a_command_little(tmp_path: Path) -> None:
     source, cache = make(tmp_path / "s"), tmp_path / "cache"
     for _ in range(2):
         read(opened(source, cache))
     xzcache.cleanup_resources()
+    commands = ["info"], ["ls"]
+    # most of it is the start of Python; a loop over all entries would take many times as long
+    few = [processor_time(words, cache) for words in commands]
     with opened_index(str(cache)) as index:
         index.execute("BEGIN")
         (ns,) = index.execute("SELECT id FROM ns").fetchone()
@@ -222,18 +237,8 @@ def test_a_million_entries_take_no_longer_than_two_seconds(tmp_path: Path) -> No
             rows,
         )
         index.execute("COMMIT")
-    for words in (["info"], ["ls"]):
-        taken = []
-        for _ in range(3):
-            before = os.times()
-            done = subprocess.run(command(*words, "-d", cache), capture_output=True, check=False)
-            after = os.times()
-            # the processor's time, which other work on this machine does not lengthen
-            taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
-            assert done.returncode == 0
-            if taken[-1] <= 2.0:
-                break
-        assert taken[-1] <= 2.0, (words, taken)
+    many = [processor_time(words, cache) for words in commands]
+    assert all(more < 4 * less for less, more in zip(few, many, strict=True)), (few, many)
 
 
 # -- in a browser
