@@ -143,7 +143,7 @@ class Guard:
         self._path = path
         self.timeout = timeout
         self._mutex = threading.Lock()
-        self._impatient_until = 0.0
+        self.impatient_until = 0.0
         self._kept_out = False
         self._left_at = self._discourteous_until = -math.inf
         self.refused_at = -math.inf
@@ -163,7 +163,7 @@ class Guard:
 
     def _acquire(self, patience: float | None) -> None:
         now = time.monotonic()
-        patient = patience is None and now >= self._impatient_until
+        patient = patience is None and now >= self.impatient_until
         wait = self.timeout if patient else min(_IMPATIENT_WAIT, self.timeout)
         deadline = now + (wait if patience is None else min(patience, wait))
         # first the threads of this process: `flock` does not exclude them, as they share the descriptor
@@ -207,7 +207,7 @@ class Guard:
 
     def _give_up(self, patient: bool) -> None:
         if patient:
-            self._impatient_until = time.monotonic() + _IMPATIENCE * self.timeout
+            self.impatient_until = time.monotonic() + _IMPATIENCE * self.timeout
         raise Busy(f"{self._path} is held by another process")
 
     def is_current(self) -> bool:

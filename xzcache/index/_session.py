@@ -74,6 +74,7 @@ class IndexSession:
         self._opening = threading.Lock()
         self.current: Registration | None = None
         self._joining: Registration | None = None
+        self._impatient_until = 0.0
         self._forking: Registration | None = None
         self._inside = threading.local()
         self._stamps: bool | None = None
@@ -132,6 +133,8 @@ class IndexSession:
                 raise Foreign(why)
         take_over(self.meta, self.timeout)
         process = self._joining = Registration(self.meta, self.timeout, self.writing)
+        # a stopped holder of the guard must not slow down each attempt to join
+        process.guard.impatient_until = self._impatient_until
         try:
             with process.guard:
                 if self.read_note("format") != str(FORMAT):
@@ -140,7 +143,7 @@ class IndexSession:
                 with suppress(OSError):
                     self._make_node_id()
         finally:
-            self._joining = None
+            self._joining, self._impatient_until = None, process.guard.impatient_until
         return process
 
     def waits_for_others(self, seconds: float) -> bool:
