@@ -6,9 +6,10 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,47 @@ def test_who_leaves_gives_all_back(session: IndexSession, other: IndexSession) -
     in_section(session, lambda index: index.tables.drop_writings([1]))
     assert session.close()
     assert session.current is None
+
+
+@pytest.mark.parametrize("trouble", ["guard", "storing", "index"])
+def test_who_is_writing_stays_even_if_it_cannot_sign_off(
+    session: IndexSession, other: IndexSession, trouble: str
+) -> None:
+    with session.section() as (process, index):
+        write = session.begin_write("s/a/0", beneath=False)
+        index.tables.add_writing(write, "s/a/0", process.owner, beneath=False)
+        path, owner = process.index_path(7), process.owner
+    session.timeout = process.guard.timeout = 0.1
+    with ExitStack() as held:
+        if trouble == "guard":
+            held.enter_context(other.guarded())
+        elif trouble == "storing":
+            held.enter_context(session.storing())
+        else:
+            held.enter_context(closing(sqlite3.connect(path))).execute("BEGIN EXCLUSIVE")
+        assert not session.close()
+    assert session.current is process
+    with other.section() as (theirs, _):
+        assert not theirs.owners.try_lock(owner)
+    session.end_writes([write])
+    process.guard.impatient_until = 0.0
+    session.timeout = process.guard.timeout = PATIENCE
+    in_section(session, lambda index: index.tables.drop_writings([write]))
+    assert session.close()
+    assert session.current is None
+
+
+def test_a_holder_of_the_guard_slows_down_one_attempt_to_join(session: IndexSession, other: IndexSession) -> None:
+    session.close()
+    waits: list[float] = []
+    session.timeout = 1.0
+    with other.guarded():
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(Busy):
+                session.process()
+            waits.append(time.monotonic() - began)
+    assert waits[0] >= session.timeout > waits[1] + waits[2]
 
 
 def test_a_namespace_that_is_written_has_a_note_until_its_writer_leaves(

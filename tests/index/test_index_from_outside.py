@@ -206,6 +206,56 @@ def test_two_stores_use_a_directory_until_the_second_is_gone(tmp_path: Path) -> 
     assert two.cache_info()["cached_keys"] == 4
 
 
+class Halting(MemoryStore):
+    """A source whose writes wait for a word."""
+
+    def __init__(self) -> None:
+        super().__init__({"a/c/0": buffer(b"old")})
+        self.arrived, self.word = asyncio.Event(), asyncio.Event()
+
+    async def set(self, key: str, value: Any, byte_range: Any = None) -> None:
+        self.arrived.set()
+        await self.word.wait()
+        await super().set(key, value, byte_range)
+
+
+@linux
+def test_a_store_that_is_closed_during_a_write_lets_go_at_its_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        source = Halting()
+        store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", namespace="n")
+        write = asyncio.create_task(store.set("a/c/0", buffer(b"new")))
+        await source.arrived.wait()
+        store.close()
+        await asyncio.to_thread(xzcache.cleanup_resources)
+        assert descriptors(tmp_path / "cache")
+        source.word.set()
+        await write
+
+    asyncio.run(main())
+    gc.collect()
+    assert until(lambda: descriptors(tmp_path / "cache") == [])
+    audit(str(tmp_path / "cache"))
+
+
+def test_a_write_that_the_end_of_its_loop_cuts_off_keeps_no_program_from_ending(tmp_path: Path) -> None:
+    patience = 10.0
+
+    async def main() -> None:
+        source = Halting()
+        store = xzcache.CacheStore(source, cache_store=tmp_path / "cache", namespace="n")
+        write = asyncio.create_task(store.set("a/c/0", buffer(b"new")))
+        await source.arrived.wait()
+        assert not write.done()
+
+    asyncio.run(main())
+    gc.collect()
+    began = time.monotonic()
+    # nobody can tell whether the source goes on, so this process stays, but it waits for nothing
+    xzcache.cleanup_resources(patience)
+    assert time.monotonic() - began < patience
+
+
 @linux
 def test_a_directory_that_was_removed_is_not_made_again_to_leave_it(tmp_path: Path) -> None:
     make_source(tmp_path, 2)

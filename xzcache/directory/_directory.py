@@ -289,6 +289,9 @@ class CacheDirectory:
             # another process may finish the pending invalidations
             self.pending.leave_note()
             return True
+        if self.session.writing:
+            # the end of the last write tries again; a write that the end of its event loop cut off has none
+            return True
         if self.health.is_aside or not self.write_behind.is_idle or self.session.was_just_used:
             return False
         if self.pending.has_pending:

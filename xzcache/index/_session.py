@@ -48,8 +48,9 @@ class IndexSession:
         The cache directory.
     timeout : float
         Seconds to wait for the guard.
-    joined : callable
-        Called when this process has joined; must not wait.
+    to_leave : callable
+        Called when this process has joined, and when its last write has ended, to leave if nobody uses the directory;
+        must not wait.
 
     Attributes
     ----------
@@ -63,9 +64,9 @@ class IndexSession:
         The registration of this process, if it has joined.
     """
 
-    def __init__(self, root: str, timeout: float, joined: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, root: str, timeout: float, to_leave: Callable[[], None] = lambda: None) -> None:
         self.root = root
-        self._joined = joined
+        self._to_leave = to_leave
         self.meta = f"{root}/{META}"
         self.timeout = timeout
         self.is_retired = False
@@ -111,7 +112,7 @@ class IndexSession:
                 # for writes that began before
                 self._share_writers_byte()
                 self.when_joined()
-                self._joined()
+                self._to_leave()
             return process
 
     def _join(self) -> Registration:
@@ -312,19 +313,22 @@ class IndexSession:
         process = self.current
         if process is None:
             return True
-        is_done = False
+        has_signed_off = False
         # first the threads that are about to spend the lease, because signing off gives it back
         with process.storing.kept_out(self.timeout) as alone:
             with suppress(CacheFault, OSError):
                 if alone and not self._sign_off(process, last_words, for_good=for_good):
                     return False
-                is_done = alone and not process.is_writing
-            # a process that could not sign off counts as dead: the next recovery finishes its work
+                has_signed_off = alone
+            # a process that could not sign off counts as dead, which one that is writing must not
+            if not has_signed_off and self.writing and not for_good:
+                return False
+            # the next recovery finishes its work
             if self.current is process:
                 self.current = None
         # a note stays while an invalidation is pending, since the disk may still show the
         # old files after a loss of power
-        if is_done and not has_pending:
+        if has_signed_off and not process.is_writing and not has_pending:
             process.take_notes_back()
         return True
 
@@ -344,6 +348,8 @@ class IndexSession:
         for id_ in ids:
             self.writing.pop(id_, None)
         self._share_writers_byte()
+        if not self.writing and self.current is not None:
+            self._to_leave()
 
     def _share_writers_byte(self) -> None:
         if (process := self.current) is not None:
@@ -367,13 +373,15 @@ class IndexSession:
 
     def _sign_off(self, process: Registration, last_words: Callable[[Index], None] | None, *, for_good: bool) -> bool:
         with process.guard:
-            stays = False
+            stays = bool(self.writing) and not for_good
             try:
                 # only the guard shows whether there is a number to return, because a thread in a section may just take
                 # one; and a removed directory must not be created again
                 if process.owner and process.guard.is_current():
                     self._give_number_back(process, last_words)
                     stays = process.is_writing and not for_good
+                else:
+                    stays = False
             except sqlite3.Error as error:
                 raise translated(error) from error
             finally:
