@@ -238,6 +238,25 @@ def test_a_store_that_is_closed_during_a_write_lets_go_at_its_end(tmp_path: Path
     audit(str(tmp_path / "cache"))
 
 
+@linux
+def test_a_process_that_leaves_leaves_its_pending_invalidations_to_others(tmp_path: Path) -> None:
+    with xzcache.config.set({"lock_timeout": 0.1}):
+        store = xzcache.CacheStore(MemoryStore({"a/c/0": buffer(b"old")}), cache_store=tmp_path / "cache")
+    assert asyncio.run(get(store, "a/c/0")) == b"old"
+    guard = os.open(tmp_path / "cache" / META / "lock", os.O_RDWR)
+    fcntl.flock(guard, fcntl.LOCK_EX)
+    asyncio.run(store.set("a/c/0", buffer(b"new")))
+    store.close()
+    del store
+    gc.collect()
+    # nobody lets go of the guard before this process has left without it
+    until(lambda: descriptors(tmp_path / "cache") == [str(tmp_path / "cache" / META / "lock")])
+    os.close(guard)
+    visit(str(tmp_path / "cache"))
+    assert os.listdir(tmp_path / "cache" / META / "tmp") == []
+    audit(str(tmp_path / "cache"))
+
+
 def test_a_write_that_the_end_of_its_loop_cuts_off_keeps_no_program_from_ending(tmp_path: Path) -> None:
     patience = 10.0
 

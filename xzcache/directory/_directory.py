@@ -286,7 +286,6 @@ class CacheDirectory:
             return True
         # there is no registration to end, and joining only to leave would create the directory again
         if self.session.current is None:
-            # another process may finish the pending invalidations
             self.pending.leave_note()
             return True
         if self.session.writing:
@@ -628,8 +627,7 @@ class CacheDirectory:
             # suspected files must be removed now: later processes would serve them
             self.writes.adopt(self._quarantine.suspected)
             self.pending.retry_pending()
-        if self._close():
-            self.pending.leave_note()
+        self._close()
 
     def _close(self) -> bool:
         # with everything, because what this process has counted is lost when it ends
@@ -639,6 +637,9 @@ class CacheDirectory:
             # the index still has rows of writes that have ended
             self.barrier.try_or(lambda: recovery.recover(self.session), None)
             left = self.session.close(last_words, has_pending=self.pending.has_pending)
+        if left:
+            # another process may finish the pending invalidations
+            self.pending.leave_note()
         # a thread may have joined again meanwhile: its registration stays prepared
         if (prepared := self._prepared) is not None and prepared[0] is not self.session.current:
             self._prepared = None
