@@ -348,6 +348,20 @@ def test_who_is_writing_stays_even_if_it_cannot_sign_off(
     assert session.current is None
 
 
+def test_who_keeps_storing_slows_down_one_attempt_to_be_alone(session: IndexSession, other: IndexSession) -> None:
+    storing = session.process().storing
+    with other.storing():
+        assert not session.waits_for_others(PATIENCE)
+        assert not storing.exclude(1.0)
+        # which is no fault of the disk
+        assert session.waits_for_others(PATIENCE)
+        began = time.monotonic()
+        assert not storing.exclude(PATIENCE)
+        assert time.monotonic() - began < PATIENCE
+    assert storing.exclude(PATIENCE)
+    storing.readmit()
+
+
 def test_a_holder_of_the_guard_slows_down_one_attempt_to_join(session: IndexSession, other: IndexSession) -> None:
     session.close()
     waits: list[float] = []

@@ -250,7 +250,8 @@ class StoringLock:
         self._closing = False
         self._impatient_until = 0.0
         self.refused_at = -math.inf
-        """When another process was last found to have exclusive access, by the monotonic clock."""
+        """When another process was last found to hold the lock, by the monotonic clock."""
+        self._resigned_until = 0.0
 
     def share(self, timeout: float) -> bool:
         """Join the sharers; False on a timeout, after which the next waits are much shorter for a while."""
@@ -272,10 +273,8 @@ class StoringLock:
                 joined = self._sharers > 0 or try_flock(self._fd, fcntl.LOCK_SH)
                 # only passed, not held: the door must stand open for the next process that wants to close it
                 lock_range(self._door, fcntl.F_UNLCK, _DOOR)
-            if not joined:
-                self.refused_at = time.monotonic()
             self._sharers += joined
-            return joined
+            return self._unless_refused(joined)
 
     def unshare(self) -> None:
         """Undo `share`."""
@@ -285,14 +284,22 @@ class StoringLock:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def exclude(self, timeout: float) -> bool:
-        """Keep all sharers out; False if they did not leave in time."""
+        """Keep all sharers out; False if they did not leave in time, after which the next waits are much shorter."""
+        if time.monotonic() >= self._resigned_until:
+            alone = self._exclude(timeout)
+            if not alone:
+                self._resigned_until = time.monotonic() + _IMPATIENCE * timeout
+            return alone
+        return self._exclude(min(_IMPATIENT_WAIT, timeout))
+
+    def _exclude(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
         # threads of this process are kept out by the flag, because the kernel's locks are those of the process
         if not _poll(self._try_close, timeout):
             return False
         alone = False
         try:
-            if _poll(lambda: lock_range(self._door, fcntl.F_WRLCK, _DOOR), timeout):
+            if _poll(self._try_door, timeout):
                 alone = _poll(self._try_alone, deadline - time.monotonic())
         finally:
             if not alone:
@@ -306,9 +313,17 @@ class StoringLock:
             self._closing = True
             return True
 
+    def _try_door(self) -> bool:
+        return self._unless_refused(lock_range(self._door, fcntl.F_WRLCK, _DOOR))
+
     def _try_alone(self) -> bool:
         with self._mutex:
-            return self._sharers == 0 and try_flock(self._fd, fcntl.LOCK_EX)
+            return self._sharers == 0 and self._unless_refused(try_flock(self._fd, fcntl.LOCK_EX))
+
+    def _unless_refused(self, locked: bool) -> bool:
+        if not locked:
+            self.refused_at = time.monotonic()
+        return locked
 
     def readmit(self) -> None:
         """Undo `exclude`."""
