@@ -17,6 +17,7 @@ from sources import buffer, read
 from zarr.storage import LocalStore
 
 import xzcache
+from xzcache.directory import opened_directory
 
 KEYS = ("a/c/0", "a/c/1", "b/c/0")
 WRITES = {
@@ -73,6 +74,10 @@ async def _serve(link: Connection, root: str) -> None:
         elif what == "cleanup":
             await asyncio.to_thread(xzcache.cleanup_resources)
             link.send("cleaned")
+        elif what == "remove":
+            directory = opened_directory(f"{root}/cache")
+            assert directory is not None
+            link.send(await asyncio.to_thread(directory.remove_if_last))
         elif what == "hits":
             link.send(store.cache_stats()["hits"])
         else:
@@ -126,6 +131,10 @@ class Worker:
     def cleanup(self) -> None:
         self.child.send(("cleanup", ""))
         self.child.hear("cleaned")
+
+    def remove_if_last(self) -> bool:
+        self.child.send(("remove", ""))
+        return bool(self.child.hear())
 
     def leave(self) -> None:
         self.child.send(None)
@@ -192,6 +201,31 @@ def test_a_process_that_cleans_up_during_a_write_is_not_taken_for_dead(root: Pat
             check(root, WRITES[write][1], reader)
         else:
             check(root, WRITES[write][1], reader, writer)
+
+
+@pytest.mark.parametrize("end", ["kill", "success"])
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_directory_stays_while_a_process_that_leaves_it_is_writing(root: Path, end: str, *, by_another: bool) -> None:
+    with Team() as team:
+        writer, *others = (Worker(team, root) for _ in range(2 if by_another else 1))
+        for worker in (writer, *others):
+            assert worker.reads() == OLD
+        writer.begin("set")
+        for worker in (writer, *others):
+            assert not worker.remove_if_last()
+        others.append(Worker(team, root))
+        assert others[-1].reads() == OLD
+        writer.write("set")
+        writer.end("set", end)
+        if end == "kill":
+            visit(str(root / "cache"))
+            check(root, WRITES["set"][1], *others)
+        else:
+            for worker in others:
+                assert worker.reads() == WRITES["set"][1]
+                worker.leave()
+            assert writer.remove_if_last()
+            assert not (root / "cache").exists()
 
 
 @pytest.mark.parametrize("end", ["kill", "success", "failure"])

@@ -166,8 +166,8 @@ class CachePlugin(WorkerPlugin):
         The bound of the whole cache of a node, in bytes or as ``"200 GB"``. If it is neither given nor configured, a
         directory keeps its bound.
     remove_on_close : bool, optional
-        Whether the last worker of a node that closes normally deletes the cache, if no other process uses it. A restart
-        of all workers deletes it too. Default is False.
+        Whether the last worker of a node that closes normally deletes the cache, if no other process uses it and no
+        write to a source is under way. A restart of all workers deletes it too. Default is False.
     affinity : {"off", "auto", "on"}, optional
         Whether the scheduler prefers, for a task that reads a block of an array, the node that reads this block each
         time. ``"auto"``: where the scheduler's queue stays in use, so that workers hold few chunks in memory. ``"on"``:

@@ -646,7 +646,7 @@ class CacheDirectory:
         return left
 
     def remove_if_last(self) -> bool:
-        """Leave, and delete the cache if no other process uses it; returns whether it was deleted."""
+        """Leave, and delete the cache if no other process uses it and none writes; returns whether it was deleted."""
         return self.barrier.try_or(self._remove_if_last, False)
 
     def _remove_if_last(self) -> bool:

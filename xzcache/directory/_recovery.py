@@ -229,9 +229,14 @@ def _is_torn(session: IndexSession, row: Row, since: int) -> bool:
 
 
 def is_last_to_leave(session: IndexSession) -> bool:
-    """Record that this process leaves; returns whether all others have left, announced to leave, or died."""
+    """Record that this process leaves; returns whether all others have left, announced to leave, or died.
+
+    No process is the last one during a write at the source: another that makes the directory anew would not know of it.
+    """
     with session.section() as (process, index):
         index.announce_leaving(process.owner)
+        if session.writing:
+            return False
         for owner in index.staying_owners():
             if not process.owners.try_lock(owner):
                 return False

@@ -486,8 +486,9 @@ class Index:
         self._do("UPDATE owner SET pid = -abs(pid) WHERE id = ?", (owner,))
 
     def staying_owners(self) -> list[int]:
-        """Owners that have not announced to leave."""
-        return [id_ for (id_,) in self._do("SELECT id FROM owner WHERE pid >= 0")]
+        """Owners that have not announced to leave, or are writing at the source."""
+        rows = self._do("SELECT id FROM owner WHERE pid >= 0 OR id IN (SELECT owner FROM writing)")
+        return [id_ for (id_,) in rows]
 
     def lease_of(self, owner: int) -> int | None:
         row = self._do("SELECT lease FROM owner WHERE id = ?", (owner,)).fetchone()
