@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -792,6 +792,34 @@ def test_two_processes_that_open_a_directory_at_once_both_use_it(
     del store
     xzcache.cleanup_resources()
     audit(str(tmp_path / "cache"))
+
+
+@linux
+def test_a_process_of_an_older_version_that_comes_during_the_conversion_keeps_its_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_source(tmp_path, 2)
+    ran(tmp_path, "asyncio.run(read(0, 1))")
+    as_of_old(tmp_path)
+    guard = tmp_path / "cache" / META / "guard.lock"
+
+    def unlink_early(path: Any, **options: Any) -> None:
+        real_unlink(path, **options)
+        if str(path) == str(guard):
+            guard.touch(mode=0o600)
+            old.enter_context(process_of_old(tmp_path))
+
+    real_unlink = os.unlink
+    with ExitStack() as old:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", unlink_early)
+            store = opened(tmp_path)
+            read_all(store, 2)
+        assert guard.is_file()
+        assert guard.with_name("owners.lock").exists()
+    xzcache.cleanup_resources()
+    ran(tmp_path, "asyncio.run(read(0, 2))")
+    assert guard.is_dir()
 
 
 @linux

@@ -503,6 +503,9 @@ def _convert(meta: str, old: int) -> None:
     os.unlink(f"{meta}/{_GUARD_OF_OLD}")
     with suppress(FileExistsError):  # a process that came in between has made it
         os.mkdir(f"{meta}/{_GUARD_OF_OLD}", 0o700)
+    if not os.path.isdir(f"{meta}/{_GUARD_OF_OLD}"):
+        # it was one of that version, which now uses the directory: its locks must be found
+        return
     for name in _LOCKS_OF_OLD:
         with suppress(FileNotFoundError):
             os.unlink(f"{meta}/{name}")
