@@ -49,6 +49,7 @@ class Took(NamedTuple):
 
 
 def measure(source: str, mode: str, nodes: int) -> Took:
+    """Compute something on a new cluster."""
     scheduler = {"cls": SubprocessScheduler, "options": {"scheduler_kwargs": {"dashboard": False, "host": "127.0.0.1"}}}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         workers = {node: worker(Path(scratch) / f"node{node}") for node in range(nodes)}
